@@ -1,0 +1,9 @@
+"""The arithmetic of a batch spread over ranks: who holds which rows, means over all of them, rows of the global Gram matrix.
+
+Knows tensors and `torch.distributed` process groups; knows no model, recipe or trainer.
+"""
+
+from dkd.global_batch.gram import gram_rows
+from dkd.global_batch.layout import BatchLayout, BatchMismatchError
+
+__all__ = ["BatchLayout", "BatchMismatchError", "gram_rows"]

@@ -1,0 +1,52 @@
+"""The flat-tensor collectives this project uses, under one name on every supported torch.
+
+torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases have the old names only.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists; without one every function of this package is its single-process form."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(b, ...) on each of W ranks, b equal, to (W·b, ...) on all of them, in rank order. Carries no gradient."""
+    out = rows.new_empty(world_size(group) * rows.shape[0], *rows.shape[1:])
+    _all_gather(out, rows.contiguous(), group=group)
+    return out
+
+
+def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(W, ...) on each rank: block i goes to rank i; returns (W, ...) with block i from rank i. Carries no gradient."""
+    out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, blocks.contiguous(), group=group)
+    return out
+
+
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Small Python values of all ranks, in rank order. Pickles between the ranks of one job: for messages, not for data."""
+    if not is_distributed():
+        return [value]
+    out: list[T | None] = [None] * world_size(group)
+    dist.all_gather_object(out, value, group=group)
+    return out  # type: ignore[return-value]

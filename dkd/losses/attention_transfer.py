@@ -1,0 +1,114 @@
+"""Activation-based Attention Transfer. Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+
+A feature map A (C, H, W) becomes an attention map F(A) (H, W) over its channels:
+
+    sum    F = Σ_c |A_c|          sum_p  F = Σ_c |A_c|^p          max_p  F = max_c |A_c|^p
+
+Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. Over the B samples of the global batch, for one pair (S, T):
+
+    mean_squared   (1 / (B·H·W)) Σ_i ‖Q_S,i − Q_T,i‖₂²        the authors' code
+    paper          (1 / B) Σ_i ½ ‖Q_S,i − Q_T,i‖_q             equation 2; q = `norm`
+
+Pairs are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkd.global_batch import BatchLayout
+from dkd.losses.feature_pairs import Features, as_pairs, full_precision, no_autocast
+
+
+class AttentionTransfer(nn.Module):
+    """The AT loss over the global batch.
+
+    Args:
+        map: `sum`, `sum_p` or `max_p`.
+        p: the exponent of `sum_p` and `max_p`; absolute values are taken first, so odd p is right on signed features.
+        reduction: `mean_squared` (the authors' code, what β = 1000 in the literature belongs to) or `paper`.
+        norm: q of the `paper` reduction.
+        resize: what to do when the two resolutions differ. `error`; `map`: the larger attention map is interpolated to the smaller one
+            (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled to the smaller resolution before
+            its map is taken (what RepDistiller and mdistiller do).
+        weights: one weight a pair; default 1.
+
+    Called with one tensor (b, C, H, W) for the student and one for the teacher, or equal-length lists of them; C may differ. Returns a
+    scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over ranks as DDP, FSDP and ZeRO do, is that
+    loss's gradient. Without a process group it is the single-process loss. `layout` says who holds which rows; left out, the ranks agree on
+    it by one small all-gather, and uneven local batches are right too.
+
+    Raises:
+        ValueError: shapes that make no pair, or resolutions that differ under `resize="error"`.
+        BatchMismatchError: on all ranks, when shapes differ between ranks.
+
+    Example:
+        >>> at = AttentionTransfer()
+        >>> loss = cross_entropy + 1000 * at(student_map, teacher_map)
+    """
+
+    def __init__(
+        self,
+        map: str = "sum_p",
+        p: float = 2,
+        reduction: str = "mean_squared",
+        norm: float = 2,
+        resize: str = "error",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("map", map, ("sum", "sum_p", "max_p")),
+            ("reduction", reduction, ("mean_squared", "paper")),
+            ("resize", resize, ("error", "map", "features")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+        if p <= 0 or norm < 1:
+            raise ValueError(f"p={p} must be above 0 and norm={norm} at least 1")
+        self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
+
+    def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+        pairs = as_pairs(student, teacher, self.weights)
+        for s, t, _ in pairs:
+            if s.dim() != 4 or t.dim() != 4:
+                raise ValueError(f"attention maps need features of shape (b, C, H, W), not {tuple(s.shape)} and {tuple(t.shape)}")
+        layout = layout or BatchLayout.agree([s for s, _, _ in pairs] + [t for _, t, _ in pairs])
+        with no_autocast(pairs[0][0].device):
+            return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
+
+    def _per_sample(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """(b, C_S, H, W), (b, C_T, H, W) -> (b,), the distance of each sample's normalised maps."""
+        if student.shape[2:] != teacher.shape[2:] and self.resize == "error":
+            raise ValueError(
+                f"resolutions differ: student {tuple(student.shape[2:])}, teacher {tuple(teacher.shape[2:])}; "
+                "ask for resize='map' or resize='features'"
+            )
+        smaller = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+        difference = self._normalised_map(student, smaller) - self._normalised_map(teacher.detach(), smaller)
+        if self.reduction == "mean_squared":
+            return difference.square().mean(1)
+        return 0.5 * torch.linalg.vector_norm(difference, ord=self.norm, dim=1)
+
+    def _normalised_map(self, features: torch.Tensor, resolution: tuple[int, ...]) -> torch.Tensor:
+        """(b, C, H, W) -> (b, h·w), rows of unit L2 norm."""
+        features = full_precision(features)
+        if self.resize == "features" and features.shape[2:] != resolution:
+            features = F.adaptive_avg_pool2d(features, resolution)
+        attention = attention_map(features, self.map, self.p)
+        if self.resize == "map" and attention.shape[1:] != resolution:
+            attention = F.interpolate(attention[:, None], resolution, mode="bilinear", antialias=True)[:, 0]
+        return F.normalize(attention.flatten(1))
+
+
+def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> torch.Tensor:
+    """(b, C, H, W) -> (b, H, W): the attention map of each sample, not normalised. `map` and `p` as in AttentionTransfer."""
+    if map == "sum":
+        return features.abs().sum(1)
+    if map == "max_p":
+        return features.abs().amax(1).pow(p)
+    return features.square().sum(1) if p == 2 else features.abs().pow(p).sum(1)

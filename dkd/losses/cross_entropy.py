@@ -1,0 +1,30 @@
+"""Cross-entropy with the labels, mean over the global batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkd.global_batch import BatchLayout
+from dkd.losses.feature_pairs import full_precision, no_autocast
+
+
+class CrossEntropy(nn.Module):
+    """(1/B) Σ_i CE(z_i, y_i). A user's own local mean is this only when all ranks hold equally many rows.
+
+    Args:
+        label_smoothing: as in `torch.nn.functional.cross_entropy`.
+
+    Called with logits (b, K) and integer labels (b,). Returns a scalar with the same promise over ranks as AttentionTransfer.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
+        layout = layout or BatchLayout.agree([logits])
+        with no_autocast(logits.device):
+            per_sample = F.cross_entropy(full_precision(logits), labels, reduction="none", label_smoothing=self.label_smoothing)
+            return layout.mean(per_sample)

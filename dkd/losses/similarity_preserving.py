@@ -1,0 +1,81 @@
+"""Similarity-Preserving knowledge distillation. Tung & Mori, ICCV 2019, equations 1 to 4.
+
+Q is the (B, d) matrix of a layer's flattened features over the global batch:
+
+    G = Q Qᵀ,   Ĝ[i, :] = G[i, :] / ‖G[i, :]‖₂,   L_SP = (1/B²) Σ_pairs ‖Ĝ_T − Ĝ_S‖_F²
+
+Row i of Ĝ needs row i of G only, so the loss splits exactly into the row blocks that the ranks own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkd.global_batch import BatchLayout, gram_rows
+from dkd.losses.feature_pairs import Features, as_pairs, full_precision, no_autocast
+
+
+class SimilarityPreserving(nn.Module):
+    """The unweighted L_SP over the global batch.
+
+    Args:
+        scope: which rows make one Gram matrix; `global`, those of all ranks.
+        strategy: how ranks bring the rows together; `gather`, or `auto`, which picks for you. The numbers are the same.
+        weights: one weight a pair; default 1.
+
+    Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened, and
+    neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
+    gradient, averaged over ranks as DDP, FSDP and ZeRO do, is L_SP's gradient. Without a process group it is the single-process loss.
+    `layout` says who holds which rows; left out, the ranks agree on it by one small all-gather, and uneven local batches are right too.
+
+    The weight γ means nothing without its batch: L_SP falls as 1/B. See `effective_gamma`.
+
+    Raises:
+        ValueError: tensors that make no pair.
+        BatchMismatchError: on all ranks, when shapes differ between ranks.
+
+    Example:
+        >>> sp = SimilarityPreserving()
+        >>> loss = cross_entropy + 3000 * sp(student_feature, teacher_feature)
+    """
+
+    def __init__(self, scope: str = "global", strategy: str = "auto", weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if scope != "global":
+            raise ValueError(f"scope={scope!r}: must be global")
+        if strategy not in ("auto", "gather"):
+            raise ValueError(f"strategy={strategy!r}: must be auto or gather")
+        self.scope, self.strategy, self.weights = scope, strategy, weights
+
+    def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+        pairs = as_pairs(student, teacher, self.weights)
+        layout = layout or BatchLayout.agree([s for s, _, _ in pairs] + [t for _, t, _ in pairs])
+        with no_autocast(pairs[0][0].device):
+            return torch.stack([w * self._share(s, t, layout) for s, t, w in pairs]).sum()
+
+    def _share(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """W · ‖Ĝ_T[r] − Ĝ_S[r]‖_F² / B², r the rows held here."""
+        with torch.no_grad():
+            target = F.normalize(gram_rows(_rows(teacher), layout))
+        difference = F.normalize(gram_rows(_rows(student), layout)) - target
+        return difference.square().sum() * (layout.world_size / layout.total**2)
+
+
+def effective_gamma(gamma: float, reference_batch: int, gram_rows: int) -> float:
+    """γ_eff = γ · B_G / reference_batch: the weight per row that `gamma` had in a Gram matrix of `reference_batch` rows.
+
+    Args:
+        gamma: γ as published.
+        reference_batch: the batch it was published with (128 in the paper; 64 in RepDistiller and mdistiller).
+        gram_rows: B_G, the rows of the Gram matrix formed here.
+    """
+    return gamma * gram_rows / reference_batch
+
+
+def _rows(features: torch.Tensor) -> torch.Tensor:
+    # flatten, not view: channels_last tensors are not viewable.
+    return full_precision(features).flatten(1)

@@ -1,0 +1,42 @@
+"""Soft targets. Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+    L_KD = T² · (1/B) Σ_i KL( softmax(z_T,i / T) ‖ softmax(z_S,i / T) )
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkd.global_batch import BatchLayout
+from dkd.losses.feature_pairs import full_precision, no_autocast
+
+
+class SoftTargets(nn.Module):
+    """T²·KL between the softened outputs of teacher and student, mean over the global batch.
+
+    Args:
+        temperature: T.
+
+    Called with logits (b, K) of the student and of the teacher. Returns a scalar with the same promise over ranks as AttentionTransfer.
+
+    Raises:
+        ValueError: logits of different shapes.
+    """
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: must be above 0")
+        self.temperature = temperature
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
+        layout = layout or BatchLayout.agree([student])
+        with no_autocast(student.device):
+            log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)
+            log_teacher = F.log_softmax(full_precision(teacher.detach()) / self.temperature, dim=1)
+            per_sample = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+            return self.temperature**2 * layout.mean(per_sample)

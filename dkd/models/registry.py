@@ -1,0 +1,136 @@
+"""A model by its name.
+
+    wrn_16_2, resnet8x4, ...   the CIFAR models of this package
+    torchvision/resnet34       torchvision's classification models
+    timm/vit_tiny_...          timm's, when it is installed
+    my_package.nets:build      your own callable, called with num_classes=... and the options
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dkd.models import cifar_resnet, wide_resnet
+from dkd.models.normalization_layers import NORMS
+
+
+class UnknownModelError(ValueError):
+    """No model of that name, or it cannot be built with those options."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build an architecture.
+
+    Args:
+        name: as above.
+        classes: outputs of the head.
+        norm: `batch` or `group`, for the CIFAR models of this package; None: as the model comes.
+        options: further keyword arguments of the model.
+    """
+
+    name: str
+    classes: int
+    norm: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _zoo() -> dict[str, Callable[..., nn.Module]]:
+    def resnet(depth: int, widths: tuple[int, int, int, int]) -> Callable[..., nn.Module]:
+        return lambda **options: cifar_resnet.CifarResNet(depth, widths, **options)
+
+    def wide(depth: int, width: int) -> Callable[..., nn.Module]:
+        return lambda **options: wide_resnet.WideResNet(depth, width, **options)
+
+    return {
+        **{name: resnet(*size) for name, size in cifar_resnet.DEPTHS_AND_WIDTHS.items()},
+        **{name: wide(*size) for name, size in wide_resnet.DEPTHS_AND_WIDTHS.items()},
+    }
+
+
+def known_names() -> list[str]:
+    """The CIFAR models of this package and torchvision's classification models."""
+    import torchvision
+
+    return [*_zoo(), *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models))]
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The model, freshly initialised from torch's default generator, on torch's default device.
+
+    Raises:
+        UnknownModelError: with the nearest names, the missing package, or what the model's constructor objected to.
+    """
+    builder = _builder(spec.name)
+    options = dict(spec.options)
+    if spec.norm is not None:
+        if spec.name not in _zoo():
+            raise UnknownModelError(f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options")
+        if spec.norm not in NORMS:
+            raise UnknownModelError(f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}")
+        options["norm"] = spec.norm
+    try:
+        model = builder(num_classes=spec.classes, **options)
+    except (TypeError, ValueError) as error:
+        raise UnknownModelError(f"{spec.name!r} cannot be built with num_classes={spec.classes} and options {options}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UnknownModelError(f"{spec.name!r} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    zoo = _zoo()
+    if name in zoo:
+        return zoo[name]
+    if name.startswith("torchvision/"):
+        import torchvision
+
+        known = torchvision.models.list_models(module=torchvision.models)
+        plain = name.removeprefix("torchvision/")
+        if plain in known:
+            return lambda **options: torchvision.models.get_model(plain, weights=None, **options)
+    elif name.startswith("timm/"):
+        return _timm_builder(name.removeprefix("timm/"))
+    elif ":" in name:
+        return _user_builder(name)
+    raise UnknownModelError(_unknown(name, known_names()))
+
+
+def _timm_builder(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UnknownModelError(f"'timm/{name}' needs timm: pip install 'dkd[timm]'") from error
+    if not timm.is_model(name):
+        raise UnknownModelError(_unknown(f"timm/{name}", [f"timm/{known}" for known in timm.list_models()]))
+    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _user_builder(name: str) -> Callable[..., nn.Module]:
+    module_name, _, attribute = name.partition(":")
+    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UnknownModelError(f"{name!r}: cannot import {module_name!r}: {error}") from error
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
+        raise UnknownModelError(f"{name!r}: {module_name!r} has no callable {attribute!r}")
+    return builder
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    # The bare name is compared too, so that `resnet34` leads to `torchvision/resnet34`.
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [k for k in known if k.rpartition("/")[2] == name]
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; see `dkd inspect --list`"
+    return f"{name!r} is not a known model{hint}"

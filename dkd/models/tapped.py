@@ -1,0 +1,87 @@
+"""A model whose forward returns its features too.
+
+Taps are dotted module paths. Features come back as outputs, so every engine that wraps the model (DDP, FSDP2, ZeRO) sees them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TapError(ValueError):
+    """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
+
+
+class _LastTapReached(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+class TappedModel(nn.Module):
+    """Wraps `model`; forward(images) returns (logits, {path: feature}).
+
+    Args:
+        model: any module whose forward returns the logits. It is not changed: hooks only read.
+        taps: dotted paths of submodules whose outputs are wanted, such as `layer4` or `blocks.11`.
+        needs_logits: False stops the forward after the last tap, and logits are None. Compiled, the rest is dead code and is removed by
+            the compiler instead.
+
+    Raises:
+        TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that fires not once, whose
+            output is no tensor, or whose tensor is changed in place afterwards.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.taps = tuple(dict.fromkeys(taps))
+        self.needs_logits = needs_logits or not taps
+        self._fired: dict[str, list[tuple[torch.Tensor, int]]] = {}
+        paths = dict(model.named_modules())
+        for tap in self.taps:
+            if tap not in paths or not tap:
+                near = difflib.get_close_matches(tap, paths, n=3, cutoff=0.4)
+                raise TapError(f"{tap!r} is not a module of {type(model).__name__}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            paths[tap].register_forward_hook(self._reader(tap))
+
+    def _reader(self, tap: str) -> Any:
+        def read(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, torch.Tensor):
+                raise TapError(f"{tap!r} yields {type(output).__name__}, not a tensor; tap a module inside it")
+            self._fired.setdefault(tap, []).append((output, _version(output)))
+            if not self.needs_logits and len(self._fired) == len(self.taps) and not torch.compiler.is_compiling():
+                raise _LastTapReached
+
+        return read
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Images (b, 3, H, W) -> logits (b, K) or None, and the feature of each tap."""
+        self._fired = {}
+        logits = None
+        try:
+            logits = self.model(images)
+        except _LastTapReached:
+            pass
+        finally:
+            fired, self._fired = self._fired, {}
+        if logits is not None and not isinstance(logits, torch.Tensor):
+            raise TapError(f"{type(self.model).__name__} returns {type(logits).__name__}, not the logits as one tensor")
+        features = {}
+        for tap in self.taps:
+            readings = fired.get(tap, [])
+            if len(readings) != 1:
+                raise TapError(f"{tap!r} fired {len(readings)} times in one forward; a tap must fire exactly once")
+            feature, version = readings[0]
+            if _version(feature) != version:
+                raise TapError(f"{tap!r} is changed in place after it was read (an in-place activation behind it?); tap what follows it")
+            features[tap] = feature
+        return (logits if self.needs_logits else None), features
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Tensors of a traced graph have no version to ask for; the check has run in eager mode before anything is compiled.
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,0 +1,114 @@
+"""Weights from a local file or by torchvision's names, and a fingerprint of them.
+
+Files are read without running code: safetensors, or `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+_NESTED_KEYS = ("state_dict", "model", "model_state_dict")
+
+
+class WeightsError(ValueError):
+    """Weights that are missing, unreadable, or do not fit the model."""
+
+
+def is_file_name(weights: str) -> bool:
+    """Whether `weights` names a file, rather than one of torchvision's weight sets."""
+    return weights.endswith(FILE_SUFFIXES) or "/" in weights or Path(weights).exists()
+
+
+def load_weights(model: nn.Module, name: str, weights: str) -> None:
+    """Fill `model` (built as `name`) from `weights`, strictly.
+
+    Args:
+        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight set such as
+            IMAGENET1K_V1, which torchvision downloads and checks.
+
+    Raises:
+        WeightsError: with the file, or the keys that are missing, unexpected or of another shape.
+    """
+    check_fit(model, name, weights, read_weights(name, weights))
+
+
+def read_weights(name: str, weights: str) -> Mapping[str, torch.Tensor]:
+    """The tensors that `weights` names, on the CPU. Raises WeightsError."""
+    return read_file(Path(weights)) if is_file_name(weights) else _torchvision_state(name, weights)
+
+
+def check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Load `state` into `model` if every key and shape agrees, else raise WeightsError listing those that do not."""
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    problems = []
+    for title, keys in (
+        ("missing", [key for key in wanted if key not in state]),
+        ("unexpected", [key for key in state if key not in wanted]),
+        ("of another shape", [f"{k} {tuple(state[k].shape)} for {wanted[k]}" for k in wanted if k in state and state[k].shape != wanted[k]]),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
+    if problems:
+        raise WeightsError(f"{weights!r} does not fit {name!r}: {'; '.join(problems)}")
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(dict(state))
+
+
+def read_file(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of a weights file, on the CPU. A torch file may hold them under `state_dict` or `model`, and may prefix them `module.`
+
+    Raises:
+        WeightsError: no such file, or one that cannot be read safely.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no such file: {str(path)!r}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise WeightsError(f"{str(path)!r} cannot be read as a file of tensors: {reason[0]}") from error
+    for key in _NESTED_KEYS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _torchvision_state(name: str, weights: str) -> Mapping[str, torch.Tensor]:
+    if not name.startswith("torchvision/"):
+        raise WeightsError(f"{weights!r} is no file, and only torchvision/... models have weights by name")
+    import torchvision
+
+    sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
+    if weights not in sets.__members__:
+        raise WeightsError(f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}")
+    try:
+        return sets[weights].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"{weights!r} of {name} could not be downloaded ({error}); fetch {sets[weights].url} where there is a network "
+            "and give the file's path as weights"
+        ) from error
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, names included, in hexadecimal. Bit-identical models agree."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
