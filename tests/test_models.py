@@ -108,7 +108,7 @@ def test_a_tensor_changed_in_place_after_capture_is_an_error_that_names_the_path
     ("name", "message"),
     [
         ("wrn_16_22", "did you mean wrn_16_2"),
-        ("torchvision/resnet35", "did you mean torchvision/resnet34"),
+        ("torchvision/resnte34", "did you mean torchvision/resnet34"),
         ("resnet34", "did you mean"),
         ("no_such_module_here:build", "cannot import 'no_such_module_here'"),
         ("json:no_such_function", "has no callable 'no_such_function'"),

@@ -3,11 +3,11 @@
 Knows nothing of losses or training.
 """
 
-from dkd.models.exported import load_student, save_student
-from dkd.models.inspection import ModuleRow, module_rows
+from dkd.models.exported import load_student, read_description, save_student, student_spec
+from dkd.models.inspection import ModuleRow, build_on_meta, module_rows, output_shapes
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.tapped import TapError, TappedModel
-from dkd.models.weights import WeightsError, load_weights, weights_fingerprint
+from dkd.models.weights import WeightsError, check_weights, load_weights, weights_fingerprint
 
 __all__ = [
     "ModelSpec",
@@ -17,10 +17,15 @@ __all__ = [
     "UnknownModelError",
     "WeightsError",
     "build_model",
+    "build_on_meta",
+    "check_weights",
     "known_names",
     "load_student",
     "load_weights",
     "module_rows",
+    "output_shapes",
+    "read_description",
     "save_student",
+    "student_spec",
     "weights_fingerprint",
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from dkd.models.registry import ModelSpec, build_model
+from dkd.models.tapped import TappedModel
 
 
 @dataclass(frozen=True)
@@ -21,25 +24,36 @@ class ModuleRow:
     calls: int
 
 
-def build_for_inspection(spec: ModelSpec) -> nn.Module:
-    """The model on the meta device: shapes without memory or time. A model that cannot be built there is built on the CPU."""
+T = TypeVar("T")
+
+
+def _on_meta(run: Callable[[], T]) -> T:
+    """`run` with meta tensors; a model that cannot work with those (it reads values) runs on the CPU instead."""
     try:
-        with torch.device("meta"):
-            return build_model(spec)
+        with torch.device("meta"), torch.no_grad():
+            return run()
     except (NotImplementedError, RuntimeError):
-        return build_model(spec)
-
-
-def run_for_inspection(model: nn.Module, image_size: int) -> object:
-    """Forward of one blank image in eval mode, without gradient. Returns the model's output."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    try:
         with torch.no_grad():
-            return model(torch.zeros(1, 3, image_size, image_size, device=device))
-    finally:
-        model.train(was_training)
+            return run()
+
+
+def build_on_meta(spec: ModelSpec) -> nn.Module:
+    """The architecture without memory or time; on the CPU where it cannot be built on the meta device."""
+    return _on_meta(lambda: build_model(spec))
+
+
+def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """Shapes for one image: of the logits, and of each tapped feature, batch dimension left out. Checks the taps as TappedModel does.
+
+    Raises:
+        UnknownModelError, TapError: no such model or tap.
+    """
+
+    def run() -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+        logits, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
+        return tuple(logits.shape[1:]), {tap: tuple(feature.shape[1:]) for tap, feature in features.items()}
+
+    return _on_meta(run)
 
 
 def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
@@ -52,18 +66,22 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
     Raises:
         UnknownModelError: no such model.
     """
-    model = build_for_inspection(spec)
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    calls: dict[str, int] = {}
 
-    def note(path: str, output: object) -> None:
-        shapes[path] = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else None
-        calls[path] = calls.get(path, 0) + 1
+    def run() -> list[ModuleRow]:
+        model = build_model(spec).eval()
+        shapes: dict[str, tuple[int, ...] | None] = {}
+        calls: dict[str, int] = {}
 
-    for path, module in model.named_modules():
-        module.register_forward_hook(lambda _module, _inputs, output, path=path: note(path, output))
-    run_for_inspection(model, image_size)
-    return [
-        ModuleRow(path, type(module).__name__, shapes.get(path), sum(p.numel() for p in module.parameters()), calls.get(path, 0))
-        for path, module in model.named_modules()
-    ]
+        def note(path: str, output: object) -> None:
+            shapes[path] = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else None
+            calls[path] = calls.get(path, 0) + 1
+
+        for path, module in model.named_modules():
+            module.register_forward_hook(lambda _module, _inputs, output, path=path: note(path, output))
+        model(torch.zeros(1, 3, image_size, image_size))
+        return [
+            ModuleRow(path, type(module).__name__, shapes.get(path), sum(p.numel() for p in module.parameters()), calls.get(path, 0))
+            for path, module in model.named_modules()
+        ]
+
+    return _on_meta(run)

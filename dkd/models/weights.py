@@ -9,9 +9,10 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -38,33 +39,36 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
     Raises:
         WeightsError: with the file, or the keys that are missing, unexpected or of another shape.
     """
-    check_fit(model, name, weights, read_weights(name, weights))
+    state = read_file(Path(weights)) if is_file_name(weights) else _torchvision_set(name, weights)
+    _check_fit(model, name, weights, state)
+    model.load_state_dict(dict(state))
 
 
-def read_weights(name: str, weights: str) -> Mapping[str, torch.Tensor]:
-    """The tensors that `weights` names, on the CPU. Raises WeightsError."""
-    return read_file(Path(weights)) if is_file_name(weights) else _torchvision_state(name, weights)
+def check_weights(model: nn.Module, name: str, weights: str) -> None:
+    """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises WeightsError."""
+    if is_file_name(weights):
+        _check_fit(model, name, weights, read_file(Path(weights), device="meta"))
+    else:
+        _torchvision_weight_set(name, weights)
 
 
-def check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Load `state` into `model` if every key and shape agrees, else raise WeightsError listing those that do not."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor]) -> None:
+    wanted = model.state_dict()
+    other_shape = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     problems = []
     for title, keys in (
         ("missing", [key for key in wanted if key not in state]),
         ("unexpected", [key for key in state if key not in wanted]),
-        ("of another shape", [f"{k} {tuple(state[k].shape)} for {wanted[k]}" for k in wanted if k in state and state[k].shape != wanted[k]]),
+        ("of another shape", [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape]),
     ):
         if keys:
             problems.append(f"{len(keys)} {title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     if problems:
         raise WeightsError(f"{weights!r} does not fit {name!r}: {'; '.join(problems)}")
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        model.load_state_dict(dict(state))
 
 
-def read_file(path: Path) -> Mapping[str, torch.Tensor]:
-    """The tensors of a weights file, on the CPU. A torch file may hold them under `state_dict` or `model`, and may prefix them `module.`
+def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
+    """The tensors of a weights file; on the `meta` device only their shapes are read. A torch file may hold them under `state_dict` or `model`, and may prefix them `module.`
 
     Raises:
         WeightsError: no such file, or one that cannot be read safely.
@@ -73,8 +77,8 @@ def read_file(path: Path) -> Mapping[str, torch.Tensor]:
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
+        state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise WeightsError(f"{str(path)!r} cannot be read as a file of tensors: {reason[0]}") from error
@@ -88,19 +92,29 @@ def read_file(path: Path) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def _torchvision_state(name: str, weights: str) -> Mapping[str, torch.Tensor]:
+def _safetensors_shapes(path: Path) -> Mapping[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _torchvision_weight_set(name: str, weights: str) -> Any:
     if not name.startswith("torchvision/"):
-        raise WeightsError(f"{weights!r} is no file, and only torchvision/... models have weights by name")
+        raise WeightsError(f"no such file: {weights!r} (only torchvision/... models have weights by name)")
     import torchvision
 
     sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
     if weights not in sets.__members__:
         raise WeightsError(f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}")
+    return sets[weights]
+
+
+def _torchvision_set(name: str, weights: str) -> Mapping[str, torch.Tensor]:
+    weight_set = _torchvision_weight_set(name, weights)
     try:
-        return sets[weights].get_state_dict(progress=False, check_hash=True)
+        return weight_set.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
-            f"{weights!r} of {name} could not be downloaded ({error}); fetch {sets[weights].url} where there is a network "
+            f"{weights!r} of {name} could not be downloaded ({error}); fetch {weight_set.url} where there is a network "
             "and give the file's path as weights"
         ) from error
 

@@ -1,0 +1,191 @@
+"""The command line: `dkd train · evaluate · inspect`.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dkd import __version__
+
+if TYPE_CHECKING:
+    from dkd.config import Recipe
+
+BAD_INPUT = 2
+
+_EXAMPLES = {
+    "dkd": """
+examples:
+  dkd train configs/quickstart.yaml --dry-run
+  accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m dkd train configs/quickstart.yaml
+  dkd evaluate runs/quickstart
+  dkd inspect torchvision/resnet18
+
+exit codes: 0 done; 2 wrong input, nothing was started; 1 anything else
+""",
+    "train": """
+examples:
+  dkd train recipe.yaml                                   one process
+  dkd train recipe.yaml train.epochs=10 optimizer.lr=0.05 keys of the recipe overridden; values are YAML
+  dkd train recipe.yaml teacher=null losses.at=null       sections removed
+  dkd train recipe.yaml --dry-run                         check files, models and taps; train nothing
+  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
+""",
+    "evaluate": """
+examples:
+  dkd evaluate runs/quickstart                            the finished student of a run
+  dkd evaluate runs/quickstart/checkpoints/step_00000100  the weights after a step
+  dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
+  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
+""",
+    "inspect": """
+examples:
+  dkd inspect torchvision/resnet34                        paths, output shapes and parameters
+  dkd inspect wrn_40_2 --image-size 32 --classes 100
+  dkd inspect --list                                      names of models
+""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    commands = {"train": (_train_parser, _train), "evaluate": (_evaluate_parser, _evaluate), "inspect": (_inspect_parser, _inspect)}
+    if not arguments or arguments[0] not in commands:
+        parser = _parser("dkd", "Distributed knowledge distillation for vision models.")
+        parser.add_argument("--version", action="version", version=f"dkd {__version__}")
+        parser.add_argument("command", metavar="COMMAND", choices=commands, help="train, evaluate or inspect; each has its own --help")
+        parser.parse_args(arguments)
+    make_parser, run = commands[arguments[0]]
+    # Intermixed: options and overrides come in any order.
+    options = make_parser().parse_intermixed_args(arguments[1:])
+
+    from dkd.config import RecipeError
+
+    try:
+        return run(options)
+    except RecipeError as error:
+        # One process of each machine speaks; what is wrong is the same for its neighbours.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            for problem in error.problems:
+                print(f"dkd: {problem}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dkd.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from dkd.training import preflight
+
+    preflight.check(recipe, overwrite=options.overwrite or options.dry_run)
+    if options.dry_run:
+        return _dry_run(recipe)
+
+    from dkd.training.trainer import Trainer, TrainingError
+
+    try:
+        Trainer(recipe, options.overwrite).run()
+    except TrainingError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dkd: {error}", file=sys.stderr)
+        return 1
+    finally:
+        _leave_process_group()
+    return 0
+
+
+def _dry_run(recipe: Recipe) -> int:
+    from dkd.config import recipe_to_yaml
+    from dkd.training.dry_run import describe
+
+    print(recipe_to_yaml(recipe))
+    print(describe(recipe))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from dkd.training.evaluate_export import evaluate_export
+
+    try:
+        evaluate_export(options.target, options.overrides)
+    finally:
+        _leave_process_group()
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dkd.config import RecipeError
+    from dkd.models import ModelSpec, UnknownModelError, known_names, module_rows
+
+    if options.list:
+        print("\n".join(known_names()))
+        return 0
+    if options.model is None:
+        raise RecipeError.at("", "name a model, such as wrn_16_2, or give --list")
+    try:
+        rows = module_rows(ModelSpec(options.model, options.classes, options.norm), options.image_size)
+    except UnknownModelError as error:
+        raise RecipeError.at("", error) from error
+    width = max(len(row.path) for row in rows)
+    print(f"{'path':{width}}  {'output':>18}  {'parameters':>12}  class")
+    for row in rows:
+        shape = "×".join(map(str, row.shape)) if row.shape is not None else "-"
+        called = "" if row.calls == 1 else f"  (called {row.calls} times: no tap)"
+        print(f"{row.path or '.':{width}}  {shape:>18}  {row.parameters:>12,}  {row.kind}{called}")
+    return 0
+
+
+def _leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = _parser("train", "Train a student from a recipe.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without training; print what would run")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in run.dir already")
+    return parser
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = _parser("evaluate", "Exact top-1, top-5 and loss of a trained student: every sample counted once.")
+    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint in it, or a student.safetensors")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run's recipe to override")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _parser("inspect", "Paths of a model that can be tapped, with output shapes and parameters.")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="as student.name in a recipe")
+    parser.add_argument("--list", action="store_true", help="list the known names")
+    parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
+    parser.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)")
+    parser.add_argument("--norm", choices=("batch", "group"), help="normalisation of the CIFAR models")
+    return parser
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="dkd" if command == "dkd" else f"dkd {command}",
+        description=description,
+        epilog=_EXAMPLES[command],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value

@@ -1,0 +1,7 @@
+"""The recipe: its schema, loading with overrides, and messages for wrong input. Imports nothing else of this package."""
+
+from dkd.config.loading import load_recipe, parse_overrides, recipe_to_yaml
+from dkd.config.problems import Problem, RecipeError
+from dkd.config.schema import Recipe
+
+__all__ = ["Problem", "Recipe", "RecipeError", "load_recipe", "parse_overrides", "recipe_to_yaml"]

@@ -1,0 +1,233 @@
+"""A recipe from YAML and `key=value` overrides; its problems as sentences."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dkd.config.problems import Problem, RecipeError, did_you_mean
+from dkd.config.schema import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, validate.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value`, the value in YAML; later ones win. `section=null` removes a section.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    values = _read_yaml(Path(path))
+    for keys, value in parse_overrides(overrides):
+        _set(values, keys, value)
+    if not isinstance(values.get("run", {}), Mapping):
+        raise RecipeError.at("run", f"must be a section (keys and values), not {values['run']!r}")
+    values.setdefault("run", {})
+    values["run"].setdefault("name", Path(path).stem)
+    return validate(values)
+
+
+def validate(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe from plain values. Raises RecipeError with every problem found."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError([_problem(detail) for detail in error.errors()]) from None
+    problems = list(_disagreements(recipe))
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out; `load_recipe` reads it back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """`a.b=value` -> (["a", "b"], value). Raises RecipeError for what is not of that form."""
+    parsed, problems = [], []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(Problem("", f"{override!r} is not an override; write key=value, such as train.epochs=10"))
+            continue
+        try:
+            parsed.append((keys, yaml.load(text, _UniqueKeys)))  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError as error:
+            problems.append(Problem(key, f"{text!r} is not YAML: {' '.join(str(error).split())}"))
+    if problems:
+        raise RecipeError(problems)
+    return parsed
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe types, and no key twice: the later one would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise RecipeError.at("", f"no such recipe: {str(path)!r}{did_you_mean(str(path), beside)}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError.at("", f"{str(path)!r} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError.at("", f"{str(path)!r} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`")
+    return values
+
+
+def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[last] = value
+
+
+# What pydantic reports, as a sentence with the value, what is allowed, and the nearest name.
+
+
+def _problem(detail: Any) -> Problem:
+    model, path = _walk(detail["loc"])
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields(model)
+        elsewhere = [dotted for dotted in _all_paths() if dotted.rpartition(".")[2] == path[-1] and dotted != ".".join(path)]
+        nearest = did_you_mean(str(path[-1]), known)
+        if nearest:
+            nearest = f"; did you mean {'.'.join([*path[:-1], nearest.removeprefix('; did you mean ').removesuffix('?')])}?"
+        elif elsewhere:
+            nearest = f"; did you mean {' or '.join(elsewhere)}?"
+        return Problem(".".join(path), "unknown key" + (nearest or f"; allowed here: {', '.join(known)}"))
+    if kind == "missing":
+        return Problem(".".join(path), "is required and missing")
+    if kind == "union_tag_not_found":
+        return Problem(".".join([*path, "name"]), f"is required and missing; allowed: {_tags(path)}")
+    if kind == "union_tag_invalid":
+        tags = _tags(path)
+        return Problem(".".join([*path, "name"]), _not_allowed(value.get("name"), tags))
+    if kind == "literal_error":
+        allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        return Problem(".".join(path), _not_allowed(value, allowed))
+    if kind in ("too_short", "too_long"):
+        bounds = [f"{word} {context[key]}" for word, key in (("at least", "min_length"), ("at most", "max_length")) if key in context]
+        return Problem(".".join(path), f"must have {bounds[0]} items, not {value!r}")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return Problem(".".join(path), f"must be a section (keys and values), not {value!r}")
+    if kind == "value_error":
+        return Problem(".".join(path), str(context["error"]))
+    wording = detail["msg"].rpartition("should ")[2].removeprefix("be a valid ").removeprefix("be ")
+    return Problem(".".join(path), f"must be {_PLAIN_WORDS.get(wording, wording)}, not {value!r}")
+
+
+_PLAIN_WORDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false", "list": "a list"}
+
+
+def _not_allowed(value: object, allowed: str) -> str:
+    hint = did_you_mean(value, allowed.split(", ")) if isinstance(value, str) else ""
+    return f"{value!r} is not allowed; allowed: {allowed}{hint}"
+
+
+def _walk(location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[str]]:
+    """The section a location ends in, and its path as the user wrote it: pydantic adds the names of union members to it."""
+    model: type[BaseModel] | None = Recipe
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, str) and part.startswith("("):
+            continue
+        if model is None:
+            path.append(str(part))
+        elif part in model.model_fields:
+            path.append(part)
+            members = _sections(model.model_fields[part].annotation)
+            model = members[0] if len(members) == 1 else _Union(members) if members else None  # type: ignore[assignment]
+        elif isinstance(model, _Union):
+            model = model.member(part)
+        else:
+            path.append(str(part))
+    return model, path
+
+
+class _Union:
+    """Several sections in one place, told apart by `name`."""
+
+    def __init__(self, members: list[type[BaseModel]]) -> None:
+        self.members = members
+        self.model_fields: dict[str, Any] = {}
+
+    def member(self, tag: object) -> type[BaseModel] | None:
+        return next((m for m in self.members if tag in get_args(m.model_fields["name"].annotation)), None)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is Annotated:
+        return _sections(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [section for member in get_args(annotation) for section in _sections(member)]
+    return []
+
+
+def _fields(model: Any) -> list[str]:
+    return list(model.model_fields) if model is not None else []
+
+
+def _tags(path: Sequence[str]) -> str:
+    members = _sections(Recipe.model_fields[path[0]].annotation)
+    return ", ".join(tag for member in members for tag in get_args(member.model_fields["name"].annotation))
+
+
+def _all_paths(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        for section in _sections(field.annotation):
+            paths += [path for path in _all_paths(section, f"{prefix}{name}.") if path not in paths]
+    return paths
+
+
+def _disagreements(recipe: Recipe) -> list[Problem]:
+    """What no single key shows: keys that do not go together."""
+    problems = []
+    losses, train = recipe.losses, recipe.train
+    for name in ("at", "sp", "kd"):
+        if getattr(losses, name) is not None and recipe.teacher is None:
+            problems.append(Problem(f"losses.{name}", f"needs a teacher; add `teacher`, or remove it with losses.{name}=null"))
+    if recipe.teacher is not None and losses.at is None and losses.sp is None and losses.kd is None:
+        problems.append(Problem("teacher", "no loss uses it; add losses.at, losses.sp or losses.kd, or remove it with teacher=null"))
+    if recipe.teacher is not None and losses.kd is not None and recipe.teacher.classes not in (None, recipe.data.classes):
+        problems.append(Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.kd needs"))
+    if train.micro_batch is not None and train.global_batch % train.micro_batch:
+        problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))
+    if isinstance(recipe.data.transforms, list):
+        for key in ("validation_transforms", "image_size", "normalization"):
+            if getattr(recipe.data, key) is None:
+                problems.append(Problem(f"data.{key}", "is required when data.transforms is a list"))
+    elif recipe.data.validation_transforms is not None:
+        problems.append(Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}"))
+    warmup = getattr(recipe.schedule, "warmup_epochs", 0.0)
+    if warmup >= train.epochs and warmup:
+        problems.append(Problem("schedule.warmup_epochs", f"{warmup:g} is not below train.epochs={train.epochs}"))
+    return problems

@@ -1,0 +1,37 @@
+"""What is wrong with a recipe, one line a problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: the dotted path in the recipe (empty: the recipe as a whole) and a sentence saying what, and what is allowed."""
+
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. `problems` holds all that was found. The command line prints them and ends with exit code 2."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = list(problems)
+
+    @classmethod
+    def at(cls, path: str, message: object) -> RecipeError:
+        """One problem at one place."""
+        return cls([Problem(path, " ".join(str(message).split()))])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

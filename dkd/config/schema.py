@@ -1,0 +1,322 @@
+"""The recipe's schema: every key, its type, default and meaning. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; here it is the number everybody means."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number), BeforeValidator(_no_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(strict=True, gt=0)]
+CountFromZero = Annotated[int, Field(strict=True, ge=0)]
+Switch = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class WeightSchedule(Section):
+    """A loss weight that changes over the run, from `start` to `end`."""
+
+    start: NonNegative
+    end: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "step"] = "linear"
+    milestones: list[Count] = []
+    """`step` only: the epochs at which the weight is multiplied by `factor`; `end` is not used."""
+    factor: Positive = 0.1
+
+
+# Tags in parentheses are left out of the paths in messages.
+Weight = Annotated[
+    Annotated[NonNegative, Tag("(number)")] | Annotated[WeightSchedule, Tag("(section)")],
+    Discriminator(lambda value: "(section)" if isinstance(value, dict | WeightSchedule) else "(number)"),
+]
+
+
+def _allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
+    """For keys of more than one type: one message, where a union would give one for each member."""
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(f"must be {allowed}, not {value!r}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _is_transform(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and len(value) == 1 and all(isinstance(k, str) for k in value))
+
+
+Workers = Annotated[
+    int | Literal["auto"],
+    _allow(lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 0), "auto or a whole number from 0"),
+]
+AutoSwitch = Annotated[bool | Literal["auto"], _allow(lambda v: v == "auto" or isinstance(v, bool), "auto, true or false")]
+PRESETS = ("imagenet", "cifar", "digits")
+Transforms = Annotated[
+    str | list[str | dict[str, Any]],
+    _allow(
+        lambda v: v in PRESETS if isinstance(v, str) else isinstance(v, list) and bool(v) and all(map(_is_transform, v)),
+        f"{', '.join(PRESETS)} or a list of transforms such as [RandomCrop: {{size: 32, padding: 4}}]",
+    ),
+]
+
+
+class RunSection(Section):
+    name: Text = "run"
+    """Names the run in trackers; `run.dir` defaults to runs/NAME."""
+    dir: str = ""
+    seed: CountFromZero = 0
+    trackers: list[Text] = ["tensorboard"]
+    """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
+    log_every: Count = 1
+    """Steps between lines of metrics.jsonl and the trackers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dir(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("dir"):
+            return {**data, "dir": f"runs/{data.get('name', 'run')}"}
+        return data
+
+
+class Normalization(Section):
+    """(image − mean) / std a channel, on values from 0 to 1."""
+
+    mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+
+class DataSection(Section):
+    train: Text
+    """Parquet files or globs, `hub:NAME[:SPLIT]`, `folder:PATH`, `torchvision:NAME`, or `digits` (embedded)."""
+    validation: Text
+    classes: Count
+    transforms: Transforms
+    """A preset, or a list of torchvision.transforms.v2 names, each with its arguments: [RandomCrop: {size: 32, padding: 4}, ...]."""
+    validation_transforms: Transforms | None = None
+    """With a list of `transforms`: what validation images get."""
+    image_size: Count | None = None
+    """Side of the images that the models see, pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
+    normalization: Normalization | None = None
+    """Default: the preset's."""
+    image_column: Text | None = None
+    label_column: Text | None = None
+    root: Text = "data"
+    """Where `torchvision:NAME` looks for its files."""
+    workers: Workers = "auto"
+    """Worker processes a rank. auto: 0 for a data set held in memory, else up to 8."""
+    in_memory: AutoSwitch = "auto"
+    """Decode the training set once into memory. auto: when it fits 1 GiB and all images have one size."""
+
+
+class StudentSection(Section):
+    name: Text
+    weights: Text | None = None
+    norm: Literal["batch", "group"] | None = None
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the model."""
+
+
+class TeacherSection(Section):
+    name: Text
+    weights: Text
+    """A file, torchvision's name of a weight set, or `random` (said with a warning)."""
+    placement: Literal["replicated"] = "replicated"
+    norm: Literal["batch", "group"] | None = None
+    options: dict[str, Any] = {}
+    classes: Count | None = None
+    """Outputs of the teacher's head; default data.classes. `losses.kd` needs them equal."""
+    normalization: Normalization | None = None
+    """Default: the student's."""
+    input_size: Count | None = None
+    """The teacher sees the images resized to this; default: as the student sees them."""
+
+
+Pair = list[Any]
+
+
+class CrossEntropySection(Section):
+    weight: Weight = 1.0
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+
+class _PairsSection(Section):
+    pairs: Annotated[list[Pair], Field(min_length=1)]
+    """[student path, teacher path] or [student path, teacher path, weight], one a pair."""
+
+    @model_validator(mode="after")
+    def _pairs_are_pairs(self) -> _PairsSection:
+        for i, pair in enumerate(self.pairs):
+            paths_ok = len(pair) in (2, 3) and all(isinstance(p, str) and p for p in pair[:2])
+            weight_ok = len(pair) < 3 or (isinstance(pair[2], int | float) and not isinstance(pair[2], bool) and pair[2] >= 0)
+            if not (paths_ok and weight_ok):
+                raise ValueError(f"pair {i} is {pair!r}: must be [student path, teacher path] or [student path, teacher path, weight ≥ 0]")
+        return self
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        return [(pair[0], pair[1]) for pair in self.pairs]
+
+    @property
+    def pair_weights(self) -> list[float]:
+        return [float(pair[2]) if len(pair) == 3 else 1.0 for pair in self.pairs]
+
+
+class AttentionTransferSection(_PairsSection):
+    beta: Weight
+    map: Literal["sum", "sum_p", "max_p"] = "sum_p"
+    p: Positive = 2.0
+    reduction: Literal["mean_squared", "paper"] = "mean_squared"
+    norm: Annotated[Number, Field(ge=1)] = 2.0
+    resize: Literal["error", "map", "features"] = "error"
+
+
+class SimilarityPreservingSection(_PairsSection):
+    gamma: Weight
+    reference_batch: Count
+    """The batch `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
+    scope: Literal["global"] = "global"
+    batch: Literal["step"] = "step"
+
+
+class SoftTargetsSection(Section):
+    alpha: Weight
+    temperature: Positive = 4.0
+
+
+class LossesSection(Section):
+    ce: CrossEntropySection = CrossEntropySection()
+    at: AttentionTransferSection | None = None
+    sp: SimilarityPreservingSection | None = None
+    kd: SoftTargetsSection | None = None
+
+
+class CompileSection(Section):
+    student: Switch = False
+    teacher: Switch = False
+
+
+class EmaSection(Section):
+    decay: Annotated[Number, Field(gt=0, lt=1)]
+
+
+class TrainSection(Section):
+    global_batch: Count
+    micro_batch: Count | None = None
+    """Samples a rank forwards at once; default global_batch / world size."""
+    epochs: Count
+    max_steps: Count | None = None
+    """Ends the run earlier."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Autocast of student and teacher; weights and losses stay float32. fp16 needs a GPU."""
+    channels_last: Switch = True
+    clip_grad_norm: Positive | None = None
+    ema: EmaSection | None = None
+    """Exponential moving average of the student; evaluated and exported in its place."""
+    compile: CompileSection = CompileSection()
+
+
+class EvaluationSection(Section):
+    batch: Count = 256
+    """Samples a rank forwards at once."""
+    every_epochs: Count = 1
+
+
+class SgdSection(Section):
+    name: Literal["sgd"]
+    lr: Positive
+    momentum: Fraction = 0.9
+    nesterov: Switch = False
+    weight_decay: NonNegative = 0.0
+    decay_norm_and_bias: Switch = True
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SgdSection:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+class AdamWSection(Section):
+    name: Literal["adamw"]
+    lr: Positive
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    decay_norm_and_bias: Switch = True
+
+
+class _ScheduleSection(Section):
+    warmup_epochs: NonNegative = 0.0
+
+
+class ConstantSchedule(_ScheduleSection):
+    name: Literal["constant"]
+
+
+class StepSchedule(_ScheduleSection):
+    name: Literal["step"]
+    milestones: list[Positive]
+    """Epochs at which the learning rate is multiplied by `factor`."""
+    factor: Positive = 0.1
+
+
+class CosineSchedule(_ScheduleSection):
+    name: Literal["cosine"]
+    final: Fraction = 0.0
+    """The last learning rate, as a fraction of the first."""
+
+
+class OneCycleSchedule(Section):
+    name: Literal["one_cycle"]
+    peak: Annotated[Number, Field(gt=0, lt=1)] = 0.3
+    """The share of the run after which `optimizer.lr` is reached."""
+    start: Positive = 0.04
+    final: Fraction = 1e-4
+    """First and last learning rate, as fractions of `optimizer.lr`."""
+
+
+class CheckpointSection(Section):
+    every_epochs: Count = 1
+    """Writes the student's weights to RUN/checkpoints/step_N."""
+    keep_last: Count = 2
+
+
+class Recipe(Section):
+    """One training: what is trained, on what, towards what, and how."""
+
+    run: RunSection = RunSection()
+    data: DataSection
+    student: StudentSection
+    teacher: TeacherSection | None = None
+    losses: LossesSection = LossesSection()
+    train: TrainSection
+    evaluation: EvaluationSection = EvaluationSection()
+    optimizer: Annotated[SgdSection | AdamWSection, Field(discriminator="name")]
+    schedule: Annotated[ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule, Field(discriminator="name")]
+    checkpoint: CheckpointSection = CheckpointSection()

@@ -1,0 +1,123 @@
+"""Batches of uint8 images and labels, for training and for evaluation.
+
+Each sample's augmentation is seeded by (seed, epoch, index): neither workers nor ranks change what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dkd.data.order import SampleOrder, mix
+from dkd.data.sources import DataError, ImageSource
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Batch(NamedTuple):
+    """uint8 images (b, 3, H, W), int64 labels (b,), and how many of the b rows count; the rest is padding."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    count: int
+
+
+class _Samples(Dataset[Batch]):
+    """Loads the samples of one batch. A key is (epoch, index); an index of −1 is a blank image that does not count."""
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int | None) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        # The default generator is the one that torchvision's transforms draw from. torch.manual_seed would also queue a call for a GPU
+        # that was not used yet, once for every image.
+        generator = torch.default_generator
+        before = generator.get_state()
+        images = []
+        for epoch, index in keys:
+            if index < 0:
+                continue
+            if self.seed is not None:
+                generator.manual_seed(mix(self.seed, epoch, index))
+            images.append(self.transform(self.source.image(index)))
+        generator.set_state(before)
+        if len({image.shape for image in images}) > 1:
+            raise DataError(f"images of one batch have different sizes: {sorted({tuple(i.shape) for i in images})}; add a Resize or a crop")
+        count = len(images)
+        shape = images[0].shape if images else self.transform(self.source.image(0)).shape
+        stacked = torch.zeros(len(keys), *shape, dtype=torch.uint8)
+        if images:
+            torch.stack(images, out=stacked[:count])
+        labels = torch.zeros(len(keys), dtype=torch.int64)
+        labels[:count] = torch.from_numpy(self.source.labels[[index for _, index in keys if index >= 0]])
+        return Batch(stacked, labels, count)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _loader(samples: _Samples, keys: Sequence[list[tuple[int, int]]] | _Keys, workers: int, pin: bool) -> DataLoader[Batch]:
+    return DataLoader(samples, batch_sampler=keys, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+
+
+class _Keys:
+    """An iterable of a rank's keys, made anew for each iteration."""
+
+    def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
+        self.make = make
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.make()
+
+
+class TrainingBatches:
+    """The micro-batches of one rank, from any global step on, over all epochs without a pause between them.
+
+    Args:
+        source: images and labels.
+        transform: one image's augmentation.
+        order: who computes which samples.
+        workers: worker processes; 0 loads in this one.
+        pin: page-locked memory, for a faster copy to a GPU.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, order: SampleOrder, workers: int = 0, pin: bool = False) -> None:
+        self.order = order
+        self._samples = _Samples(source, transform, order.seed)
+        self._workers, self._pin = workers, pin
+
+    def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The micro-batches of steps first_step … last_step − 1, `order.micro_steps` of them a step."""
+        keys = _Keys(lambda: self.order.micro_batches(first_step, last_step))
+        return iter(_loader(self._samples, keys, self._workers, self._pin))
+
+
+class EvaluationBatches:
+    """Each sample once over all ranks, in batches of one shape. All ranks get equally many batches: a short one is filled up with blank
+    images, and so is one without any sample; only its first `count` rows count.
+
+    Args:
+        batch: rows a batch, per rank.
+        rank, world_size: whose batches.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, pin: bool = False
+    ) -> None:
+        self.total = len(source)
+        stride = batch * world_size
+        self._keys = [
+            [(0, index if index < self.total else -1) for index in range(start + rank * batch, start + (rank + 1) * batch)]
+            for start in range(0, self.total, stride)
+        ]
+        self._samples, self._workers, self._pin = _Samples(source, transform, None), workers, pin
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(_loader(self._samples, self._keys, self._workers, self._pin))

@@ -1,0 +1,281 @@
+"""Where images come from. Every source is a sequence of (image, label): uint8 tensors (3, H, W), and whole numbers.
+
+    train-*.parquet            files or globs, in Hugging Face's image layout
+    hub:NAME[:SPLIT]           a data set of the Hugging Face hub
+    folder:PATH                PATH/CLASS/*.jpg
+    torchvision:NAME           torchvision.datasets.NAME
+    digits                     scikit-learn's 1,797 handwritten digits
+
+Images of every source are turned by their EXIF orientation and made RGB.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+class DataError(ValueError):
+    """A data set that is missing or is not what the recipe says, or an image that cannot be read."""
+
+
+class ImageSource(Protocol):
+    """A sequence of images with labels."""
+
+    labels: np.ndarray
+    """(N,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> torch.Tensor:
+        """uint8 (3, H, W)."""
+        ...
+
+    def images(self) -> Iterator[torch.Tensor]:
+        """All images in order; a source may read them faster so than one by one."""
+        ...
+
+
+def open_source(
+    spec: str, *, training: bool, root: str = "data", image_column: str | None = None, label_column: str | None = None
+) -> ImageSource:
+    """The source that `spec` names.
+
+    Args:
+        spec: as above.
+        training: which part to take where a data set has two (digits, torchvision, hub).
+        root: where torchvision data sets look for their files.
+        image_column, label_column: columns of parquet and hub data; None: the first image column, and the only other whole-number column.
+
+    Raises:
+        DataError: what is missing, with what there is.
+    """
+    if spec == "digits":
+        return _Digits(training)
+    kind, colon, rest = spec.partition(":")
+    if colon and kind == "folder":
+        return _Folder(rest)
+    if colon and kind == "torchvision":
+        return _Torchvision(rest, training, root)
+    if colon and kind == "hub":
+        return _hub(rest, training, image_column, label_column)
+    if spec.endswith(".parquet"):
+        return _parquet(spec, image_column, label_column)
+    raise DataError(
+        f"{spec!r} names no data set: write files or globs that end in .parquet, hub:NAME[:SPLIT], folder:PATH, torchvision:NAME or digits"
+    )
+
+
+def check_files(spec: str) -> None:
+    """The cheap part of `open_source`: is there anything at `spec`? Raises DataError."""
+    if spec.endswith(".parquet") and not glob.glob(spec, recursive=True):
+        raise DataError(f"no file matches {spec!r}")
+
+
+def check_labels(source: ImageSource, classes: int) -> None:
+    """Every label is one of 0 … classes − 1. Raises DataError."""
+    if len(source) == 0:
+        raise DataError("the data set is empty")
+    low, high = int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels go from {low} to {high}, but data.classes is {classes}: they must lie in 0 … {classes - 1}")
+
+
+def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 (3, H, W), turned by the image's EXIF orientation; grayscale, palette, CMYK and alpha become RGB."""
+    upright = ImageOps.exif_transpose(image) if image.getexif() else image
+    pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _Indexed:
+    """What all sources share."""
+
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def images(self) -> Iterator[torch.Tensor]:
+        return (self.image(index) for index in range(len(self)))
+
+
+class _InMemory(_Indexed):
+    def __init__(self, pixels: torch.Tensor, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def image(self, index: int) -> torch.Tensor:
+        return self.pixels[index]
+
+
+def in_memory(source: ImageSource, limit_bytes: int | None = 2**30) -> ImageSource | None:
+    """`source` decoded once into one uint8 tensor, or None when that cannot be: images of several sizes, or more than `limit_bytes`."""
+    if isinstance(source, _InMemory):
+        return source
+    first = source.image(0)
+    if limit_bytes is not None and len(source) * first.numel() > limit_bytes:
+        return None
+    pixels = torch.empty(len(source), *first.shape, dtype=torch.uint8)
+    for index, image in enumerate(source.images()):
+        if image.shape != first.shape:
+            return None
+        pixels[index] = image
+    return _InMemory(pixels, source.labels)
+
+
+class _Digits(_InMemory):
+    """Every fourth digit is for validation: 1,348 for training, 449 to measure."""
+
+    def __init__(self, training: bool) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'") from error
+        digits = load_digits()
+        chosen = (np.arange(len(digits.target)) % 4 != 3) == training
+        gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
+        images = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1).contiguous()
+        super().__init__(images, digits.target[chosen].astype(np.int64))
+
+
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+class _HuggingFace(_Indexed):
+    """A `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes."""
+
+    def __init__(self, dataset: Any, name: str, image_column: str | None, label_column: str | None) -> None:
+        from datasets import Image as ImageFeature
+
+        self.name = name
+        self.image_column, self.label_column = _columns(dataset, name, image_column, label_column)
+        self.dataset = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature(decode=False))
+        self.labels = np.asarray(dataset.with_format("numpy")[self.label_column], dtype=np.int64)
+
+    def image(self, index: int) -> torch.Tensor:
+        return self._decode(index, self.dataset[index][self.image_column])
+
+    def images(self) -> Iterator[torch.Tensor]:
+        index = 0
+        for rows in self.dataset.iter(batch_size=1000):
+            for encoded in rows[self.image_column]:
+                yield self._decode(index, encoded)
+                index += 1
+
+    def _decode(self, index: int, encoded: Mapping[str, Any]) -> torch.Tensor:
+        try:
+            with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+                return to_rgb_tensor(image)
+        except _DECODING_ERRORS as error:
+            raise DataError(f"{self.name}: image {index} ({encoded['path'] or 'no name'}) cannot be read: {error}") from error
+
+
+def _columns(dataset: Any, name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    from datasets import ClassLabel, Image as ImageFeature, Value
+
+    def is_label(feature: Any) -> bool:
+        return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int"))
+
+    features = dataset.features
+    found = []
+    for key, asked, fits in (
+        ("image_column", image_column, lambda feature: isinstance(feature, ImageFeature)),
+        ("label_column", label_column, is_label),
+    ):
+        candidates = [column for column, feature in features.items() if fits(feature)]
+        if asked is not None and asked not in candidates:
+            raise DataError(f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: {', '.join(candidates)}")
+        if asked is None and len(candidates) != 1:
+            raise DataError(f"{name}: say data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})")
+        found.append(asked or candidates[0])
+    return found[0], found[1]
+
+
+def _parquet(pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise DataError(f"no file matches {pattern!r}")
+    import pyarrow as pa
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        dataset = load_dataset("parquet", data_files={"train": files}, split="train")
+    except (DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{pattern!r} cannot be read as parquet: {error.__cause__ or error}") from error
+    return _HuggingFace(dataset, pattern, image_column, label_column)
+
+
+def _hub(name: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    from datasets import get_dataset_split_names, load_dataset
+
+    name, _, split = name.partition(":")
+    split = split or ("train" if training else "validation")
+    try:
+        splits = get_dataset_split_names(name)
+        if split not in splits:
+            raise DataError(f"hub:{name} has no split {split!r}; write hub:{name}:SPLIT with one of {', '.join(splits)}")
+        dataset = load_dataset(name, split=split)
+    except DataError:
+        raise
+    # The hub's client raises its own errors for every way a download can fail; all of them mean the same here.
+    except Exception as error:
+        raise DataError(f"hub:{name}:{split} cannot be loaded: {type(error).__name__}: {error}") from error
+    return _HuggingFace(dataset, f"hub:{name}:{split}", image_column, label_column)
+
+
+class _Files(_Indexed):
+    """A torchvision data set whose items are (PIL image, label)."""
+
+    def __init__(self, dataset: Any, labels: Sequence[int], name: str) -> None:
+        self.dataset, self.name = dataset, name
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def image(self, index: int) -> torch.Tensor:
+        try:
+            return to_rgb_tensor(self.dataset[index][0])
+        except _DECODING_ERRORS as error:
+            where = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"image {index}"
+            raise DataError(f"{self.name}: {where} cannot be read: {error}") from error
+
+
+class _Folder(_Files):
+    def __init__(self, path: str) -> None:
+        from torchvision.datasets import ImageFolder
+
+        try:
+            dataset = ImageFolder(path, loader=Image.open)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
+        super().__init__(dataset, dataset.targets, f"folder:{path}")
+
+
+class _Torchvision(_Files):
+    def __init__(self, name: str, training: bool, root: str) -> None:
+        import torchvision
+
+        if name not in torchvision.datasets.__all__:
+            near = difflib.get_close_matches(name, torchvision.datasets.__all__, n=1)
+            raise DataError(f"torchvision has no data set {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        factory = getattr(torchvision.datasets, name)
+        try:
+            try:
+                dataset = factory(root, train=training)
+            except TypeError:
+                dataset = factory(root, split="train" if training else "test")
+        except (RuntimeError, FileNotFoundError, TypeError, ValueError) as error:
+            raise DataError(f"torchvision:{name} cannot be opened under data.root={root!r}: {error}") from error
+        labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
+        if labels is None:
+            raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
+        super().__init__(dataset, np.asarray(labels).tolist(), f"torchvision:{name}")

@@ -1,0 +1,113 @@
+"""What happens to an image between its source and the model: torchvision v2 transforms a sample at a time, on uint8, then normalisation a
+batch at a time, on the device that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+Stages = str | Sequence[str | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """uint8 (b, 3, H, W) -> float32 (image/255 − mean) / std.
+
+    Args:
+        mean, std: three numbers each, on the scale 0 to 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device).view(1, -1, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device).view(1, -1, 1, 1)
+        return torch.addcmul(shift, images.float(), scale)
+
+
+@dataclass(frozen=True)
+class ImagePipeline:
+    """The transforms of a recipe, built.
+
+    Args:
+        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator.
+        image_size: pixels.
+        normalize: to be applied to batches, on the device.
+    """
+
+    train: v2.Transform
+    validation: v2.Transform
+    image_size: int
+    normalize: Normalize
+
+
+CIFAR = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DIGITS = Normalize((0.305, 0.305, 0.305), (0.376, 0.376, 0.376))
+
+
+def build_pipeline(
+    stages: Stages, validation_stages: Stages | None = None, image_size: int | None = None, normalize: Normalize | None = None
+) -> ImagePipeline:
+    """Presets, or transforms by name.
+
+    Args:
+        stages: `imagenet`, `cifar`, `digits`, or a list of names of torchvision.transforms.v2 with their arguments.
+        validation_stages: with a list: what validation images get.
+        image_size: None: the preset's.
+        normalize: None: the preset's.
+
+    Raises:
+        ValueError: an unknown transform, or arguments that it does not take.
+    """
+    if isinstance(stages, str):
+        size = image_size or {"imagenet": 224, "cifar": 32, "digits": 32}[stages]
+        train, validation, default = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}[stages](size)
+        return ImagePipeline(train, validation, size, normalize or default)
+    if validation_stages is None or isinstance(validation_stages, str) or image_size is None or normalize is None:
+        raise ValueError("a list of transforms needs a list of validation transforms, an image size and a normalisation")
+    return ImagePipeline(_by_name(stages), _by_name(validation_stages), image_size, normalize)
+
+
+def _resize(size: int | Sequence[int]) -> v2.Transform:
+    return v2.Resize(size, antialias=True)
+
+
+def _cifar(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
+    """Four pixels of padding at 32, a random crop, a random flip."""
+    fit = [] if size == 32 else [_resize((size, size))]
+    crop = v2.RandomCrop(size, padding=size // 8)
+    return v2.Compose([*fit, crop, v2.RandomHorizontalFlip()]), v2.Compose([*fit, v2.Identity()]), CIFAR
+
+
+def _imagenet(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
+    """A random resized crop and a random flip; for validation the shorter side at 256/224 of the size and a centre crop."""
+    train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return train, v2.Compose([_resize(round(size * 256 / 224)), v2.CenterCrop(size)]), IMAGENET
+
+
+def _digits(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
+    """8×8 digits enlarged, then a random crop; no flip, a digit is not its mirror image."""
+    fit = _resize((size, size))
+    return v2.Compose([fit, v2.RandomCrop(size, padding=size // 8)]), v2.Compose([fit]), DIGITS
+
+
+def _by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
+    transforms = []
+    for stage in stages:
+        name, arguments = (stage, {}) if isinstance(stage, str) else next(iter(stage.items()))
+        factory = getattr(v2, name, None)
+        if not (isinstance(factory, type) and issubclass(factory, v2.Transform)):
+            raise ValueError(f"{name!r} is not a transform of torchvision.transforms.v2")
+        if not isinstance(arguments, Mapping):
+            raise ValueError(f"{name}: arguments are written as {{name: value}}, not {arguments!r}")
+        try:
+            transforms.append(factory(**arguments))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    return v2.Compose(transforms)

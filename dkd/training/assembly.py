@@ -1,0 +1,124 @@
+"""From a recipe to the objects it names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dkd.config import Recipe
+from dkd.config.schema import DataSection, StudentSection, TeacherSection
+from dkd.data import ImagePipeline, ImageSource, Normalize, build_pipeline, in_memory, open_source
+from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
+from dkd.losses.objective import Term
+from dkd.losses.similarity_preserving import effective_gamma
+from dkd.models import ModelSpec, TappedModel, build_model, load_weights
+from dkd.teacher import FrozenTeacher
+from dkd.training.schedules import Schedule, loss_weight
+
+
+def student_spec(recipe: Recipe) -> ModelSpec:
+    return _spec(recipe.student, recipe.data.classes)
+
+
+def teacher_spec(recipe: Recipe) -> ModelSpec:
+    assert recipe.teacher is not None
+    return _spec(recipe.teacher, recipe.teacher.classes or recipe.data.classes)
+
+
+def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
+    return ModelSpec(section.name, classes, section.norm, section.options)
+
+
+def pairs(recipe: Recipe) -> list[tuple[str, str]]:
+    """(student path, teacher path) of all feature losses."""
+    return [pair for section in (recipe.losses.at, recipe.losses.sp) if section is not None for pair in section.paths]
+
+
+def build_student(recipe: Recipe) -> TappedModel:
+    """The student, on the CPU, its initial weights drawn from the run's seed: the same on every rank."""
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(student_spec(recipe))
+    if recipe.student.weights is not None and recipe.student.weights != "random":
+        load_weights(model, recipe.student.name, recipe.student.weights)
+    return TappedModel(model, [student for student, _ in pairs(recipe)])
+
+
+def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
+    """The teacher, on the CPU, or None for a recipe without one."""
+    if recipe.teacher is None:
+        return None
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(teacher_spec(recipe))
+    if recipe.teacher.weights != "random":
+        load_weights(model, recipe.teacher.name, recipe.teacher.weights)
+    needs_logits = recipe.losses.kd is not None
+    return FrozenTeacher(model, [teacher for _, teacher in pairs(recipe)], needs_logits, recipe.teacher.input_size)
+
+
+def build_objective(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Objective:
+    """The recipe's losses. Cross-entropy is always a term, if with weight 0: it is what ties the student's head to the total."""
+    losses = recipe.losses
+
+    def weight(value: object, factor: float = 1.0) -> Schedule:
+        schedule = loss_weight(value, steps_per_epoch, total_steps)  # type: ignore[arg-type]
+        return lambda step: factor * schedule(step)
+
+    terms: list[Term] = [LabelTerm("ce", weight(losses.ce.weight), CrossEntropy(losses.ce.label_smoothing))]
+    if losses.at is not None:
+        at = losses.at
+        loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights)
+        terms.append(FeatureTerm("at", weight(at.beta), loss, at.paths))
+    if losses.sp is not None:
+        sp = losses.sp
+        scale = effective_gamma(1.0, sp.reference_batch, recipe.train.global_batch)
+        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), SimilarityPreserving(sp.scope, weights=sp.pair_weights), sp.paths))
+    if losses.kd is not None:
+        terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
+    return Objective(terms)
+
+
+def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
+    """Transforms and the student's normalisation."""
+    data = recipe.data
+    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, _normalize(data.normalization))
+
+
+def teacher_normalize(recipe: Recipe, student: Normalize) -> Normalize:
+    """The teacher's own normalisation, or the student's."""
+    own = None if recipe.teacher is None else _normalize(recipe.teacher.normalization)
+    return own or student
+
+
+def _normalize(section: object) -> Normalize | None:
+    return None if section is None else Normalize(tuple(section.mean), tuple(section.std))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Training and validation images, and the workers each should be loaded with."""
+
+    train: ImageSource
+    validation: ImageSource
+    workers: int
+    validation_workers: int
+
+
+def open_data(data: DataSection, local_world_size: int, training: bool = True) -> Sources:
+    """Open both sources; decode the training images into memory where `data.in_memory` allows. Raises DataError.
+
+    Args:
+        local_world_size: processes on this machine, which share its cores.
+        training: False opens the validation images only, and gives them as both.
+    """
+    columns = {"root": data.root, "image_column": data.image_column, "label_column": data.label_column}
+    validation = open_source(data.validation, training=False, **columns)  # type: ignore[arg-type]
+    train = open_source(data.train, training=True, **columns) if training else validation  # type: ignore[arg-type]
+    many = min(8, max(1, (os.cpu_count() or 1) // local_world_size))
+    decoded = None
+    if data.in_memory is not False and training:
+        decoded = in_memory(train, limit_bytes=None if data.in_memory is True else 2**30)
+    workers = data.workers if data.workers != "auto" else 0 if decoded is not None else many
+    validation_workers = data.workers if data.workers != "auto" else 0 if len(validation) <= 2000 else many
+    return Sources(decoded or train, validation, workers, validation_workers)

@@ -1,0 +1,40 @@
+"""What a recipe would run, in words."""
+
+from __future__ import annotations
+
+from dkd.config import Recipe
+from dkd.models import build_on_meta, output_shapes
+from dkd.training import assembly, engine, preflight
+
+
+def describe(recipe: Recipe) -> str:
+    """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
+    world_size = engine.launched_world_size()
+    sources = preflight.open_checked(recipe, world_size)
+    size = assembly.build_image_pipeline(recipe).image_size
+    train = recipe.train
+    steps = len(sources.train) // train.global_batch
+    total = min(steps * train.epochs, train.max_steps or steps * train.epochs)
+    lines = [
+        f"run         {recipe.run.dir}",
+        f"data        {len(sources.train)} training images, {len(sources.validation)} for validation, {recipe.data.classes} classes, {size}×{size}",
+        f"batch       {train.global_batch} = {engine.micro_batch(recipe, world_size)} × {world_size} processes × "
+        f"{engine.micro_steps(recipe, world_size)} micro-steps",
+        f"steps       {steps} an epoch, {total} in all",
+        f"student     {recipe.student.name}, {_parameters(assembly.student_spec(recipe)):,} parameters",
+    ]
+    if recipe.teacher is not None:
+        teacher = recipe.teacher
+        lines.append(f"teacher     {teacher.name}, {_parameters(assembly.teacher_spec(recipe)):,} parameters, weights {teacher.weights}")
+        pairs = list(dict.fromkeys(assembly.pairs(recipe)))
+        student_shapes = output_shapes(assembly.student_spec(recipe), [s for s, _ in pairs], size)[1]
+        teacher_shapes = output_shapes(assembly.teacher_spec(recipe), [t for _, t in pairs], teacher.input_size or size)[1]
+        lines += [f"pair        {s} {student_shapes[s]}  ←  {t} {teacher_shapes[t]}" for s, t in pairs]
+    objective = assembly.build_objective(recipe, steps, steps * train.epochs)
+    weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
+    lines.append(f"objective   {weights} (at step 1)")
+    return "\n".join([*lines, "nothing was trained"])
+
+
+def _parameters(spec: assembly.ModelSpec) -> int:
+    return sum(p.numel() for p in build_on_meta(spec).parameters())

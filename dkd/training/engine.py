@@ -1,0 +1,110 @@
+"""Accelerate, set up from the recipe. The launch says how many processes and which engine; the recipe says everything else, and where both
+speak they must agree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+
+from dkd.config import Problem, Recipe, RecipeError
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def launched_world_size() -> int:
+    """The number of processes of this launch, as its environment says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def micro_batch(recipe: Recipe, world_size: int) -> int:
+    """b: as the recipe says, or B/W."""
+    return recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size)
+
+
+def micro_steps(recipe: Recipe, world_size: int) -> int:
+    """A = B / (b·W)."""
+    return recipe.train.global_batch // (micro_batch(recipe, world_size) * world_size)
+
+
+def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
+    """Where recipe and launch do not go together. Needs no process group."""
+    problems = []
+    train = recipe.train
+    per_step = micro_batch(recipe, world_size) * world_size
+    if train.global_batch % per_step:
+        what = "train.micro_batch" if train.micro_batch else "train.global_batch"
+        problems.append(
+            Problem(
+                what,
+                f"train.global_batch={train.global_batch} is not a multiple of {per_step} = "
+                f"micro_batch {micro_batch(recipe, world_size)} × {world_size} processes; change one of the three",
+            )
+        )
+    elif micro_steps(recipe, world_size) > 1 and recipe.losses.sp is not None:
+        problems.append(
+            Problem(
+                "losses.sp",
+                f"cannot be accumulated over {micro_steps(recipe, world_size)} micro-steps: its Gram matrix needs the whole global batch at once; "
+                f"leave train.micro_batch out, or set it to {train.global_batch // world_size if train.global_batch % world_size == 0 else '...'}",
+            )
+        )
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if accumulation not in (None, "auto", str(micro_steps(recipe, world_size))) and not problems:
+        problems.append(
+            Problem(
+                "train.micro_batch",
+                f"the launch asks for {accumulation} accumulation steps (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), the recipe for "
+                f"{micro_steps(recipe, world_size)}; leave it out of the launch",
+            )
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", _PRECISION[train.precision]):
+        problems.append(
+            Problem(
+                "train.precision",
+                f"the launch asks for mixed_precision {precision}, the recipe for {train.precision}; leave it out of the launch",
+            )
+        )
+    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            problems.append(Problem("", f"the launch asks for {engine}; train with DDP: --config_file launch/accelerate/cpu.yaml or ddp.yaml"))
+    return problems
+
+
+def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
+    """Opens the process group.
+
+    Raises:
+        RecipeError: when Accelerate made something else of the launch than what was asked for.
+    """
+    world_size = launched_world_size()
+    accelerator = Accelerator(
+        # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=_PRECISION[recipe.train.precision],
+        gradient_accumulation_steps=micro_steps(recipe, world_size),
+        log_with=list(recipe.run.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+        # Buffers are ours to keep equal (batch_statistics.py): a broadcast of rank 0's would drop what the other ranks saw.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != world_size or accelerator.distributed_type not in _ENGINES:
+        raise RecipeError.at(
+            "",
+            f"{world_size} processes were launched, but Accelerate runs {accelerator.distributed_type} with {accelerator.num_processes}; "
+            "launch with: accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes N -m dkd train RECIPE",
+        )
+    if accelerator.gradient_accumulation_steps != micro_steps(recipe, world_size):
+        raise RecipeError.at("train.micro_batch", f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} steps")
+    return accelerator

@@ -1,0 +1,67 @@
+"""Exact evaluation of a student on disk, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dkd.config import Recipe, RecipeError, load_recipe
+from dkd.data import DataError, EvaluationBatches
+from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
+from dkd.training import assembly, engine
+from dkd.training.evaluation import Evaluation, evaluate
+
+
+def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
+    """Evaluate the student of a run, a checkpoint or a weights file on the run's validation data; print one line on the main process.
+
+    Args:
+        target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
+        overrides: keys of the run's recipe, such as data.validation=...
+
+    Raises:
+        RecipeError: what is missing or does not fit.
+    """
+    weights = Path(target) / "student.safetensors" if Path(target).is_dir() else Path(target)
+    recipe = _recipe_of(weights, overrides)
+    try:
+        name = student_spec(read_description(weights)).name
+        student = load_student(weights)
+        sources = assembly.open_data(recipe.data, engine.launched_world_size(), training=False)
+    except (WeightsError, UnknownModelError, DataError, FileNotFoundError) as error:
+        raise RecipeError.at("data.validation" if isinstance(error, DataError) else "", error) from error
+
+    accelerator = engine.build_accelerator(recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent)
+    pipeline = assembly.build_image_pipeline(recipe)
+    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+    student = student.to(accelerator.device, memory_format=memory_format)
+    batches = EvaluationBatches(
+        sources.validation,
+        pipeline.validation,
+        recipe.evaluation.batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        sources.validation_workers,
+    )
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():
+            return student(pipeline.normalize(images).contiguous(memory_format=memory_format))
+
+    result = evaluate(logits_of, batches, accelerator.device)
+    if accelerator.is_main_process:
+        print(json.dumps({"weights": str(weights), "student": name, "validation": recipe.data.validation, **result.facts()}))
+    return result
+
+
+def _recipe_of(weights: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of the run that `weights` belongs to. The launch need not be the one it was trained with: one global batch a rank fits any."""
+    folders = [weights.parent, *weights.resolve().parents[1:3]]
+    path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    if path is None:
+        raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
+    world_size = engine.launched_world_size()
+    return load_recipe(path, [*overrides, f"train.global_batch={world_size}", "train.micro_batch=null"])

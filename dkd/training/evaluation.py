@@ -1,0 +1,65 @@
+"""Exact evaluation: every sample counted once, whatever the batch and the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dkd.data import EvaluationBatches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over a data set. `top5_correct` is None where there are fewer than six classes."""
+
+    samples: int
+    top1_correct: int
+    top5_correct: int | None
+    loss: float
+    """Mean cross-entropy, nats."""
+
+    @property
+    def top1(self) -> float:
+        """Fraction."""
+        return self.top1_correct / self.samples
+
+    @property
+    def top5(self) -> float | None:
+        return None if self.top5_correct is None else self.top5_correct / self.samples
+
+    def facts(self) -> dict[str, float | int | None]:
+        return {**asdict(self), "top1": self.top1, "top5": self.top5}
+
+
+@torch.no_grad()
+def evaluate(logits_of: Callable[[torch.Tensor], torch.Tensor], batches: EvaluationBatches, device: torch.device) -> Evaluation:
+    """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
+
+    Args:
+        logits_of: uint8 images (b, 3, H, W) on `device` -> logits (b, K). The model is in eval mode.
+        batches: this rank's.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    classes = 0
+    for batch in batches:
+        logits = logits_of(batch.images.to(device, non_blocking=True))[: batch.count].float()
+        labels = batch.labels[: batch.count].to(device, non_blocking=True)
+        classes = logits.shape[1]
+        ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+        counts += torch.stack([torch.tensor(batch.count, device=device), ranked[:, 0].sum(), ranked.sum()])
+        loss += F.cross_entropy(logits, labels, reduction="none").double().sum()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+        dist.all_reduce(loss)
+    samples, top1, top5 = counts.tolist()
+    if samples != batches.total:
+        raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
+    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples)

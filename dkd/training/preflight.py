@@ -1,0 +1,164 @@
+"""Everything that can be checked before a process group opens or a step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dkd.config import Problem, Recipe, RecipeError
+from dkd.data import DataError, build_pipeline
+from dkd.data.sources import ImageSource, check_files, check_labels
+from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_weights, output_shapes
+from dkd.training import assembly, engine
+from dkd.training.run_directory import check_free
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check(recipe: Recipe, overwrite: bool) -> None:
+    """Files present, models built, taps and pairs checked, launch and recipe in agreement. On meta tensors: seconds, no memory.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    problems = engine.launch_problems(recipe, engine.launched_world_size())
+    with _collect(problems):
+        check_free(Path(recipe.run.dir), overwrite)
+    for key in ("train", "validation"):
+        with _collect(problems, f"data.{key}"):
+            check_files(getattr(recipe.data, key))
+    problems += _tracker_problems(recipe)
+    size = _image_size(recipe, problems)
+    if size is not None:
+        problems += _model_problems(recipe, size)
+    if problems:
+        raise RecipeError(problems)
+
+
+def check_sources(recipe: Recipe, sources: assembly.Sources) -> None:
+    """The opened data against the recipe. Raises RecipeError."""
+    problems: list[Problem] = []
+    for key, source in (("train", sources.train), ("validation", sources.validation)):
+        with _collect(problems, f"data.{key}"):
+            check_labels(source, recipe.data.classes)
+    if not problems and len(sources.train) < recipe.train.global_batch:
+        problems.append(
+            Problem("train.global_batch", f"{recipe.train.global_batch} is more than the {len(sources.train)} training images; make it smaller")
+        )
+    if not problems:
+        pipeline = assembly.build_image_pipeline(recipe)
+        for key, transform in (("transforms", pipeline.train), ("validation_transforms", pipeline.validation)):
+            with _collect(problems, f"data.{key}"):
+                _check_transformed(sources.train if key == "transforms" else sources.validation, transform, pipeline.image_size)
+    if problems:
+        raise RecipeError(problems)
+
+
+def open_checked(recipe: Recipe, local_world_size: int) -> assembly.Sources:
+    """Open the data and check it against the recipe. Raises RecipeError."""
+    try:
+        sources = assembly.open_data(recipe.data, local_world_size)
+    except DataError as error:
+        key = "train" if recipe.data.train.rpartition(":")[2] in str(error) else "validation"
+        raise RecipeError.at(f"data.{key}", error) from error
+    check_sources(recipe, sources)
+    return sources
+
+
+@contextmanager
+def _collect(problems: list[Problem], path: str = "") -> Iterator[None]:
+    """What goes wrong inside becomes a problem at `path`."""
+    try:
+        yield
+    except RecipeError as error:
+        problems += error.problems
+    except (DataError, UnknownModelError, WeightsError, TapError, ValueError) as error:
+        problems += RecipeError.at(path, error).problems
+
+
+def _image_size(recipe: Recipe, problems: list[Problem]) -> int | None:
+    data, size = recipe.data, None
+    for key, stages in (("transforms", data.transforms), ("validation_transforms", data.validation_transforms)):
+        if isinstance(stages, list):
+            with _collect(problems, f"data.{key}"):
+                placeholder = assembly.build_pipeline("cifar")
+                build_pipeline(stages, stages, placeholder.image_size, placeholder.normalize)
+    with _collect([]):  # its problems are those found above
+        size = assembly.build_image_pipeline(recipe).image_size
+    return size
+
+
+def _check_transformed(source: ImageSource, transform: Callable, size: int) -> None:
+    shape, dtype = (image := transform(source.image(0))).shape, image.dtype
+    if tuple(shape) != (3, size, size) or str(dtype) != "torch.uint8":
+        raise ValueError(f"make {dtype} {tuple(shape)} of an image, not torch.uint8 (3, {size}, {size}) as data.image_size says")
+
+
+def _tracker_problems(recipe: Recipe) -> list[Problem]:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    problems = []
+    for tracker in recipe.run.trackers:
+        if tracker not in LOGGER_TYPE_TO_CLASS:
+            problems.append(Problem("run.trackers", f"{tracker!r} is not a tracker of Accelerate: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"))
+        elif tracker not in available:
+            problems.append(Problem("run.trackers", f"{tracker!r} is not installed: pip install {tracker}"))
+    return problems
+
+
+def _model_problems(recipe: Recipe, image_size: int) -> list[Problem]:
+    problems: list[Problem] = []
+    student = _shapes(recipe, "student", image_size, problems)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = _shapes(recipe, "teacher", recipe.teacher.input_size or image_size, problems)
+    if student is not None and teacher is not None:
+        problems += _pair_problems(recipe, student, teacher)
+    return problems
+
+
+def _shapes(recipe: Recipe, role: str, image_size: int, problems: list[Problem]) -> Shapes | None:
+    """Shapes of the taps of one model that exist, or None when the model itself cannot be had."""
+    section = getattr(recipe, role)
+    spec = assembly.student_spec(recipe) if role == "student" else assembly.teacher_spec(recipe)
+    logits: tuple[int, ...] = ()
+    found = len(problems)
+    with _collect(problems, f"{role}.name"):
+        logits, _ = output_shapes(spec, [], image_size)
+    if len(problems) > found:
+        return None
+    if logits != (spec.classes,):
+        problems.append(Problem(f"{role}.name", f"{spec.name!r} yields logits of shape {logits} for one image, not ({spec.classes},)"))
+    if section.weights not in (None, "random"):
+        with _collect(problems, f"{role}.weights"):
+            check_weights(build_on_meta(spec), spec.name, section.weights)
+    shapes: Shapes = {}
+    for key in ("at", "sp"):
+        loss = getattr(recipe.losses, key)
+        for i, pair in enumerate(loss.paths if loss is not None else []):
+            tap = pair[0 if role == "student" else 1]
+            if tap not in shapes:
+                with _collect(problems, f"losses.{key}.pairs.{i}"):
+                    shapes[tap] = output_shapes(spec, [tap], image_size)[1][tap]
+    return shapes
+
+
+def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Problem]:
+    problems = []
+    at = recipe.losses.at
+    for i, (s, t) in enumerate(at.paths if at is not None else []):
+        if s not in student or t not in teacher:
+            continue
+        shapes = f"{s!r} yields {student[s]}, {t!r} yields {teacher[t]}"
+        if len(student[s]) != 3 or len(teacher[t]) != 3:
+            problems.append(Problem(f"losses.at.pairs.{i}", f"attention maps need features (C, H, W); {shapes}"))
+        elif student[s][1:] != teacher[t][1:] and at is not None and at.resize == "error":
+            problems.append(
+                Problem(
+                    f"losses.at.pairs.{i}",
+                    f"resolutions differ: {shapes}; ask for losses.at.resize=map (the paper) or features (the public implementations)",
+                )
+            )
+    return problems

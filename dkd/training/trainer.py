@@ -1,0 +1,270 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from dkd.config import Recipe
+from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches
+from dkd.data.batches import Batch
+from dkd.data.order import mix
+from dkd.global_batch import BatchLayout
+from dkd.global_batch.collectives import all_gather_objects
+from dkd.losses.objective import Outputs
+from dkd.models import save_student
+from dkd.training import assembly, engine, preflight
+from dkd.training.batch_statistics import RunningStatistics
+from dkd.training.ema import WeightAverage
+from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.optimizers import build_optimizer
+from dkd.training.progress import Progress
+from dkd.training.rank_means import RankMeans
+from dkd.training.run_directory import RunDirectory
+from dkd.training.schedules import learning_rate
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on. Raised on every rank, at the same step."""
+
+
+class Trainer:
+    """One training of a recipe in this process group.
+
+    Args:
+        recipe: checked by `preflight.check`.
+        overwrite: replace a run that is in `run.dir` already.
+
+    Raises:
+        RecipeError: what only opened data or the opened process group can show.
+    """
+
+    def __init__(self, recipe: Recipe, overwrite: bool = False) -> None:
+        self.recipe = recipe
+        train = recipe.train
+        world_size = engine.launched_world_size()
+        sources = preflight.open_checked(recipe, world_size)
+        self.run_dir = RunDirectory(recipe.run.dir, writes=False)
+        self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
+        self.device = accelerator.device
+        rank, self.main = accelerator.process_index, accelerator.is_main_process
+
+        self.order = SampleOrder(
+            len(sources.train), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), rank, world_size
+        )
+        self.planned_steps = self.order.steps_per_epoch * train.epochs
+        self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
+        pipeline = assembly.build_image_pipeline(recipe)
+        self.normalize = pipeline.normalize
+        self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
+        pin = self.device.type == "cuda"
+        self.batches = TrainingBatches(sources.train, pipeline.train, self.order, sources.workers, pin)
+        self.validation = EvaluationBatches(
+            sources.validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, sources.validation_workers, pin
+        )
+        self.image_size = pipeline.image_size
+
+        student, self.teacher = assembly.build_student(recipe), assembly.build_teacher(recipe)
+        memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
+        student = student.to(self.device, memory_format=memory_format)
+        self.parameters = sum(p.numel() for p in student.parameters())
+        if self.teacher is not None:
+            self.teacher = self.teacher.to(self.device, memory_format=memory_format)
+            if train.compile.teacher:
+                self.teacher.compile()
+        self.statistics = RunningStatistics(student, self.order.micro_steps, world_size)
+        self.average = WeightAverage(student, train.ema.decay) if train.ema else None
+        if train.compile.student:
+            student.compile()
+        self.student, self.optimizer = accelerator.prepare(student, build_optimizer(recipe.optimizer, student))
+        self.objective = assembly.build_objective(recipe, self.order.steps_per_epoch, self.planned_steps)
+        self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
+
+        self.run_dir.writes = self.main
+        self.run_dir.start(recipe, world_size, overwrite)
+        if recipe.run.trackers:
+            accelerator.init_trackers("tensorboard", config=_flat(recipe.model_dump()))
+        self.progress = Progress(self.total_steps, 0, train.global_batch, self.main)
+
+    def run(self) -> Evaluation:
+        """Train to the end, evaluating on the way; leaves the finished student in the run directory.
+
+        Raises:
+            TrainingError: on every rank, when the loss is no longer finite.
+        """
+        self._announce()
+        started = time.monotonic()
+        batches = self.batches.steps(0, self.total_steps)
+        pending: RankMeans | None = None
+        result: Evaluation | None = None
+        for step in range(self.total_steps):
+            values = self._step(step, batches)
+            # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
+            means = RankMeans(step, values)
+            self._report(pending)
+            pending = means
+            epoch, position = divmod(step + 1, self.order.steps_per_epoch)
+            if position == 0 or step + 1 == self.total_steps:
+                self._report(pending)
+                pending = None
+                last = step + 1 == self.total_steps
+                if last or epoch % self.recipe.evaluation.every_epochs == 0:
+                    result = self._evaluate(step + 1)
+                if last or epoch % self.recipe.checkpoint.every_epochs == 0:
+                    self._save_checkpoint(step + 1, result)
+        assert result is not None
+        self._finish(result, time.monotonic() - started)
+        return result
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor | float]:
+        """One optimizer step over the global batch. Returns this rank's share of what is logged."""
+        learning_rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.student.train()
+        self.statistics.start_step()
+        started, waited = time.monotonic(), 0.0
+        sums: dict[str, torch.Tensor] = {}
+        for micro_step in range(self.order.micro_steps):
+            asked = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - asked
+            with self.accelerator.accumulate(self.student):
+                total, terms = self._losses(batch, step, micro_step)
+                self.accelerator.backward(total)
+                self.statistics.finish_micro_batch()
+                if self.accelerator.sync_gradients and self.recipe.train.clip_grad_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {"loss": total.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0) + value / self.order.micro_steps
+        self.statistics.finish_step()
+        if self.average is not None:
+            self.average.update()
+        elapsed = time.monotonic() - started
+        return {**sums, "step_seconds": elapsed, "data_wait": waited / elapsed}
+
+    def _losses(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward of one micro-batch through teacher and student."""
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        # The micro-batch, not the rank, is what dropout depends on.
+        torch.manual_seed(mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank))
+        seen_by_student = self._as_input(self.normalize, images)
+        teacher = None
+        if self.teacher is not None:
+            same = self.teacher_normalize == self.normalize
+            with self.accelerator.autocast():
+                teacher = Outputs(*self.teacher(seen_by_student if same else self._as_input(self.teacher_normalize, images)))
+        student = Outputs(*self.student(seen_by_student))
+        # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything they will exchange.
+        layout = BatchLayout.even(len(labels))
+        if step == 0 and micro_step == 0:
+            BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
+        return self.objective(student, teacher, labels, step=step, layout=layout)
+
+    def _as_input(self, normalize: Any, images: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
+        return normalize(images).contiguous(memory_format=layout)
+
+    def _report(self, means: RankMeans | None) -> None:
+        """Log a finished step; end on all ranks together when it was not finite."""
+        if means is None:
+            return
+        values = means.read()
+        if not math.isfinite(values["loss"]):
+            broken = [rank for rank, bad in enumerate(all_gather_objects(not math.isfinite(means.local()["loss"]))) if bad]
+            terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.objective.names)
+            raise TrainingError(
+                f"the loss is not finite at step {means.step + 1} (on rank {', '.join(map(str, broken))}; {terms}); "
+                "try a lower optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
+            )
+        step = means.step
+        shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
+        self.progress.step(step, shown)
+        if step % self.recipe.run.log_every == 0 or step + 1 == self.total_steps:
+            line = {
+                **shown,
+                "lr": self.learning_rate(step),
+                **{f"weight/{term.name}": term.weight(step) for term in self.objective.terms},
+                "images_per_second": self.recipe.train.global_batch / values["step_seconds"],
+                "data_wait": values["data_wait"],
+            }
+            if "sp" in values:
+                # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
+                line["sp_row_difference"] = values["sp"] * self.recipe.train.global_batch
+            self.run_dir.log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line})
+            self.accelerator.log(line, step=step + 1)
+
+    def _evaluate(self, steps_done: int) -> Evaluation:
+        """On the average of the weights, if one is kept."""
+        self.student.eval()
+        with self.average.applied() if self.average else nullcontext():
+            result = evaluate(lambda images: self.student(self._as_input(self.normalize, images))[0], self.validation, self.device)
+        facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
+        self.run_dir.log({"evaluation": facts})
+        self.accelerator.log({"evaluation/top1": result.top1, "evaluation/loss": result.loss}, step=steps_done)
+        self.progress.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
+        return result
+
+    def _save_checkpoint(self, steps_done: int, result: Evaluation | None) -> None:
+        self._export(self.run_dir.checkpoint_folder(steps_done), {"steps": steps_done, "evaluation": result.facts() if result else None})
+        self.run_dir.remove_old_checkpoints(self.recipe.checkpoint.keep_last)
+
+    def _export(self, folder: Any, facts: Mapping[str, Any]) -> None:
+        if not self.main:
+            return
+        with self.average.applied() if self.average else nullcontext():
+            state = self.accelerator.unwrap_model(self.student).model.state_dict()
+            description = {
+                "image_size": self.image_size,
+                "normalization": {"mean": list(self.normalize.mean), "std": list(self.normalize.std)},
+                "weights": "average" if self.average else "last",
+                **facts,
+            }
+            save_student(folder, assembly.student_spec(self.recipe), state, description)
+
+    def _finish(self, result: Evaluation, seconds: float) -> None:
+        facts = {
+            "steps": self.total_steps,
+            "evaluation": result.facts(),
+            "parameters": self.parameters,
+            "seconds": round(seconds, 1),
+            "global_batch": self.recipe.train.global_batch,
+            "world_size": self.order.world_size,
+        }
+        self._export(self.run_dir.path, facts)
+        self.progress.close()
+        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
+        self.run_dir.close()
+        self.accelerator.end_training()
+
+    def _announce(self) -> None:
+        train, order = self.recipe.train, self.order
+        self.progress.say(
+            f"{self.recipe.run.name}: {self.parameters:,} parameters, {order.world_size} process{'es' * (order.world_size > 1)} on {self.device.type}, "
+            f"{train.precision}; global batch {train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps; "
+            f"{order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
+        )
+        left_out = order.samples - order.steps_per_epoch * order.global_batch
+        if left_out:
+            self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")
+        if self.recipe.teacher is not None and self.recipe.teacher.weights == "random":
+            self.progress.say("warning: the teacher's weights are random, as the recipe says; it teaches nothing")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and plain values, as trackers take them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
