@@ -137,7 +137,7 @@ def _problem(detail: Any) -> Problem:
         return Problem(".".join(path), f"must be a section (keys and values), not {value!r}")
     if kind == "value_error":
         return Problem(".".join(path), str(context["error"]))
-    wording = detail["msg"].rpartition("should ")[2].removeprefix("be a valid ").removeprefix("be ")
+    wording = detail["msg"].rpartition("should ")[2].removeprefix("be a valid ").removeprefix("be ").partition(",")[0]
     return Problem(".".join(path), f"must be {_PLAIN_WORDS.get(wording, wording)}, not {value!r}")
 
 

@@ -5,7 +5,7 @@ Knows nothing of models or losses.
 
 from dkd.data.batches import EvaluationBatches, TrainingBatches
 from dkd.data.order import SampleOrder
-from dkd.data.sources import DataError, ImageSource, in_memory, open_source
+from dkd.data.sources import DataError, ImageSource, in_memory, is_in_memory, open_source
 from dkd.data.transforms import ImagePipeline, Normalize, build_pipeline
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "TrainingBatches",
     "build_pipeline",
     "in_memory",
+    "is_in_memory",
     "open_source",
 ]

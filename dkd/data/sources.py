@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import glob
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -57,26 +58,38 @@ def open_source(
     Raises:
         DataError: what is missing, with what there is.
     """
-    if spec == "digits":
+    kind, rest = _split(spec)
+    if kind == "digits":
         return _Digits(training)
-    kind, colon, rest = spec.partition(":")
-    if colon and kind == "folder":
+    if kind == "folder":
         return _Folder(rest)
-    if colon and kind == "torchvision":
+    if kind == "torchvision":
         return _Torchvision(rest, training, root)
-    if colon and kind == "hub":
+    if kind == "hub":
         return _hub(rest, training, image_column, label_column)
+    return _parquet(rest, image_column, label_column)
+
+
+def check_spec(spec: str) -> None:
+    """The part of `open_source` that costs nothing: does `spec` name a kind of data set, and are there files? Raises DataError."""
+    kind, rest = _split(spec)
+    if kind == "parquet" and not glob.glob(rest, recursive=True):
+        raise DataError(f"no file matches {rest!r}")
+    if kind == "folder" and not os.path.isdir(rest):
+        raise DataError(f"no such folder: {rest!r}")
+
+
+def _split(spec: str) -> tuple[str, str]:
+    if spec == "digits":
+        return "digits", ""
+    kind, colon, rest = spec.partition(":")
+    if colon and rest and kind in ("folder", "torchvision", "hub"):
+        return kind, rest
     if spec.endswith(".parquet"):
-        return _parquet(spec, image_column, label_column)
+        return "parquet", spec
     raise DataError(
         f"{spec!r} names no data set: write files or globs that end in .parquet, hub:NAME[:SPLIT], folder:PATH, torchvision:NAME or digits"
     )
-
-
-def check_files(spec: str) -> None:
-    """The cheap part of `open_source`: is there anything at `spec`? Raises DataError."""
-    if spec.endswith(".parquet") and not glob.glob(spec, recursive=True):
-        raise DataError(f"no file matches {spec!r}")
 
 
 def check_labels(source: ImageSource, classes: int) -> None:
@@ -131,6 +144,10 @@ def in_memory(source: ImageSource, limit_bytes: int | None = 2**30) -> ImageSour
             return None
         pixels[index] = image
     return _InMemory(pixels, source.labels)
+
+
+def is_in_memory(source: ImageSource) -> bool:
+    return isinstance(source, _InMemory)
 
 
 class _Digits(_InMemory):

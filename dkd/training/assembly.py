@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-
 import torch
 
 from dkd.config import Recipe
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
-from dkd.data import ImagePipeline, ImageSource, Normalize, build_pipeline, in_memory, open_source
+from dkd.data import DataError, ImagePipeline, ImageSource, Normalize, build_pipeline, in_memory, is_in_memory, open_source
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
@@ -95,30 +93,26 @@ def _normalize(section: object) -> Normalize | None:
     return None if section is None else Normalize(tuple(section.mean), tuple(section.std))  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Training and validation images, and the workers each should be loaded with."""
-
-    train: ImageSource
-    validation: ImageSource
-    workers: int
-    validation_workers: int
+def open_part(data: DataSection, part: str) -> ImageSource:
+    """Open data.train or data.validation. Raises DataError."""
+    spec = data.train if part == "train" else data.validation
+    return open_source(
+        spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column
+    )
 
 
-def open_data(data: DataSection, local_world_size: int, training: bool = True) -> Sources:
-    """Open both sources; decode the training images into memory where `data.in_memory` allows. Raises DataError.
+def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
+    """The training images decoded once, where `data.in_memory` allows and they fit; else the source as it is. Raises DataError."""
+    if data.in_memory is False:
+        return source
+    decoded = in_memory(source, limit_bytes=None if data.in_memory is True else 2**30)
+    if decoded is None and data.in_memory is True:
+        raise DataError("data.in_memory is true, but the images have several sizes")
+    return decoded or source
 
-    Args:
-        local_world_size: processes on this machine, which share its cores.
-        training: False opens the validation images only, and gives them as both.
-    """
-    columns = {"root": data.root, "image_column": data.image_column, "label_column": data.label_column}
-    validation = open_source(data.validation, training=False, **columns)  # type: ignore[arg-type]
-    train = open_source(data.train, training=True, **columns) if training else validation  # type: ignore[arg-type]
-    many = min(8, max(1, (os.cpu_count() or 1) // local_world_size))
-    decoded = None
-    if data.in_memory is not False and training:
-        decoded = in_memory(train, limit_bytes=None if data.in_memory is True else 2**30)
-    workers = data.workers if data.workers != "auto" else 0 if decoded is not None else many
-    validation_workers = data.workers if data.workers != "auto" else 0 if len(validation) <= 2000 else many
-    return Sources(decoded or train, validation, workers, validation_workers)
+
+def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
+    """Worker processes of this rank: as the recipe says; by default none for images in memory, else a share of this machine's cores."""
+    if data.workers != "auto":
+        return data.workers
+    return 0 if is_in_memory(source) else min(8, max(1, (os.cpu_count() or 1) // local_world_size))

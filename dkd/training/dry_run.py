@@ -10,14 +10,14 @@ from dkd.training import assembly, engine, preflight
 def describe(recipe: Recipe) -> str:
     """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
     world_size = engine.launched_world_size()
-    sources = preflight.open_checked(recipe, world_size)
+    training, validation = preflight.open_sources(recipe)
     size = assembly.build_image_pipeline(recipe).image_size
     train = recipe.train
-    steps = len(sources.train) // train.global_batch
+    steps = len(training) // train.global_batch
     total = min(steps * train.epochs, train.max_steps or steps * train.epochs)
     lines = [
         f"run         {recipe.run.dir}",
-        f"data        {len(sources.train)} training images, {len(sources.validation)} for validation, {recipe.data.classes} classes, {size}×{size}",
+        f"data        {len(training)} training images, {len(validation)} for validation, {recipe.data.classes} classes, {size}×{size}",
         f"batch       {train.global_batch} = {engine.micro_batch(recipe, world_size)} × {world_size} processes × "
         f"{engine.micro_steps(recipe, world_size)} micro-steps",
         f"steps       {steps} an epoch, {total} in all",

@@ -4,6 +4,7 @@ speak they must agree."""
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+def launched_local_world_size() -> int:
+    """The number of processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def micro_batch(recipe: Recipe, world_size: int) -> int:
@@ -82,6 +84,17 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     return problems
 
 
+def prepare(
+    accelerator: Accelerator, student: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Student and optimizer, wrapped by the launch's engine. Nothing else is ever given to Accelerate to prepare."""
+    with warnings.catch_warnings():
+        # torch renames broadcast_buffers, and Accelerate has no other name for it yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        student, optimizer = accelerator.prepare(student, optimizer)
+    return student, optimizer
+
+
 def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     """Opens the process group.
 
@@ -89,6 +102,9 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         RecipeError: when Accelerate made something else of the launch than what was asked for.
     """
     world_size = launched_world_size()
+    if not torch.accelerator.is_available():
+        # Accelerate imports DeepSpeed when it unwraps a model; told, DeepSpeed does not look for a GPU and warn that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(
         # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
         cpu=not torch.accelerator.is_available(),
@@ -96,7 +112,7 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         gradient_accumulation_steps=micro_steps(recipe, world_size),
         log_with=list(recipe.run.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-        # Buffers are ours to keep equal (batch_statistics.py): a broadcast of rank 0's would drop what the other ranks saw.
+        # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.num_processes != world_size or accelerator.distributed_type not in _ENGINES:

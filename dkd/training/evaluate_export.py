@@ -30,8 +30,8 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
     try:
         name = student_spec(read_description(weights)).name
         student = load_student(weights)
-        sources = assembly.open_data(recipe.data, engine.launched_world_size(), training=False)
-    except (WeightsError, UnknownModelError, DataError, FileNotFoundError) as error:
+        validation = assembly.open_part(recipe.data, "validation")
+    except (WeightsError, UnknownModelError, DataError) as error:
         raise RecipeError.at("data.validation" if isinstance(error, DataError) else "", error) from error
 
     accelerator = engine.build_accelerator(recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent)
@@ -39,12 +39,12 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
     memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
     student = student.to(accelerator.device, memory_format=memory_format)
     batches = EvaluationBatches(
-        sources.validation,
+        validation,
         pipeline.validation,
         recipe.evaluation.batch,
         accelerator.process_index,
         accelerator.num_processes,
-        sources.validation_workers,
+        assembly.loader_workers(recipe.data, validation, engine.launched_local_world_size()),
     )
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:

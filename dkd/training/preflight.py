@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.data import DataError, build_pipeline
-from dkd.data.sources import ImageSource, check_files, check_labels
+from dkd.data.sources import ImageSource, check_labels, check_spec
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_weights, output_shapes
 from dkd.training import assembly, engine
 from dkd.training.run_directory import check_free
@@ -27,7 +27,7 @@ def check(recipe: Recipe, overwrite: bool) -> None:
         check_free(Path(recipe.run.dir), overwrite)
     for key in ("train", "validation"):
         with _collect(problems, f"data.{key}"):
-            check_files(getattr(recipe.data, key))
+            check_spec(getattr(recipe.data, key))
     problems += _tracker_problems(recipe)
     size = _image_size(recipe, problems)
     if size is not None:
@@ -36,34 +36,27 @@ def check(recipe: Recipe, overwrite: bool) -> None:
         raise RecipeError(problems)
 
 
-def check_sources(recipe: Recipe, sources: assembly.Sources) -> None:
-    """The opened data against the recipe. Raises RecipeError."""
+def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
+    """Training and validation images, opened and checked against the recipe; small training sets are decoded into memory.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
     problems: list[Problem] = []
-    for key, source in (("train", sources.train), ("validation", sources.validation)):
-        with _collect(problems, f"data.{key}"):
+    opened: dict[str, ImageSource] = {}
+    pipeline = assembly.build_image_pipeline(recipe)
+    for part, transform in (("train", pipeline.train), ("validation", pipeline.validation)):
+        with _collect(problems, f"data.{part}"):
+            source = assembly.open_part(recipe.data, part)
             check_labels(source, recipe.data.classes)
-    if not problems and len(sources.train) < recipe.train.global_batch:
-        problems.append(
-            Problem("train.global_batch", f"{recipe.train.global_batch} is more than the {len(sources.train)} training images; make it smaller")
-        )
-    if not problems:
-        pipeline = assembly.build_image_pipeline(recipe)
-        for key, transform in (("transforms", pipeline.train), ("validation_transforms", pipeline.validation)):
-            with _collect(problems, f"data.{key}"):
-                _check_transformed(sources.train if key == "transforms" else sources.validation, transform, pipeline.image_size)
+            _check_transformed(source, transform, pipeline.image_size)
+            opened[part] = assembly.decode_into_memory(recipe.data, source) if part == "train" else source
+    if "train" in opened and len(opened["train"]) < recipe.train.global_batch:
+        images = len(opened["train"])
+        problems.append(Problem("train.global_batch", f"{recipe.train.global_batch} is more than the {images} training images; make it smaller"))
     if problems:
         raise RecipeError(problems)
-
-
-def open_checked(recipe: Recipe, local_world_size: int) -> assembly.Sources:
-    """Open the data and check it against the recipe. Raises RecipeError."""
-    try:
-        sources = assembly.open_data(recipe.data, local_world_size)
-    except DataError as error:
-        key = "train" if recipe.data.train.rpartition(":")[2] in str(error) else "validation"
-        raise RecipeError.at(f"data.{key}", error) from error
-    check_sources(recipe, sources)
-    return sources
+    return opened["train"], opened["validation"]
 
 
 @contextmanager
@@ -92,7 +85,7 @@ def _image_size(recipe: Recipe, problems: list[Problem]) -> int | None:
 def _check_transformed(source: ImageSource, transform: Callable, size: int) -> None:
     shape, dtype = (image := transform(source.image(0))).shape, image.dtype
     if tuple(shape) != (3, size, size) or str(dtype) != "torch.uint8":
-        raise ValueError(f"make {dtype} {tuple(shape)} of an image, not torch.uint8 (3, {size}, {size}) as data.image_size says")
+        raise ValueError(f"the transforms make {dtype} {tuple(shape)} of an image; data.image_size asks for torch.uint8 (3, {size}, {size})")
 
 
 def _tracker_problems(recipe: Recipe) -> list[Problem]:

@@ -48,14 +48,15 @@ class Trainer:
         self.recipe = recipe
         train = recipe.train
         world_size = engine.launched_world_size()
-        sources = preflight.open_checked(recipe, world_size)
+        local = engine.launched_local_world_size()
+        training, validation = preflight.open_sources(recipe)
         self.run_dir = RunDirectory(recipe.run.dir, writes=False)
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
         self.device = accelerator.device
         rank, self.main = accelerator.process_index, accelerator.is_main_process
 
         self.order = SampleOrder(
-            len(sources.train), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), rank, world_size
+            len(training), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), rank, world_size
         )
         self.planned_steps = self.order.steps_per_epoch * train.epochs
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
@@ -63,10 +64,10 @@ class Trainer:
         self.normalize = pipeline.normalize
         self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
-        self.batches = TrainingBatches(sources.train, pipeline.train, self.order, sources.workers, pin)
-        self.validation = EvaluationBatches(
-            sources.validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, sources.validation_workers, pin
-        )
+        workers = assembly.loader_workers(recipe.data, training, local)
+        self.batches = TrainingBatches(training, pipeline.train, self.order, workers, pin)
+        workers = assembly.loader_workers(recipe.data, validation, local)
+        self.validation = EvaluationBatches(validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin)
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_student(recipe), assembly.build_teacher(recipe)
@@ -81,7 +82,7 @@ class Trainer:
         self.average = WeightAverage(student, train.ema.decay) if train.ema else None
         if train.compile.student:
             student.compile()
-        self.student, self.optimizer = accelerator.prepare(student, build_optimizer(recipe.optimizer, student))
+        self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
         self.objective = assembly.build_objective(recipe, self.order.steps_per_epoch, self.planned_steps)
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
