@@ -87,7 +87,7 @@ WRONG = [
     ("train.micro_batch=32", ["losses.sp: cannot be accumulated over 2 micro-steps"]),
     ("train.global_batch=4096", ["train.global_batch: 4096 is more than the 1348 training images"]),
     ("data.classes=5", ["data.train: labels go from 0 to 9, but data.classes is 5", "data.validation: labels go from 0 to 9"]),
-    ("schedule.warmup_epochs=1", ["schedule.warmup_epochs: 1 is not below train.epochs=1"]),
+    ("schedule.warmup_epochs=2", ["schedule.warmup_epochs: 2 is more than train.epochs=1"]),
     ("data.transforms=[RandomCropp]", ["data.validation_transforms: is required", "data.image_size: is required", "data.normalization: is required"]),
     ("run.trackers=[tensorbord]", ["run.trackers: 'tensorbord' is not a tracker of Accelerate"]),
     ("run.trackers=[mlflow]", ["run.trackers: 'mlflow' is not installed"]),

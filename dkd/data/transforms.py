@@ -80,9 +80,8 @@ def _resize(size: int | Sequence[int]) -> v2.Transform:
 
 def _cifar(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
     """Four pixels of padding at 32, a random crop, a random flip."""
-    fit = [] if size == 32 else [_resize((size, size))]
-    crop = v2.RandomCrop(size, padding=size // 8)
-    return v2.Compose([*fit, crop, v2.RandomHorizontalFlip()]), v2.Compose([*fit, v2.Identity()]), CIFAR
+    fit = _resize((size, size))  # nothing to do for CIFAR's own 32 pixels
+    return v2.Compose([fit, v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]), v2.Compose([fit]), CIFAR
 
 
 def _imagenet(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:

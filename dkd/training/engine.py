@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Pro
 
 from dkd.config import Problem, Recipe, RecipeError
 
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp64": "no"}
 _ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -35,6 +35,16 @@ def micro_batch(recipe: Recipe, world_size: int) -> int:
 def micro_steps(recipe: Recipe, world_size: int) -> int:
     """A = B / (b·W)."""
     return recipe.train.global_batch // (micro_batch(recipe, world_size) * world_size)
+
+
+def model_dtype(recipe: Recipe) -> torch.dtype:
+    """Of weights and inputs, before any autocast."""
+    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
+
+
+def model_memory_format(recipe: Recipe) -> torch.memory_format:
+    """Of weights and inputs."""
+    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
 def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:

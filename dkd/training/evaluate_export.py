@@ -36,8 +36,8 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
 
     accelerator = engine.build_accelerator(recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent)
     pipeline = assembly.build_image_pipeline(recipe)
-    memory_format = torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-    student = student.to(accelerator.device, memory_format=memory_format)
+    dtype, memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
+    student = student.to(accelerator.device, dtype, memory_format=memory_format)
     batches = EvaluationBatches(
         validation,
         pipeline.validation,
@@ -49,7 +49,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
 
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         with accelerator.autocast():
-            return student(pipeline.normalize(images).contiguous(memory_format=memory_format))
+            return student(pipeline.normalize(images).to(dtype, memory_format=memory_format))
 
     result = evaluate(logits_of, batches, accelerator.device)
     if accelerator.is_main_process:

@@ -71,18 +71,20 @@ class Trainer:
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_student(recipe), assembly.build_teacher(recipe)
-        memory_format = torch.channels_last if train.channels_last else torch.contiguous_format
-        student = student.to(self.device, memory_format=memory_format)
+        self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
+        student = student.to(self.device, self.dtype, memory_format=self.memory_format)
         self.parameters = sum(p.numel() for p in student.parameters())
         if self.teacher is not None:
-            self.teacher = self.teacher.to(self.device, memory_format=memory_format)
+            self.teacher = self.teacher.to(self.device, self.dtype, memory_format=self.memory_format)
             if train.compile.teacher:
                 self.teacher.compile()
-        self.statistics = RunningStatistics(student, self.order.micro_steps, world_size)
-        self.average = WeightAverage(student, train.ema.decay) if train.ema else None
         if train.compile.student:
             student.compile()
         self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
+        # After preparing: it may put other tensors in the place of a model's buffers.
+        prepared = accelerator.unwrap_model(self.student)
+        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size)
+        self.average = WeightAverage(prepared, train.ema.decay) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order.steps_per_epoch, self.planned_steps)
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
@@ -171,8 +173,7 @@ class Trainer:
         return self.objective(student, teacher, labels, step=step, layout=layout)
 
     def _as_input(self, normalize: Any, images: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
-        return normalize(images).contiguous(memory_format=layout)
+        return normalize(images).to(self.dtype, memory_format=self.memory_format)
 
     def _report(self, means: RankMeans | None) -> None:
         """Log a finished step; end on all ranks together when it was not finite."""
@@ -244,7 +245,9 @@ class Trainer:
         self.progress.close()
         self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
         self.run_dir.close()
-        self.accelerator.end_training()
+        # Not accelerator.end_training(): it would also destroy a process group that the caller may still use.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _announce(self) -> None:
         train, order = self.recipe.train, self.order

@@ -1,0 +1,222 @@
+"""The distillation step: images a second with each option, and where the time goes.
+
+    python -m benchmarks.step                                          wrn_16_2 → wrn_16_1, batch 64, 32×32
+    python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
+    python -m benchmarks.step --compile                                the compiled rows too (minutes of compilation on a CPU)
+
+One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a recipe. The rows are
+measured in turn, several rounds, and the median of each is shown; the last column is against the first row of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+TAPS = {"wrn": ["block1", "block2", "block3"], "res": ["layer1", "layer2", "layer3"]}
+PLAIN = {"train.precision": "fp32", "train.channels_last": False}
+
+
+def recipe_values(options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    pairs = [list(pair) for pair in zip(TAPS[options.student[:3]], TAPS[options.teacher[:3]], strict=True)]
+    values: dict[str, Any] = {
+        "run": {"dir": str(folder / "run"), "trackers": []},
+        "data": {"train": "digits", "validation": "digits", "classes": 10, "transforms": "cifar"},
+        "student": {"name": options.student},
+        "teacher": {"name": options.teacher, "weights": str(folder / "teacher.safetensors")},
+        "losses": {
+            "at": {"beta": 1000, "pairs": pairs},
+            "sp": {"gamma": 3000, "reference_batch": 64, "pairs": pairs[-1:]},
+            "kd": {"alpha": 0.9},
+        },
+        "train": {"global_batch": options.batch, "epochs": 1000},
+        "optimizer": {"name": "sgd", "lr": 0.01, "nesterov": True},
+        "schedule": {"name": "constant"},
+    }
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is None:
+            section.pop(last, None)
+        else:
+            section[last] = value
+    return values
+
+
+class Row:
+    """One setting of the trainer, ready to take steps."""
+
+    def __init__(self, title: str, options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
+        from accelerate.state import AcceleratorState, GradientState
+
+        from dkd.config.loading import validate
+        from dkd.training.trainer import Trainer
+
+        self.title, self.batch = title, options.batch
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        self.trainer = Trainer(validate(recipe_values(options, folder, settings)), overwrite=True)
+        self.batches = self.trainer.batches.steps(0, 10**9 // options.batch)
+        self.steps = 0
+
+    def take(self, steps: int) -> list[float]:
+        seconds = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            self.trainer._step(self.steps, self.batches)
+            _synchronize(self.trainer.device)
+            seconds.append(time.perf_counter() - started)
+            self.steps += 1
+        return seconds
+
+
+def forward_only(row: Row) -> list[float]:
+    """Seconds of the teacher's forward alone."""
+    trainer = row.trainer
+    assert trainer.teacher is not None
+    images = trainer._as_input(trainer.normalize, next(row.batches).images.to(trainer.device))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        with trainer.accelerator.autocast():
+            trainer.teacher(images)
+        _synchronize(trainer.device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def shares(row: Row, steps: int) -> dict[str, float]:
+    """Share of the step's time in data, teacher, losses (their backward is the student's), and the student with backward and optimizer."""
+    trainer, spent = row.trainer, {"data": 0.0, "teacher": 0.0, "losses": 0.0}
+
+    @contextlib.contextmanager
+    def clocked(owner: Any, name: str, part: str) -> Iterator[None]:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _synchronize(trainer.device)
+            started = time.perf_counter()
+            result = original(*args, **kwargs)
+            _synchronize(trainer.device)
+            spent[part] += time.perf_counter() - started
+            return result
+
+        setattr(owner, name, timed)
+        try:
+            yield
+        finally:
+            delattr(owner, name) if name in vars(owner) else None
+
+    class Clocked:
+        def __next__(self) -> Any:
+            started = time.perf_counter()
+            batch = next(row.batches)
+            spent["data"] += time.perf_counter() - started
+            return batch
+
+    class ClockedObjective:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(objective, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            _synchronize(trainer.device)
+            started = time.perf_counter()
+            result = objective(*args, **kwargs)
+            _synchronize(trainer.device)
+            spent["losses"] += time.perf_counter() - started
+            return result
+
+    objective = trainer.objective
+    trainer.objective = ClockedObjective()  # type: ignore[assignment]
+    started = time.perf_counter()
+    with clocked(trainer.teacher, "forward", "teacher"):
+        for _ in range(steps):
+            trainer._step(row.steps, Clocked())  # type: ignore[arg-type]
+            row.steps += 1
+    _synchronize(trainer.device)
+    total = time.perf_counter() - started
+    trainer.objective = objective
+    return {**{part: seconds / total for part, seconds in spent.items()}, "student": 1 - sum(spent.values()) / total}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write_teacher(options: argparse.Namespace, folder: Path) -> None:
+    from dkd.models import ModelSpec, build_model
+
+    save_file(build_model(ModelSpec(options.teacher, 10)).state_dict(), folder / "teacher.safetensors")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="wrn_16_2")
+    parser.add_argument("--student", default="wrn_16_1")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default 2)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps a round")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    np.random.seed(0)
+
+    no_teacher = {"teacher": None, "losses": {}}
+    no_kd = {"losses.kd": None}
+    settings: dict[str, dict[str, Any]] = {
+        "distillation, plain float32": PLAIN,
+        "  + channels_last": {**PLAIN, "train.channels_last": True},
+        "  + bf16": {**PLAIN, "train.precision": "bf16"},
+        "  + both (the defaults)": {},
+        "  defaults, no KD: teacher stops at last tap": no_kd,
+        "student alone, plain float32": {**no_teacher, **PLAIN},
+        "student alone, defaults": no_teacher,
+    }
+    if options.compile:
+        settings["  defaults + compiled teacher"] = {"train.compile": {"teacher": True}}
+        settings["  defaults + compiled teacher and student"] = {"train.compile": {"teacher": True, "student": True}}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_teacher(options, folder)
+        rows = [Row(title, options, folder, setting) for title, setting in settings.items()]
+        device = rows[0].trainer.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
+        print(f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}")
+        for row in rows:
+            row.take(2)
+        seconds: dict[str, list[float]] = {row.title: [] for row in rows}
+        for _ in range(options.rounds):
+            for row in rows:
+                seconds[row.title].append(median(row.take(options.steps)))
+        first = seconds[rows[0].title]
+        print(f"{'':<48}{'ms':>8}{'images/s':>10}{'× plain':>9}")
+        for row in rows:
+            mine = seconds[row.title]
+            ratio = median(a / b for a, b in zip(first, mine, strict=True))
+            print(f"{row.title:<48}{1e3 * median(mine):>8.0f}{options.batch / median(mine):>10.0f}{ratio:>9.2f}")
+        for title, row in (("plain float32", rows[0]), ("defaults", rows[3]), ("defaults, stops at last tap", rows[4])):
+            alone = median(forward_only(row))
+            print(f"teacher's forward alone, {title:<23}{1e3 * alone:>8.0f}{options.batch / alone:>10.0f}")
+        for title, row in (("plain float32", rows[0]), ("defaults", rows[3])):
+            parts = ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares(row, options.steps).items())
+            print(f"share of the step, {title}: {parts} (student: with backward and optimizer)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,41 @@
+"""Runs every case in this process, which may be one rank of many, and writes what they return to FOLDER/rankN.json."""
+
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import evaluation_cases
+import loss_cases
+import trainer_cases
+
+CASES = [*loss_cases.CASES, *evaluation_cases.CASES, *trainer_cases.CASES]
+
+
+def main():
+    folder = Path(sys.argv[1])
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    results = {}
+    for case in CASES:
+        torch.manual_seed(0)
+        try:
+            results[case.__name__] = case(folder)
+        except Exception:
+            results[case.__name__] = {"error": traceback.format_exc()}
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

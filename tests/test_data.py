@@ -1,0 +1,220 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dkd.data import DataError, EvaluationBatches, Normalize, SampleOrder, TrainingBatches, build_pipeline, in_memory, open_source
+from dkd.data.order import mix
+from dkd.data.sources import check_labels, to_rgb_tensor
+from reference_material import require_cifar10
+
+
+def epoch_of(order, step=0, steps=None):
+    return [key for keys in order.micro_batches(step, step + (steps or order.steps_per_epoch)) for key in keys]
+
+
+def all_ranks(world, micro_batch, **position):
+    """The global batches that `world` ranks compute together, in the order of micro-batches."""
+    orders = [SampleOrder(100, 7, 24, micro_batch, rank, world) for rank in range(world)]
+    per_rank = [list(order.micro_batches(0, 8)) for order in orders]
+    return [key for micro_batches in zip(*per_rank, strict=True) for keys in micro_batches for key in keys]
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 24), (1, 6), (2, 12), (2, 6), (4, 6), (4, 2), (3, 8)])
+def test_ranks_and_micro_steps_only_say_who_computes_which_samples(world, micro_batch):
+    assert all_ranks(world, micro_batch) == all_ranks(1, 24)
+
+
+def test_an_epoch_visits_each_sample_at_most_once_and_epochs_differ():
+    order = SampleOrder(100, 7, 24, 24)
+    first, second = epoch_of(order), epoch_of(order, step=4)
+    assert len({index for _, index in first}) == len(first) == 96
+    assert {epoch for epoch, _ in first} == {0}
+    assert {epoch for epoch, _ in second} == {1}
+    assert [i for _, i in first] != [i for _, i in second]
+
+
+def test_any_step_can_be_the_first():
+    order = SampleOrder(100, 7, 24, 12, rank=1, world_size=2)
+    everything = list(order.micro_batches(0, 12))
+    for step in (1, 4, 7):
+        assert list(order.micro_batches(step, 12)) == everything[step * order.micro_steps :]
+
+
+def test_too_few_samples_and_uneven_batches_are_refused():
+    with pytest.raises(ValueError, match="do not fill one global batch"):
+        SampleOrder(10, 0, 24, 24)
+    with pytest.raises(ValueError, match="do not divide"):
+        SampleOrder(100, 0, 24, 10)
+
+
+def test_the_seed_of_a_sample_is_the_same_on_every_machine():
+    assert mix(0, 0, 0) != mix(0, 0, 1) != mix(0, 1, 0)
+    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # the published first output of splitmix64 from state 0
+    assert len({mix(0, 0, index) for index in range(10_000)}) == 10_000
+
+
+@pytest.mark.parametrize("preset", ["digits", "cifar", "imagenet"])
+def test_augmentation_does_not_depend_on_workers_ranks_or_position(preset):
+    source = open_source("digits", training=True)
+    pipeline = build_pipeline(preset, image_size=32)
+
+    def images(world, workers, first):
+        per_rank = [
+            TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 16, 16 // world, rank, world), workers).steps(first, first + 2)
+            for rank in range(world)
+        ]
+        return torch.cat([batch.images for batches in zip(*per_rank, strict=True) for batch in batches])
+
+    reference = images(1, 0, 3)
+    assert reference.dtype == torch.uint8
+    for world, workers in ((2, 0), (1, 2), (4, 1)):
+        assert torch.equal(images(world, workers, 3), reference), (world, workers)
+    assert not torch.equal(images(1, 0, 4)[:16], reference[:16])
+
+
+def test_loading_leaves_the_random_state_of_training_alone():
+    source = open_source("digits", training=True)
+    batches = TrainingBatches(source, build_pipeline("digits").train, SampleOrder(len(source), 1, 16, 16)).steps(0, 3)
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    next(batches)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
+    source = open_source("digits", training=False)
+    for world, batch in ((1, 64), (2, 64), (4, 7), (3, 1000)):
+        parts = [list(EvaluationBatches(source, build_pipeline("digits").validation, batch, rank, world)) for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        assert all(len(b.images) == batch for part in parts for b in part)
+        labels = torch.cat([b.labels[: b.count] for batches in zip(*parts, strict=True) for b in batches])
+        assert labels.tolist() == source.labels.tolist()
+
+
+def test_digits_are_split_without_overlap():
+    train, validation = open_source("digits", training=True), open_source("digits", training=False)
+    assert (len(train), len(validation)) == (1348, 449)
+    assert train.image(0).shape == (3, 8, 8)
+    assert set(np.unique(validation.labels)) == set(range(10))
+
+
+def test_normalize_is_torchvisions():
+    from torchvision.transforms import v2
+
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    wanted = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])(images)
+    torch.testing.assert_close(Normalize(mean, std)(images), wanted, rtol=1e-5, atol=1e-6)
+
+
+def png(mode, size=(6, 4), color=0):
+    file = io.BytesIO()
+    Image.new(mode, size, color).save(file, "TIFF" if mode == "CMYK" else "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def write_parquet(path, images, labels, label_name="label"):
+    from datasets import Dataset, Features, Image as ImageFeature, Value
+
+    features = Features({"image": ImageFeature(), label_name: Value("int64")})
+    Dataset.from_dict({"image": images, label_name: labels}, features=features).to_parquet(str(path))
+
+
+def test_parquet_files_in_any_number_and_every_colour_mode(tmp_path):
+    write_parquet(tmp_path / "a-0.parquet", [png("L", color=7), png("RGBA")], [0, 1])
+    write_parquet(tmp_path / "a-1.parquet", [png("CMYK"), png("P")], [2, 1])
+    source = open_source(str(tmp_path / "a-*.parquet"), training=True)
+    assert source.labels.tolist() == [0, 1, 2, 1]
+    assert all(source.image(i).shape == (3, 4, 6) for i in range(4))
+    assert source.image(0).unique().tolist() == [7]
+    held = in_memory(source)
+    assert all(torch.equal(held.image(i), source.image(i)) for i in range(4))
+
+
+def test_images_of_several_sizes_or_too_many_bytes_stay_on_disk(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [png("RGB"), png("RGB", size=(5, 5))], [0, 1])
+    source = open_source(str(tmp_path / "a.parquet"), training=True)
+    assert in_memory(source) is None
+    assert in_memory(open_source("digits", training=True), limit_bytes=None) is not None
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [png("RGB"), {"bytes": b"no image", "path": "x/broken.jpg"}], [0, 1])
+    source = open_source(str(tmp_path / "a.parquet"), training=True)
+    with pytest.raises(DataError, match=r"image 1 \(.*broken.jpg\) cannot be read"):
+        source.image(1)
+
+
+def test_columns_are_found_or_asked_for(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [png("RGB")], [3], label_name="fine_label")
+    assert open_source(str(tmp_path / "a.parquet"), training=True).labels.tolist() == [3]
+    with pytest.raises(DataError, match="has no column 'label' fit for data.label_column; columns: image, fine_label"):
+        open_source(str(tmp_path / "a.parquet"), training=True, label_column="label")
+
+
+def test_folders_are_turned_by_their_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (6, 4)).save(tmp_path / name / "1.jpg", exif=exif)
+    source = open_source(f"folder:{tmp_path}", training=True)
+    assert source.labels.tolist() == [0, 1]
+    assert source.image(0).shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("folder:/no/such/folder", "images are expected as"),
+        ("torchvision:CIFAR1", "did you mean CIFAR10"),
+        ("torchvision:CIFAR10", "cannot be opened under data.root"),
+        ("nothing", "names no data set"),
+    ],
+)
+def test_what_is_missing_is_said(spec, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        open_source(spec, training=True, root=str(tmp_path))
+
+
+def test_torchvision_data_sets_open_by_name(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(np.array([2051, count, 28, 28], ">i4").tobytes() + bytes(count * 784))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(np.array([2049, count], ">i4").tobytes() + bytes(range(count)))
+    train = open_source("torchvision:FashionMNIST", training=True, root=str(tmp_path))
+    assert (len(train), train.labels.tolist(), tuple(train.image(0).shape)) == (3, [0, 1, 2], (3, 28, 28))
+    assert len(open_source("torchvision:FashionMNIST", training=False, root=str(tmp_path))) == 2
+
+
+def test_labels_outside_the_classes_are_refused():
+    with pytest.raises(DataError, match="labels go from 0 to 9, but data.classes is 9"):
+        check_labels(open_source("digits", training=True), 9)
+
+
+def test_transforms_by_name():
+    pipeline = build_pipeline([{"Resize": {"size": [10, 10]}}, "RandomHorizontalFlip"], [{"Resize": {"size": [10, 10]}}], 10, Normalize((0,) * 3, (1,) * 3))
+    assert pipeline.train(torch.zeros(3, 4, 4, dtype=torch.uint8)).shape == (3, 10, 10)
+    with pytest.raises(ValueError, match="'Rezise' is not a transform"):
+        build_pipeline(["Rezise"], ["Resize"], 10, Normalize((0,) * 3, (1,) * 3))
+    with pytest.raises(ValueError, match="Resize: .*argument"):
+        build_pipeline([{"Resize": {"sise": 3}}], [], 10, Normalize((0,) * 3, (1,) * 3))
+
+
+def test_to_rgb_keeps_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    assert np.array_equal(to_rgb_tensor(Image.fromarray(pixels)).permute(1, 2, 0).numpy(), pixels)
+
+
+def test_cifar10_parquet_is_what_it_says():
+    source = open_source(str(require_cifar10() / "test-*.parquet"), training=False)
+    assert len(source) == 10_000
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert source.image(0).shape == (3, 32, 32)
