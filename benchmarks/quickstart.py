@@ -1,7 +1,7 @@
 """The quickstart: a teacher, a student taught by it, and the same student alone, on scikit-learn's digits. Prints one table.
 
-    python -m benchmarks.quickstart                one seed: what `make quickstart` runs
-    python -m benchmarks.quickstart --seeds 3      the taught and the untaught student with 3 seeds each, mean and paired difference
+python -m benchmarks.quickstart                one seed: what `make quickstart` runs
+python -m benchmarks.quickstart --seeds 3      the taught and the untaught student with 3 seeds each, mean and paired difference
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main() -> int:
         for title, runs in (("alone", [alone for _, alone in pairs]), ("distilled", [taught for taught, _ in pairs])):
             print(f"mean of {len(runs)} seeds, {title}: {100 * mean(run['evaluation']['top1'] for run in runs):.2f} %")
         print(f"distilled − alone, same seed: {mean(differences):+.2f} points, standard deviation {stdev(differences):.2f}")
-    print("\nfiles: runs/quickstart_teacher, runs/quickstart, runs/quickstart_no_teacher (student.safetensors, metrics.jsonl, tensorboard, ...)")
+    print("\nfiles: runs/quickstart_teacher, runs/quickstart, runs/quickstart_no_teacher")
+    print("each with student.safetensors, student.json, metrics.jsonl, recipe.yaml, provenance.json, tensorboard/, checkpoints/")
     return 0
 
 

@@ -176,8 +176,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     np.random.seed(0)
 
-    no_teacher = {"teacher": None, "losses": {}}
-    no_kd = {"losses.kd": None}
+    no_teacher: dict[str, Any] = {"teacher": None, "losses": {}}
+    no_kd: dict[str, Any] = {"losses.kd": None}
     settings: dict[str, dict[str, Any]] = {
         "distillation, plain float32": PLAIN,
         "  + channels_last": {**PLAIN, "train.channels_last": True},

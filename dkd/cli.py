@@ -153,7 +153,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = _parser("train", "Train a student from a recipe.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without training; print what would run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything that can be checked without training; print what would run"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in run.dir already")
     return parser
 

@@ -1,4 +1,4 @@
-"""Material that may lie beside the checkout: reference losses, CIFAR-10 and ImageNet photographs. Tests that need it say so and are skipped without it."""
+"""Material that may lie beside the checkout: reference losses and CIFAR-10. Tests that need it say so, and are skipped without it."""
 
 import os
 from pathlib import Path

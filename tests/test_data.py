@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_material import require_cifar10
 
 from dkd.data import DataError, EvaluationBatches, Normalize, SampleOrder, TrainingBatches, build_pipeline, in_memory, open_source
 from dkd.data.order import mix
 from dkd.data.sources import check_labels, to_rgb_tensor
-from reference_material import require_cifar10
 
 
 def epoch_of(order, step=0, steps=None):
@@ -63,7 +63,9 @@ def test_augmentation_does_not_depend_on_workers_ranks_or_position(preset):
 
     def images(world, workers, first):
         per_rank = [
-            TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 16, 16 // world, rank, world), workers).steps(first, first + 2)
+            TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 16, 16 // world, rank, world), workers).steps(
+                first, first + 2
+            )
             for rank in range(world)
         ]
         return torch.cat([batch.images for batches in zip(*per_rank, strict=True) for batch in batches])
@@ -91,7 +93,7 @@ def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
         parts = [list(EvaluationBatches(source, build_pipeline("digits").validation, batch, rank, world)) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1
         assert all(len(b.images) == batch for part in parts for b in part)
-        labels = torch.cat([b.labels[: b.count] for batches in zip(*parts, strict=True) for b in batches])
+        labels = torch.cat([b.labels[: b.valid] for batches in zip(*parts, strict=True) for b in batches])
         assert labels.tolist() == source.labels.tolist()
 
 
@@ -118,7 +120,8 @@ def png(mode, size=(6, 4), color=0):
 
 
 def write_parquet(path, images, labels, label_name="label"):
-    from datasets import Dataset, Features, Image as ImageFeature, Value
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
 
     features = Features({"image": ImageFeature(), label_name: Value("int64")})
     Dataset.from_dict({"image": images, label_name: labels}, features=features).to_parquet(str(path))
@@ -152,7 +155,7 @@ def test_an_unreadable_image_is_named(tmp_path):
 def test_columns_are_found_or_asked_for(tmp_path):
     write_parquet(tmp_path / "a.parquet", [png("RGB")], [3], label_name="fine_label")
     assert open_source(str(tmp_path / "a.parquet"), training=True).labels.tolist() == [3]
-    with pytest.raises(DataError, match="has no column 'label' fit for data.label_column; columns: image, fine_label"):
+    with pytest.raises(DataError, match=r"has no column 'label' fit for data.label_column; columns: image, fine_label"):
         open_source(str(tmp_path / "a.parquet"), training=True, label_column="label")
 
 
@@ -195,16 +198,18 @@ def test_torchvision_data_sets_open_by_name(tmp_path):
 
 
 def test_labels_outside_the_classes_are_refused():
-    with pytest.raises(DataError, match="labels go from 0 to 9, but data.classes is 9"):
+    with pytest.raises(DataError, match=r"labels go from 0 to 9, but data.classes is 9"):
         check_labels(open_source("digits", training=True), 9)
 
 
 def test_transforms_by_name():
-    pipeline = build_pipeline([{"Resize": {"size": [10, 10]}}, "RandomHorizontalFlip"], [{"Resize": {"size": [10, 10]}}], 10, Normalize((0,) * 3, (1,) * 3))
+    pipeline = build_pipeline(
+        [{"Resize": {"size": [10, 10]}}, "RandomHorizontalFlip"], [{"Resize": {"size": [10, 10]}}], 10, Normalize((0,) * 3, (1,) * 3)
+    )
     assert pipeline.train(torch.zeros(3, 4, 4, dtype=torch.uint8)).shape == (3, 10, 10)
     with pytest.raises(ValueError, match="'Rezise' is not a transform"):
         build_pipeline(["Rezise"], ["Resize"], 10, Normalize((0,) * 3, (1,) * 3))
-    with pytest.raises(ValueError, match="Resize: .*argument"):
+    with pytest.raises(ValueError, match=r"Resize: .*argument"):
         build_pipeline([{"Resize": {"sise": 3}}], [], 10, Normalize((0,) * 3, (1,) * 3))
 
 

@@ -33,7 +33,9 @@ def test_parameter_counts_are_the_published_ones(name, parameters, norm):
     assert (batch_norms > 0) == (norm == "batch")
 
 
-@pytest.mark.parametrize(("name", "taps", "size"), [("resnet8", ["layer1", "layer2", "layer3"], 32), ("wrn_16_2", ["block1", "block3"], 32)])
+@pytest.mark.parametrize(
+    ("name", "taps", "size"), [("resnet8", ["layer1", "layer2", "layer3"], 32), ("wrn_16_2", ["block1", "block3"], 32)]
+)
 def test_taps_are_the_stages(name, taps, size):
     torch.manual_seed(0)
     model = TappedModel(build_model(ModelSpec(name, 10)), taps)

@@ -189,3 +189,10 @@ def test_a_launch_that_disagrees_with_the_recipe_is_an_error(recipe_file, capsys
     monkeypatch.setenv(variable, value)
     assert main(["train", str(recipe_file)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_ends_every_process_of_a_launch(recipe_file):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dkd", "train", str(recipe_file)]
+    result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == ["dkd: data.train: no file matches 'x.parquet'"]

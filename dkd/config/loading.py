@@ -61,7 +61,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
             problems.append(Problem("", f"{override!r} is not an override; write key=value, such as train.epochs=10"))
             continue
         try:
-            parsed.append((keys, yaml.load(text, _UniqueKeys)))  # noqa: S506 - a SafeLoader
+            parsed.append((keys, yaml.load(text, _UniqueKeys)))
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"{text!r} is not YAML: {' '.join(str(error).split())}"))
     if problems:
@@ -88,7 +88,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RecipeError.at("", f"no such recipe: {str(path)!r}{did_you_mean(str(path), beside)}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError.at("", f"{str(path)!r} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -218,7 +218,9 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
     if recipe.teacher is not None and losses.at is None and losses.sp is None and losses.kd is None:
         problems.append(Problem("teacher", "no loss uses it; add losses.at, losses.sp or losses.kd, or remove it with teacher=null"))
     if recipe.teacher is not None and losses.kd is not None and recipe.teacher.classes not in (None, recipe.data.classes):
-        problems.append(Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.kd needs"))
+        problems.append(
+            Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.kd needs")
+        )
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))
     if isinstance(recipe.data.transforms, list):
@@ -226,7 +228,9 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
             if getattr(recipe.data, key) is None:
                 problems.append(Problem(f"data.{key}", "is required when data.transforms is a list"))
     elif recipe.data.validation_transforms is not None:
-        problems.append(Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}"))
+        problems.append(
+            Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}")
+        )
     warmup = getattr(recipe.schedule, "warmup_epochs", 0.0)
     if warmup > train.epochs:
         problems.append(Problem("schedule.warmup_epochs", f"{warmup:g} is more than train.epochs={train.epochs}"))

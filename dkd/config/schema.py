@@ -233,8 +233,8 @@ class TrainSection(Section):
     max_steps: Count | None = None
     """Ends the run earlier."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
-    """Autocast of student and teacher; weights and losses stay float32. fp16 needs a GPU. fp64 is no autocast, but everything in float64: slow,
-    for telling rounding from error."""
+    """Autocast of student and teacher; weights and losses stay float32. fp16 needs a GPU. fp64 is no autocast, but
+    everything in float64: slow, for telling rounding from error."""
     channels_last: Switch = True
     clip_grad_norm: Positive | None = None
     ema: EmaSection | None = None

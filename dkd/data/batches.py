@@ -18,11 +18,11 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Batch(NamedTuple):
-    """uint8 images (b, 3, H, W), int64 labels (b,), and how many of the b rows count; the rest is padding."""
+    """uint8 images (b, 3, H, W), int64 labels (b,), and how many of the b rows are samples; the rest is padding."""
 
     images: torch.Tensor
     labels: torch.Tensor
-    count: int
+    valid: int
 
 
 class _Samples(Dataset[Batch]):
@@ -98,7 +98,7 @@ class TrainingBatches:
 
 class EvaluationBatches:
     """Each sample once over all ranks, in batches of one shape. All ranks get equally many batches: a short one is filled up with blank
-    images, and so is one without any sample; only its first `count` rows count.
+    images, and so is one without any sample; only its first `valid` rows count.
 
     Args:
         batch: rows a batch, per rank.

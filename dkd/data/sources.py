@@ -198,7 +198,8 @@ class _HuggingFace(_Indexed):
 
 
 def _columns(dataset: Any, name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    from datasets import ClassLabel, Image as ImageFeature, Value
+    from datasets import ClassLabel, Value
+    from datasets import Image as ImageFeature
 
     def is_label(feature: Any) -> bool:
         return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int"))
@@ -211,7 +212,9 @@ def _columns(dataset: Any, name: str, image_column: str | None, label_column: st
     ):
         candidates = [column for column, feature in features.items() if fits(feature)]
         if asked is not None and asked not in candidates:
-            raise DataError(f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: {', '.join(candidates)}")
+            raise DataError(
+                f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: {', '.join(candidates)}"
+            )
         if asked is None and len(candidates) != 1:
             raise DataError(f"{name}: say data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})")
         found.append(asked or candidates[0])

@@ -1,6 +1,6 @@
 """The flat-tensor collectives this project uses, under one name on every supported torch.
 
-torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases have the old names only.
+torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases have only those.
 """
 
 from __future__ import annotations

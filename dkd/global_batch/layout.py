@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from dkd.global_batch import collectives
 
-
 _UNEVEN_WITHIN_RANK = -1
 
 

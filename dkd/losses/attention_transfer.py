@@ -88,13 +88,13 @@ class AttentionTransfer(nn.Module):
                 f"resolutions differ: student {tuple(student.shape[2:])}, teacher {tuple(teacher.shape[2:])}; "
                 "ask for resize='map' or resize='features'"
             )
-        smaller = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+        smaller = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
         difference = self._normalised_map(student, smaller) - self._normalised_map(teacher.detach(), smaller)
         if self.reduction == "mean_squared":
             return difference.square().mean(1)
         return 0.5 * torch.linalg.vector_norm(difference, ord=self.norm, dim=1)
 
-    def _normalised_map(self, features: torch.Tensor, resolution: tuple[int, ...]) -> torch.Tensor:
+    def _normalised_map(self, features: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
         """(b, C, H, W) -> (b, h·w), rows of unit L2 norm."""
         features = full_precision(features)
         if self.resize == "features" and features.shape[2:] != resolution:

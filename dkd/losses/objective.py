@@ -1,6 +1,6 @@
 """The objective: a weighted sum of terms, each of which sees the global batch.
 
-    total(step) = Σ_k weight_k(step) · term_k
+total(step) = Σ_k weight_k(step) · term_k
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ class Outputs:
 class Term(Protocol):
     """One loss of the objective."""
 
-    name: str
-    weight: Weight
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> Weight: ...
 
     def value(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """The unweighted loss: a scalar whose mean over ranks is its value on the global batch."""

@@ -27,8 +27,8 @@ class SimilarityPreserving(nn.Module):
         strategy: how ranks bring the rows together; `gather`, or `auto`, which picks for you. The numbers are the same.
         weights: one weight a pair; default 1.
 
-    Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened, and
-    neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
+    Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened,
+    and neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
     gradient, averaged over ranks as DDP, FSDP and ZeRO do, is L_SP's gradient. Without a process group it is the single-process loss.
     `layout` says who holds which rows; left out, the ranks agree on it by one small all-gather, and uneven local batches are right too.
 

@@ -1,6 +1,6 @@
 """Soft targets. Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
 
-    L_KD = T² · (1/B) Σ_i KL( softmax(z_T,i / T) ‖ softmax(z_S,i / T) )
+L_KD = T² · (1/B) Σ_i KL( softmax(z_T,i / T) ‖ softmax(z_S,i / T) )
 """
 
 from __future__ import annotations

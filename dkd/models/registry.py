@@ -1,9 +1,9 @@
 """A model by its name.
 
-    wrn_16_2, resnet8x4, ...   the CIFAR models of this package
-    torchvision/resnet34       torchvision's classification models
-    timm/vit_tiny_...          timm's, when it is installed
-    my_package.nets:build      your own callable, called with num_classes=... and the options
+wrn_16_2, resnet8x4, ...   the CIFAR models of this package
+torchvision/resnet34       torchvision's classification models
+timm/vit_tiny_...          timm's, when it is installed
+my_package.nets:build      your own callable, called with num_classes=... and the options
 """
 
 from __future__ import annotations

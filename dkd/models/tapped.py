@@ -17,7 +17,7 @@ class TapError(ValueError):
     """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
 
 
-class _LastTapReached(Exception):  # noqa: N818 - control flow, not an error
+class _LastTapReached(Exception):
     pass
 
 
@@ -45,7 +45,9 @@ class TappedModel(nn.Module):
         for tap in self.taps:
             if tap not in paths or not tap:
                 near = difflib.get_close_matches(tap, paths, n=3, cutoff=0.4)
-                raise TapError(f"{tap!r} is not a module of {type(model).__name__}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+                raise TapError(
+                    f"{tap!r} is not a module of {type(model).__name__}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                )
             paths[tap].register_forward_hook(self._reader(tap))
 
     def _reader(self, tap: str) -> Any:

@@ -68,7 +68,9 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
 
 
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
-    """The tensors of a weights file; on the `meta` device only their shapes are read. A torch file may hold them under `state_dict` or `model`, and may prefix them `module.`
+    """The tensors of a weights file; on the `meta` device only their shapes are read.
+
+    A torch file may hold them under `state_dict` or `model`, and may prefix their names with `module.`
 
     Raises:
         WeightsError: no such file, or one that cannot be read safely.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+
 import torch
 
 from dkd.config import Recipe
@@ -96,9 +97,7 @@ def _normalize(section: object) -> Normalize | None:
 def open_part(data: DataSection, part: str) -> ImageSource:
     """Open data.train or data.validation. Raises DataError."""
     spec = data.train if part == "train" else data.validation
-    return open_source(
-        spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column
-    )
+    return open_source(spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column)
 
 
 def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:

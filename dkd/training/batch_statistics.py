@@ -1,7 +1,7 @@
 """BatchNorm's running statistics, so that they do not depend on how many ranks compute a step.
 
-Once an optimizer step, running ← mean over all B/b micro-batches of ((1 − m)·running + m·batch statistic): every micro-batch starts from the
-same old values, and the results are averaged over micro-steps and ranks in one all-reduce.
+Once an optimizer step, running ← mean over all B/b micro-batches of ((1 − m)·running + m·batch statistic): every micro-batch starts from
+the same old values, and the results are averaged over micro-steps and ranks in one all-reduce.
 """
 
 from __future__ import annotations

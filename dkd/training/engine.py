@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 
 from dkd.config import Problem, Recipe, RecipeError
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp64": "no"}
 _ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -47,6 +50,11 @@ def model_memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
+def place(model: Model, recipe: Recipe, device: torch.device) -> Model:
+    """`model` on `device`, in the recipe's dtype and memory format."""
+    return model.to(device, model_dtype(recipe)).to(memory_format=model_memory_format(recipe))
+
+
 def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
     problems = []
@@ -62,13 +70,9 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
             )
         )
     elif micro_steps(recipe, world_size) > 1 and recipe.losses.sp is not None:
-        problems.append(
-            Problem(
-                "losses.sp",
-                f"cannot be accumulated over {micro_steps(recipe, world_size)} micro-steps: its Gram matrix needs the whole global batch at once; "
-                f"leave train.micro_batch out, or set it to {train.global_batch // world_size if train.global_batch % world_size == 0 else '...'}",
-            )
-        )
+        steps = micro_steps(recipe, world_size)
+        message = f"cannot be accumulated over {steps} micro-steps: its Gram matrix needs the whole global batch at once"
+        problems.append(Problem("losses.sp", f"{message}; leave train.micro_batch out, or start more processes"))
     if train.precision == "fp16" and not torch.accelerator.is_available():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
@@ -90,7 +94,9 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
         )
     for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            problems.append(Problem("", f"the launch asks for {engine}; train with DDP: --config_file launch/accelerate/cpu.yaml or ddp.yaml"))
+            problems.append(
+                Problem("", f"the launch asks for {engine}; train with DDP: --config_file launch/accelerate/cpu.yaml or ddp.yaml")
+            )
     return problems
 
 

@@ -34,10 +34,12 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
     except (WeightsError, UnknownModelError, DataError) as error:
         raise RecipeError.at("data.validation" if isinstance(error, DataError) else "", error) from error
 
-    accelerator = engine.build_accelerator(recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent)
+    accelerator = engine.build_accelerator(
+        recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent
+    )
     pipeline = assembly.build_image_pipeline(recipe)
     dtype, memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
-    student = student.to(accelerator.device, dtype, memory_format=memory_format)
+    student = engine.place(student, recipe, accelerator.device)
     batches = EvaluationBatches(
         validation,
         pipeline.validation,
@@ -58,7 +60,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
 
 
 def _recipe_of(weights: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of the run that `weights` belongs to. The launch need not be the one it was trained with: one global batch a rank fits any."""
+    """The recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch: evaluation has its own."""
     folders = [weights.parent, *weights.resolve().parents[1:3]]
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:

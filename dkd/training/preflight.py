@@ -53,7 +53,9 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
             opened[part] = assembly.decode_into_memory(recipe.data, source) if part == "train" else source
     if "train" in opened and len(opened["train"]) < recipe.train.global_batch:
         images = len(opened["train"])
-        problems.append(Problem("train.global_batch", f"{recipe.train.global_batch} is more than the {images} training images; make it smaller"))
+        problems.append(
+            Problem("train.global_batch", f"{recipe.train.global_batch} is more than the {images} training images; make it smaller")
+        )
     if problems:
         raise RecipeError(problems)
     return opened["train"], opened["validation"]
@@ -85,7 +87,9 @@ def _image_size(recipe: Recipe, problems: list[Problem]) -> int | None:
 def _check_transformed(source: ImageSource, transform: Callable, size: int) -> None:
     shape, dtype = (image := transform(source.image(0))).shape, image.dtype
     if tuple(shape) != (3, size, size) or str(dtype) != "torch.uint8":
-        raise ValueError(f"the transforms make {dtype} {tuple(shape)} of an image; data.image_size asks for torch.uint8 (3, {size}, {size})")
+        raise ValueError(
+            f"the transforms make {dtype} {tuple(shape)} of an image; data.image_size asks for torch.uint8 (3, {size}, {size})"
+        )
 
 
 def _tracker_problems(recipe: Recipe) -> list[Problem]:
@@ -95,7 +99,9 @@ def _tracker_problems(recipe: Recipe) -> list[Problem]:
     problems = []
     for tracker in recipe.run.trackers:
         if tracker not in LOGGER_TYPE_TO_CLASS:
-            problems.append(Problem("run.trackers", f"{tracker!r} is not a tracker of Accelerate: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"))
+            problems.append(
+                Problem("run.trackers", f"{tracker!r} is not a tracker of Accelerate: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}")
+            )
         elif tracker not in available:
             problems.append(Problem("run.trackers", f"{tracker!r} is not installed: pip install {tracker}"))
     return problems

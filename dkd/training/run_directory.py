@@ -1,13 +1,13 @@
 """The files of a run.
 
-    RUN/
-      recipe.yaml            the resolved recipe: every default written out, overrides applied
-      provenance.json        command line, versions, git revision, hosts' world size, start time
-      metrics.jsonl          one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
-      tensorboard/           and whatever other trackers write
-      checkpoints/step_N/    student.safetensors and student.json after an epoch
-      student.safetensors    the finished student, and beside it
-      student.json           its architecture, input and metrics
+RUN/
+  recipe.yaml            the resolved recipe: every default written out, overrides applied
+  provenance.json        command line, versions, git revision, hosts' world size, start time
+  metrics.jsonl          one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
+  tensorboard/           and whatever other trackers write
+  checkpoints/step_N/    student.safetensors and student.json after an epoch
+  student.safetensors    the finished student, and beside it
+  student.json           its architecture, input and metrics
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ class RunDirectory:
         if not self.writes:
             return
         if overwrite and is_run(self.path):
-            for name in ("recipe.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "student.safetensors", "student.json"):
+            for name in (
+                "recipe.yaml",
+                "provenance.json",
+                "metrics.jsonl",
+                "tensorboard",
+                "checkpoints",
+                "student.safetensors",
+                "student.json",
+            ):
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)

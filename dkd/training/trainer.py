@@ -72,10 +72,10 @@ class Trainer:
 
         student, self.teacher = assembly.build_student(recipe), assembly.build_teacher(recipe)
         self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
-        student = student.to(self.device, self.dtype, memory_format=self.memory_format)
+        student = engine.place(student, recipe, self.device)
         self.parameters = sum(p.numel() for p in student.parameters())
         if self.teacher is not None:
-            self.teacher = self.teacher.to(self.device, self.dtype, memory_format=self.memory_format)
+            self.teacher = engine.place(self.teacher, recipe, self.device)
             if train.compile.teacher:
                 self.teacher.compile()
         if train.compile.student:
@@ -212,7 +212,9 @@ class Trainer:
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.run_dir.log({"evaluation": facts})
         self.accelerator.log({"evaluation/top1": result.top1, "evaluation/loss": result.loss}, step=steps_done)
-        self.progress.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
+        self.progress.say(
+            f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}"
+        )
         return result
 
     def _save_checkpoint(self, steps_done: int, result: Evaluation | None) -> None:
@@ -251,10 +253,11 @@ class Trainer:
 
     def _announce(self) -> None:
         train, order = self.recipe.train, self.order
+        processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
+        batch = f"{train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps"
         self.progress.say(
-            f"{self.recipe.run.name}: {self.parameters:,} parameters, {order.world_size} process{'es' * (order.world_size > 1)} on {self.device.type}, "
-            f"{train.precision}; global batch {train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps; "
-            f"{order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
+            f"{self.recipe.run.name}: {self.parameters:,} parameters, {processes} on {self.device.type}, {train.precision}; "
+            f"global batch {batch}; {order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
         )
         left_out = order.samples - order.steps_per_epoch * order.global_batch
         if left_out:

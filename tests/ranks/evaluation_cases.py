@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
+from loss_cases import world
 
 from dkd.data import EvaluationBatches
 from dkd.models import ModelSpec, build_model
 from dkd.training.evaluation import evaluate
-from loss_cases import world
 
 
 class RandomImages:
