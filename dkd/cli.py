@@ -88,16 +88,19 @@ def _train(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(recipe)
 
+    from dkd.training.engine import leave_process_group
     from dkd.training.trainer import Trainer, TrainingError
+
+    # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the others.
 
     try:
         Trainer(recipe, options.overwrite).run()
     except TrainingError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"dkd: {error}", file=sys.stderr)
+        leave_process_group()
         return 1
-    finally:
-        _leave_process_group()
+    leave_process_group()
     return 0
 
 
@@ -111,12 +114,11 @@ def _dry_run(recipe: Recipe) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from dkd.training.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
-    try:
-        evaluate_export(options.target, options.overrides)
-    finally:
-        _leave_process_group()
+    evaluate_export(options.target, options.overrides)
+    leave_process_group()
     return 0
 
 
@@ -140,13 +142,6 @@ def _inspect(options: argparse.Namespace) -> int:
         called = "" if row.calls == 1 else f"  (called {row.calls} times: no tap)"
         print(f"{row.path or '.':{width}}  {shape:>18}  {row.parameters:>12,}  {row.kind}{called}")
     return 0
-
-
-def _leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _train_parser() -> argparse.ArgumentParser:

@@ -18,7 +18,9 @@ TINY = ["train.max_steps=3", "train.precision=fp32", "train.global_batch=32", "d
 
 
 def run(*command, cwd=ROOT):
-    result = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
 
@@ -112,7 +114,9 @@ def test_every_command_explains_itself_with_examples(arguments, capsys):
     assert "examples:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "--no-such-option", "x.yaml"], ["inspect", "--classes", "0", "resnet8"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train"], ["train", "--no-option", "x.yaml"], ["inspect", "--classes", "0", "resnet8"]]
+)
 def test_wrong_commands_end_with_code_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -36,10 +36,15 @@ def test_cosine_ends_at_its_final_value():
 
 
 def test_one_cycle_is_torchs():
-    ours = curve(OneCycleSchedule(name="one_cycle", peak=0.3, start=0.04, final=1e-4), peak=0.5)
-    assert ours[0] == pytest.approx(0.02)
-    assert max(ours) == ours[30] == 0.5
-    assert ours[-1] == pytest.approx(5e-5)
+    for share in (0.3, 0.25):
+        ours = curve(OneCycleSchedule(name="one_cycle", peak=share, start=0.04, final=1e-4), peak=0.5)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5, momentum=0.9)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=100, pct_start=share, div_factor=25, final_div_factor=400)
+        for step, value in enumerate(ours):
+            assert math.isclose(value, theirs.get_last_lr()[0], rel_tol=1e-9), step
+            optimizer.step()
+            if step < 99:
+                theirs.step()
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak():

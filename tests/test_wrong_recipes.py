@@ -87,7 +87,7 @@ WRONG = [
     ("train.micro_batch=32", ["losses.sp: cannot be accumulated over 2 micro-steps"]),
     ("train.global_batch=4096", ["train.global_batch: 4096 is more than the 1348 training images"]),
     ("data.classes=5", ["data.train: labels go from 0 to 9, but data.classes is 5", "data.validation: labels go from 0 to 9"]),
-    ("schedule.warmup_epochs=2", ["schedule.warmup_epochs: 2 is more than train.epochs=1"]),
+    ("schedule.warmup_epochs=-1", ["schedule.warmup_epochs: must be greater than or equal to 0, not -1"]),
     ("data.transforms=[RandomCropp]", ["data.validation_transforms: is required", "data.image_size: is required", "data.normalization: is required"]),
     ("run.trackers=[tensorbord]", ["run.trackers: 'tensorbord' is not a tracker of Accelerate"]),
     ("run.trackers=[mlflow]", ["run.trackers: 'mlflow' is not installed"]),
@@ -192,7 +192,18 @@ def test_a_launch_that_disagrees_with_the_recipe_is_an_error(recipe_file, capsys
 
 
 def test_a_wrong_recipe_ends_every_process_of_a_launch(recipe_file):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dkd", "train", str(recipe_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "dkd",
+        "train",
+        str(recipe_file),
+    ]
     result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == ["dkd: data.train: no file matches 'x.parquet'"]

@@ -231,7 +231,4 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
         problems.append(
             Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}")
         )
-    warmup = getattr(recipe.schedule, "warmup_epochs", 0.0)
-    if warmup > train.epochs:
-        problems.append(Problem("schedule.warmup_epochs", f"{warmup:g} is more than train.epochs={train.epochs}"))
     return problems

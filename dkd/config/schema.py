@@ -34,6 +34,21 @@ Switch = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
+    """For keys of more than one type: one message, where a union would give one for each member."""
+
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(f"must be {allowed}, not {value!r}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -56,17 +71,6 @@ Weight = Annotated[
 ]
 
 
-def _allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
-    """For keys of more than one type: one message, where a union would give one for each member."""
-
-    def check(value: Any) -> Any:
-        if not test(value):
-            raise ValueError(f"must be {allowed}, not {value!r}")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _is_transform(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and len(value) == 1 and all(isinstance(k, str) for k in value))
 
@@ -87,7 +91,7 @@ Transforms = Annotated[
 
 
 class RunSection(Section):
-    name: Text = "run"
+    name: Annotated[str, _allow(_is_file_name, "a name without slashes")] = "run"
     """Names the run in trackers; `run.dir` defaults to runs/NAME."""
     dir: str = ""
     seed: CountFromZero = 0
@@ -190,7 +194,7 @@ class _PairsSection(Section):
 class AttentionTransferSection(_PairsSection):
     beta: Weight
     map: Literal["sum", "sum_p", "max_p"] = "sum_p"
-    p: Positive = 2.0
+    p: Annotated[Number, Field(ge=1)] = 2.0
     reduction: Literal["mean_squared", "paper"] = "mean_squared"
     norm: Annotated[Number, Field(ge=1)] = 2.0
     resize: Literal["error", "map", "features"] = "error"

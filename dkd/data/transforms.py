@@ -3,6 +3,7 @@ batch at a time, on the device that trains."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,16 @@ class Normalize:
     std: tuple[float, ...]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=images.device).view(1, -1, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=images.device).view(1, -1, 1, 1)
+        scale, shift = _scale_and_shift(self, images.device)
         return torch.addcmul(shift, images.float(), scale)
+
+
+@functools.cache
+def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Kept on the device: a copy from the host in every step would make the host wait for the device.
+    scale = torch.tensor([1 / (255 * s) for s in normalize.std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], device=device)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout
-from dkd.losses.feature_pairs import Features, as_pairs, full_precision, no_autocast
+from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
 
 
 class AttentionTransfer(nn.Module):
@@ -68,16 +68,18 @@ class AttentionTransfer(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
-        if p <= 0 or norm < 1:
-            raise ValueError(f"p={p} must be above 0 and norm={norm} at least 1")
+        if p < 1 or norm < 1:
+            # Below 1 the gradient at 0 is infinite, and features behind a ReLU are full of zeros.
+            raise ValueError(f"p={p} and norm={norm} must be at least 1")
         self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+        # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)])
         pairs = as_pairs(student, teacher, self.weights)
         for s, t, _ in pairs:
             if s.dim() != 4 or t.dim() != 4:
                 raise ValueError(f"attention maps need features of shape (b, C, H, W), not {tuple(s.shape)} and {tuple(t.shape)}")
-        layout = layout or BatchLayout.agree([s for s, _, _ in pairs] + [t for _, t, _ in pairs])
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
 

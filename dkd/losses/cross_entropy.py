@@ -24,7 +24,7 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([logits])
+        layout = layout or BatchLayout.agree([logits, labels])
         with no_autocast(logits.device):
             per_sample = F.cross_entropy(full_precision(logits), labels, reduction="none", label_smoothing=self.label_smoothing)
             return layout.mean(per_sample)

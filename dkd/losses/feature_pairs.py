@@ -10,14 +10,17 @@ import torch
 Features = torch.Tensor | Sequence[torch.Tensor]
 
 
+def as_list(features: Features) -> list[torch.Tensor]:
+    return [features] if isinstance(features, torch.Tensor) else list(features)
+
+
 def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | None) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
     """(student feature, teacher feature, weight) for each pair; weights default to 1.
 
     Raises:
         ValueError: when the lists or the weights differ in length, or are empty.
     """
-    students = [student] if isinstance(student, torch.Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, torch.Tensor) else list(teacher)
+    students, teachers = as_list(student), as_list(teacher)
     if len(students) != len(teachers) or not students:
         raise ValueError(f"{len(students)} student features and {len(teachers)} teacher features do not make pairs")
     pair_weights = [1.0] * len(students) if weights is None else list(weights)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, gram_rows
-from dkd.losses.feature_pairs import Features, as_pairs, full_precision, no_autocast
+from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
 
 
 class SimilarityPreserving(nn.Module):
@@ -52,8 +52,9 @@ class SimilarityPreserving(nn.Module):
         self.scope, self.strategy, self.weights = scope, strategy, weights
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+        # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)])
         pairs = as_pairs(student, teacher, self.weights)
-        layout = layout or BatchLayout.agree([s for s, _, _ in pairs] + [t for _, t, _ in pairs])
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * self._share(s, t, layout) for s, t, w in pairs]).sum()
 

@@ -32,9 +32,9 @@ class SoftTargets(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
+        layout = layout or BatchLayout.agree([student, teacher])
         if student.shape != teacher.shape:
             raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
-        layout = layout or BatchLayout.agree([student])
         with no_autocast(student.device):
             log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)
             log_teacher = F.log_softmax(full_precision(teacher.detach()) / self.temperature, dim=1)

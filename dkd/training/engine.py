@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 
 from dkd.config import Problem, Recipe, RecipeError
@@ -28,6 +30,11 @@ def launched_world_size() -> int:
 def launched_local_world_size() -> int:
     """The number of processes of this launch on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def has_gpu() -> bool:
+    """Whether there is an accelerator to train on. Apple's does not count: it has no float64, in which evaluation and logs are summed."""
+    return torch.accelerator.is_available() and getattr(torch.accelerator.current_accelerator(), "type", "") != "mps"
 
 
 def micro_batch(recipe: Recipe, world_size: int) -> int:
@@ -73,7 +80,7 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
         steps = micro_steps(recipe, world_size)
         message = f"cannot be accumulated over {steps} micro-steps: its Gram matrix needs the whole global batch at once"
         problems.append(Problem("losses.sp", f"{message}; leave train.micro_batch out, or start more processes"))
-    if train.precision == "fp16" and not torch.accelerator.is_available():
+    if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if accumulation not in (None, "auto", str(micro_steps(recipe, world_size))) and not problems:
@@ -100,6 +107,20 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     return problems
 
 
+def start_trackers(accelerator: Accelerator, recipe: Recipe, settings: dict[str, Any]) -> None:
+    """The recipe's trackers, under the run's name."""
+    if recipe.run.trackers:
+        accelerator.init_trackers(recipe.run.name, config=settings)
+
+
+def leave_process_group() -> None:
+    """All ranks call it, at the end. Accelerate's settings of this process go too, so that it can start anew."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def prepare(
     accelerator: Accelerator, student: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -118,16 +139,16 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         RecipeError: when Accelerate made something else of the launch than what was asked for.
     """
     world_size = launched_world_size()
-    if not torch.accelerator.is_available():
+    if not has_gpu():
         # Accelerate imports DeepSpeed when it unwraps a model; told, DeepSpeed does not look for a GPU and warn that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = Accelerator(
         # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not has_gpu(),
         mixed_precision=_PRECISION[recipe.train.precision],
         gradient_accumulation_steps=micro_steps(recipe, world_size),
         log_with=list(recipe.run.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
         # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
@@ -136,6 +157,10 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             "",
             f"{world_size} processes were launched, but Accelerate runs {accelerator.distributed_type} with {accelerator.num_processes}; "
             "launch with: accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes N -m dkd train RECIPE",
+        )
+    if recipe.train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError.at(
+            "train.precision", "fp16 needs a GPU, and the launch asks for CPUs; use bf16 or fp32, or launch/accelerate/ddp.yaml"
         )
     if accelerator.gradient_accumulation_steps != micro_steps(recipe, world_size):
         raise RecipeError.at("train.micro_batch", f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} steps")

@@ -10,6 +10,7 @@ import torch
 
 from dkd.config import Recipe, RecipeError, load_recipe
 from dkd.data import DataError, EvaluationBatches
+from dkd.data.sources import check_labels
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
 from dkd.training import assembly, engine
 from dkd.training.evaluation import Evaluation, evaluate
@@ -31,6 +32,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
         name = student_spec(read_description(weights)).name
         student = load_student(weights)
         validation = assembly.open_part(recipe.data, "validation")
+        check_labels(validation, recipe.data.classes)
     except (WeightsError, UnknownModelError, DataError) as error:
         raise RecipeError.at("data.validation" if isinstance(error, DataError) else "", error) from error
 

@@ -54,7 +54,7 @@ def evaluate(logits_of: Callable[[torch.Tensor], torch.Tensor], batches: Evaluat
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)
         classes = logits.shape[1]
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-        counts += torch.stack([torch.tensor(batch.valid, device=device), ranked[:, 0].sum(), ranked.sum()])
+        counts += torch.stack([torch.full((), batch.valid, device=device), ranked[:, 0].sum(), ranked.sum()])
         loss += F.cross_entropy(logits, labels, reduction="none").sum()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)

@@ -20,7 +20,10 @@ class RankMeans:
         self.step = step
         self._names = list(values)
         device = next((v.device for v in values.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
-        self._local = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values.values()])
+        # full, not tensor: a number written by a kernel, where a copy from the host would wait for the device.
+        self._local = torch.stack(
+            [v.double() if isinstance(v, torch.Tensor) else torch.full((), v, dtype=torch.float64, device=device) for v in values.values()]
+        )
         self._mean, self._work = self._local, None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._mean = self._local / dist.get_world_size()

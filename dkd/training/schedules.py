@@ -28,12 +28,12 @@ def learning_rate(
         total_steps: optimizer steps of all epochs. A run that ends earlier (`train.max_steps`) walks the same curve, only not to its end.
     """
     if isinstance(schedule, OneCycleSchedule):
-        rise = max(1, round(schedule.peak * total_steps))
+        top = max(1.0, schedule.peak * total_steps - 1)  # where torch's OneCycleLR has it
 
         def one_cycle(step: int) -> float:
-            if step < rise:
-                return peak * _cosine(schedule.start, 1.0, step / rise)
-            return peak * _cosine(1.0, schedule.final, (step - rise) / max(1, total_steps - 1 - rise))
+            if step < top:
+                return peak * _cosine(schedule.start, 1.0, step / top)
+            return peak * _cosine(1.0, schedule.final, (step - top) / max(1.0, total_steps - 1 - top))
 
         return one_cycle
 

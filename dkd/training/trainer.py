@@ -90,8 +90,7 @@ class Trainer:
 
         self.run_dir.writes = self.main
         self.run_dir.start(recipe, world_size, overwrite)
-        if recipe.run.trackers:
-            accelerator.init_trackers("tensorboard", config=_flat(recipe.model_dump()))
+        engine.start_trackers(accelerator, recipe, _flat(recipe.model_dump()))
         self.progress = Progress(self.total_steps, 0, train.global_batch, self.main)
 
     def run(self) -> Evaluation:
@@ -103,10 +102,14 @@ class Trainer:
         self._announce()
         started = time.monotonic()
         batches = self.batches.steps(0, self.total_steps)
+        clock = time.monotonic()
         pending: RankMeans | None = None
         result: Evaluation | None = None
         for step in range(self.total_steps):
             values = self._step(step, batches)
+            # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has waited for it.
+            now = time.monotonic()
+            values["seconds"], clock = now - clock, now
             # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
             means = RankMeans(step, values)
             self._report(pending)
@@ -116,10 +119,10 @@ class Trainer:
                 self._report(pending)
                 pending = None
                 last = step + 1 == self.total_steps
-                if last or epoch % self.recipe.evaluation.every_epochs == 0:
-                    result = self._evaluate(step + 1)
+                result = self._evaluate(step + 1) if last or epoch % self.recipe.evaluation.every_epochs == 0 else None
                 if last or epoch % self.recipe.checkpoint.every_epochs == 0:
                     self._save_checkpoint(step + 1, result)
+                clock = time.monotonic()
         assert result is not None
         self._finish(result, time.monotonic() - started)
         return result
@@ -131,7 +134,7 @@ class Trainer:
             group["lr"] = learning_rate
         self.student.train()
         self.statistics.start_step()
-        started, waited = time.monotonic(), 0.0
+        waited = 0.0
         sums: dict[str, torch.Tensor] = {}
         for micro_step in range(self.order.micro_steps):
             asked = time.monotonic()
@@ -150,8 +153,7 @@ class Trainer:
         self.statistics.finish_step()
         if self.average is not None:
             self.average.update()
-        elapsed = time.monotonic() - started
-        return {**sums, "step_seconds": elapsed, "data_wait": waited / elapsed}
+        return {**sums, "seconds_waited": waited}
 
     def _losses(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward of one micro-batch through teacher and student."""
@@ -195,8 +197,8 @@ class Trainer:
                 **shown,
                 "lr": self.learning_rate(step),
                 **{f"weight/{term.name}": term.weight(step) for term in self.objective.terms},
-                "images_per_second": self.recipe.train.global_batch / values["step_seconds"],
-                "data_wait": values["data_wait"],
+                "images_per_second": self.recipe.train.global_batch / values["seconds"],
+                "data_wait": values["seconds_waited"] / values["seconds"],
             }
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.

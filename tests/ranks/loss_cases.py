@@ -105,6 +105,15 @@ def shapes_that_differ_end_all_ranks(folder):
     return "no error"
 
 
+def rows_that_differ_within_a_rank_end_all_ranks(folder):
+    rank, _ = world()
+    try:
+        AttentionTransfer()(torch.ones(3 + (rank == 0), 4, 3, 3), torch.ones(3, 4, 3, 3))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
 def the_documented_three_lines_in_a_users_own_ddp_loop(folder):
     """docs/losses.md's snippet, against one process with the global batch."""
     rank, size = world()
@@ -127,5 +136,6 @@ CASES = [
     losses_on_uneven_batches,
     half_precision_features_are_promoted,
     shapes_that_differ_end_all_ranks,
+    rows_that_differ_within_a_rank_end_all_ranks,
     the_documented_three_lines_in_a_users_own_ddp_loop,
 ]

@@ -27,8 +27,11 @@ RECIPE = {
 }
 
 
-def train(folder, name, changes):
-    """Run the recipe with `changes` (section -> keys); returns logged lines, evaluation and the final state."""
+def train(folder, name, changes, tamper=lambda trainer: None):
+    """Run the recipe with `changes` (section -> keys); returns logged lines, evaluation and the final state.
+
+    `tamper` may break the trainer before it runs.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     values = {**RECIPE, **{key: {**RECIPE[key], **value} if key != "optimizer" else value for key, value in changes.items()}}
     values["run"] = {**values["run"], "name": name, "dir": str(folder / name)}
@@ -39,6 +42,7 @@ def train(folder, name, changes):
     preflight.check(recipe, overwrite=False)
     trainer = Trainer(recipe)
     teacher_before = weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None
+    tamper(trainer)
     result = trainer.run()
     state = trainer.accelerator.unwrap_model(trainer.student).state_dict()
     if world > 1:
@@ -58,13 +62,20 @@ def all_four_losses(folder):
     return train(folder, "all_four_losses", {})
 
 
+BATCH_NORM = {
+    "student": {"norm": "batch"},
+    "losses": {"at": RECIPE["losses"]["at"], "sp": None, "kd": RECIPE["losses"]["kd"]},
+    "train": {"micro_batch": 8},
+}
+
+
 def batch_norm_with_fixed_micro_batches(folder):
-    losses = {"at": RECIPE["losses"]["at"], "sp": None, "kd": RECIPE["losses"]["kd"]}
-    return train(
-        folder,
-        "batch_norm",
-        {"student": {"norm": "batch"}, "losses": losses, "train": {"micro_batch": 8, "clip_grad_norm": 1.0, "ema": {"decay": 0.9}}},
-    )
+    return train(folder, "batch_norm", BATCH_NORM)
+
+
+def averaged_weights_and_clipped_gradients(folder):
+    changes = {**BATCH_NORM, "train": {"micro_batch": 8, "max_steps": 6, "clip_grad_norm": 1.0, "ema": {"decay": 0.5}}}
+    return train(folder, "averaged", changes)
 
 
 def adamw_and_bf16_and_worker_processes(folder):
@@ -80,9 +91,23 @@ def adamw_and_bf16_and_worker_processes(folder):
     )
 
 
-def a_loss_that_is_not_finite_ends_all_ranks(folder):
+def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
+    """The last rank's loss becomes NaN in the third step."""
+
+    def tamper(trainer):
+        objective, last = trainer.objective, trainer.order.rank == trainer.order.world_size - 1
+
+        class Broken:
+            terms, names = objective.terms, objective.names
+
+            def __call__(self, *args, step, **kwargs):
+                total, values = objective(*args, step=step, **kwargs)
+                return (total * float("nan"), values) if last and step == 2 else (total, values)
+
+        trainer.objective = Broken()
+
     try:
-        train(folder, "broken", {"optimizer": {"name": "sgd", "lr": 1e30}, "schedule": {"warmup_epochs": 0}})
+        train(folder, "broken", {}, tamper)
     except TrainingError as error:
         return str(error)
     return "no error"
@@ -91,6 +116,7 @@ def a_loss_that_is_not_finite_ends_all_ranks(folder):
 CASES = [
     all_four_losses,
     batch_norm_with_fixed_micro_batches,
+    averaged_weights_and_clipped_gradients,
     adamw_and_bf16_and_worker_processes,
-    a_loss_that_is_not_finite_ends_all_ranks,
+    a_loss_that_is_not_finite_on_one_rank_ends_all_ranks,
 ]
