@@ -75,6 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"dkd: {problem}", file=sys.stderr)
         return BAD_INPUT
+    except Exception as error:
+        if not _is_data_error(error):
+            raise
+        # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the others.
+        print(f"dkd: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -84,7 +90,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from dkd.training import preflight
 
-    preflight.check(recipe, overwrite=options.overwrite or options.dry_run)
+    preflight.check(recipe, overwrite=options.overwrite)
     if options.dry_run:
         return _dry_run(recipe)
 
@@ -104,6 +110,11 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_data_error(error: BaseException) -> bool:
+    data = sys.modules.get("dkd.data")
+    return data is not None and isinstance(error, data.DataError)
+
+
 def _dry_run(recipe: Recipe) -> int:
     from dkd.config import recipe_to_yaml
     from dkd.training.dry_run import describe
@@ -117,7 +128,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dkd.training.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
-    evaluate_export(options.target, options.overrides)
+    evaluate_export(options.target, options.overrides, options.trust_code)
     leave_process_group()
     return 0
 
@@ -158,7 +169,10 @@ def _train_parser() -> argparse.ArgumentParser:
 def _evaluate_parser() -> argparse.ArgumentParser:
     parser = _parser("evaluate", "Exact top-1, top-5 and loss of a trained student: every sample counted once.")
     parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint in it, or a student.safetensors")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run's recipe to override")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run's data and evaluation sections, train.precision")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import the module:callable that a student.json names as its architecture"
+    )
     return parser
 
 
@@ -182,7 +196,6 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -100,7 +100,14 @@ def test_what_cannot_be_evaluated_is_said(runs, tmp_path, capsys):
 
 
 def test_help_answers_without_importing_torch():
-    code = "import sys; from dkd.cli import main\ntry: main(['--help'])\nfinally: print(sorted({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
+    code = """
+import sys
+from dkd.cli import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"torch", "pydantic", "numpy"} & set(sys.modules)))
+"""
     output = run(sys.executable, "-c", code).stdout
     assert "examples:" in output
     assert output.splitlines()[-1] == "[]"
@@ -136,11 +143,11 @@ def test_inspect_lists_taps(capsys):
 @pytest.mark.parametrize("recipe", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")))
 def test_every_recipe_of_the_repository_is_valid(recipe):
     from dkd.config import load_recipe
-    from dkd.training.preflight import _model_problems
+    from dkd.training.preflight import model_problems
 
     loaded = load_recipe(ROOT / recipe)
     assert loaded.run.dir == f"runs/{loaded.run.name}"
-    problems = [str(p) for p in _model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32))]
+    problems = [str(p) for p in model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32))]
     assert all("no such file" in problem for problem in problems), problems  # a teacher that is not written yet
 
 

@@ -8,7 +8,7 @@ from reference_material import require_cifar10
 
 from dkd.data import DataError, EvaluationBatches, Normalize, SampleOrder, TrainingBatches, build_pipeline, in_memory, open_source
 from dkd.data.order import mix
-from dkd.data.sources import check_labels, to_rgb_tensor
+from dkd.data.sources import check_class_names, check_labels, to_rgb_tensor
 
 
 def epoch_of(order, step=0, steps=None):
@@ -92,7 +92,7 @@ def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
     for world, batch in ((1, 64), (2, 64), (4, 7), (3, 1000)):
         parts = [list(EvaluationBatches(source, build_pipeline("digits").validation, batch, rank, world)) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1
-        assert all(len(b.images) == batch for part in parts for b in part)
+        assert {len(b.images) for part in parts for b in part} == {min(batch, -(-449 // world))}
         labels = torch.cat([b.labels[: b.valid] for batches in zip(*parts, strict=True) for b in batches])
         assert labels.tolist() == source.labels.tolist()
 
@@ -143,6 +143,43 @@ def test_images_of_several_sizes_or_too_many_bytes_stay_on_disk(tmp_path):
     source = open_source(str(tmp_path / "a.parquet"), training=True)
     assert in_memory(source) is None
     assert in_memory(open_source("digits", training=True), limit_bytes=None) is not None
+
+
+def test_files_without_hugging_face_metadata_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, images in (("bytes", [png("L", color=9)["bytes"]]), ("struct", [png("L", color=9)])):
+        pq.write_table(pa.table({"image": images, "label": [4]}), tmp_path / f"{name}.parquet")
+        source = open_source(str(tmp_path / f"{name}.parquet"), training=True)
+        assert source.labels.tolist() == [4]
+        assert source.image(0).unique().tolist() == [9]
+
+
+def test_sixteen_bits_are_scaled_and_other_depths_refused():
+    assert to_rgb_tensor(Image.fromarray(np.full((2, 2), 20000, np.uint16))).unique().tolist() == [77]
+    with pytest.raises(ValueError, match="32-bit numbers"):
+        to_rgb_tensor(Image.new("F", (2, 2)))
+
+
+def test_the_same_label_must_mean_the_same_class(tmp_path):
+    for part, names in (("train", ("cat", "dog", "fish")), ("validation", ("dog", "fish"))):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / part / name / "1.png")
+    train, validation = (open_source(f"folder:{tmp_path / part}", training=True) for part in ("train", "validation"))
+    check_class_names(train, train)
+    with pytest.raises(DataError, match="label 0 is 'cat' in the training data and 'dog' here"):
+        check_class_names(train, validation)
+
+
+def test_postscript_is_not_an_image(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "path": "x.jpg"}, None], [0, 1])
+    source = open_source(str(tmp_path / "a.parquet"), training=True)
+    with pytest.raises(DataError, match="cannot identify image file"):
+        source.image(0)
+    with pytest.raises(DataError, match="image 1 is null"):
+        source.image(1)
 
 
 def test_an_unreadable_image_is_named(tmp_path):

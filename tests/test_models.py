@@ -2,7 +2,21 @@ import pytest
 import torch
 from torch import nn
 
-from dkd.models import ModelSpec, TapError, TappedModel, UnknownModelError, WeightsError, build_model, load_weights, module_rows
+from dkd.models import (
+    ModelSpec,
+    TapError,
+    TappedModel,
+    UnknownModelError,
+    WeightsError,
+    build_model,
+    check_training,
+    check_weights,
+    load_student,
+    load_weights,
+    module_rows,
+    save_student,
+)
+from dkd.models.weights import read_file
 
 # Parameters with 100 classes. In millions as published: CRD's CIFAR-100 benchmark (resnet20 0.28, resnet32 0.47, resnet56 0.86,
 # resnet110 1.74, resnet8x4 1.23, resnet32x4 7.43, wrn_16_2 0.70, wrn_40_1 0.57, wrn_40_2 2.26) and the WRN paper's table 4 (wrn_16_8 11.0).
@@ -177,9 +191,44 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     assert "this ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", [b"hello world", b"\x80\x02.", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n", b""]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_hold_no_tensors_are_refused(tmp_path, content, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    for device in ("cpu", "meta"):
+        with pytest.raises(WeightsError, match="cannot be read as a file of tensors"):
+            read_file(path, device)
+
+
+def test_a_student_file_that_names_code_is_not_run_unasked(tmp_path):
+    save_student(
+        tmp_path, ModelSpec("torchvision.models:resnet18", 10), build_model(ModelSpec("torchvision/resnet18", 10)).state_dict(), {}
+    )
+    with pytest.raises(UnknownModelError, match="is code to be imported and run"):
+        load_student(tmp_path)
+    assert load_student(tmp_path, trust_code=True).fc.out_features == 10
+
+
+def test_a_model_with_parameters_that_nothing_uses_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self, num_classes):\n        super().__init__()\n"
+        "        self.used, self.spare = torch.nn.Linear(3, num_classes), torch.nn.Linear(3, 3)\n"
+        "    def forward(self, x):\n        return self.used(x.mean((2, 3)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownModelError, match=r"no gradient reaches spare.weight, spare.bias from the logits"):
+        check_training(ModelSpec("nets:Net", 5), 4, 8)
+
+
 def test_torchvision_weights_by_name_are_checked_against_the_model():
     with pytest.raises(WeightsError, match=r"IMAGENET1K_V9.*which has IMAGENET1K_V1"):
         load_weights(build_model(ModelSpec("torchvision/resnet18", 1000)), "torchvision/resnet18", "IMAGENET1K_V9")
+    with pytest.raises(WeightsError, match=r"IMAGENET1K_V1.* has 1000 classes, the model 10"):
+        check_weights(build_model(ModelSpec("torchvision/resnet18", 10)), "torchvision/resnet18", "IMAGENET1K_V1")
     with pytest.raises(WeightsError, match="only torchvision/"):
         load_weights(build_model(ModelSpec("resnet8", 10)), "resnet8", "IMAGENET1K_V1")
 

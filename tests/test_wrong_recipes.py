@@ -92,6 +92,19 @@ WRONG = [
     ("run.trackers=[tensorbord]", ["run.trackers: 'tensorbord' is not a tracker of Accelerate"]),
     ("run.trackers=[mlflow]", ["run.trackers: 'mlflow' is not installed"]),
     ("student", ["'student' is not an override; write key=value"]),
+    # what only a closer look finds
+    ("student.name=torchvision/googlenet", ["student.name: GoogLeNet returns GoogLeNetOutputs, not the logits as one tensor"]),
+    ("student.name=torchvision/vit_b_16", ["student.name: 'torchvision/vit_b_16' fails on one image of 16×16: AssertionError: Wrong image height"]),
+    ("student.name=builtins:print", ["student.name: 'builtins:print' cannot be built with num_classes=10"]),
+    ("losses.at.beta={start: 1, milestones: [2]}", ["losses.at.beta: milestones and factor belong to schedule: step"]),
+    ("losses.at.norm=1", ["losses.at: norm belongs to reduction: paper"]),
+    ("losses.at.p=0.5", ["losses.at.p: must be greater than or equal to 1, not 0.5"]),
+    ("losses.at.pairs=[[layer1, block1, .inf]]", ["losses.at: pair 0 is ['layer1', 'block1', inf]"]),
+    ("run.seed=18446744073709551616", ["run.seed: must be less than 9223372036854775808"]),
+    ("run.name=a/b", ["run.name: must be a name without slashes, not 'a/b'"]),
+    ("run.dir=/proc/no/such", ["run.dir: '/proc/no/such' cannot be made"]),
+    ("teacher.weights=''", ["teacher.weights: must not be empty"]),
+    ("data.train=folder:no/such", ["data.train: no such folder: 'no/such'"]),
 ]  # fmt: skip
 
 
@@ -207,3 +220,33 @@ def test_a_wrong_recipe_ends_every_process_of_a_launch(recipe_file):
     result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == ["dkd: data.train: no file matches 'x.parquet'"]
+
+
+LIST_OF_TRANSFORMS = [
+    "data.image_size=16",
+    "data.normalization={mean: [0, 0, 0], std: [1, 1, 1]}",
+    "data.validation_transforms=[Resize: {size: [16, 16]}]",
+]
+
+
+@pytest.mark.parametrize(("transforms", "message"), [
+    ("[Rezise: {size: 16}]", "data.transforms: 'Rezise' is not a transform of torchvision.transforms.v2"),
+    ("[Resize: {size: -16}]", "data.transforms: "),
+    ("[Normalize: {mean: [0], std: [1]}]", "data.transforms: Normalize is not a transform of single images here; give data.normalization"),
+    ("[ToPILImage]", "data.transforms: the transforms make Image of an image of (3, 8, 8)"),
+    ("[RandomHorizontalFlip]", "data.transforms: the transforms make torch.uint8 (3, 8, 8) of an image of (3, 8, 8); data.image_size asks for"),
+    ("[CenterCrop: {size: a}]", "data.transforms: the transforms fail on an image of (3, 8, 8): TypeError"),
+])  # fmt: skip
+def test_wrong_transforms_are_named_where_they_stand(recipe_file, capsys, transforms, message):
+    assert main(["train", str(recipe_file), f"data.transforms={transforms}", *LIST_OF_TRANSFORMS]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"dkd: {message}"), lines[0]
+
+
+def test_yaml_anchors_and_merge_keys_work(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    base = {key: value for key, value in BASE.items() if key != "optimizer"}
+    path.write_text(yaml.safe_dump({**base, "losses": {"kd": {"alpha": 1}}}) + "optimizer: {<<: {name: sgd, momentum: 0.5}, lr: 0.3}\n")
+    optimizer = load_recipe(path).optimizer
+    assert (optimizer.lr, optimizer.momentum) == (0.3, 0.5)

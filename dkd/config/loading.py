@@ -75,6 +75,8 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
@@ -84,12 +86,20 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise RecipeError.at("", f"{str(path)!r} is a folder, not a recipe")
+    if not path.is_file() and "=" in str(path):
+        raise RecipeError.at("", f"no such recipe: {str(path)!r}; the recipe comes first, then the overrides")
     if not path.is_file():
         beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RecipeError.at("", f"no such recipe: {str(path)!r}{did_you_mean(str(path), beside)}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise RecipeError.at("", f"{str(path)!r} is not UTF-8 text") from None
+    except RecursionError:
+        raise RecipeError.at("", f"{str(path)!r} is nested too deeply") from None
+    except yaml.YAMLError as error:
         raise RecipeError.at("", f"{str(path)!r} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError.at("", f"{str(path)!r} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`")
@@ -130,6 +140,10 @@ def _problem(detail: Any) -> Problem:
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
         return Problem(".".join(path), _not_allowed(value, allowed))
+    if kind == "string_too_short":
+        return Problem(".".join(path), "must not be empty")
+    if kind == "invalid_key":
+        return Problem(".".join(path), f"{value!r} is not a key; keys are text")
     if kind in ("too_short", "too_long"):
         bounds = [f"{word} {context[key]}" for word, key in (("at least", "min_length"), ("at most", "max_length")) if key in context]
         return Problem(".".join(path), f"must have {bounds[0]} items, not {value!r}")
@@ -227,6 +241,8 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
         for key in ("validation_transforms", "image_size", "normalization"):
             if getattr(recipe.data, key) is None:
                 problems.append(Problem(f"data.{key}", "is required when data.transforms is a list"))
+        if isinstance(recipe.data.validation_transforms, str):
+            problems.append(Problem("data.validation_transforms", "must be a list too when data.transforms is one"))
     elif recipe.data.validation_transforms is not None:
         problems.append(
             Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}")

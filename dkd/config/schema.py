@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -63,6 +64,14 @@ class WeightSchedule(Section):
     """`step` only: the epochs at which the weight is multiplied by `factor`; `end` is not used."""
     factor: Positive = 0.1
 
+    @model_validator(mode="after")
+    def _keys_fit_the_schedule(self) -> WeightSchedule:
+        if self.schedule == "step" and (self.end != 0 or not self.milestones):
+            raise ValueError("schedule: step needs milestones (and a factor), and no end")
+        if self.schedule != "step" and (self.milestones or self.factor != 0.1):
+            raise ValueError("milestones and factor belong to schedule: step")
+        return self
+
 
 # Tags in parentheses are left out of the paths in messages.
 Weight = Annotated[
@@ -94,7 +103,7 @@ class RunSection(Section):
     name: Annotated[str, _allow(_is_file_name, "a name without slashes")] = "run"
     """Names the run in trackers; `run.dir` defaults to runs/NAME."""
     dir: str = ""
-    seed: CountFromZero = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     trackers: list[Text] = ["tensorboard"]
     """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
     log_every: Count = 1
@@ -177,7 +186,8 @@ class _PairsSection(Section):
     def _pairs_are_pairs(self) -> _PairsSection:
         for i, pair in enumerate(self.pairs):
             paths_ok = len(pair) in (2, 3) and all(isinstance(p, str) and p for p in pair[:2])
-            weight_ok = len(pair) < 3 or (isinstance(pair[2], int | float) and not isinstance(pair[2], bool) and pair[2] >= 0)
+            weight = _number(pair[2]) if len(pair) == 3 else 1.0
+            weight_ok = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
             if not (paths_ok and weight_ok):
                 raise ValueError(f"pair {i} is {pair!r}: must be [student path, teacher path] or [student path, teacher path, weight ≥ 0]")
         return self
@@ -188,7 +198,7 @@ class _PairsSection(Section):
 
     @property
     def pair_weights(self) -> list[float]:
-        return [float(pair[2]) if len(pair) == 3 else 1.0 for pair in self.pairs]
+        return [float(_number(pair[2])) if len(pair) == 3 else 1.0 for pair in self.pairs]
 
 
 class AttentionTransferSection(_PairsSection):
@@ -198,6 +208,14 @@ class AttentionTransferSection(_PairsSection):
     reduction: Literal["mean_squared", "paper"] = "mean_squared"
     norm: Annotated[Number, Field(ge=1)] = 2.0
     resize: Literal["error", "map", "features"] = "error"
+
+    @model_validator(mode="after")
+    def _keys_fit_the_map_and_reduction(self) -> AttentionTransferSection:
+        if self.reduction != "paper" and self.norm != 2:
+            raise ValueError("norm belongs to reduction: paper")
+        if self.map == "sum" and self.p != 2:
+            raise ValueError("map: sum takes no p; use sum_p")
+        return self
 
 
 class SimilarityPreservingSection(_PairsSection):
@@ -270,7 +288,7 @@ class SgdSection(Section):
 class AdamWSection(Section):
     name: Literal["adamw"]
     lr: Positive
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
     decay_norm_and_bias: Switch = True

@@ -109,6 +109,7 @@ class EvaluationBatches:
         self, source: ImageSource, transform: Transform, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, pin: bool = False
     ) -> None:
         self.total = len(source)
+        batch = min(batch, -(-self.total // world_size))  # no more rows than a rank can have
         stride = batch * world_size
         self._keys = [
             [(0, index if index < self.total else -1) for index in range(start + rank * batch, start + (rank + 1) * batch)]

@@ -1,7 +1,7 @@
 """Where images come from. Every source is a sequence of (image, label): uint8 tensors (3, H, W), and whole numbers.
 
     train-*.parquet            files or globs, in Hugging Face's image layout
-    hub:NAME[:SPLIT]           a data set of the Hugging Face hub
+    hub:NAME[@CONFIG][:SPLIT]  a data set of the Hugging Face hub
     folder:PATH                PATH/CLASS/*.jpg
     torchvision:NAME           torchvision.datasets.NAME
     digits                     scikit-learn's 1,797 handwritten digits
@@ -32,6 +32,8 @@ class ImageSource(Protocol):
 
     labels: np.ndarray
     """(N,) int64."""
+    class_names: list[str] | None
+    """What the labels mean, where the source says it."""
 
     def __len__(self) -> int: ...
 
@@ -92,6 +94,15 @@ def _split(spec: str) -> tuple[str, str]:
     )
 
 
+def check_class_names(train: ImageSource, validation: ImageSource) -> None:
+    """Where both sources name their classes, a label must mean the same in both. Raises DataError."""
+    ours, theirs = train.class_names, validation.class_names
+    if ours is not None and theirs is not None and ours != theirs:
+        label = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        there, here = ((names[label] if label < len(names) else "no class") for names in (ours, theirs))
+        raise DataError(f"label {label} is {there!r} in the training data and {here!r} here; both need the same classes")
+
+
 def check_labels(source: ImageSource, classes: int) -> None:
     """Every label is one of 0 … classes − 1. Raises DataError."""
     if len(source) == 0:
@@ -102,8 +113,14 @@ def check_labels(source: ImageSource, classes: int) -> None:
 
 
 def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W), turned by the image's EXIF orientation; grayscale, palette, CMYK and alpha become RGB."""
+    """uint8 (3, H, W), turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and CMYK become RGB, alpha is
+    dropped."""
     upright = ImageOps.exif_transpose(image) if image.getexif() else image
+    if upright.mode.startswith("I;16"):
+        # Pillow would cut 16 bits to 8 instead of scaling them.
+        upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+    elif upright.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers (mode {upright.mode}), whose range nothing tells; store 8 or 16 bits")
     pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -112,6 +129,7 @@ class _Indexed:
     """What all sources share."""
 
     labels: np.ndarray
+    class_names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,8 +142,8 @@ class _Indexed:
 
 
 class _InMemory(_Indexed):
-    def __init__(self, pixels: torch.Tensor, labels: np.ndarray) -> None:
-        self.pixels, self.labels = pixels, labels
+    def __init__(self, pixels: torch.Tensor, labels: np.ndarray, class_names: list[str] | None = None) -> None:
+        self.pixels, self.labels, self.class_names = pixels, labels, class_names
 
     def image(self, index: int) -> torch.Tensor:
         return self.pixels[index]
@@ -143,7 +161,7 @@ def in_memory(source: ImageSource, limit_bytes: int | None = 2**30) -> ImageSour
         if image.shape != first.shape:
             return None
         pixels[index] = image
-    return _InMemory(pixels, source.labels)
+    return _InMemory(pixels, source.labels, source.class_names)
 
 
 def is_in_memory(source: ImageSource) -> bool:
@@ -166,6 +184,12 @@ class _Digits(_InMemory):
 
 
 _DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Formats of data sets. Pillow would try them all by content, among them EPS, which it hands to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def _open_image(file: Any) -> Image.Image:
+    return Image.open(file, formats=_FORMATS)
 
 
 class _HuggingFace(_Indexed):
@@ -175,9 +199,14 @@ class _HuggingFace(_Indexed):
         from datasets import Image as ImageFeature
 
         self.name = name
+        dataset = _with_image_feature(dataset, image_column)
         self.image_column, self.label_column = _columns(dataset, name, image_column, label_column)
         self.dataset = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature(decode=False))
-        self.labels = np.asarray(dataset.with_format("numpy")[self.label_column], dtype=np.int64)
+        self.class_names = getattr(dataset.features[self.label_column], "names", None)
+        labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
+        if labels.null_count:
+            raise DataError(f"{name}: {labels.null_count} labels of column {self.label_column!r} are null")
+        self.labels = labels.to_numpy().astype(np.int64)
 
     def image(self, index: int) -> torch.Tensor:
         return self._decode(index, self.dataset[index][self.image_column])
@@ -189,12 +218,28 @@ class _HuggingFace(_Indexed):
                 yield self._decode(index, encoded)
                 index += 1
 
-    def _decode(self, index: int, encoded: Mapping[str, Any]) -> torch.Tensor:
+    def _decode(self, index: int, encoded: Mapping[str, Any] | None) -> torch.Tensor:
+        content, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
+        if content is None and path is None:
+            raise DataError(f"{self.name}: image {index} is null")
         try:
-            with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as image:
+            with _open_image(path if content is None else io.BytesIO(content)) as image:
                 return to_rgb_tensor(image)
         except _DECODING_ERRORS as error:
-            raise DataError(f"{self.name}: image {index} ({encoded['path'] or 'no name'}) cannot be read: {error}") from error
+            raise DataError(f"{self.name}: image {index} ({path or 'no name'}) cannot be read: {error}") from error
+
+
+def _with_image_feature(dataset: Any, image_column: str | None) -> Any:
+    """Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}: those columns are cast to images."""
+    from datasets import Image as ImageFeature
+    from datasets import Value
+
+    for column, feature in dataset.features.items():
+        bytes_column = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        struct_column = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        if (bytes_column or struct_column) and image_column in (None, column):
+            dataset = dataset.cast_column(column, ImageFeature())
+    return dataset
 
 
 def _columns(dataset: Any, name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
@@ -231,7 +276,7 @@ def _parquet(pattern: str, image_column: str | None, label_column: str | None) -
 
     try:
         dataset = load_dataset("parquet", data_files={"train": files}, split="train")
-    except (DatasetGenerationError, pa.ArrowInvalid, OSError) as error:
+    except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{pattern!r} cannot be read as parquet: {error.__cause__ or error}") from error
     return _HuggingFace(dataset, pattern, image_column, label_column)
 
@@ -240,12 +285,13 @@ def _hub(name: str, training: bool, image_column: str | None, label_column: str 
     from datasets import get_dataset_split_names, load_dataset
 
     name, _, split = name.partition(":")
+    name, _, configuration = name.partition("@")
     split = split or ("train" if training else "validation")
     try:
-        splits = get_dataset_split_names(name)
+        splits = get_dataset_split_names(name, configuration or None)
         if split not in splits:
             raise DataError(f"hub:{name} has no split {split!r}; write hub:{name}:SPLIT with one of {', '.join(splits)}")
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, configuration or None, split=split)
     except DataError:
         raise
     # The hub's client raises its own errors for every way a download can fail; all of them mean the same here.
@@ -274,10 +320,11 @@ class _Folder(_Files):
         from torchvision.datasets import ImageFolder
 
         try:
-            dataset = ImageFolder(path, loader=Image.open)
+            dataset = ImageFolder(path, loader=_open_image)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
         super().__init__(dataset, dataset.targets, f"folder:{path}")
+        self.class_names = dataset.classes
 
 
 class _Torchvision(_Files):
@@ -287,14 +334,24 @@ class _Torchvision(_Files):
         if name not in torchvision.datasets.__all__:
             near = difflib.get_close_matches(name, torchvision.datasets.__all__, n=1)
             raise DataError(f"torchvision has no data set {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        factory = getattr(torchvision.datasets, name)
-        try:
+        # Data sets of torchvision take `train`, or a `split` whose names differ.
+        parts: list[dict[str, Any]] = [
+            {"train": training},
+            *({"split": split} for split in (("train", "trainval") if training else ("val", "test"))),
+        ]
+        dataset, problems = None, []
+        for part in parts:
             try:
-                dataset = factory(root, train=training)
+                dataset = getattr(torchvision.datasets, name)(root, **part)
+                break
             except TypeError:
-                dataset = factory(root, split="train" if training else "test")
-        except (RuntimeError, FileNotFoundError, TypeError, ValueError) as error:
-            raise DataError(f"torchvision:{name} cannot be opened under data.root={root!r}: {error}") from error
+                continue  # it does not take this argument
+            except (RuntimeError, FileNotFoundError, ValueError) as error:
+                problems.append(str(error).replace("You can use download=True to download it", "dkd does not download it"))
+        if dataset is None:
+            raise DataError(
+                f"torchvision:{name} cannot be opened under data.root={root!r}: {problems[0] if problems else 'unknown arguments'}"
+            )
         labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
         if labels is None:
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")

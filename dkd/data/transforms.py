@@ -79,7 +79,7 @@ def build_pipeline(
         return ImagePipeline(train, validation, size, normalize or default)
     if validation_stages is None or isinstance(validation_stages, str) or image_size is None or normalize is None:
         raise ValueError("a list of transforms needs a list of validation transforms, an image size and a normalisation")
-    return ImagePipeline(_by_name(stages), _by_name(validation_stages), image_size, normalize)
+    return ImagePipeline(transforms_by_name(stages), transforms_by_name(validation_stages), image_size, normalize)
 
 
 def _resize(size: int | Sequence[int]) -> v2.Transform:
@@ -104,17 +104,20 @@ def _digits(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
     return v2.Compose([fit, v2.RandomCrop(size, padding=size // 8)]), v2.Compose([fit]), DIGITS
 
 
-def _by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
+def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
+    """torchvision's transforms in a row. Raises ValueError for a name or arguments that are not theirs."""
     transforms = []
     for stage in stages:
         name, arguments = (stage, {}) if isinstance(stage, str) else next(iter(stage.items()))
         factory = getattr(v2, name, None)
         if not (isinstance(factory, type) and issubclass(factory, v2.Transform)):
             raise ValueError(f"{name!r} is not a transform of torchvision.transforms.v2")
+        if name == "Normalize":
+            raise ValueError("Normalize is not a transform of single images here; give data.normalization")
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{name}: arguments are written as {{name: value}}, not {arguments!r}")
         try:
             transforms.append(factory(**arguments))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a transform's own code
             raise ValueError(f"{name}: {error}") from error
     return v2.Compose(transforms)

@@ -4,7 +4,7 @@ Knows nothing of losses or training.
 """
 
 from dkd.models.exported import load_student, read_description, save_student, student_spec
-from dkd.models.inspection import ModuleRow, build_on_meta, module_rows, output_shapes
+from dkd.models.inspection import ModuleRow, build_on_meta, check_training, module_rows, output_shapes
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.tapped import TapError, TappedModel
 from dkd.models.weights import WeightsError, check_weights, load_weights, weights_fingerprint
@@ -18,6 +18,7 @@ __all__ = [
     "WeightsError",
     "build_model",
     "build_on_meta",
+    "check_training",
     "check_weights",
     "known_names",
     "load_student",

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dkd.models.registry import ModelSpec, build_model
+from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.weights import WeightsError, load_weights
 
 
@@ -42,22 +42,35 @@ def read_description(weights: Path) -> dict[str, Any]:
     path = weights.with_suffix(".json")
     try:
         description = json.loads(path.read_text())
-        description["architecture"]["name"]
+        student_spec(description)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{str(path)!r}, which should say what {weights.name!r} holds, is missing or unreadable") from error
     return description
 
 
 def student_spec(description: Mapping[str, Any]) -> ModelSpec:
+    """The architecture that a description names. Raises KeyError, TypeError or ValueError when it is not one of ours."""
     architecture = description["architecture"]
-    return ModelSpec(architecture["name"], architecture["classes"], architecture.get("norm"), architecture.get("options") or {})
+    name, classes, norm, options = (
+        architecture["name"],
+        architecture["classes"],
+        architecture.get("norm"),
+        architecture.get("options") or {},
+    )
+    if not (isinstance(name, str) and isinstance(classes, int) and isinstance(options, dict) and (norm is None or isinstance(norm, str))):
+        raise TypeError("architecture")
+    return ModelSpec(name, classes, norm, options)
 
 
-def load_student(path: str | Path) -> nn.Module:
+def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
     """The student of a run directory or of a `student.safetensors`, built and filled, in eval mode, on the CPU.
 
+    Args:
+        trust_code: allow a student.json to name a `module:callable`, which is imported and called. The other names run no code but this
+            package's, torchvision's and timm's.
+
     Raises:
-        WeightsError, UnknownModelError: what is missing or does not fit.
+        WeightsError, UnknownModelError: what is missing or does not fit, or may not be run.
 
     Example:
         >>> student = load_student("runs/quickstart")
@@ -65,6 +78,8 @@ def load_student(path: str | Path) -> nn.Module:
     path = Path(path)
     weights = path / "student.safetensors" if path.is_dir() else path
     spec = student_spec(read_description(weights))
+    if runs_user_code(spec.name) and not trust_code:
+        raise UnknownModelError(f"{str(weights)!r} is of {spec.name!r}, which is code to be imported and run; say that you trust it")
     model = build_model(spec)
     load_weights(model, spec.name, str(weights))
     return model.eval()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from dkd.models.registry import ModelSpec, build_model
-from dkd.models.tapped import TappedModel
+from dkd.models.registry import ModelSpec, UnknownModelError, build_model, describe_error
+from dkd.models.tapped import TapError, TappedModel
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,46 @@ def build_on_meta(spec: ModelSpec) -> nn.Module:
     return _on_meta(lambda: build_model(spec))
 
 
+@contextmanager
+def _named(spec: ModelSpec, images: str) -> Iterator[None]:
+    """Whatever a model's forward raises becomes one sentence."""
+    try:
+        yield
+    except (UnknownModelError, TapError):
+        raise
+    except Exception as error:  # any model's own code
+        raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
+
+
+def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
+    """Forward and backward in training mode, on meta tensors: what only a model in training shows.
+
+    Args:
+        batch: the micro-batch; BatchNorm may need more than one sample.
+        image_size: pixels.
+
+    Raises:
+        UnknownModelError: the forward fails, or parameters get no gradient from the logits (an error in DDP).
+        TapError: the output is not one tensor.
+    """
+    with _named(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
+        try:
+            with torch.device("meta"):
+                model = TappedModel(build_model(spec), []).train()
+                logits, _ = model(torch.zeros(batch, 3, image_size, image_size))
+                logits.sum().backward()
+        except NotImplementedError:  # a model that reads values cannot run on meta; its first step will tell
+            return
+    unused = [
+        name.removeprefix("model.") for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    if unused:
+        raise UnknownModelError(
+            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the logits; "
+            "remove them, or freeze them with requires_grad_(False)"
+        )
+
+
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     """Shapes for one image: of the logits, and of each tapped feature, batch dimension left out. Checks the taps as TappedModel does.
 
@@ -53,7 +94,8 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
         logits, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return tuple(logits.shape[1:]), {tap: tuple(feature.shape[1:]) for tap, feature in features.items()}
 
-    return _on_meta(run)
+    with _named(spec, f"one image of {image_size}×{image_size}"):
+        return _on_meta(run)
 
 
 def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
@@ -84,4 +126,5 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
             for path, module in model.named_modules()
         ]
 
-    return _on_meta(run)
+    with _named(spec, f"one image of {image_size}×{image_size}"):
+        return _on_meta(run)

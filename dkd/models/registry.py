@@ -12,6 +12,8 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +43,22 @@ class ModelSpec:
     classes: int
     norm: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: the error, and where in its own code a model raised it."""
+    lines = str(error).strip().splitlines()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
+    where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}{where}"
+
+
+_OWN_FILES = (os.path.dirname(os.path.dirname(__file__)), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), "<")
+
+
+def runs_user_code(name: str) -> bool:
+    """Whether building `name` imports a module that the name itself chooses."""
+    return ":" in name
 
 
 def _zoo() -> dict[str, Callable[..., nn.Module]]:
@@ -79,8 +97,9 @@ def build_model(spec: ModelSpec) -> nn.Module:
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
-    except (TypeError, ValueError) as error:
-        raise UnknownModelError(f"{spec.name!r} cannot be built with num_classes={spec.classes} and options {options}: {error}") from error
+    except Exception as error:  # whatever a model's own code objects to, the answer to the user is the same
+        described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
+        raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise UnknownModelError(f"{spec.name!r} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -109,9 +128,15 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
         import timm
     except ImportError as error:
         raise UnknownModelError(f"'timm/{name}' needs timm: pip install 'dkd[timm]'") from error
-    if not timm.is_model(name):
+    if not timm.is_model(name):  # an exact name: no hub, no path
         raise UnknownModelError(_unknown(f"timm/{name}", [f"timm/{known}" for known in timm.list_models()]))
-    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+    def build(**options: Any) -> nn.Module:
+        if {"checkpoint_path", "pretrained"} & set(options):
+            raise ValueError("weights are named by the recipe's `weights`, not by options")
+        return timm.create_model(name, pretrained=False, **options)
+
+    return build
 
 
 def _user_builder(name: str) -> Callable[..., nn.Module]:
@@ -121,8 +146,8 @@ def _user_builder(name: str) -> Callable[..., nn.Module]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UnknownModelError(f"{name!r}: cannot import {module_name!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+        raise UnknownModelError(f"{name!r}: cannot import {module_name!r}: {describe_error(error)}") from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
         raise UnknownModelError(f"{name!r}: {module_name!r} has no callable {attribute!r}")
@@ -130,7 +155,7 @@ def _user_builder(name: str) -> Callable[..., nn.Module]:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    # The bare name is compared too, so that `resnet34` leads to `torchvision/resnet34`.
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or [k for k in known if k.rpartition("/")[2] == name]
+    # The bare name comes first, so that `resnet34` leads to `torchvision/resnet34`.
+    near = [k for k in known if k.rpartition("/")[2] == name] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see `dkd inspect --list`"
     return f"{name!r} is not a known model{hint}"

@@ -6,13 +6,12 @@ Files are read without running code: safetensors, or `torch.load(weights_only=Tr
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,15 +40,19 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
     """
     state = read_file(Path(weights)) if is_file_name(weights) else _torchvision_set(name, weights)
     _check_fit(model, name, weights, state)
-    model.load_state_dict(dict(state))
+    # Old files lack BatchNorm's counters; all else is there, as checked.
+    model.load_state_dict(dict(state), strict=False)
 
 
 def check_weights(model: nn.Module, name: str, weights: str) -> None:
     """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises WeightsError."""
     if is_file_name(weights):
         _check_fit(model, name, weights, read_file(Path(weights), device="meta"))
-    else:
-        _torchvision_weight_set(name, weights)
+        return
+    categories = _torchvision_weight_set(name, weights).meta.get("categories", [])
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    if categories and last and last[0].out_features != len(categories):
+        raise WeightsError(f"{weights!r} of {name} has {len(categories)} classes, the model {last[0].out_features}")
 
 
 def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor]) -> None:
@@ -57,7 +60,7 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
     other_shape = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     problems = []
     for title, keys in (
-        ("missing", [key for key in wanted if key not in state]),
+        ("missing", [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]),
         ("unexpected", [key for key in state if key not in wanted]),
         ("of another shape", [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape]),
     ):
@@ -75,19 +78,24 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     Raises:
         WeightsError: no such file, or one that cannot be read safely.
     """
+    if path.is_dir() and (path / "student.safetensors").is_file():
+        path = path / "student.safetensors"
     if not path.is_file():
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
             return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
         state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"{str(path)!r} cannot be read as a file of tensors: {reason[0]}") from error
+    except Exception as error:  # unpickling garbage raises anything; torch's own advice is to unpickle it unsafely
+        raise WeightsError(
+            f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another format, "
+            "or holds Python objects, which are not loaded"
+        ) from error
     for key in _NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    if not named or not state:
         raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}

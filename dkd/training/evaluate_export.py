@@ -8,33 +8,39 @@ from pathlib import Path
 
 import torch
 
-from dkd.config import Recipe, RecipeError, load_recipe
-from dkd.data import DataError, EvaluationBatches
-from dkd.data.sources import check_labels
+from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
+from dkd.data import EvaluationBatches
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
-from dkd.training import assembly, engine
+from dkd.training import assembly, engine, preflight
 from dkd.training.evaluation import Evaluation, evaluate
 
+ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
 
-def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
+
+def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool = False) -> Evaluation:
     """Evaluate the student of a run, a checkpoint or a weights file on the run's validation data; print one line on the main process.
 
     Args:
         target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
         overrides: keys of the run's recipe, such as data.validation=...
+        trust_code: as `load_student`.
 
     Raises:
         RecipeError: what is missing or does not fit.
     """
+    if not Path(target).exists():
+        raise RecipeError.at("", f"no such run, checkpoint or weights file: {target!r}")
+    for keys, _ in parse_overrides(overrides):
+        if not ".".join(keys).startswith(ALLOWED_OVERRIDES):
+            raise RecipeError.at(".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}")
     weights = Path(target) / "student.safetensors" if Path(target).is_dir() else Path(target)
     recipe = _recipe_of(weights, overrides)
     try:
-        name = student_spec(read_description(weights)).name
-        student = load_student(weights)
-        validation = assembly.open_part(recipe.data, "validation")
-        check_labels(validation, recipe.data.classes)
-    except (WeightsError, UnknownModelError, DataError) as error:
-        raise RecipeError.at("data.validation" if isinstance(error, DataError) else "", error) from error
+        spec = student_spec(read_description(weights))
+        student = load_student(weights, trust_code)
+    except (WeightsError, UnknownModelError) as error:
+        raise RecipeError.at("", error) from error
+    validation = preflight.open_validation(recipe, spec.classes)
 
     accelerator = engine.build_accelerator(
         recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent
@@ -57,7 +63,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = ()) -> Evaluation:
 
     result = evaluate(logits_of, batches, accelerator.device)
     if accelerator.is_main_process:
-        print(json.dumps({"weights": str(weights), "student": name, "validation": recipe.data.validation, **result.facts()}))
+        print(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
     return result
 
 
@@ -68,4 +74,5 @@ def _recipe_of(weights: Path, overrides: Sequence[str]) -> Recipe:
     if path is None:
         raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
     world_size = engine.launched_world_size()
-    return load_recipe(path, [*overrides, f"train.global_batch={world_size}", "train.micro_batch=null"])
+    alone = ["teacher=null", "losses={}"]  # what is evaluated is the student
+    return load_recipe(path, [*overrides, f"train.global_batch={world_size}", "train.micro_batch=null", *alone])

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from dkd.config import Problem, Recipe, RecipeError
-from dkd.data import DataError, build_pipeline
-from dkd.data.sources import ImageSource, check_labels, check_spec
-from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_weights, output_shapes
+from dkd.data import DataError, ImagePipeline
+from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
+from dkd.data.transforms import transforms_by_name
+from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine
 from dkd.training.run_directory import check_free
 
@@ -29,9 +32,9 @@ def check(recipe: Recipe, overwrite: bool) -> None:
         with _collect(problems, f"data.{key}"):
             check_spec(getattr(recipe.data, key))
     problems += _tracker_problems(recipe)
-    size = _image_size(recipe, problems)
-    if size is not None:
-        problems += _model_problems(recipe, size)
+    pipeline = _pipeline(recipe, problems)
+    if pipeline is not None:
+        problems += model_problems(recipe, pipeline.image_size)
     if problems:
         raise RecipeError(problems)
 
@@ -47,10 +50,16 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     pipeline = assembly.build_image_pipeline(recipe)
     for part, transform in (("train", pipeline.train), ("validation", pipeline.validation)):
         with _collect(problems, f"data.{part}"):
-            source = assembly.open_part(recipe.data, part)
-            check_labels(source, recipe.data.classes)
-            _check_transformed(source, transform, pipeline.image_size)
-            opened[part] = assembly.decode_into_memory(recipe.data, source) if part == "train" else source
+            opened[part] = assembly.open_part(recipe.data, part)
+            check_labels(opened[part], recipe.data.classes)
+            with _collect(
+                problems, f"data.{'' if part == 'train' or isinstance(recipe.data.transforms, str) else 'validation_'}transforms"
+            ):
+                _check_transformed(opened[part], transform, pipeline.image_size)
+            if part == "train" and not problems:
+                opened[part] = assembly.decode_into_memory(recipe.data, opened[part])
+            if part == "validation" and "train" in opened:
+                check_class_names(opened["train"], opened["validation"])
     if "train" in opened and len(opened["train"]) < recipe.train.global_batch:
         images = len(opened["train"])
         problems.append(
@@ -59,6 +68,28 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     if problems:
         raise RecipeError(problems)
     return opened["train"], opened["validation"]
+
+
+def open_validation(recipe: Recipe, classes: int) -> ImageSource:
+    """Validation images alone, checked as `open_sources` checks them.
+
+    Args:
+        classes: outputs of the model to be evaluated.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    problems: list[Problem] = []
+    pipeline = _pipeline(recipe, problems)
+    with _collect(problems, "data.validation"):
+        check_spec(recipe.data.validation)
+        source = assembly.open_part(recipe.data, "validation")
+        check_labels(source, classes)
+        if pipeline is not None:
+            _check_transformed(source, pipeline.validation, pipeline.image_size)
+    if problems:
+        raise RecipeError(problems)
+    return source
 
 
 @contextmanager
@@ -72,23 +103,25 @@ def _collect(problems: list[Problem], path: str = "") -> Iterator[None]:
         problems += RecipeError.at(path, error).problems
 
 
-def _image_size(recipe: Recipe, problems: list[Problem]) -> int | None:
-    data, size = recipe.data, None
+def _pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | None:
+    data, found = recipe.data, len(problems)
     for key, stages in (("transforms", data.transforms), ("validation_transforms", data.validation_transforms)):
         if isinstance(stages, list):
             with _collect(problems, f"data.{key}"):
-                placeholder = assembly.build_pipeline("cifar")
-                build_pipeline(stages, stages, placeholder.image_size, placeholder.normalize)
-    with _collect([]):  # its problems are those found above
-        size = assembly.build_image_pipeline(recipe).image_size
-    return size
+                transforms_by_name(stages)
+    return assembly.build_image_pipeline(recipe) if len(problems) == found else None
 
 
 def _check_transformed(source: ImageSource, transform: Callable, size: int) -> None:
-    shape, dtype = (image := transform(source.image(0))).shape, image.dtype
-    if tuple(shape) != (3, size, size) or str(dtype) != "torch.uint8":
+    image = source.image(0)
+    try:
+        made = transform(image)
+    except Exception as error:  # a transform's own code
+        raise ValueError(f"the transforms fail on an image of {tuple(image.shape)}: {type(error).__name__}: {error}") from error
+    if not isinstance(made, torch.Tensor) or tuple(made.shape) != (3, size, size) or made.dtype != torch.uint8:
+        what = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
         raise ValueError(
-            f"the transforms make {dtype} {tuple(shape)} of an image; data.image_size asks for torch.uint8 (3, {size}, {size})"
+            f"the transforms make {what} of an image of {tuple(image.shape)}; data.image_size asks for torch.uint8 (3, {size}, {size})"
         )
 
 
@@ -107,7 +140,7 @@ def _tracker_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _model_problems(recipe: Recipe, image_size: int) -> list[Problem]:
+def model_problems(recipe: Recipe, image_size: int) -> list[Problem]:
     problems: list[Problem] = []
     student = _shapes(recipe, "student", image_size, problems)
     teacher = None
@@ -126,6 +159,8 @@ def _shapes(recipe: Recipe, role: str, image_size: int, problems: list[Problem])
     found = len(problems)
     with _collect(problems, f"{role}.name"):
         logits, _ = output_shapes(spec, [], image_size)
+        if role == "student":
+            check_training(spec, engine.micro_batch(recipe, engine.launched_world_size()), image_size)
     if len(problems) > found:
         return None
     if logits != (spec.classes,):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -83,8 +84,14 @@ def is_run(path: Path) -> bool:
 
 def check_free(path: Path, overwrite: bool) -> None:
     """Raises RecipeError when `path` holds a run that must not be lost, or is no directory."""
-    if path.exists() and not path.is_dir():
-        raise RecipeError.at("run.dir", f"{str(path)!r} is a file")
+    try:
+        parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except (OSError, ValueError) as error:
+        raise RecipeError.at("run.dir", f"{str(path)[:80]!r} cannot be a folder: {error}") from error
+    if not parent.is_dir():
+        raise RecipeError.at("run.dir", f"{str(parent)!r} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK) or parent.is_relative_to("/proc"):
+        raise RecipeError.at("run.dir", f"{str(path)!r} cannot be made: {str(parent)!r} cannot be written to")
     if is_run(path) and not overwrite:
         raise RecipeError.at("run.dir", f"{str(path)!r} holds a run already; choose another run.dir, or give --overwrite to replace it")
 

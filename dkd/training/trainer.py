@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from dkd.config import Recipe
+from dkd.config import Recipe, RecipeError
 from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
 from dkd.global_batch import BatchLayout
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
-from dkd.models import save_student
+from dkd.models import TappedModel, WeightsError, save_student
+from dkd.teacher import FrozenTeacher
 from dkd.training import assembly, engine, preflight
 from dkd.training.batch_statistics import RunningStatistics
 from dkd.training.ema import WeightAverage
@@ -70,7 +71,7 @@ class Trainer:
         self.validation = EvaluationBatches(validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin)
         self.image_size = pipeline.image_size
 
-        student, self.teacher = assembly.build_student(recipe), assembly.build_teacher(recipe)
+        student, self.teacher = _built(recipe)
         self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
         student = engine.place(student, recipe, self.device)
         self.parameters = sum(p.numel() for p in student.parameters())
@@ -119,8 +120,11 @@ class Trainer:
                 self._report(pending)
                 pending = None
                 last = step + 1 == self.total_steps
+                saved = last or epoch % self.recipe.checkpoint.every_epochs == 0
+                if saved:
+                    self._save_checkpoint(step + 1, None)  # before the evaluation, which may meet a broken image
                 result = self._evaluate(step + 1) if last or epoch % self.recipe.evaluation.every_epochs == 0 else None
-                if last or epoch % self.recipe.checkpoint.every_epochs == 0:
+                if saved and result is not None:
                     self._save_checkpoint(step + 1, result)
                 clock = time.monotonic()
         assert result is not None
@@ -266,6 +270,16 @@ class Trainer:
             self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")
         if self.recipe.teacher is not None and self.recipe.teacher.weights == "random":
             self.progress.say("warning: the teacher's weights are random, as the recipe says; it teaches nothing")
+
+
+def _built(recipe: Recipe) -> tuple[TappedModel, FrozenTeacher | None]:
+    """Student and teacher with their weights, which may have to be downloaded."""
+    role = "student"
+    try:
+        student, role = assembly.build_student(recipe), "teacher"
+        return student, assembly.build_teacher(recipe)
+    except WeightsError as error:
+        raise RecipeError.at(f"{role}.weights", error) from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
