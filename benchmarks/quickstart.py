@@ -33,7 +33,7 @@ def row(title: str, run: dict[str, Any]) -> str:
     evaluation = run["evaluation"]
     accuracy = f"{100 * evaluation['top1']:.2f} % ({evaluation['top1_correct']}/{evaluation['samples']})"
     name = run["architecture"]["name"]
-    return f"{title:<24}{name:<10}{run['parameters']:>12,}{accuracy:>22}{run['seconds']:>10.1f}{run['global_batch']:>14}"
+    return f"{title:<28}{name:<10}{run['parameters']:>12,}{accuracy:>22}{run['seconds']:>10.1f}{run['global_batch']:>14}"
 
 
 def main() -> int:
@@ -57,7 +57,7 @@ def main() -> int:
         )
         pairs.append((taught, alone))
 
-    print(f"\n{'':<24}{'model':<10}{'parameters':>12}{'top-1':>22}{'seconds':>10}{'global batch':>14}")
+    print(f"\n{'':<28}{'model':<10}{'parameters':>12}{'top-1':>22}{'seconds':>10}{'global batch':>14}")
     print(row("teacher", teacher))
     for seed, (taught, alone) in enumerate(pairs):
         label = f", seed {seed}" if options.seeds > 1 else ""

@@ -102,7 +102,7 @@ WRONG = [
     ("losses.at.pairs=[[layer1, block1, .inf]]", ["losses.at: pair 0 is ['layer1', 'block1', inf]"]),
     ("run.seed=18446744073709551616", ["run.seed: must be less than 9223372036854775808"]),
     ("run.name=a/b", ["run.name: must be a name without slashes, not 'a/b'"]),
-    ("run.dir=/proc/no/such", ["run.dir: '/proc/no/such' cannot be made"]),
+    ("run.dir=/dev/null/run", ["run.dir: '/dev/null' is a file"]),
     ("teacher.weights=''", ["teacher.weights: must not be empty"]),
     ("data.train=folder:no/such", ["data.train: no such folder: 'no/such'"]),
 ]  # fmt: skip

@@ -4,6 +4,7 @@ speak they must agree."""
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +117,10 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, settings: dict[str,
 def leave_process_group() -> None:
     """All ranks call it, at the end. Accelerate's settings of this process go too, so that it can start anew."""
     if dist.is_initialized():
+        # DDP keeps gloo's threads alive beyond the group. One that still has to let go of a tensor when the interpreter shuts down aborts
+        # the process, after all is done. Behind a barrier, and with the interpreter idle for a moment, none has.
+        dist.barrier()
+        time.sleep(0.1)
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -41,6 +41,11 @@ class RunDirectory:
         """Create it; with `overwrite`, an older run in it is removed first."""
         if not self.writes:
             return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # Only here: the process ends, and the launcher ends the others.
+            raise RecipeError.at("run.dir", f"{str(self.path)!r} cannot be made: {error.strerror}") from error
         if overwrite and is_run(self.path):
             for name in (
                 "recipe.yaml",
@@ -53,7 +58,6 @@ class RunDirectory:
             ):
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
         (self.path / "provenance.json").write_text(json.dumps(provenance(world_size), indent=2) + "\n")
         self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
@@ -90,7 +94,7 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise RecipeError.at("run.dir", f"{str(path)[:80]!r} cannot be a folder: {error}") from error
     if not parent.is_dir():
         raise RecipeError.at("run.dir", f"{str(parent)!r} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK) or parent.is_relative_to("/proc"):
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise RecipeError.at("run.dir", f"{str(path)!r} cannot be made: {str(parent)!r} cannot be written to")
     if is_run(path) and not overwrite:
         raise RecipeError.at("run.dir", f"{str(path)!r} holds a run already; choose another run.dir, or give --overwrite to replace it")

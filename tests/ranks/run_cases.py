@@ -16,6 +16,8 @@ import evaluation_cases
 import loss_cases
 import trainer_cases
 
+from dkd.training.engine import leave_process_group
+
 CASES = [*loss_cases.CASES, *evaluation_cases.CASES, *trainer_cases.CASES]
 
 
@@ -32,9 +34,7 @@ def main():
         except Exception:
             results[case.__name__] = {"error": traceback.format_exc()}
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
