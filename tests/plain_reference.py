@@ -34,11 +34,15 @@ def gram(features):
     return F.normalize(rows @ rows.T)
 
 
+def similarity(student, teacher):
+    return (gram(student) - gram(teacher)).pow(2).sum() / len(student) ** 2
+
+
 def train(recipe, steps, micro_batch):
     """Returns the logged terms of each step, and the final state of the student.
 
-    Terms that are means over samples are taken a micro-batch at a time, the unit of BatchNorm; SP over the whole batch, so then there is
-    one micro-batch. Running statistics move once a step.
+    The graphs of all micro-batches, the unit of BatchNorm, are kept, and one backward goes through them. Running statistics move once a
+    step.
     """
     losses, optimizer, seed = recipe["losses"], recipe["optimizer"], recipe["run"]["seed"]
     batch = recipe["train"]["global_batch"]
@@ -60,42 +64,45 @@ def train(recipe, steps, micro_batch):
         progress = (step - warmup) / (epoch_steps - 1 - warmup)
         rate = optimizer["lr"] * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
         alpha = 0.9 + (0.1 - 0.9) * step / (epoch_steps - 1)
-        old = [(n.running_mean.clone(), n.running_var.clone()) for n in norms]
+        old = [(n.running_mean, n.running_var) for n in norms]
         new = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in old]
-        terms = {"ce": 0.0, "at": 0.0, "kd": 0.0} | ({"sp": 0.0} if losses["sp"] else {})
-        total, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
+        terms = {"ce": [], "at": [], "kd": [], "sp": []}
+        students, teachers = [], []
         parts = batch // micro_batch
         for part in range(parts):
             rows = slice(part * micro_batch, (part + 1) * micro_batch)
             for norm, (mean, var) in zip(norms, old, strict=True):
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(var)
+                norm.running_mean, norm.running_var = mean.clone(), var.clone()
             logits, student_features = features_of(student, STUDENT_TAPS, images[rows])
             teacher_logits, teacher_features = features_of(teacher, TEACHER_TAPS, images[rows])
             for (mean, var), norm in zip(new, norms, strict=True):
                 mean += norm.running_mean / parts
                 var += norm.running_var / parts
-            values = {
-                "ce": F.cross_entropy(logits, loaded.labels[rows]),
-                "at": sum((attention(s) - attention(t)).pow(2).mean() for s, t in zip(student_features, teacher_features, strict=True)),
-                "kd": 16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean"),
-            }
-            loss = values["ce"] + losses["at"]["beta"] * values["at"] + alpha * values["kd"]
-            if losses["sp"]:
-                values["sp"] = (gram(student_features[-1]) - gram(teacher_features[-1])).pow(2).sum() / batch**2
-                loss = loss + 3000 * batch / 128 * values["sp"]
-            total += loss.item() / parts
-            for gradient, part_gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
-                gradient += part_gradient / parts
-            terms = {name: terms[name] + values[name].item() / parts for name in terms}
+            maps = [(attention(s) - attention(t)).pow(2).mean() for s, t in zip(student_features, teacher_features, strict=True)]
+            terms["ce"].append(F.cross_entropy(logits, loaded.labels[rows]))
+            terms["at"].append(sum(maps))
+            terms["kd"].append(16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean"))
+            students.append(student_features[-1])
+            teachers.append(teacher_features[-1])
+        if losses["sp"] and losses["sp"].get("batch") == "micro":
+            terms["sp"] = [similarity(s, t) for s, t in zip(students, teachers, strict=True)]
+            gamma = 3000 * micro_batch / 128
+        elif losses["sp"]:
+            terms["sp"] = [similarity(torch.cat(students), torch.cat(teachers))]
+            gamma = 3000 * batch / 128
+        else:
+            terms["sp"], gamma = [torch.zeros(())], 0.0
+        terms = {name: torch.stack(values).mean() for name, values in terms.items()}
+        total = terms["ce"] + losses["at"]["beta"] * terms["at"] + alpha * terms["kd"] + gamma * terms["sp"]
+        gradients = torch.autograd.grad(total, parameters)
         for norm, (mean, var) in zip(norms, new, strict=True):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(var)
+            norm.running_mean, norm.running_var = mean, var
             norm.num_batches_tracked.fill_(step + 1)
         with torch.no_grad():
             for p, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
                 gradient = gradient + optimizer["weight_decay"] * p
                 momentum.mul_(optimizer["momentum"]).add_(gradient)
                 p -= rate * (gradient + optimizer["momentum"] * momentum)
-        lines.append({"loss": total, "lr": rate, **terms})
+        logged = {name: value.item() for name, value in terms.items() if name != "sp" or losses["sp"]}
+        lines.append({"loss": total.item(), "lr": rate, **logged})
     return lines, student.state_dict()

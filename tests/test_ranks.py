@@ -1,5 +1,6 @@
 """What must be the same on 1, 2 and 4 ranks, under a real launch."""
 
+import itertools
 import math
 
 import pytest
@@ -82,15 +83,35 @@ def reference():
     from ranks import trainer_cases
 
     recipe = trainer_cases.RECIPE
-    changed = {**recipe, "student": {**recipe["student"], "norm": "batch"}, "losses": {**recipe["losses"], "sp": None}}
+    with_norm = {**recipe, "student": {**recipe["student"], "norm": "batch"}}
+    changed = {**with_norm, "losses": {**recipe["losses"], "sp": None}}
+    with_micro = {**recipe, "losses": {**recipe["losses"], "sp": {"batch": "micro"}}}
     return {
-        "all_four_losses": plain_reference.train(recipe, 20, micro_batch=32),
+        "all_four_losses": (four := plain_reference.train(recipe, 20, micro_batch=32)),
+        "all_four_losses_by_exchange": four,
+        "all_four_losses_accumulated": four,
+        "all_four_losses_accumulated_with_batch_norm": plain_reference.train(with_norm, 20, micro_batch=8),
+        "gram_matrices_of_micro_steps": plain_reference.train(with_micro, 20, micro_batch=8),
         "batch_norm_with_fixed_micro_batches": plain_reference.train(changed, 20, micro_batch=8),
     }
 
 
-@pytest.mark.parametrize("case", ["all_four_losses", "batch_norm_with_fixed_micro_batches"])
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("case", "world"),
+    [
+        *itertools.product(
+            [
+                "all_four_losses",
+                "all_four_losses_by_exchange",
+                "all_four_losses_accumulated",
+                "all_four_losses_accumulated_with_batch_norm",
+                "batch_norm_with_fixed_micro_batches",
+            ],
+            WORLDS,
+        ),
+        ("gram_matrices_of_micro_steps", 1),  # on more ranks it is another training, as the recipe's documentation says
+    ],
+)
 def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, reference, case, world):
     """In float64. Sums are taken in another order on every number of ranks, and 20 steps of momentum amplify that from 1e-16."""
     (wanted, state), many = reference[case], returned(results, world, case)
@@ -101,6 +122,16 @@ def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, refere
     assert set(many[0]["state"]) == {f"model.{key}" for key in state}
     for key, values in state.items():
         assert many[0]["state"][f"model.{key}"] == pytest.approx(values.double().flatten()[:64].tolist(), rel=1e-7, abs=1e-9), key
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_mistakes_in_the_arithmetic_would_be_noticed(results, reference, world):
+    """The check above, on trainers that each have one mistake: after two steps the losses are off by far more than its tolerance."""
+    wanted = reference["all_four_losses"][0]
+    for mistake, lines in returned(results, world, "mutated_trainings")[0].items():
+        if "divisor" in mistake and world == 4:
+            continue  # one micro-step: no divisor
+        assert abs(lines[2]["loss"] / wanted[2]["loss"] - 1) > 1e-5, mistake
 
 
 TRAININGS = [
@@ -132,3 +163,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_ranks_and_names_it(resul
     messages = set(returned(results, world, "a_loss_that_is_not_finite_on_one_rank_ends_all_ranks"))
     assert len(messages) == 1
     assert f"the loss is not finite at step 3 (on rank {world - 1};" in messages.pop()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_with_dropout_the_second_forward_of_a_step_repeats_the_first_bit_for_bit(results, world):
+    one, many = (returned(results, w, "second_forwards_repeat_the_first")[0] for w in (1, world))
+    # On 4 ranks a step is one micro-step: one forward, nothing to compare.
+    assert many["differences"] == [0.0 if world < 4 else None] * 3
+    for a, b in zip(one["lines"], many["lines"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)

@@ -84,7 +84,7 @@ WRONG = [
     ("losses=", ["losses: must be a section (keys and values), not None"]),
     ("losses={}", ["teacher: no loss uses it"]),
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
-    ("train.micro_batch=32", ["losses.sp: cannot be accumulated over 2 micro-steps"]),
+    ("losses.sp.batch=epoch", ["losses.sp.batch: 'epoch' is not allowed; allowed: step, micro"]),
     ("train.global_batch=4096", ["train.global_batch: 4096 is more than the 1348 training images"]),
     ("data.classes=5", ["data.train: labels go from 0 to 9, but data.classes is 5", "data.validation: labels go from 0 to 9"]),
     ("schedule.warmup_epochs=-1", ["schedule.warmup_epochs: must be greater than or equal to 0, not -1"]),

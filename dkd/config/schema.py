@@ -223,7 +223,11 @@ class SimilarityPreservingSection(_PairsSection):
     reference_batch: Count
     """The batch `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
     scope: Literal["global"] = "global"
-    batch: Literal["step"] = "step"
+    batch: Literal["step", "micro"] = "step"
+    """Under accumulation: one Gram matrix of the whole global batch, by two forwards a step; or one of each micro-step, averaged, which
+    depends on the number of ranks."""
+    strategy: Literal["auto", "gather", "exchange"] = "auto"
+    """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
 
 
 class SoftTargetsSection(Section):

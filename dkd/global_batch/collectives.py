@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 
@@ -33,6 +33,13 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) 
     """(b, ...) on each of W ranks, b equal, to (W·b, ...) on all of them, in rank order. Carries no gradient."""
     out = rows.new_empty(world_size(group) * rows.shape[0], *rows.shape[1:])
     _all_gather(out, rows.contiguous(), group=group)
+    return out
+
+
+def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """(W·b, ...) on each of W ranks to (b, ...): the sum over ranks of this rank's rows. Carries no gradient."""
+    out = rows.new_empty(rows.shape[0] // world_size(group), *rows.shape[1:])
+    _reduce_scatter(out, rows.contiguous(), group=group)
     return out
 
 

@@ -66,12 +66,14 @@ class LogitTerm:
 
 @dataclass(frozen=True)
 class FeatureTerm:
-    """A loss of tapped features; `pairs` names them as (student path, teacher path)."""
+    """A loss of tapped features; `pairs` names them as (student path, teacher path). Every pair of the list enters one call."""
 
     name: str
     weight: Weight
     loss: Callable[..., torch.Tensor]
     pairs: Sequence[tuple[str, str]]
+    relational: bool = False
+    """Compares samples with each other, so that it is no mean over samples: its value on a batch is not that of its parts."""
 
     def value(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         assert teacher is not None
@@ -92,6 +94,16 @@ class Objective:
     @property
     def names(self) -> list[str]:
         return [term.name for term in self.terms]
+
+    def split(self) -> tuple[Objective, Objective]:
+        """The terms that are means over samples, and the relational ones: their sums make the whole."""
+        relational = [term for term in self.terms if getattr(term, "relational", False)]
+        return Objective([term for term in self.terms if term not in relational]), Objective(relational)
+
+    @property
+    def student_taps(self) -> list[str]:
+        """Paths of the student's features that the terms read."""
+        return list(dict.fromkeys(student for term in self.terms for student, _ in getattr(term, "pairs", [])))
 
     def __call__(
         self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, *, step: int, layout: BatchLayout

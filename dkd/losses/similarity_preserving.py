@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.global_batch import BatchLayout, gram_rows
+from dkd.global_batch import STRATEGIES, BatchLayout, gram_rows
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
 
 
@@ -24,7 +24,7 @@ class SimilarityPreserving(nn.Module):
 
     Args:
         scope: which rows make one Gram matrix; `global`, those of all ranks.
-        strategy: how ranks bring the rows together; `gather`, or `auto`, which picks for you. The numbers are the same.
+        strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The numbers are the same.
         weights: one weight a pair; default 1.
 
     Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened,
@@ -47,8 +47,8 @@ class SimilarityPreserving(nn.Module):
         super().__init__()
         if scope != "global":
             raise ValueError(f"scope={scope!r}: must be global")
-        if strategy not in ("auto", "gather"):
-            raise ValueError(f"strategy={strategy!r}: must be auto or gather")
+        if strategy not in ("auto", *STRATEGIES):
+            raise ValueError(f"strategy={strategy!r}: must be one of auto, {', '.join(STRATEGIES)}")
         self.scope, self.strategy, self.weights = scope, strategy, weights
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
@@ -61,8 +61,8 @@ class SimilarityPreserving(nn.Module):
     def _share(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """W · ‖Ĝ_T[r] − Ĝ_S[r]‖_F² / B², r the rows held here."""
         with torch.no_grad():
-            target = F.normalize(gram_rows(_rows(teacher), layout))
-        difference = F.normalize(gram_rows(_rows(student), layout)) - target
+            target = F.normalize(gram_rows(_rows(teacher), layout, self.strategy))
+        difference = F.normalize(gram_rows(_rows(student), layout, self.strategy)) - target
         return difference.square().sum() * (layout.world_size / layout.total**2)
 
 

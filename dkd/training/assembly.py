@@ -8,7 +8,7 @@ import torch
 
 from dkd.config import Recipe
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
-from dkd.data import DataError, ImagePipeline, ImageSource, Normalize, build_pipeline, in_memory, is_in_memory, open_source
+from dkd.data import DataError, ImagePipeline, ImageSource, Normalize, SampleOrder, build_pipeline, in_memory, is_in_memory, open_source
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
@@ -56,23 +56,28 @@ def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
     return FrozenTeacher(model, [teacher for _, teacher in pairs(recipe)], needs_logits, recipe.teacher.input_size)
 
 
-def build_objective(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Objective:
-    """The recipe's losses. Cross-entropy is always a term, if with weight 0: it is what ties the student's head to the total."""
+def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Objective:
+    """The recipe's losses, on the batches of `order`.
+
+    Cross-entropy is always a term, if with weight 0: it is what ties the student's head to the total.
+    """
     losses = recipe.losses
 
     def weight(value: object, factor: float = 1.0) -> Schedule:
-        schedule = loss_weight(value, steps_per_epoch, total_steps)  # type: ignore[arg-type]
+        schedule = loss_weight(value, order.steps_per_epoch, total_steps)  # type: ignore[arg-type]
         return lambda step: factor * schedule(step)
 
     terms: list[Term] = [LabelTerm("ce", weight(losses.ce.weight), CrossEntropy(losses.ce.label_smoothing))]
     if losses.at is not None:
         at = losses.at
-        loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights)
-        terms.append(FeatureTerm("at", weight(at.beta), loss, at.paths))
+        at_loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights)
+        terms.append(FeatureTerm("at", weight(at.beta), at_loss, at.paths))
     if losses.sp is not None:
         sp = losses.sp
-        scale = effective_gamma(1.0, sp.reference_batch, recipe.train.global_batch)
-        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), SimilarityPreserving(sp.scope, weights=sp.pair_weights), sp.paths))
+        gram_rows = order.global_batch if sp.batch == "step" else order.micro_batch * order.world_size
+        scale = effective_gamma(1.0, sp.reference_batch, gram_rows)
+        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights)
+        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=True))
     if losses.kd is not None:
         terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
     return Objective(terms)

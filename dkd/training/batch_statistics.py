@@ -27,19 +27,29 @@ class RunningStatistics:
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
         self._micro_steps, self._world_size = micro_steps, world_size
         self._old: list[torch.Tensor] = []
+        self._old_counters: list[torch.Tensor] = []
         self._sum: list[torch.Tensor] = []
 
     @torch.no_grad()
     def start_step(self) -> None:
         if self._micro_steps > 1 and self._statistics:
             self._old = [s.clone() for s in self._statistics]
+            self._old_counters = [c.clone() for c in self._counters]
             self._sum = [torch.zeros_like(s) for s in self._statistics]
+
+    @torch.no_grad()
+    def forget_micro_batch(self) -> None:
+        """After a forward that shall not count: back to the values before it."""
+        if self._micro_steps > 1 and self._statistics:
+            torch._foreach_copy_(self._statistics, self._old)
+            for counter, old in zip(self._counters, self._old_counters, strict=True):
+                counter.copy_(old)
 
     @torch.no_grad()
     def finish_micro_batch(self) -> None:
         if self._micro_steps > 1 and self._statistics:
             torch._foreach_add_(self._sum, self._statistics)
-            torch._foreach_copy_(self._statistics, self._old)
+            self.forget_micro_batch()
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -56,4 +66,4 @@ class RunningStatistics:
         )
         if self._micro_steps > 1:
             for counter in self._counters:
-                counter -= self._micro_steps - 1
+                counter += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dkd.config import Recipe
+from dkd.data import SampleOrder
 from dkd.models import build_on_meta, output_shapes
 from dkd.training import assembly, engine, preflight
 
@@ -14,6 +15,7 @@ def describe(recipe: Recipe) -> str:
     size = assembly.build_image_pipeline(recipe).image_size
     train = recipe.train
     steps = len(training) // train.global_batch
+    order = SampleOrder(len(training), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), 0, world_size)
     total = min(steps * train.epochs, train.max_steps or steps * train.epochs)
     lines = [
         f"run         {recipe.run.dir}",
@@ -30,7 +32,7 @@ def describe(recipe: Recipe) -> str:
         student_shapes = output_shapes(assembly.student_spec(recipe), [s for s, _ in pairs], size)[1]
         teacher_shapes = output_shapes(assembly.teacher_spec(recipe), [t for _, t in pairs], teacher.input_size or size)[1]
         lines += [f"pair        {s} {student_shapes[s]}  ←  {t} {teacher_shapes[t]}" for s, t in pairs]
-    objective = assembly.build_objective(recipe, steps, steps * train.epochs)
+    objective = assembly.build_objective(recipe, order, steps * train.epochs)
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     return "\n".join([*lines, "nothing was trained"])

@@ -77,10 +77,6 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
                 f"micro_batch {micro_batch(recipe, world_size)} × {world_size} processes; change one of the three",
             )
         )
-    elif micro_steps(recipe, world_size) > 1 and recipe.losses.sp is not None:
-        steps = micro_steps(recipe, world_size)
-        message = f"cannot be accumulated over {steps} micro-steps: its Gram matrix needs the whole global batch at once"
-        problems.append(Problem("losses.sp", f"{message}; leave train.micro_batch out, or start more processes"))
     if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")

@@ -10,6 +10,7 @@ import torch
 
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
+from dkd.data.batches import Batch
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
 from dkd.training import assembly, engine, preflight
 from dkd.training.evaluation import Evaluation, evaluate
@@ -57,8 +58,9 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         assembly.loader_workers(recipe.data, validation, engine.launched_local_world_size()),
     )
 
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
+    def logits_of(batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
+            images = batch.images.to(accelerator.device, non_blocking=True)
             return student(pipeline.normalize(images).to(dtype, memory_format=memory_format))
 
     result = evaluate(logits_of, batches, accelerator.device)

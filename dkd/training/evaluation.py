@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd.data import EvaluationBatches
+from dkd.data.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[torch.Tensor], torch.Tensor], batches: EvaluationBatches, device: torch.device) -> Evaluation:
+def evaluate(logits_of: Callable[[Batch], torch.Tensor], batches: EvaluationBatches, device: torch.device) -> Evaluation:
     """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
 
     Args:
-        logits_of: uint8 images (b, 3, H, W) on `device` -> logits (b, K). The model is in eval mode.
+        logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.
         batches: this rank's.
 
     Returns:
@@ -50,7 +51,7 @@ def evaluate(logits_of: Callable[[torch.Tensor], torch.Tensor], batches: Evaluat
     loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
     for batch in batches:
-        logits = logits_of(batch.images.to(device, non_blocking=True))[: batch.valid].double()
+        logits = logits_of(batch)[: batch.valid].double()
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)
         classes = logits.shape[1]
         ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]

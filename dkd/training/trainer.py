@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from dkd.config import Recipe, RecipeError
-from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches
+from dkd.data import EvaluationBatches, Normalize, SampleOrder, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
 from dkd.global_batch import BatchLayout
@@ -28,6 +28,10 @@ from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
 from dkd.training.run_directory import RunDirectory
 from dkd.training.schedules import learning_rate
+from dkd.training.two_passes import CachedGradient, relational_gradient
+
+STEPS_THAT_COMPARE_PASSES = 5
+LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout masks differ by more than 0.3
 
 
 class TrainingError(RuntimeError):
@@ -86,7 +90,10 @@ class Trainer:
         prepared = accelerator.unwrap_model(self.student)
         self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size)
         self.average = WeightAverage(prepared, train.ema.decay) if train.ema else None
-        self.objective = assembly.build_objective(recipe, self.order.steps_per_epoch, self.planned_steps)
+        self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
+        self.separable, self.relational = self.objective.split()
+        sp = recipe.losses.sp
+        self.two_passes = sp is not None and sp.batch == "step" and self.order.micro_steps > 1
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
         self.run_dir.writes = self.main
@@ -138,48 +145,75 @@ class Trainer:
             group["lr"] = learning_rate
         self.student.train()
         self.statistics.start_step()
-        waited = 0.0
         sums: dict[str, torch.Tensor] = {}
-        for micro_step in range(self.order.micro_steps):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
+        asked = time.monotonic()
+        micro_batches = [next(batches) for _ in range(self.order.micro_steps)]
+        waited = time.monotonic() - asked
+        cached = self._relational_pass(step, micro_batches) if self.two_passes else None
+        for micro_step, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.student):
-                total, terms = self._losses(batch, step, micro_step)
+                total, terms = self._losses(step, micro_step, batch, cached)
                 self.accelerator.backward(total)
                 self.statistics.finish_micro_batch()
                 if self.accelerator.sync_gradients and self.recipe.train.clip_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, value in {"loss": total.detach(), **terms}.items():
+            for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value / self.order.micro_steps
         self.statistics.finish_step()
         if self.average is not None:
             self.average.update()
         return {**sums, "seconds_waited": waited}
 
-    def _losses(self, batch: Batch, step: int, micro_step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward of one micro-batch through teacher and student."""
-        images = batch.images.to(self.device, non_blocking=True)
+    def _losses(
+        self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward of one micro-batch through teacher and student. Returns what to back-propagate, and what to log."""
         labels = batch.labels.to(self.device, non_blocking=True)
-        # The micro-batch, not the rank, is what dropout depends on.
-        torch.manual_seed(mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank))
-        seen_by_student = self._as_input(self.normalize, images)
-        teacher = None
-        if self.teacher is not None:
-            same = self.teacher_normalize == self.normalize
-            with self.accelerator.autocast():
-                teacher = Outputs(*self.teacher(seen_by_student if same else self._as_input(self.teacher_normalize, images)))
-        student = Outputs(*self.student(seen_by_student))
+        teacher = self._teacher_outputs(batch) if cached is None else cached.teachers[micro_step]
+        student = self._student_outputs(step, micro_step, batch)
+        objective = self.objective if cached is None else self.separable
         # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything they will exchange.
         layout = BatchLayout.even(len(labels))
         if step == 0 and micro_step == 0:
             BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
-        return self.objective(student, teacher, labels, step=step, layout=layout)
+        total, terms = objective(student, teacher, labels, step=step, layout=layout)
+        if cached is None:
+            return total, {"loss": total.detach(), **terms}
+        logged = {"loss": total.detach() + cached.total, **terms, **cached.terms}
+        if step < STEPS_THAT_COMPARE_PASSES:
+            logged["pass_difference"] = cached.difference(micro_step, student.features)
+        return total + cached.loss(micro_step, student.features), logged
 
-    def _as_input(self, normalize: Any, images: torch.Tensor) -> torch.Tensor:
-        return normalize(images).to(self.dtype, memory_format=self.memory_format)
+    @torch.no_grad()
+    def _relational_pass(self, step: int, micro_batches: Sequence[Batch]) -> CachedGradient:
+        """Passes 1 and 2 of `two_passes.py`; the teacher runs here, once."""
+        students, teachers = [], []
+        for micro_step, batch in enumerate(micro_batches):
+            teacher = self._teacher_outputs(batch)
+            assert teacher is not None
+            teachers.append(teacher)
+            features = self._student_outputs(step, micro_step, batch).features
+            students.append({path: features[path] for path in self.relational.student_taps})
+            self.statistics.forget_micro_batch()
+        labels = torch.cat([batch.labels for batch in micro_batches]).to(self.device, non_blocking=True)
+        with torch.enable_grad():
+            return relational_gradient(self.relational, students, teachers, labels, step)
+
+    def _student_outputs(self, step: int, micro_step: int, batch: Batch) -> Outputs:
+        # The micro-batch, not the rank, is what dropout depends on; and the second pass repeats the first.
+        torch.manual_seed(mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank))
+        return Outputs(*self.student(self._as_input(self.normalize, batch)))
+
+    def _teacher_outputs(self, batch: Batch) -> Outputs | None:
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return Outputs(*self.teacher(self._as_input(self.teacher_normalize, batch)))
+
+    def _as_input(self, normalize: Normalize, batch: Batch) -> torch.Tensor:
+        return normalize(batch.images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.memory_format)
 
     def _report(self, means: RankMeans | None) -> None:
         """Log a finished step; end on all ranks together when it was not finite."""
@@ -192,6 +226,12 @@ class Trainer:
             raise TrainingError(
                 f"the loss is not finite at step {means.step + 1} (on rank {', '.join(map(str, broken))}; {terms}); "
                 "try a lower optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
+            )
+        if values.get("pass_difference", 0.0) > LARGEST_PASS_DIFFERENCE:
+            raise TrainingError(
+                f"at step {means.step + 1} the student's two forwards, which must be the same, differ by {values['pass_difference']:.1e}: "
+                "something in it is random beyond torch's seed, or compiled differently; "
+                "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
         step = means.step
         shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
@@ -214,7 +254,7 @@ class Trainer:
         """On the average of the weights, if one is kept."""
         self.student.eval()
         with self.average.applied() if self.average else nullcontext():
-            result = evaluate(lambda images: self.student(self._as_input(self.normalize, images))[0], self.validation, self.device)
+            result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device)
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.run_dir.log({"evaluation": facts})
         self.accelerator.log({"evaluation/top1": result.top1, "evaluation/loss": result.loss}, step=steps_done)

@@ -49,7 +49,7 @@ def evaluation_counts(folder):
         source = RandomImages(samples)
         for batch in (1, 3, 64):
             batches = EvaluationBatches(source, lambda image: image, batch, rank, size)
-            result = evaluate(lambda images: network(images.float() / 255 - 0.5), batches, torch.device("cpu"))
+            result = evaluate(lambda batch: network(batch.images.float() / 255 - 0.5), batches, torch.device("cpu"))
             results[f"{samples} samples, batch {batch}"] = [result.samples, result.top1_correct, result.top5_correct, result.loss]
     return results
 

@@ -53,7 +53,12 @@ def gradient_errors(uneven):
 
     losses = {
         "at": (lambda f, rows: AttentionTransfer()(f, teacher[rows]), lambda f: plain_at(f, teacher)),
-        "sp": (lambda f, rows: SimilarityPreserving()(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
+        "sp by gather": (lambda f, rows: SimilarityPreserving(strategy="gather")(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
+        "sp by exchange": (lambda f, rows: SimilarityPreserving(strategy="exchange")(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
+        "sp of few features, by exchange": (
+            lambda f, rows: SimilarityPreserving(strategy="exchange")(f[:, :2, 0, 0], teacher[rows]),
+            lambda f: plain_sp(f[:, :2, 0, 0], teacher),
+        ),
         "sp_two_pairs": (
             lambda f, rows: SimilarityPreserving(weights=[1.0, 0.5])([f, f[:, :2]], [teacher[rows], teacher[rows]]),
             lambda f: plain_sp(f, teacher) + 0.5 * plain_sp(f[:, :2], teacher),

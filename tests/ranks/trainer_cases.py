@@ -1,13 +1,17 @@
 """The trainer's own loop on this launch."""
 
 import json
+from unittest import mock
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from dkd.config.loading import validate
+from dkd.global_batch import BatchLayout, gram
+from dkd.losses import similarity_preserving
 from dkd.models import weights_fingerprint
-from dkd.training import preflight
+from dkd.training import assembly, preflight, two_passes
 from dkd.training.trainer import Trainer, TrainingError
 
 STEPS = 20
@@ -59,7 +63,88 @@ def train(folder, name, changes, tamper=lambda trainer: None):
 
 
 def all_four_losses(folder):
-    return train(folder, "all_four_losses", {})
+    return train(folder, "all_four_losses", {"losses": with_strategy("gather")})
+
+
+def all_four_losses_by_exchange(folder):
+    return train(folder, "by_exchange", {"losses": with_strategy("exchange")})
+
+
+def all_four_losses_accumulated(folder):
+    """Micro-batches of 8 without batch statistics: the same training as without accumulation."""
+    return train(folder, "accumulated", {"train": {"micro_batch": 8}})
+
+
+def all_four_losses_accumulated_with_batch_norm(folder):
+    return train(folder, "accumulated_batch_norm", {"student": {"norm": "batch"}, "train": {"micro_batch": 8}})
+
+
+def gram_matrices_of_micro_steps(folder):
+    losses = {"sp": {**RECIPE["losses"]["sp"], "batch": "micro"}}
+    return train(folder, "micro", {"losses": losses, "train": {"micro_batch": 8}})
+
+
+class Dropped(torch.nn.Module):
+    """A small network with dropout, to be named by a recipe."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer3 = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2))
+        self.fc = torch.nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.layer3(x).mean((2, 3)))
+
+
+def second_forwards_repeat_the_first(folder):
+    """With dropout, two passes a step: the logged difference of their features."""
+    losses = {"at": None, "kd": None}
+    changes = {"student": {"name": "trainer_cases:Dropped", "norm": None}, "losses": losses, "train": {"micro_batch": 8, "max_steps": 3}}
+    seen = []
+
+    def tamper(trainer):
+        report = trainer._report
+        trainer._report = lambda means: (seen.append(means.read()) if means else None, report(means))[1]
+
+    result = train(folder, "dropout", changes, tamper)
+    return {"differences": [values.get("pass_difference") for values in seen], "lines": result["lines"]}
+
+
+def mutated_trainings(folder):
+    """The first steps of the trainer with one mistake each in its arithmetic: what a parity test must notice."""
+    gathered = gram._GatheredGramRows
+
+    def detached_gather(ctx, own_rows):
+        return own_rows @ ctx.saved_tensors[0], None
+
+    def local_gram(features, layout, strategy):
+        return features @ features.T
+
+    def without_factor_w(layout, per_row):
+        return per_row.sum() / layout.total
+
+    def without_divisor_a(cached, micro_step, features):
+        return sum((features[path] * gradient).sum() for path, gradient in cached.gradients[micro_step].items())
+
+    loss = two_passes.CachedGradient.loss
+    mistakes = {
+        "factor W dropped": (BatchLayout, "mean", without_factor_w),
+        "detached gather": (gathered, "backward", staticmethod(detached_gather)),
+        "local Gram matrix": (similarity_preserving, "gram_rows", local_gram),
+        "divisor A dropped": (two_passes.CachedGradient, "loss", without_divisor_a),
+        "divisor A doubled": (two_passes.CachedGradient, "loss", lambda *arguments: 2 * loss(*arguments)),
+        "γ_eff with the micro-batch": (assembly, "effective_gamma", lambda gamma, reference, rows: gamma * rows / 4 / reference),
+    }
+    results = {}
+    for name, (owner, attribute, mistake) in mistakes.items():
+        changes = {"losses": with_strategy("gather"), "train": {"max_steps": 3, **({"micro_batch": 8} if "divisor" in name else {})}}
+        with mock.patch.object(owner, attribute, mistake):
+            results[name] = train(folder, name.replace(" ", "_"), changes)["lines"]
+    return results
+
+
+def with_strategy(strategy):
+    return {"sp": {**RECIPE["losses"]["sp"], "strategy": strategy}}
 
 
 BATCH_NORM = {
@@ -115,6 +200,12 @@ def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
 
 CASES = [
     all_four_losses,
+    all_four_losses_by_exchange,
+    all_four_losses_accumulated,
+    all_four_losses_accumulated_with_batch_norm,
+    gram_matrices_of_micro_steps,
+    second_forwards_repeat_the_first,
+    mutated_trainings,
     batch_norm_with_fixed_micro_batches,
     averaged_weights_and_clipped_gradients,
     adamw_and_bf16_and_worker_processes,
