@@ -2,7 +2,7 @@
 
     python -m benchmarks.step                                          wrn_16_2 → wrn_16_1, batch 64, 32×32
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
-    python -m benchmarks.step --compile                                the compiled rows too (minutes of compilation on a CPU)
+    python -m benchmarks.step --no-compile                             without the compiled rows, which take a minute to compile on a CPU
 
 One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a recipe. The rows are
 measured in turn, several rounds, and the median of each is shown; the last column is against the first row of the same round.
@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default 2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure torch.compile too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     np.random.seed(0)

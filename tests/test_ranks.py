@@ -92,6 +92,7 @@ def reference():
         "all_four_losses_accumulated": four,
         "all_four_losses_accumulated_with_batch_norm": plain_reference.train(with_norm, 20, micro_batch=8),
         "gram_matrices_of_micro_steps": plain_reference.train(with_micro, 20, micro_batch=8),
+        "gram_matrices_of_groups": plain_reference.train(with_micro, 20, micro_batch=16),
         "batch_norm_with_fixed_micro_batches": plain_reference.train(changed, 20, micro_batch=8),
     }
 
@@ -110,6 +111,8 @@ def reference():
             WORLDS,
         ),
         ("gram_matrices_of_micro_steps", 1),  # on more ranks it is another training, as the recipe's documentation says
+        ("gram_matrices_of_groups", 2),
+        ("gram_matrices_of_groups", 4),
     ],
 )
 def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, reference, case, world):

@@ -1,6 +1,6 @@
 import pytest
 
-from dkd.global_batch import cheaper_strategy, received_elements
+from dkd.global_batch import GramScope, cheaper_strategy, ranks_per_group, received_elements
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,12 @@ def test_elements_of_the_example_in_the_documentation():
     for strategy, millions in (("gather", 206), ("exchange", 55)):
         both = sum(received_elements(strategy, 64, 25088, 64, backward) for backward in (True, False))
         assert round(both * 64 / 63 / 1e6) == millions
+
+
+def test_scopes_are_groups_that_divide_the_ranks(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [ranks_per_group(scope, 8) for scope in ("global", "node", 2, "local")] == [8, 4, 2, 1]
+    with pytest.raises(ValueError, match="groups of 3 ranks do not divide 8 ranks"):
+        ranks_per_group(3, 8)
+    with pytest.raises(ValueError, match="must be global, node, local or a number of ranks"):
+        GramScope("rack")

@@ -84,6 +84,8 @@ WRONG = [
     ("losses=", ["losses: must be a section (keys and values), not None"]),
     ("losses={}", ["teacher: no loss uses it"]),
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
+    ("losses.sp.scope=rack", ["losses.sp.scope: must be global, node, local or a number of ranks, not 'rack'"]),
+    ("losses.sp.scope=3", ["losses.sp.scope: scope=3: groups of 3 ranks do not divide 1 ranks"]),
     ("losses.sp.batch=epoch", ["losses.sp.batch: 'epoch' is not allowed; allowed: step, micro"]),
     ("train.global_batch=4096", ["train.global_batch: 4096 is more than the 1348 training images"]),
     ("data.classes=5", ["data.train: labels go from 0 to 9, but data.classes is 5", "data.validation: labels go from 0 to 9"]),

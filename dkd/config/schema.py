@@ -222,7 +222,15 @@ class SimilarityPreservingSection(_PairsSection):
     gamma: Weight
     reference_batch: Count
     """The batch `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
-    scope: Literal["global"] = "global"
+    scope: Annotated[
+        str | int,
+        _allow(
+            lambda v: v in ("global", "node", "local") or (isinstance(v, int) and not isinstance(v, bool) and v > 0),
+            "global, node, local or a number of ranks",
+        ),
+    ] = "global"
+    """Whose rows make one Gram matrix: those of all ranks, of one machine, of n neighbouring ranks, or of each rank alone. All but global
+    depend on the number of ranks, and local is another loss than the published one."""
     batch: Literal["step", "micro"] = "step"
     """Under accumulation: one Gram matrix of the whole global batch, by two forwards a step; or one of each micro-step, averaged, which
     depends on the number of ranks."""

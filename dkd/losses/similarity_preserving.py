@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.global_batch import STRATEGIES, BatchLayout, gram_rows
+from dkd.global_batch import STRATEGIES, BatchLayout, GramScope, gram_rows
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
 
 
@@ -23,7 +23,8 @@ class SimilarityPreserving(nn.Module):
     """The unweighted L_SP over the global batch.
 
     Args:
-        scope: which rows make one Gram matrix; `global`, those of all ranks.
+        scope: whose rows make one Gram matrix: `global`, those of all ranks; `node`, of one machine; a number n, of n neighbouring ranks;
+            `local`, of this rank alone, which is what other code computes and not the published loss. The groups' losses are averaged.
         strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The numbers are the same.
         weights: one weight a pair; default 1.
 
@@ -43,18 +44,17 @@ class SimilarityPreserving(nn.Module):
         >>> loss = cross_entropy + 3000 * sp(student_feature, teacher_feature)
     """
 
-    def __init__(self, scope: str = "global", strategy: str = "auto", weights: Sequence[float] | None = None) -> None:
+    def __init__(self, scope: str | int = "global", strategy: str = "auto", weights: Sequence[float] | None = None) -> None:
         super().__init__()
-        if scope != "global":
-            raise ValueError(f"scope={scope!r}: must be global")
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy={strategy!r}: must be one of auto, {', '.join(STRATEGIES)}")
-        self.scope, self.strategy, self.weights = scope, strategy, weights
+        self.scope, self.strategy, self.weights = GramScope(scope), strategy, weights
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)])
         pairs = as_pairs(student, teacher, self.weights)
+        layout = self.scope.within(layout)
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * self._share(s, t, layout) for s, t, w in pairs]).sum()
 

@@ -9,6 +9,7 @@ import torch
 from dkd.config import Recipe
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
 from dkd.data import DataError, ImagePipeline, ImageSource, Normalize, SampleOrder, build_pipeline, in_memory, is_in_memory, open_source
+from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
@@ -56,6 +57,15 @@ def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
     return FrozenTeacher(model, [teacher for _, teacher in pairs(recipe)], needs_logits, recipe.teacher.input_size)
 
 
+def gram_rows(recipe: Recipe, order: SampleOrder) -> int:
+    """B_G, the rows of the Gram matrices that SP forms on this launch; 0 without SP."""
+    sp = recipe.losses.sp
+    if sp is None:
+        return 0
+    steps = order.micro_steps if sp.batch == "step" else 1
+    return ranks_per_group(sp.scope, order.world_size) * order.micro_batch * steps
+
+
 def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Objective:
     """The recipe's losses, on the batches of `order`.
 
@@ -74,8 +84,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
         terms.append(FeatureTerm("at", weight(at.beta), at_loss, at.paths))
     if losses.sp is not None:
         sp = losses.sp
-        gram_rows = order.global_batch if sp.batch == "step" else order.micro_batch * order.world_size
-        scale = effective_gamma(1.0, sp.reference_batch, gram_rows)
+        scale = effective_gamma(1.0, sp.reference_batch, gram_rows(recipe, order))
         sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights)
         terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=True))
     if losses.kd is not None:

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.global_batch import ranks_per_group
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -77,6 +78,11 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
                 f"micro_batch {micro_batch(recipe, world_size)} × {world_size} processes; change one of the three",
             )
         )
+    if recipe.losses.sp is not None:
+        try:
+            ranks_per_group(recipe.losses.sp.scope, world_size)
+        except ValueError as error:
+            problems.append(Problem("losses.sp.scope", str(error)))
     if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")

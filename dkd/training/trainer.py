@@ -93,6 +93,7 @@ class Trainer:
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
         sp = recipe.losses.sp
+        self.gram_rows = assembly.gram_rows(recipe, self.order)
         self.two_passes = sp is not None and sp.batch == "step" and self.order.micro_steps > 1
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
@@ -246,7 +247,7 @@ class Trainer:
             }
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
-                line["sp_row_difference"] = values["sp"] * self.recipe.train.global_batch
+                line["sp_row_difference"] = values["sp"] * self.gram_rows
             self.run_dir.log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line})
             self.accelerator.log(line, step=step + 1)
 
@@ -308,6 +309,11 @@ class Trainer:
         left_out = order.samples - order.steps_per_epoch * order.global_batch
         if left_out:
             self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")
+        sp = self.recipe.losses.sp
+        if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
+            self.progress.say(
+                f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the number of ranks"
+            )
         if self.recipe.teacher is not None and self.recipe.teacher.weights == "random":
             self.progress.say("warning: the teacher's weights are random, as the recipe says; it teaches nothing")
 

@@ -84,6 +84,13 @@ def gram_matrices_of_micro_steps(folder):
     return train(folder, "micro", {"losses": losses, "train": {"micro_batch": 8}})
 
 
+def gram_matrices_of_groups(folder):
+    """Two groups: of 2 ranks each on 4, of 1 rank each on 2."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    losses = {"sp": {**RECIPE["losses"]["sp"], "scope": 2 if size == 4 else "local"}}
+    return train(folder, "groups", {"losses": losses})
+
+
 class Dropped(torch.nn.Module):
     """A small network with dropout, to be named by a recipe."""
 
@@ -204,6 +211,7 @@ CASES = [
     all_four_losses_accumulated,
     all_four_losses_accumulated_with_batch_norm,
     gram_matrices_of_micro_steps,
+    gram_matrices_of_groups,
     second_forwards_repeat_the_first,
     mutated_trainings,
     batch_norm_with_fixed_micro_batches,
