@@ -39,7 +39,7 @@ def row(title: str, run: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 … N−1 of the two students")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes of each training")
+    parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="processes of each training (default 2)")
     options = parser.parse_args()
 
     teacher = train("configs/quickstart_teacher.yaml", "runs/quickstart_teacher", processes=options.processes)

@@ -14,7 +14,7 @@ from dkd import load_student
 from dkd.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["train.max_steps=3", "train.precision=fp32", "train.global_batch=32", "data.image_size=16"]
+TINY = ["train.max_steps=3", "train.precision=fp32", "train.global_batch=32", "train.micro_batch=16", "data.image_size=16"]
 
 
 def run(*command, cwd=ROOT):

@@ -70,7 +70,15 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe types, and no key twice: the later one would win silently."""
+    """What `yaml.safe_load` reads, and no key twice: the later one would win silently."""
+
+    @classmethod
+    def read(cls, text: str) -> Any:
+        loader = cls(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()

@@ -48,13 +48,12 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     problems: list[Problem] = []
     opened: dict[str, ImageSource] = {}
     pipeline = assembly.build_image_pipeline(recipe)
-    for part, transform in (("train", pipeline.train), ("validation", pipeline.validation)):
+    validation_key = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
+    for part, transform, key in (("train", pipeline.train, "transforms"), ("validation", pipeline.validation, validation_key)):
         with _collect(problems, f"data.{part}"):
             opened[part] = assembly.open_part(recipe.data, part)
             check_labels(opened[part], recipe.data.classes)
-            with _collect(
-                problems, f"data.{'' if part == 'train' or isinstance(recipe.data.transforms, str) else 'validation_'}transforms"
-            ):
+            with _collect(problems, f"data.{key}"):
                 _check_transformed(opened[part], transform, pipeline.image_size)
             if part == "train" and not problems:
                 opened[part] = assembly.decode_into_memory(recipe.data, opened[part])
