@@ -40,19 +40,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 … N−1 of the two students")
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="processes of each training (default 2)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="epochs of the two students (default: the recipe's 5)")
     options = parser.parse_args()
+    length = [f"train.epochs={options.epochs}"] if options.epochs else []
 
     teacher = train("configs/quickstart_teacher.yaml", "runs/quickstart_teacher", processes=options.processes)
     pairs = []
     for seed in range(options.seeds):
         suffix = f"_seed{seed}" if seed else ""
-        taught = train("configs/quickstart.yaml", f"runs/quickstart{suffix}", f"run.seed={seed}", processes=options.processes)
+        taught = train("configs/quickstart.yaml", f"runs/quickstart{suffix}", f"run.seed={seed}", *length, processes=options.processes)
         alone = train(
             "configs/quickstart.yaml",
             f"runs/quickstart_no_teacher{suffix}",
             "run.name=quickstart_no_teacher",
             f"run.seed={seed}",
             *WITHOUT_TEACHER,
+            *length,
             processes=options.processes,
         )
         pairs.append((taught, alone))

@@ -61,7 +61,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
             problems.append(Problem("", f"{override!r} is not an override; write key=value, such as train.epochs=10"))
             continue
         try:
-            parsed.append((keys, yaml.load(text, _UniqueKeys)))
+            parsed.append((keys, _UniqueKeys.read(text)))
         except yaml.YAMLError as error:
             problems.append(Problem(key, f"{text!r} is not YAML: {' '.join(str(error).split())}"))
     if problems:
@@ -102,7 +102,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise RecipeError.at("", f"no such recipe: {str(path)!r}{did_you_mean(str(path), beside)}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = _UniqueKeys.read(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise RecipeError.at("", f"{str(path)!r} is not UTF-8 text") from None
     except RecursionError:
