@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dkd.data import SampleOrder, TrainingBatches, build_pipeline, open_source
+from dkd.data.order import mix
 from dkd.models import ModelSpec, build_model
 
 STUDENT_TAPS, TEACHER_TAPS = ["layer1", "layer2", "layer3"], ["block1", "block2", "block3"]
@@ -38,6 +39,26 @@ def similarity(student, teacher):
     return (gram(student) - gram(teacher)).pow(2).sum() / len(student) ** 2
 
 
+def mixed(images, labels, mixup, cutmix, seed):
+    """Mixup or CutMix of neighbours, one of the two, with what torchvision's transforms draw from a generator of this seed."""
+    probabilities = F.one_hot(labels, 10).float()
+    torch.manual_seed(seed)
+    cut = int(torch.multinomial(torch.tensor([0.5, 0.5]), 1))
+    share = float(torch.distributions.Beta(*[torch.tensor(float(cutmix if cut else mixup))] * 2).sample())
+    if not cut:
+        images = share * images + (1 - share) * images.roll(1, 0)
+    else:
+        height, width = images.shape[2:]
+        x, y = int(torch.randint(width, (1,))), int(torch.randint(height, (1,)))
+        half = 0.5 * math.sqrt(1 - share)
+        left, right = max(x - int(half * width), 0), min(x + int(half * width), width)
+        top, bottom = max(y - int(half * height), 0), min(y + int(half * height), height)
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    return images, (share * probabilities + (1 - share) * probabilities.roll(1, 0)).double()
+
+
 def train(recipe, steps, micro_batch):
     """Returns the logged terms of each step, and the final state of the student.
 
@@ -50,7 +71,7 @@ def train(recipe, steps, micro_batch):
     source = open_source("digits", training=True)
     order = SampleOrder(len(source), seed, batch, batch)
     torch.manual_seed(seed)
-    student = build_model(ModelSpec("resnet8", 10, recipe["student"]["norm"])).double()
+    student = build_model(ModelSpec(recipe["student"]["name"], 10, recipe["student"]["norm"])).double()
     torch.manual_seed(seed)
     teacher = build_model(ModelSpec("wrn_16_1", 10)).double().eval().requires_grad_(False)
     parameters = list(student.parameters())
@@ -59,7 +80,6 @@ def train(recipe, steps, micro_batch):
     epoch_steps = len(source) // batch
     lines = []
     for step, loaded in enumerate(TrainingBatches(source, pipeline.train, order).steps(0, steps)):
-        images = pipeline.normalize(loaded.images).double()
         warmup = round(0.2 * epoch_steps)
         progress = (step - warmup) / (epoch_steps - 1 - warmup)
         rate = optimizer["lr"] * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
@@ -73,13 +93,18 @@ def train(recipe, steps, micro_batch):
             rows = slice(part * micro_batch, (part + 1) * micro_batch)
             for norm, (mean, var) in zip(norms, old, strict=True):
                 norm.running_mean, norm.running_var = mean.clone(), var.clone()
-            logits, student_features = features_of(student, STUDENT_TAPS, images[rows])
-            teacher_logits, teacher_features = features_of(teacher, TEACHER_TAPS, images[rows])
+            images, labels = loaded.images[rows].float(), loaded.labels[rows]
+            if recipe["data"].get("mixup"):
+                images, labels = mixed(images, labels, recipe["data"]["mixup"], recipe["data"]["cutmix"], mix(seed, step, part, 1))
+            images = pipeline.normalize(images).double()
+            torch.manual_seed(mix(seed, step, part, 0))
+            logits, student_features = features_of(student, STUDENT_TAPS, images)
+            teacher_logits, teacher_features = features_of(teacher, TEACHER_TAPS, images)
             for (mean, var), norm in zip(new, norms, strict=True):
                 mean += norm.running_mean / parts
                 var += norm.running_var / parts
             maps = [(attention(s) - attention(t)).pow(2).mean() for s, t in zip(student_features, teacher_features, strict=True)]
-            terms["ce"].append(F.cross_entropy(logits, loaded.labels[rows]))
+            terms["ce"].append(F.cross_entropy(logits, labels))
             terms["at"].append(sum(maps))
             terms["kd"].append(16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean"))
             students.append(student_features[-1])

@@ -6,7 +6,17 @@ import torch
 from PIL import Image
 from reference_material import require_cifar10
 
-from dkd.data import DataError, EvaluationBatches, Normalize, SampleOrder, TrainingBatches, build_pipeline, in_memory, open_source
+from dkd.data import (
+    BatchMixing,
+    DataError,
+    EvaluationBatches,
+    Normalize,
+    SampleOrder,
+    TrainingBatches,
+    build_pipeline,
+    in_memory,
+    open_source,
+)
 from dkd.data.order import mix
 from dkd.data.sources import check_class_names, check_labels, to_rgb_tensor
 
@@ -260,3 +270,26 @@ def test_cifar10_parquet_is_what_it_says():
     assert len(source) == 10_000
     assert np.bincount(source.labels).tolist() == [1000] * 10
     assert source.image(0).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixing_depends_on_its_seed_alone_and_mixes_labels_as_images(mixup, cutmix):
+    mixing = BatchMixing(10, mixup, cutmix)
+    # One colour an image, its label's: so a mixed image's mean tells the mixed label.
+    labels = torch.arange(6)
+    images = (20 * labels).to(torch.uint8).view(6, 1, 1, 1).expand(6, 3, 16, 16)
+    before = torch.get_rng_state()
+    mixed, probabilities = mixing(images, labels, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = mixing(images, labels, seed=5)
+    assert torch.equal(mixed, again[0])
+    assert torch.equal(probabilities, again[1])
+    assert not torch.equal(probabilities, mixing(images, labels, seed=6)[1])
+    assert mixed.dtype == torch.float32
+    assert torch.allclose(probabilities.sum(1), torch.ones(6))
+    assert torch.allclose(mixed.mean((1, 2, 3)), 20 * probabilities @ torch.arange(10.0), atol=1e-3)
+
+
+def test_mixing_without_a_way_to_mix_is_an_error():
+    with pytest.raises(ValueError, match="neither mixup nor cutmix"):
+        BatchMixing(10)

@@ -38,6 +38,33 @@ def test_the_losses_work_in_a_users_own_ddp_loop(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_attention_transfer_is_that_of_really_gathered_feature_maps(results, world):
+    for errors in returned(results, world, "attention_transfer_of_gathered_feature_maps"):
+        assert set(errors) == {"even", "uneven"}
+        assert max(max(pair) for pair in errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_half_precision_features_travel_as_they_are_and_lose_nothing_by_it(results, world):
+    for ways in returned(results, world, "features_travel_in_half_precision"):
+        for strategy, found in ways.items():
+            assert found["equal"], strategy
+            assert found["rounded equal"], strategy
+            # comm_dtype rounds float32 features, and for exchange their gradients too, to 8 bits: 2⁻⁹ each at most, less in the norm.
+            assert found["gradient error"] < 4e-3 or world == 1, (strategy, found)
+            own, promoted = found["bytes"]
+            assert own < promoted or world == 1
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_bytes_received_are_those_of_the_cost_model(results, world):
+    for cases in returned(results, world, "received_bytes_of_every_strategy"):
+        assert len(cases) == 24
+        for counted, collectives, formula, number in cases:
+            assert (counted, collectives) == (formula, number)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_half_precision_features_are_promoted(results, world):
     assert all(dtype == "torch.float32" for dtype, _ in returned(results, world, "half_precision_features_are_promoted"))
 
@@ -83,12 +110,15 @@ def reference():
     from ranks import trainer_cases
 
     recipe = trainer_cases.RECIPE
+    regularized = {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}}
     with_norm = {**recipe, "student": {**recipe["student"], "norm": "batch"}}
     changed = {**with_norm, "losses": {**recipe["losses"], "sp": None}}
     with_micro = {**recipe, "losses": {**recipe["losses"], "sp": {"batch": "micro"}}}
     return {
         "all_four_losses": (four := plain_reference.train(recipe, 20, micro_batch=32)),
         "all_four_losses_by_exchange": four,
+        "batch_norm_dropout_mixup_and_cutmix": (random := plain_reference.train(regularized, 20, micro_batch=8)),
+        "batch_norm_dropout_mixup_and_cutmix_by_exchange": random,
         "all_four_losses_accumulated": four,
         "all_four_losses_accumulated_with_batch_norm": plain_reference.train(with_norm, 20, micro_batch=8),
         "gram_matrices_of_micro_steps": plain_reference.train(with_micro, 20, micro_batch=8),
@@ -107,6 +137,8 @@ def reference():
                 "all_four_losses_accumulated",
                 "all_four_losses_accumulated_with_batch_norm",
                 "batch_norm_with_fixed_micro_batches",
+                "batch_norm_dropout_mixup_and_cutmix",
+                "batch_norm_dropout_mixup_and_cutmix_by_exchange",
             ],
             WORLDS,
         ),
@@ -166,6 +198,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_ranks_and_names_it(resul
     messages = set(returned(results, world, "a_loss_that_is_not_finite_on_one_rank_ends_all_ranks"))
     assert len(messages) == 1
     assert f"the loss is not finite at step 3 (on rank {world - 1};" in messages.pop()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_that_skips_a_step_ends_all_ranks_and_is_named(results, world):
+    messages = set(returned(results, world, "a_rank_that_skips_a_step_ends_all_ranks"))
+    assert len(messages) == 1
+    assert (
+        f"ranks are at different steps (rank 0 at 3, {'rank 1' if world == 2 else 'rank 1 at 3, rank 2 at 3, rank 3'} at 4)"
+        in messages.pop()
+    )
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -106,6 +106,8 @@ class RunSection(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     trackers: list[Text] = ["tensorboard"]
     """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
+    collective_timeout: Positive = 600.0
+    """Seconds that a rank waits for another before the run ends."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl and the trackers."""
 
@@ -137,6 +139,10 @@ class DataSection(Section):
     """Side of the images that the models see, pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
     normalization: Normalization | None = None
     """Default: the preset's."""
+    mixup: NonNegative = 0.0
+    """α of mixup, 0: off. Images are mixed within a micro-batch, after its transforms; the teacher sees the mixed images too."""
+    cutmix: NonNegative = 0.0
+    """α of CutMix, 0: off. With both, each micro-batch takes one of them, at equal odds."""
     image_column: Text | None = None
     label_column: Text | None = None
     root: Text = "data"
@@ -236,6 +242,8 @@ class SimilarityPreservingSection(_PairsSection):
     depends on the number of ranks."""
     strategy: Literal["auto", "gather", "exchange"] = "auto"
     """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
+    comm_dtype: Literal["bf16", "fp16"] | None = None
+    """Features are rounded to this type on their way between ranks; null: they travel in their own."""
 
 
 class SoftTargetsSection(Section):

@@ -3,18 +3,23 @@
 Knows tensors and `torch.distributed` process groups; knows no model, recipe or trainer.
 """
 
-from dkd.global_batch.gram import gram_rows
-from dkd.global_batch.layout import BatchLayout, BatchMismatchError
+from dkd.global_batch.attendance import Attendance
+from dkd.global_batch.gram import full_precision, gram_rows
+from dkd.global_batch.layout import AbsentRankError, BatchLayout, BatchMismatchError
 from dkd.global_batch.scope import GramScope, ranks_per_group
-from dkd.global_batch.strategy import STRATEGIES, cheaper_strategy, received_elements
+from dkd.global_batch.strategy import STRATEGIES, GramTensor, cheapest_strategies, received_bytes
 
 __all__ = [
     "STRATEGIES",
+    "AbsentRankError",
+    "Attendance",
     "BatchLayout",
     "BatchMismatchError",
     "GramScope",
-    "cheaper_strategy",
+    "GramTensor",
+    "cheapest_strategies",
+    "full_precision",
     "gram_rows",
     "ranks_per_group",
-    "received_elements",
+    "received_bytes",
 ]

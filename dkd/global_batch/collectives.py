@@ -5,6 +5,9 @@ torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and wa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -32,6 +35,7 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """(b, ...) on each of W ranks, b equal, to (W·b, ...) on all of them, in rank order. Carries no gradient."""
     out = rows.new_empty(world_size(group) * rows.shape[0], *rows.shape[1:])
+    _count(out, group)
     _all_gather(out, rows.contiguous(), group=group)
     return out
 
@@ -39,6 +43,7 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) 
 def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """(W·b, ...) on each of W ranks to (b, ...): the sum over ranks of this rank's rows. Carries no gradient."""
     out = rows.new_empty(rows.shape[0] // world_size(group), *rows.shape[1:])
+    _count(rows, group)
     _reduce_scatter(out, rows.contiguous(), group=group)
     return out
 
@@ -46,6 +51,7 @@ def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = No
 def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """(W, ...) on each rank: block i goes to rank i; returns (W, ...) with block i from rank i. Carries no gradient."""
     out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    _count(out, group)
     dist.all_to_all_single(out, blocks.contiguous(), group=group)
     return out
 
@@ -57,3 +63,32 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
     out: list[T | None] = [None] * world_size(group)
     dist.all_gather_object(out, value, group=group)
     return out  # type: ignore[return-value]
+
+
+@dataclass
+class ReceivedBytes:
+    """Bytes that this rank has received from other ranks, and in how many collectives."""
+
+    bytes: int = 0
+    collectives: int = 0
+
+
+_counters: list[ReceivedBytes] = []
+
+
+@contextmanager
+def count_received() -> Iterator[ReceivedBytes]:
+    """Counts, at the calls of this module that move rows, what comes from other ranks. A reduce-scatter counts as W − 1 blocks received."""
+    counter = ReceivedBytes()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def _count(whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    for counter in _counters:
+        world = world_size(group)
+        counter.bytes += whole.numel() * whole.element_size() // world * (world - 1)
+        counter.collectives += 1

@@ -11,10 +11,16 @@ Two exact ways; `strategy.py` says which moves less.
     exchange   forward: an all-to-all gives each rank all B rows of d/W features; it multiplies those, and a reduce-scatter adds the
                partial Gram matrices into row blocks. Backward: all-gather D, multiply (D + Dᵀ) by the slice of features, and an
                all-to-all takes the gradients back.
+
+Several tensors (student and teacher, several taps) share the collectives: side by side in one flat message.
+
+Features travel in their own dtype, and are promoted on arrival: a bfloat16 feature loses nothing by that, and a gradient on its way to one
+would be rounded to bfloat16 there anyway. Gram matrices and their gradients travel as they are computed, in float32 or float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,72 +28,145 @@ import torch.nn.functional as F
 
 from dkd.global_batch import collectives
 from dkd.global_batch.layout import BatchLayout
-from dkd.global_batch.strategy import cheaper_strategy
+from dkd.global_batch.strategy import GramTensor, cheapest_strategies
 
 
-def gram_rows(features: torch.Tensor, layout: BatchLayout, strategy: str = "auto") -> torch.Tensor:
-    """The rows of the global Gram matrix that belong to the rows held here. Differentiable.
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay what they are."""
+    return x.to(_full(x.dtype))
+
+
+def gram_rows(
+    features: Sequence[torch.Tensor], layout: BatchLayout, strategy: str = "auto", comm_dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """For each of several tensors the rows of its global Gram matrix that belong to the rows held here. Differentiable.
 
     Args:
-        features: Q_r, (b, d); d equal on all ranks, b as `layout` says.
+        features: Q_r of each, (b, d); each d equal on all ranks, b as `layout` says. Half precision is promoted to float32.
         layout: who holds which rows.
-        strategy: `gather`, `exchange`, or `auto` for the one that moves less. The numbers are the same but for rounding.
+        strategy: `gather`, `exchange`, or `auto` for those that move less. The numbers are the same but for rounding.
+        comm_dtype: features and their gradients are rounded to this dtype for the way; None: they travel in their own.
 
     Returns:
-        (b, W·b_max), b_max the most rows any rank holds: the columns of rank s begin at s·b_max, and a rank with fewer rows leaves
-        zeros behind its own. Zero columns change neither a row's norm nor a difference of rows.
+        For each (b, W·b_max), b_max the most rows any rank holds: the columns of rank s begin at s·b_max, and a rank with fewer rows
+        leaves zeros behind its own. Zero columns change neither a row's norm nor a difference of rows.
     """
     if layout.world_size == 1:
-        return features @ features.T
+        return [f @ f.T for f in map(full_precision, features)]
     most = max(layout.rows)
+    transports = [comm_dtype or f.dtype for f in features]
     if strategy == "auto":
-        backward = features.requires_grad and torch.is_grad_enabled()
-        strategy = cheaper_strategy(most, features.shape[1], layout.world_size, backward)
-    padded = F.pad(features, (0, 0, 0, most - features.shape[0]))
-    function = _ExchangedGramRows if strategy == "exchange" else _GatheredGramRows
-    rows: torch.Tensor = function.apply(padded, layout)
-    return rows[: features.shape[0]]
+        tensors = [
+            GramTensor(f.shape[1], f.requires_grad and torch.is_grad_enabled(), dtype.itemsize, _full(f.dtype).itemsize)
+            for f, dtype in zip(features, transports, strict=True)
+        ]
+        strategies = cheapest_strategies(tensors, most, layout.world_size)
+    else:
+        strategies = (strategy,) * len(features)
+    together: dict[tuple[str, torch.dtype, torch.dtype], list[int]] = {}
+    for i, (feature, name, transport) in enumerate(zip(features, strategies, transports, strict=True)):
+        together.setdefault((name, transport, _full(feature.dtype)), []).append(i)
+    rows: list[torch.Tensor] = [torch.empty(0)] * len(features)
+    for (name, transport, full), members in together.items():
+        padded = [F.pad(features[i], (0, 0, 0, most - features[i].shape[0])) for i in members]
+        function = _ExchangedGramRows if name == "exchange" else _GatheredGramRows
+        for i, own in zip(members, function.apply(layout, transport, full, *padded), strict=True):
+            rows[i] = own[: features[i].shape[0]]
+    return rows
+
+
+def _full(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 class _GatheredGramRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        everyone = collectives.all_gather_rows(features, layout.group)
-        ctx.layout = layout
-        ctx.save_for_backward(everyone)
-        return features @ everyone.T
+    def forward(
+        ctx: Any, layout: BatchLayout, transport: torch.dtype, full: torch.dtype, *features: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        everyone = collectives.all_gather_rows(_beside([f.to(transport) for f in features]), layout.group)
+        parts = everyone.split([f.shape[1] for f in features], dim=1)
+        # The rest of the message, the teacher's, need not live until the backward.
+        kept = [
+            part if len(features) == 1 else part.clone() for part, needed in zip(parts, ctx.needs_input_grad[3:], strict=True) if needed
+        ]
+        ctx.layout, ctx.full, ctx.dtypes = layout, full, [f.dtype for f in features]
+        ctx.save_for_backward(*kept)
+        own = slice(layout.rank * features[0].shape[0], (layout.rank + 1) * features[0].shape[0])
+        rows = []
+        for part in parts:
+            promoted = part.to(full)
+            rows.append(promoted[own] @ promoted.T)
+        return _marked(ctx, rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (own_rows,) = grads  # D[r, :], (b, W·b)
-        (everyone,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layout: BatchLayout = ctx.layout
-        rows = own_rows.shape[0]
+        needed = ctx.needs_input_grad[3:]
+        own_rows = [grad for grad, n in zip(grads, needed, strict=True) if n]  # D[r, :] of each, (b, W·b)
+        rows, world = own_rows[0].shape[0], layout.world_size
         # Block (i, j) of D is on rank i; rank j needs it: D[:, r] arrives as W blocks of b×b.
-        to_ranks = own_rows.view(rows, layout.world_size, rows).transpose(0, 1)
-        own_columns = collectives.all_to_all_blocks(to_ranks, layout.group).view(layout.world_size * rows, rows)
-        return (own_rows + own_columns.T) @ everyone, None
+        to_ranks = [d.view(rows, world, rows).transpose(0, 1) for d in own_rows]
+        own_columns = collectives.all_to_all_blocks(_beside(to_ranks), layout.group).split(rows, dim=2)
+        gradients = iter(
+            ((d + columns.reshape(world * rows, rows).T) @ everyone.to(ctx.full)).to(dtype)
+            for d, columns, everyone, dtype in zip(own_rows, own_columns, ctx.saved_tensors, _only(ctx.dtypes, needed), strict=True)
+        )
+        return None, None, None, *(next(gradients) if n else None for n in needed)
 
 
 class _ExchangedGramRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        world, (rows, width) = layout.world_size, features.shape
+    def forward(
+        ctx: Any, layout: BatchLayout, transport: torch.dtype, full: torch.dtype, *features: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        world, rows = layout.world_size, features[0].shape[0]
         # Zero features add nothing to a Gram matrix: d is padded to a multiple of W.
-        sliced = F.pad(features, (0, -width % world)).view(rows, world, -1).transpose(0, 1)
-        everyones_slice = collectives.all_to_all_blocks(sliced, layout.group).view(world * rows, -1)
-        ctx.layout, ctx.width = layout, width
-        ctx.save_for_backward(everyones_slice)
-        return collectives.reduce_scatter_rows(everyones_slice @ everyones_slice.T, layout.group)
+        sliced = [F.pad(f.to(transport), (0, -f.shape[1] % world)).view(rows, world, -1).transpose(0, 1) for f in features]
+        received = collectives.all_to_all_blocks(_beside(sliced), layout.group).view(world * rows, -1)
+        widths = [s.shape[2] for s in sliced]
+        slices = received.split(widths, dim=1)  # of each tensor: all B rows of d/W features
+        partial = []
+        for slice_ in slices:
+            promoted = slice_.to(full)
+            partial.append((promoted @ promoted.T).view(world, rows, -1))
+        # The blocks of rank r are the rows it owns; the sum over ranks makes them whole.
+        own = collectives.reduce_scatter_rows(_beside(partial), layout.group)[0]
+        kept = [slice_ if len(features) == 1 else slice_.clone() for slice_ in _only(slices, ctx.needs_input_grad[3:])]
+        ctx.layout, ctx.transport, ctx.full = layout, transport, full
+        ctx.dtypes, ctx.widths = [f.dtype for f in features], [f.shape[1] for f in features]
+        ctx.save_for_backward(*kept)
+        return _marked(ctx, [block.contiguous() for block in own.split(world * rows, dim=1)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (own_rows,) = grads  # D[r, :], (b, W·b)
-        (everyones_slice,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layout: BatchLayout = ctx.layout
-        rows = own_rows.shape[0]
-        everyones_rows = collectives.all_gather_rows(own_rows, layout.group)  # D
-        gradient = (everyones_rows + everyones_rows.T) @ everyones_slice
-        to_ranks = gradient.view(layout.world_size, rows, -1)
-        own = collectives.all_to_all_blocks(to_ranks, layout.group)
-        return own.transpose(0, 1).reshape(rows, -1)[:, : ctx.width], None
+        needed = ctx.needs_input_grad[3:]
+        own_rows = [grad for grad, n in zip(grads, needed, strict=True) if n]  # D[r, :] of each, (b, W·b)
+        rows, world = own_rows[0].shape[0], layout.world_size
+        everyones_rows = collectives.all_gather_rows(_beside(own_rows), layout.group).split(world * rows, dim=1)  # D of each
+        to_ranks = [
+            ((d + d.T) @ slice_.to(ctx.full)).to(ctx.transport).view(world, rows, -1)
+            for d, slice_ in zip(everyones_rows, ctx.saved_tensors, strict=True)
+        ]
+        own = collectives.all_to_all_blocks(_beside(to_ranks), layout.group).split([t.shape[2] for t in to_ranks], dim=2)
+        gradients = iter(
+            part.transpose(0, 1).reshape(rows, -1)[:, :width].to(dtype)
+            for part, width, dtype in zip(own, _only(ctx.widths, needed), _only(ctx.dtypes, needed), strict=True)
+        )
+        return None, None, None, *(next(gradients) if n else None for n in needed)
+
+
+def _beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Several tensors, equal but for the last dimension, as one message."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+
+def _marked(ctx: Any, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs; those of tensors without gradient, the teacher's, have none either."""
+    ctx.mark_non_differentiable(*_only(rows, [not needed for needed in ctx.needs_input_grad[3:]]))
+    return tuple(rows)
+
+
+def _only(values: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    return [value for value, w in zip(values, wanted, strict=True) if w]

@@ -10,12 +10,21 @@ import torch
 import torch.distributed as dist
 
 from dkd.global_batch import collectives
+from dkd.global_batch.attendance import Attendance
 
 _UNEVEN_WITHIN_RANK = -1
 
 
 class BatchMismatchError(ValueError):
     """Ranks came to a loss with features of different shapes. Raised on every rank, naming ranks and shapes."""
+
+
+class AbsentRankError(RuntimeError):
+    """A rank did not come to a loss within the process group's timeout, or is gone. Raised on the ranks that came, naming it."""
+
+
+_arrivals: dict[str, tuple[Attendance, int]] = {}
+"""Of each process group, by its name: how often its ranks were asked to agree."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +55,25 @@ class BatchLayout:
 
         Raises:
             BatchMismatchError: on every rank, when shapes beyond the rows differ between ranks, or rows differ within one.
+            AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
         """
-        shapes = [tuple(f.shape) for f in features]
-        rows = shapes[0][0] if len({shape[0] for shape in shapes}) == 1 else _UNEVEN_WITHIN_RANK
+        kinds = [(tuple(f.shape), f.dtype) for f in features]
+        rows = kinds[0][0][0] if len({shape[0] for shape, _ in kinds}) == 1 else _UNEVEN_WITHIN_RANK
         if not collectives.is_distributed():
             table = [(rows, 0)]
         else:
             # Shapes travel as one number; only when the numbers differ, which all ranks see alike, are the shapes themselves sent.
-            signature = zlib.crc32(repr([shape[1:] for shape in shapes]).encode())
+            signature = zlib.crc32(repr([(shape[1:], dtype) for shape, dtype in kinds]).encode())
             row = torch.tensor([[rows, signature]], dtype=torch.int64, device=features[0].device)
-            table = [(r, s) for r, s in collectives.all_gather_rows(row, group).tolist()]
+            attendance = _arrive(kinds, group)
+            try:
+                table = [(r, s) for r, s in collectives.all_gather_rows(row, group).tolist()]
+            except RuntimeError as error:
+                raise AbsentRankError(
+                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it"
+                ) from error
         if len({s for _, s in table}) > 1 or any(r == _UNEVEN_WITHIN_RANK for r, _ in table):
-            raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(shapes, group)))
+            raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(kinds, group)))
         layout = cls(tuple(r for r, _ in table), collectives.rank(group), group)
         if layout.total == 0:
             raise BatchMismatchError("the global batch is empty: no rank holds a row")
@@ -87,14 +103,27 @@ class BatchLayout:
         return per_row.sum() * (self.world_size / self.total)
 
 
-def _describe_mismatch(every: list[list[tuple[int, ...]]]) -> str:
-    for r, shapes in enumerate(every):
-        if len({shape[0] for shape in shapes}) != 1:
-            return f"rank {r}: features of one batch have different numbers of rows: {_show(shapes)}"
-        if [shape[1:] for shape in shapes] != [shape[1:] for shape in every[0]]:
-            return f"features differ between ranks: rank 0 has {_show(every[0])}, rank {r} has {_show(shapes)}"
+_Kinds = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def _arrive(kinds: _Kinds, group: dist.ProcessGroup | None) -> Attendance:
+    group = group or dist.group.WORLD
+    name = group.group_name if group is not None else ""
+    attendance, calls = _arrivals.get(name, (None, 0))
+    _arrivals[name] = attendance, calls = attendance or Attendance("loss", group), calls + 1
+    attendance.reach([calls], f"call {calls} of it, with {_show(kinds)}")
+    return attendance
+
+
+def _describe_mismatch(every: list[_Kinds]) -> str:
+    dtypes_differ = any([dtype for _, dtype in kinds] != [dtype for _, dtype in every[0]] for kinds in every)
+    for r, kinds in enumerate(every):
+        if len({shape[0] for shape, _ in kinds}) != 1:
+            return f"rank {r}: features of one batch have different numbers of rows: {_show(kinds)}"
+        if [(shape[1:], dtype) for shape, dtype in kinds] != [(shape[1:], dtype) for shape, dtype in every[0]]:
+            return f"features differ between ranks: rank 0 has {_show(every[0], dtypes_differ)}, rank {r} has {_show(kinds, dtypes_differ)}"
     return "features differ between ranks"
 
 
-def _show(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join("×".join(map(str, shape)) for shape in shapes)
+def _show(kinds: _Kinds, with_dtypes: bool = False) -> str:
+    return ", ".join("×".join(map(str, shape)) + (f" {dtype}" if with_dtypes else "") for shape, dtype in kinds)

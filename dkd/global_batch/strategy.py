@@ -1,51 +1,96 @@
 """What each way to the rows of the global Gram matrix moves and holds, and which is cheaper.
 
-W ranks with b rows each, B = W·b, d features. Elements that a rank receives:
+W ranks with b rows each, B = W·b, d features. Elements that a rank receives for one tensor:
 
                 forward                          backward
     gather      (W−1)·b·d                        (W−1)·b²
-    exchange    (W−1)/W·b·d' + (W−1)·b·B         (W−1)·b·B + (W−1)/W·b·d'           d' = d padded to a multiple of W
+    exchange    (W−1)·b·d'/W + (W−1)·b·B         (W−1)·b·B + (W−1)·b·d'/W           d' = d padded to a multiple of W
 
 `exchange` wins for wide features and batches that are not huge: its Gram matrices are B×B, but its features cross the network once.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 STRATEGIES = ("gather", "exchange")
 
-# What starting a collective costs, as elements that could be received meanwhile: half a megabyte, 4 ms at 1 Gbit/s. Measured: with 4 ranks
-# of 64 rows and 2,048 features, `exchange` receives fewer elements, and yet `gather` with half as many collectives is faster.
-ELEMENTS_PER_COLLECTIVE = 2**17
+# What starting a collective costs, as bytes that could be received meanwhile; from `python -m benchmarks.global_batch`.
+BYTES_PER_COLLECTIVE = 2**19
 
 
-def received_elements(strategy: str, rows: int, width: int, world_size: int, backward: bool) -> int:
-    """Elements that each rank receives for the Gram rows of one tensor.
+@dataclass(frozen=True)
+class GramTensor:
+    """One tensor whose Gram rows are wanted.
+
+    Args:
+        width: d, features of a row.
+        backward: with gradient (the student's), or without (the teacher's).
+        feature_bytes: of one feature under way; features of one size travel together.
+        gram_bytes: of one element of the Gram matrix.
+    """
+
+    width: int
+    backward: bool
+    feature_bytes: int = 4
+    gram_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class Received:
+    """Elements that a rank receives: of features and their gradients, and of Gram matrices and their gradients."""
+
+    features: int
+    gram: int
+
+    @property
+    def elements(self) -> int:
+        return self.features + self.gram
+
+
+def received(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> Received:
+    """What each rank receives for one tensor, forward and, if it has one, backward.
 
     Args:
         strategy: `gather` or `exchange`.
+        tensor: which tensor.
         rows: b, rows a rank holds.
-        width: d, features of a row.
         world_size: W.
-        backward: with the backward pass (the student's tensor), or without (the teacher's).
     """
     others = world_size - 1
     if strategy == "gather":
-        return others * rows * width + backward * others * rows**2
-    slice_ = -(-width // world_size)
-    one_way = others * rows * slice_ + others * rows * rows * world_size
-    return one_way * (1 + backward)
+        return Received(others * rows * tensor.width, tensor.backward * others * rows**2)
+    passes = 1 + tensor.backward
+    slice_ = -(-tensor.width // world_size)
+    return Received(passes * others * rows * slice_, passes * others * rows * rows * world_size)
 
 
-def collectives(strategy: str, backward: bool) -> int:
-    """How many collectives one tensor's Gram rows take. Arguments as `received_elements`."""
-    return (1 if strategy == "gather" else 2) * (1 + backward)
+def received_bytes(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> int:
+    """`received`, in bytes."""
+    elements = received(strategy, tensor, rows, world_size)
+    return elements.features * tensor.feature_bytes + elements.gram * tensor.gram_bytes
 
 
-def cheaper_strategy(rows: int, width: int, world_size: int, backward: bool) -> str:
-    """The strategy that should take less time; `gather` at a tie. Arguments as `received_elements`."""
+def collectives(strategies: Sequence[str], tensors: Sequence[GramTensor]) -> int:
+    """How many collectives the tensors take, each by its strategy: those of one strategy and one size of features share them."""
+    shared: dict[tuple[str, int], bool] = {}
+    for strategy, tensor in zip(strategies, tensors, strict=True):
+        key = strategy, tensor.feature_bytes
+        shared[key] = shared.get(key, False) or tensor.backward
+    return sum((1 if strategy == "gather" else 2) * (1 + backward) for (strategy, _), backward in shared.items())
 
-    def cost(strategy: str) -> int:
-        elements = received_elements(strategy, rows, width, world_size, backward)
-        return elements + ELEMENTS_PER_COLLECTIVE * collectives(strategy, backward)
 
-    return min(STRATEGIES, key=cost)
+def cost(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> int:
+    """The bytes that each rank receives, and what the collectives cost beside, in bytes."""
+    moved = sum(received_bytes(s, tensor, rows, world_size) for s, tensor in zip(strategies, tensors, strict=True))
+    return moved + BYTES_PER_COLLECTIVE * collectives(strategies, tensors)
+
+
+def cheapest_strategies(tensors: Sequence[GramTensor], rows: int, world_size: int) -> tuple[str, ...]:
+    """A strategy for each of the tensors of one loss: those that together should take the least time. Arguments as `received`."""
+    # One for all, or for each what moves less: mixing the two costs more collectives, so it has to pay for them.
+    each = tuple(min(STRATEGIES, key=lambda s: received_bytes(s, tensor, rows, world_size)) for tensor in tensors)
+    candidates = [*itertools.chain(((s,) * len(tensors) for s in STRATEGIES), [each])]
+    return min(candidates, key=lambda strategies: cost(strategies, tensors, rows, world_size))

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.global_batch import BatchLayout
-from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
+from dkd.global_batch import BatchLayout, full_precision
+from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
 
 class AttentionTransfer(nn.Module):

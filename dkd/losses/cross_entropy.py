@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.global_batch import BatchLayout
-from dkd.losses.feature_pairs import full_precision, no_autocast
+from dkd.global_batch import BatchLayout, full_precision
+from dkd.losses.feature_pairs import no_autocast
 
 
 class CrossEntropy(nn.Module):
@@ -16,7 +16,8 @@ class CrossEntropy(nn.Module):
     Args:
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
-    Called with logits (b, K) and integer labels (b,). Returns a scalar with the same promise over ranks as AttentionTransfer.
+    Called with logits (b, K) and integer labels (b,) or class probabilities (b, K). Returns a scalar with the same promise
+    over ranks as AttentionTransfer.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -26,5 +27,8 @@ class CrossEntropy(nn.Module):
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
         layout = layout or BatchLayout.agree([logits, labels])
         with no_autocast(logits.device):
-            per_sample = F.cross_entropy(full_precision(logits), labels, reduction="none", label_smoothing=self.label_smoothing)
+            logits = full_precision(logits)
+            if labels.is_floating_point():
+                labels = labels.to(logits.dtype)
+            per_sample = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
             return layout.mean(per_sample)

@@ -32,11 +32,6 @@ def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | No
     return list(zip(students, teachers, pair_weights, strict=True))
 
 
-def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay what they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
     """The losses compute in the precision of `full_precision`, whatever autocast the model runs under."""

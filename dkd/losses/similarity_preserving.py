@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import STRATEGIES, BatchLayout, GramScope, gram_rows
-from dkd.losses.feature_pairs import Features, as_list, as_pairs, full_precision, no_autocast
+from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
 
 class SimilarityPreserving(nn.Module):
@@ -27,6 +27,8 @@ class SimilarityPreserving(nn.Module):
             `local`, of this rank alone, which is what other code computes and not the published loss. The groups' losses are averaged.
         strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The numbers are the same.
         weights: one weight a pair; default 1.
+        comm_dtype: features are rounded to this type on their way between ranks, such as torch.bfloat16, which halves float32's bytes;
+            None: they travel in their own. Gram matrices are computed and summed in full precision either way.
 
     Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened,
     and neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
@@ -44,11 +46,19 @@ class SimilarityPreserving(nn.Module):
         >>> loss = cross_entropy + 3000 * sp(student_feature, teacher_feature)
     """
 
-    def __init__(self, scope: str | int = "global", strategy: str = "auto", weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        scope: str | int = "global",
+        strategy: str = "auto",
+        weights: Sequence[float] | None = None,
+        comm_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy={strategy!r}: must be one of auto, {', '.join(STRATEGIES)}")
-        self.scope, self.strategy, self.weights = GramScope(scope), strategy, weights
+        if comm_dtype is not None and not comm_dtype.is_floating_point:
+            raise ValueError(f"comm_dtype={comm_dtype}: must be a floating-point type")
+        self.scope, self.strategy, self.weights, self.comm_dtype = GramScope(scope), strategy, weights, comm_dtype
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
@@ -56,14 +66,13 @@ class SimilarityPreserving(nn.Module):
         pairs = as_pairs(student, teacher, self.weights)
         layout = self.scope.within(layout)
         with no_autocast(pairs[0][0].device):
-            return torch.stack([w * self._share(s, t, layout) for s, t, w in pairs]).sum()
-
-    def _share(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        """W · ‖Ĝ_T[r] − Ĝ_S[r]‖_F² / B², r the rows held here."""
-        with torch.no_grad():
-            target = F.normalize(gram_rows(_rows(teacher), layout, self.strategy))
-        difference = F.normalize(gram_rows(_rows(student), layout, self.strategy)) - target
-        return difference.square().sum() * (layout.world_size / layout.total**2)
+            # flatten, not view: channels_last tensors are not viewable. All pairs in one call: they share the collectives.
+            flat = [*(s.flatten(1) for s, _, _ in pairs), *(t.detach().flatten(1) for _, t, _ in pairs)]
+            rows = [F.normalize(g) for g in gram_rows(flat, layout, self.strategy, self.comm_dtype)]
+            differences = [s - t for s, t in zip(rows[: len(pairs)], rows[len(pairs) :], strict=True)]
+            # W · ‖Ĝ_T[r] − Ĝ_S[r]‖_F² / B², r the rows held here.
+            shares = [w * d.square().sum() for d, (_, _, w) in zip(differences, pairs, strict=True)]
+            return torch.stack(shares).sum() * (layout.world_size / layout.total**2)
 
 
 def effective_gamma(gamma: float, reference_batch: int, gram_rows: int) -> float:
@@ -75,8 +84,3 @@ def effective_gamma(gamma: float, reference_batch: int, gram_rows: int) -> float
         gram_rows: B_G, the rows of the Gram matrix formed here.
     """
     return gamma * gram_rows / reference_batch
-
-
-def _rows(features: torch.Tensor) -> torch.Tensor:
-    # flatten, not view: channels_last tensors are not viewable.
-    return full_precision(features).flatten(1)

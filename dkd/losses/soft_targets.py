@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.global_batch import BatchLayout
-from dkd.losses.feature_pairs import full_precision, no_autocast
+from dkd.global_batch import BatchLayout, full_precision
+from dkd.losses.feature_pairs import no_autocast
 
 
 class SoftTargets(nn.Module):

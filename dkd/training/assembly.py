@@ -8,7 +8,18 @@ import torch
 
 from dkd.config import Recipe
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
-from dkd.data import DataError, ImagePipeline, ImageSource, Normalize, SampleOrder, build_pipeline, in_memory, is_in_memory, open_source
+from dkd.data import (
+    BatchMixing,
+    DataError,
+    ImagePipeline,
+    ImageSource,
+    Normalize,
+    SampleOrder,
+    build_pipeline,
+    in_memory,
+    is_in_memory,
+    open_source,
+)
 from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
@@ -66,6 +77,12 @@ def gram_rows(recipe: Recipe, order: SampleOrder) -> int:
     return ranks_per_group(sp.scope, order.world_size) * order.micro_batch * steps
 
 
+def comm_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What SP's features are rounded to on their way between ranks; None: nothing."""
+    name = recipe.losses.sp.comm_dtype if recipe.losses.sp else None
+    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Objective:
     """The recipe's losses, on the batches of `order`.
 
@@ -85,7 +102,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
     if losses.sp is not None:
         sp = losses.sp
         scale = effective_gamma(1.0, sp.reference_batch, gram_rows(recipe, order))
-        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights)
+        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe))
         terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=True))
     if losses.kd is not None:
         terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
@@ -96,6 +113,12 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     """Transforms and the student's normalisation."""
     data = recipe.data
     return build_pipeline(data.transforms, data.validation_transforms, data.image_size, _normalize(data.normalization))
+
+
+def build_mixing(recipe: Recipe) -> BatchMixing | None:
+    """Mixup and CutMix of micro-batches, or None for a recipe without them."""
+    data = recipe.data
+    return BatchMixing(data.classes, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
 
 
 def teacher_normalize(recipe: Recipe, student: Normalize) -> Normalize:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.global_batch import ranks_per_group
@@ -78,6 +79,8 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
                 f"micro_batch {micro_batch(recipe, world_size)} × {world_size} processes; change one of the three",
             )
         )
+    if (recipe.data.mixup or recipe.data.cutmix) and micro_batch(recipe, world_size) == 1:
+        problems.append(Problem("data.mixup" if recipe.data.mixup else "data.cutmix", "a micro-batch of 1 image has none to mix it with"))
     if recipe.losses.sp is not None:
         try:
             ranks_per_group(recipe.losses.sp.scope, world_size)
@@ -157,7 +160,10 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         log_with=list(recipe.run.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
         # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.collective_timeout)),
+        ],
     )
     if accelerator.num_processes != world_size or accelerator.distributed_type not in _ENGINES:
         raise RecipeError.at(

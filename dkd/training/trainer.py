@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from dkd.config import Recipe, RecipeError
 from dkd.data import EvaluationBatches, Normalize, SampleOrder, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
-from dkd.global_batch import BatchLayout
+from dkd.global_batch import Attendance, BatchLayout
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import TappedModel, WeightsError, save_student
@@ -31,6 +32,8 @@ from dkd.training.schedules import learning_rate
 from dkd.training.two_passes import CachedGradient, relational_gradient
 
 STEPS_THAT_COMPARE_PASSES = 5
+_PHASES = ("waiting for images", "first pass of SP", "forward", "backward and update")
+_FORWARD, _MIXING = 0, 1  # what random numbers are for: each has its own
 LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout masks differ by more than 0.3
 
 
@@ -67,6 +70,7 @@ class Trainer:
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
         pipeline = assembly.build_image_pipeline(recipe)
         self.normalize = pipeline.normalize
+        self.mixing = assembly.build_mixing(recipe)
         self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
         workers = assembly.loader_workers(recipe.data, training, local)
@@ -100,6 +104,7 @@ class Trainer:
         self.run_dir.writes = self.main
         self.run_dir.start(recipe, world_size, overwrite)
         engine.start_trackers(accelerator, recipe, _flat(recipe.model_dump()))
+        self.attendance = Attendance("step")
         self.progress = Progress(self.total_steps, 0, train.global_batch, self.main)
 
     def run(self) -> Evaluation:
@@ -109,12 +114,25 @@ class Trainer:
             TrainingError: on every rank, when the loss is no longer finite.
         """
         self._announce()
+        try:
+            return self._run()
+        except TrainingError:
+            raise
+        except RuntimeError as error:
+            # A failed collective looks like any other error. Which ranks came how far tells a lost rank from a mistake.
+            if self.order.world_size > 1:
+                reason = (str(error).splitlines() or [""])[0]
+                print(f"dkd: rank {self.order.rank} cannot go on: {reason} | {self.attendance.describe()}", file=sys.stderr, flush=True)
+            raise
+
+    def _run(self) -> Evaluation:
         started = time.monotonic()
         batches = self.batches.steps(0, self.total_steps)
         clock = time.monotonic()
         pending: RankMeans | None = None
         result: Evaluation | None = None
         for step in range(self.total_steps):
+            self._reach(step, 0, 0)
             values = self._step(step, batches)
             # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has waited for it.
             now = time.monotonic()
@@ -150,10 +168,13 @@ class Trainer:
         asked = time.monotonic()
         micro_batches = [next(batches) for _ in range(self.order.micro_steps)]
         waited = time.monotonic() - asked
+        self._reach(step, 0, 1)
         cached = self._relational_pass(step, micro_batches) if self.two_passes else None
         for micro_step, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.student):
+                self._reach(step, micro_step, 2)
                 total, terms = self._losses(step, micro_step, batch, cached)
+                self._reach(step, micro_step, 3)
                 self.accelerator.backward(total)
                 self.statistics.finish_micro_batch()
                 if self.accelerator.sync_gradients and self.recipe.train.clip_grad_norm is not None:
@@ -167,11 +188,17 @@ class Trainer:
             self.average.update()
         return {**sums, "seconds_waited": waited}
 
+    def _reach(self, step: int, micro_step: int, phase: int) -> None:
+        """Leave word for the other ranks how far this one is."""
+        micro = f", micro-step {micro_step + 1}" if self.order.micro_steps > 1 and phase > 1 else ""
+        self.attendance.reach([step, micro_step, phase], f"step {step + 1}{micro}, {_PHASES[phase]}")
+
     def _losses(
         self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Forward of one micro-batch through teacher and student. Returns what to back-propagate, and what to log."""
-        labels = batch.labels.to(self.device, non_blocking=True)
+        batch = self._on_device(step, micro_step, batch)
+        labels = batch.labels
         teacher = self._teacher_outputs(batch) if cached is None else cached.teachers[micro_step]
         student = self._student_outputs(step, micro_step, batch)
         objective = self.objective if cached is None else self.separable
@@ -190,21 +217,32 @@ class Trainer:
     @torch.no_grad()
     def _relational_pass(self, step: int, micro_batches: Sequence[Batch]) -> CachedGradient:
         """Passes 1 and 2 of `two_passes.py`; the teacher runs here, once."""
-        students, teachers = [], []
-        for micro_step, batch in enumerate(micro_batches):
+        students, teachers, labels = [], [], []
+        for micro_step, loaded in enumerate(micro_batches):
+            batch = self._on_device(step, micro_step, loaded)
+            labels.append(batch.labels)
             teacher = self._teacher_outputs(batch)
             assert teacher is not None
             teachers.append(teacher)
             features = self._student_outputs(step, micro_step, batch).features
             students.append({path: features[path] for path in self.relational.student_taps})
             self.statistics.forget_micro_batch()
-        labels = torch.cat([batch.labels for batch in micro_batches]).to(self.device, non_blocking=True)
         with torch.enable_grad():
-            return relational_gradient(self.relational, students, teachers, labels, step)
+            return relational_gradient(self.relational, students, teachers, torch.cat(labels), step)
+
+    def _on_device(self, step: int, micro_step: int, batch: Batch) -> Batch:
+        """A loaded micro-batch on this rank's device, its images mixed where the recipe says so: the same each time it is asked for."""
+        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.labels))
+        if self.mixing is not None:
+            images, labels = self.mixing(images, labels, self._seed(step, micro_step, _MIXING))
+        return Batch(images, labels, batch.valid)
+
+    def _seed(self, step: int, micro_step: int, purpose: int) -> int:
+        """Of what is random for a micro-batch. It depends on the micro-batch, not on the rank, and the second pass repeats the first."""
+        return mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank, purpose)
 
     def _student_outputs(self, step: int, micro_step: int, batch: Batch) -> Outputs:
-        # The micro-batch, not the rank, is what dropout depends on; and the second pass repeats the first.
-        torch.manual_seed(mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank))
+        torch.manual_seed(self._seed(step, micro_step, _FORWARD))
         return Outputs(*self.student(self._as_input(self.normalize, batch)))
 
     def _teacher_outputs(self, batch: Batch) -> Outputs | None:
@@ -221,6 +259,9 @@ class Trainer:
         if means is None:
             return
         values = means.read()
+        if not means.in_step():
+            steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(means.step)))
+            raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
         if not math.isfinite(values["loss"]):
             broken = [rank for rank, bad in enumerate(all_gather_objects(not math.isfinite(means.local()["loss"]))) if bad]
             terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.objective.names)

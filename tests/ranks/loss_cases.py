@@ -5,7 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
-from dkd.global_batch import BatchMismatchError
+from dkd.global_batch import BatchLayout, BatchMismatchError, GramTensor, cheapest_strategies, collectives, received_bytes
+from dkd.global_batch.strategy import collectives as number_of_collectives
 
 
 def world():
@@ -59,10 +60,15 @@ def gradient_errors(uneven):
             lambda f, rows: SimilarityPreserving(strategy="exchange")(f[:, :2, 0, 0], teacher[rows]),
             lambda f: plain_sp(f[:, :2, 0, 0], teacher),
         ),
-        "sp_two_pairs": (
-            lambda f, rows: SimilarityPreserving(weights=[1.0, 0.5])([f, f[:, :2]], [teacher[rows], teacher[rows]]),
-            lambda f: plain_sp(f, teacher) + 0.5 * plain_sp(f[:, :2], teacher),
-        ),
+        **{
+            f"sp of two pairs, by {strategy}": (
+                lambda f, rows, strategy=strategy: SimilarityPreserving(strategy=strategy, weights=[1.0, 0.5])(
+                    [f, f[:, :2]], [teacher[rows], teacher[rows]]
+                ),
+                lambda f: plain_sp(f, teacher) + 0.5 * plain_sp(f[:, :2], teacher),
+            )
+            for strategy in ("auto", "gather", "exchange")
+        },
         "kd": (lambda f, rows: SoftTargets(4)(f.mean((2, 3)), teacher_logits[rows]), lambda f: plain_kd(f.mean((2, 3)), teacher_logits)),
         "ce": (lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]), lambda f: F.cross_entropy(f.mean((2, 3)), labels)),
     }
@@ -88,6 +94,87 @@ def losses_on_even_batches(folder):
 
 def losses_on_uneven_batches(folder):
     return gradient_errors(uneven=True)
+
+
+def gathered(own, counts):
+    """The rows of all ranks, with those of this rank as they are, so that a gradient reaches them."""
+    rank, size = world()
+    if size == 1:
+        return own
+    parts = [None] * size
+    dist.all_gather_object(parts, own.detach())
+    assert [len(part) for part in parts] == counts
+    return torch.cat([own if r == rank else part for r, part in enumerate(parts)])
+
+
+def attention_transfer_of_gathered_feature_maps(folder):
+    """Relative errors of value and gradient of the shares of ranks, against the plain loss on feature maps really gathered."""
+    rank, size = world()
+    errors = {}
+    for name, counts in (("even", [3] * size), ("uneven", [1 + 2 * r % 5 for r in range(size)])):
+        g = torch.Generator().manual_seed(rank)
+        student = torch.randn(counts[rank], 4, 5, 5, generator=g, dtype=torch.float64).requires_grad_()
+        teacher = torch.randn(counts[rank], 7, 5, 5, generator=g, dtype=torch.float64)
+        share = AttentionTransfer()(student, teacher)
+        (own,) = torch.autograd.grad(share, student)
+        whole = plain_at(gathered(student, counts), gathered(teacher, counts))
+        (wanted,) = torch.autograd.grad(whole, student)
+        value = share.detach() / size
+        if size > 1:
+            dist.all_reduce(value)
+        errors[name] = [abs(value / whole.detach() - 1).item(), ((own / size - wanted).norm() / wanted.norm()).item()]
+    return errors
+
+
+def sp_and_gradient(student, teacher, strategy, **arguments):
+    leaf = student.clone().requires_grad_()
+    value = SimilarityPreserving(strategy=strategy, **arguments)(leaf, teacher)
+    value.backward()
+    return value.detach(), leaf.grad
+
+
+def features_travel_in_half_precision(folder):
+    """bfloat16 features as they are against the same promoted before; float32 ones with comm_dtype against the same rounded before."""
+    rank, size = world()
+    g = torch.Generator().manual_seed(rank)
+    student, teacher = torch.randn(6, 50, generator=g).relu(), torch.randn(6, 70, generator=g).relu()
+    results = {}
+    for strategy in ("gather", "exchange"):
+        half = student.bfloat16(), teacher.bfloat16()
+        with collectives.count_received() as promoted:
+            wanted = sp_and_gradient(half[0].float(), half[1].float(), strategy)
+        with collectives.count_received() as own:
+            value, gradient = sp_and_gradient(*half, strategy)
+        rounded, full_gradient = sp_and_gradient(student, teacher, strategy, comm_dtype=torch.bfloat16)
+        results[strategy] = {
+            "equal": bool(value == wanted[0]) and torch.equal(gradient, wanted[1].bfloat16()),
+            "rounded equal": bool(rounded == wanted[0]) or size == 1,  # on one rank nothing travels
+            "gradient error": ((full_gradient - wanted[1]).norm() / wanted[1].norm()).item(),
+            "bytes": [own.bytes, promoted.bytes],
+        }
+    return results
+
+
+def received_bytes_of_every_strategy(folder):
+    """For several tensors at once: bytes and collectives counted at the calls, and those that the cost model says."""
+    _, size = world()
+    if size == 1:
+        return []
+    cases = []
+    for widths, rows in (([(48, 80)], 4), ([(7, 5), (300, 11)], 3)):
+        for dtype, comm_dtype in ((torch.float32, None), (torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
+            tensors = [GramTensor(w, backward, (comm_dtype or dtype).itemsize, 8 if dtype == torch.float64 else 4)
+                       for backward in (True, False) for w in (pair[not backward] for pair in widths)]  # fmt: skip
+            for strategy in ("gather", "exchange", "auto"):
+                students = [torch.randn(rows, s).to(dtype).requires_grad_() for s, _ in widths]
+                teachers = [torch.randn(rows, t).to(dtype) for _, t in widths]
+                sp = SimilarityPreserving(strategy=strategy, comm_dtype=comm_dtype)
+                with collectives.count_received() as counted:
+                    sp(students, teachers, layout=BatchLayout.even(rows)).backward()
+                names = cheapest_strategies(tensors, rows, size) if strategy == "auto" else (strategy,) * len(tensors)
+                formula = sum(received_bytes(s, t, rows, size) for s, t in zip(names, tensors, strict=True))
+                cases.append([counted.bytes, counted.collectives, formula, number_of_collectives(names, tensors)])
+    return cases
 
 
 def half_precision_features_are_promoted(folder):
@@ -139,6 +226,9 @@ def the_documented_three_lines_in_a_users_own_ddp_loop(folder):
 CASES = [
     losses_on_even_batches,
     losses_on_uneven_batches,
+    attention_transfer_of_gathered_feature_maps,
+    features_travel_in_half_precision,
+    received_bytes_of_every_strategy,
     half_precision_features_are_promoted,
     shapes_that_differ_end_all_ranks,
     rows_that_differ_within_a_rank_end_all_ranks,

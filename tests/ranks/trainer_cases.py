@@ -3,7 +3,6 @@
 import json
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
@@ -12,6 +11,8 @@ from dkd.global_batch import BatchLayout, gram
 from dkd.losses import similarity_preserving
 from dkd.models import weights_fingerprint
 from dkd.training import assembly, preflight, two_passes
+from dkd.training import trainer as trainer_module
+from dkd.training.rank_means import RankMeans
 from dkd.training.trainer import Trainer, TrainingError
 
 STEPS = 20
@@ -91,22 +92,46 @@ def gram_matrices_of_groups(folder):
     return train(folder, "groups", {"losses": losses})
 
 
-class Dropped(torch.nn.Module):
-    """A small network with dropout, to be named by a recipe."""
+REGULARIZED = {
+    "student": {"name": "small_models:Regularized", "norm": None},
+    "data": {"mixup": 0.4, "cutmix": 1.0},
+    # Dropout draws its mask in the order of memory; the plain loop knows only one.
+    "train": {"micro_batch": 8, "channels_last": False},
+}
 
-    def __init__(self, num_classes):
-        super().__init__()
-        self.layer3 = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2))
-        self.fc = torch.nn.Linear(8, num_classes)
 
-    def forward(self, x):
-        return self.fc(self.layer3(x).mean((2, 3)))
+def batch_norm_dropout_mixup_and_cutmix(folder):
+    """With micro-batches of 8 on any number of ranks: 4 micro-steps on 1, 2 on 2, 1 on 4."""
+    return train(folder, "regularized", REGULARIZED)
+
+
+def batch_norm_dropout_mixup_and_cutmix_by_exchange(folder):
+    return train(folder, "regularized_exchange", {**REGULARIZED, "losses": with_strategy("exchange")})
+
+
+def a_rank_that_skips_a_step_ends_all_ranks(folder):
+    """The last rank leaves out the third step: from then on it is one ahead."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def tamper(trainer):
+        take = trainer._step
+        trainer._step = lambda step, batches: take(ahead(step), batches)
+
+    def ahead(step):
+        return step + (rank == size - 1 and step >= 2)
+
+    with mock.patch.object(trainer_module, "RankMeans", lambda step, values: RankMeans(ahead(step), values)):
+        try:
+            train(folder, "skipped", {}, tamper)
+        except TrainingError as error:
+            return str(error)
+    return "no error"
 
 
 def second_forwards_repeat_the_first(folder):
     """With dropout, two passes a step: the logged difference of their features."""
     losses = {"at": None, "kd": None}
-    changes = {"student": {"name": "trainer_cases:Dropped", "norm": None}, "losses": losses, "train": {"micro_batch": 8, "max_steps": 3}}
+    changes = {"student": {"name": "small_models:Dropped", "norm": None}, "losses": losses, "train": {"micro_batch": 8, "max_steps": 3}}
     seen = []
 
     def tamper(trainer):
@@ -121,11 +146,11 @@ def mutated_trainings(folder):
     """The first steps of the trainer with one mistake each in its arithmetic: what a parity test must notice."""
     gathered = gram._GatheredGramRows
 
-    def detached_gather(ctx, own_rows):
-        return own_rows @ ctx.saved_tensors[0], None
+    def detached_gather(ctx, *own_rows):
+        return None, None, None, own_rows[0] @ ctx.saved_tensors[0], None  # of the student and of the teacher
 
-    def local_gram(features, layout, strategy):
-        return features @ features.T
+    def local_gram(features, layout, strategy, comm_dtype):
+        return [f @ f.T for f in features]
 
     def without_factor_w(layout, per_row):
         return per_row.sum() / layout.total
@@ -217,5 +242,8 @@ CASES = [
     batch_norm_with_fixed_micro_batches,
     averaged_weights_and_clipped_gradients,
     adamw_and_bf16_and_worker_processes,
+    batch_norm_dropout_mixup_and_cutmix,
+    batch_norm_dropout_mixup_and_cutmix_by_exchange,
+    a_rank_that_skips_a_step_ends_all_ranks,
     a_loss_that_is_not_finite_on_one_rank_ends_all_ranks,
 ]

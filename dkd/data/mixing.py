@@ -1,0 +1,39 @@
+"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) of one micro-batch."""
+
+from __future__ import annotations
+
+import torch
+from torchvision.transforms import v2
+
+
+class BatchMixing:
+    """Mixes the images of a micro-batch with each other, and their labels alike: partners never come from another micro-batch.
+
+    Args:
+        classes: K.
+        mixup: α of the Beta(α, α) that mixup's proportion is drawn from; 0: no mixup.
+        cutmix: the same for CutMix's. With both, each micro-batch takes one of them, at equal odds.
+
+    Raises:
+        ValueError: neither is above 0.
+    """
+
+    def __init__(self, classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        ways = [way(alpha=alpha, num_classes=classes) for way, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha > 0]
+        if not ways:
+            raise ValueError("neither mixup nor cutmix is above 0")
+        self._mix = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 or float images (b, 3, H, W) and int64 labels (b,) -> float32 images and the probabilities (b, K) of the classes.
+
+        Args:
+            seed: all that is drawn depends on it alone.
+        """
+        # The transforms draw from the default generator of the CPU, wherever the images are.
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(seed)
+        mixed, probabilities = self._mix(images.float(), labels)
+        generator.set_state(before)
+        return mixed, probabilities

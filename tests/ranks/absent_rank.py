@@ -1,0 +1,23 @@
+"""A user's own loop in which rank 1 leaves out its second loss: the other rank says so, and both end."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dkd import SimilarityPreserving
+from dkd.global_batch import AbsentRankError
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+sp = SimilarityPreserving()
+feature = torch.ones(3 + dist.get_rank(), 4, 2, 2)
+sp(feature, feature)
+print("ready", flush=True)
+if dist.get_rank() == 1:
+    dist.barrier(group=dist.new_group([1]))  # a collective among fewer ranks, as a skipped branch may hold
+    raise SystemExit(input())  # waits for ever: standard input stays open
+try:
+    sp(feature, feature)
+except AbsentRankError as error:
+    print(f"absent: {error}", flush=True)
+    raise SystemExit(3) from error

@@ -1,0 +1,51 @@
+"""Networks of a few thousand parameters, to be named by recipes as small_models:NAME."""
+
+import os
+import time
+
+import torch
+
+
+class Regularized(torch.nn.Module):
+    """A small network with BatchNorm and dropout."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer1, self.layer2, self.layer3 = (self.layer(*sizes) for sizes in ((3, 8, 1), (8, 12, 2), (12, 16, 2)))
+        self.fc = torch.nn.Linear(16, num_classes)
+
+    def layer(self, channels, width, stride):
+        convolution = torch.nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        return torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(width), torch.nn.ReLU(), torch.nn.Dropout(0.2))
+
+    def forward(self, x):
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class Dropped(torch.nn.Module):
+    """A small network with dropout."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer3 = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2))
+        self.fc = torch.nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.layer3(x).mean((2, 3)))
+
+
+class Stopping(torch.nn.Module):
+    """On rank 1, the fifth forward in training never returns."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer3 = torch.nn.Conv2d(3, 4, 3, 4)
+        self.fc = torch.nn.Linear(4, num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        # Not on the meta device, on which models are checked before they train.
+        self.calls += self.training and x.device.type != "meta"
+        if self.calls == 5 and os.environ.get("RANK") == "1":
+            time.sleep(3600)
+        return self.fc(self.layer3(x).mean((2, 3)))

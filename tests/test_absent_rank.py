@@ -1,0 +1,56 @@
+"""A rank that does not come ends all ranks within the process group's timeout, with a message that names it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+AT_MOST = 20  # seconds from the moment that both ranks are at work; the groups' timeouts are 4 and 5
+
+
+def start(*arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    return subprocess.Popen(command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+
+
+def test_in_a_users_own_loop():
+    with start(TESTS / "ranks" / "absent_rank.py", stderr=subprocess.STDOUT) as launch:
+        seen = ""
+        while seen.count("ready") < 2:
+            line = launch.stdout.readline()
+            assert line, seen
+            seen += line
+        try:
+            launch.wait(AT_MOST)
+        finally:
+            launch.kill()
+        out = launch.stdout.read()
+    assert "absent: not all ranks came to this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
+    assert "this is rank 0: call 2 of it, with 3×4×2×2, 3×4×2×2)" in out
+
+
+def test_in_the_trainer(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: 5}}
+data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8}}
+student: {{name: "small_models:Stopping"}}
+train: {{global_batch: 8, epochs: 1, precision: fp32}}
+optimizer: {{name: sgd, lr: 0.01}}
+schedule: {{name: constant}}
+""")
+    with (tmp_path / "errors").open("w") as errors, start("-m", "dkd", "train", recipe, stderr=errors) as launch:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while launch.poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
+            time.sleep(0.1)
+        try:
+            launch.wait(AT_MOST)
+        finally:
+            launch.kill()
+    assert launch.returncode == 1
+    said = (tmp_path / "errors").read_text()
+    assert "dkd: rank 0 cannot go on: " in said, said
+    assert "| rank 1: step 5, forward; this is rank 0: step 5, backward and update" in said, said
