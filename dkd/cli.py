@@ -1,4 +1,4 @@
-"""The command line: `dkd train · evaluate · inspect`.
+"""The command line: `dkd train · evaluate · inspect · plan`.
 
 Nothing heavy is imported before a command needs it.
 """
@@ -25,6 +25,7 @@ examples:
   accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m dkd train configs/quickstart.yaml
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
+  dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
 
 exit codes: 0 done; 2 wrong input, nothing was started; 1 anything else
 """,
@@ -49,17 +50,30 @@ examples:
   dkd inspect wrn_40_2 --image-size 32 --classes 100
   dkd inspect --list                                      names of models
 """,
+    "plan": """
+examples:
+  dkd plan recipe.yaml --gpus-per-node 8                  one machine with 8 GPUs
+  dkd plan recipe.yaml --nodes 8 --gpus-per-node 8        64 processes
+  dkd plan recipe.yaml --nodes 8 train.global_batch=4096 losses.sp.comm_dtype=bf16
+""",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    commands = {"train": (_train_parser, _train), "evaluate": (_evaluate_parser, _evaluate), "inspect": (_inspect_parser, _inspect)}
+    commands = {
+        "train": (_train_parser, _train),
+        "evaluate": (_evaluate_parser, _evaluate),
+        "inspect": (_inspect_parser, _inspect),
+        "plan": (_plan_parser, _plan),
+    }
     if not arguments or arguments[0] not in commands:
         parser = _parser("dkd", "Distributed knowledge distillation for vision models.")
         parser.add_argument("--version", action="version", version=f"dkd {__version__}")
-        parser.add_argument("command", metavar="COMMAND", choices=commands, help="train, evaluate or inspect; each has its own --help")
+        parser.add_argument(
+            "command", metavar="COMMAND", choices=commands, help="train, evaluate, inspect or plan; each has its own --help"
+        )
         parser.parse_args(arguments)
     make_parser, run = commands[arguments[0]]
     # Intermixed: options and overrides come in any order.
@@ -155,6 +169,17 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from dkd.config import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from dkd.training.plan import describe, plan
+
+    print(describe(plan(recipe, options.nodes, options.gpus_per_node)))
+    return 0
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = _parser("train", "Train a student from a recipe.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
@@ -183,6 +208,18 @@ def _inspect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)")
     parser.add_argument("--norm", choices=("batch", "group"), help="normalisation of the CIFAR models")
+    return parser
+
+
+def _plan_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "plan",
+        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="G", help="GPUs of each, one process for each (default 8)")
     return parser
 
 

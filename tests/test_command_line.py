@@ -147,7 +147,7 @@ def test_every_recipe_of_the_repository_is_valid(recipe):
 
     loaded = load_recipe(ROOT / recipe)
     assert loaded.run.dir == f"runs/{loaded.run.name}"
-    problems = [str(p) for p in model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32))]
+    problems = [str(p) for p in model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32), 64)]
     assert all("no such file" in problem for problem in problems), problems  # a teacher that is not written yet
 
 

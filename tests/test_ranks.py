@@ -65,6 +65,15 @@ def test_bytes_received_are_those_of_the_cost_model(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_a_step_receives_the_bytes_that_the_plan_says(results, world):
+    for found in returned(results, world, "received_bytes_of_a_step_and_of_its_plan"):
+        assert len(found) == 8
+        for name, (counted, planned) in found.items():
+            assert counted == planned, name
+            assert (counted == [0, 0]) == (world == 1), name
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_half_precision_features_are_promoted(results, world):
     assert all(dtype == "torch.float32" for dtype, _ in returned(results, world, "half_precision_features_are_promoted"))
 

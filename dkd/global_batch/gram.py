@@ -68,7 +68,7 @@ def gram_rows(
         together.setdefault((name, transport, _full(feature.dtype)), []).append(i)
     rows: list[torch.Tensor] = [torch.empty(0)] * len(features)
     for (name, transport, full), members in together.items():
-        padded = [F.pad(features[i], (0, 0, 0, most - features[i].shape[0])) for i in members]
+        padded = [_padded(features[i], rows=most) for i in members]
         function = _ExchangedGramRows if name == "exchange" else _GatheredGramRows
         for i, own in zip(members, function.apply(layout, transport, full, *padded), strict=True):
             rows[i] = own[: features[i].shape[0]]
@@ -86,10 +86,7 @@ class _GatheredGramRows(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         everyone = collectives.all_gather_rows(_beside([f.to(transport) for f in features]), layout.group)
         parts = everyone.split([f.shape[1] for f in features], dim=1)
-        # The rest of the message, the teacher's, need not live until the backward.
-        kept = [
-            part if len(features) == 1 else part.clone() for part, needed in zip(parts, ctx.needs_input_grad[3:], strict=True) if needed
-        ]
+        kept = _only(parts, ctx.needs_input_grad[3:])
         ctx.layout, ctx.full, ctx.dtypes = layout, full, [f.dtype for f in features]
         ctx.save_for_backward(*kept)
         own = slice(layout.rank * features[0].shape[0], (layout.rank + 1) * features[0].shape[0])
@@ -122,7 +119,7 @@ class _ExchangedGramRows(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         world, rows = layout.world_size, features[0].shape[0]
         # Zero features add nothing to a Gram matrix: d is padded to a multiple of W.
-        sliced = [F.pad(f.to(transport), (0, -f.shape[1] % world)).view(rows, world, -1).transpose(0, 1) for f in features]
+        sliced = [_padded(f.to(transport), width=-(-f.shape[1] // world) * world).view(rows, world, -1).transpose(0, 1) for f in features]
         received = collectives.all_to_all_blocks(_beside(sliced), layout.group).view(world * rows, -1)
         widths = [s.shape[2] for s in sliced]
         slices = received.split(widths, dim=1)  # of each tensor: all B rows of d/W features
@@ -132,7 +129,7 @@ class _ExchangedGramRows(torch.autograd.Function):
             partial.append((promoted @ promoted.T).view(world, rows, -1))
         # The blocks of rank r are the rows it owns; the sum over ranks makes them whole.
         own = collectives.reduce_scatter_rows(_beside(partial), layout.group)[0]
-        kept = [slice_ if len(features) == 1 else slice_.clone() for slice_ in _only(slices, ctx.needs_input_grad[3:])]
+        kept = _only(slices, ctx.needs_input_grad[3:])
         ctx.layout, ctx.transport, ctx.full = layout, transport, full
         ctx.dtypes, ctx.widths = [f.dtype for f in features], [f.shape[1] for f in features]
         ctx.save_for_backward(*kept)
@@ -155,6 +152,12 @@ class _ExchangedGramRows(torch.autograd.Function):
             for part, width, dtype in zip(own, _only(ctx.widths, needed), _only(ctx.dtypes, needed), strict=True)
         )
         return None, None, None, *(next(gradients) if n else None for n in needed)
+
+
+def _padded(features: torch.Tensor, rows: int = 0, width: int = 0) -> torch.Tensor:
+    """(b, d) with zeros behind, up to `rows` and `width`; the tensor itself where it is as large already."""
+    b, d = features.shape
+    return features if rows <= b and width <= d else F.pad(features, (0, max(width - d, 0), 0, max(rows - b, 0)))
 
 
 def _beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:

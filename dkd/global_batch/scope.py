@@ -17,8 +17,13 @@ import torch.distributed as dist
 from dkd.global_batch.layout import BatchLayout
 
 
-def ranks_per_group(scope: str | int, world_size: int) -> int:
+def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | None = None) -> int:
     """How many ranks share a Gram matrix.
+
+    Args:
+        scope: as above.
+        world_size: W.
+        local_world_size: ranks on one machine; None: as the launch says in LOCAL_WORLD_SIZE.
 
     Raises:
         ValueError: an unknown scope, or a group that does not divide the ranks.
@@ -27,7 +32,8 @@ def ranks_per_group(scope: str | int, world_size: int) -> int:
         return world_size
     if scope == "local":
         return 1
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if scope == "node" else scope
+    local = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    size = local if scope == "node" else scope
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"scope={scope!r}: must be global, node, local or a number of ranks")
     if world_size % size:

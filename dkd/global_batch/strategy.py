@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 STRATEGIES = ("gather", "exchange")
 
-# What starting a collective costs, as bytes that could be received meanwhile; from `python -m benchmarks.global_batch`.
-BYTES_PER_COLLECTIVE = 2**19
+# What starting a collective costs, as bytes that could be received meanwhile: half a millisecond at 1 Gbit/s, where a wrong choice costs
+# most. With it, `auto` takes the faster way in `python -m benchmarks.global_batch`, or one as fast.
+BYTES_PER_COLLECTIVE = 2**16
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,42 @@ def collectives(strategies: Sequence[str], tensors: Sequence[GramTensor]) -> int
         key = strategy, tensor.feature_bytes
         shared[key] = shared.get(key, False) or tensor.backward
     return sum((1 if strategy == "gather" else 2) * (1 + backward) for (strategy, _), backward in shared.items())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds at once at most: of features with their gradients, and of Gram matrices with theirs."""
+
+    features: int
+    gram: int
+
+    @property
+    def bytes(self) -> int:
+        return self.features + self.gram
+
+
+def held(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> Held:
+    """What a rank holds beside its own features and what becomes of their gradient. Arguments as `received`.
+
+    With m = b·d the numbers of a message: `gather` holds (W + 1)·m of student and teacher. `exchange` holds 2·m forward, and backward m of
+    both and 3·m of the student: the gradient as it is made, received, and put in order. Gram matrices: for each tensor 2·b·B by `gather`,
+    4·B² by `exchange`. Half-precision features are promoted one tensor at a time.
+    """
+    batch = rows * world_size
+    gathered = promoted = forward = backward = gram = 0
+    for strategy, tensor in zip(strategies, tensors, strict=True):
+        message = rows * tensor.width * tensor.feature_bytes
+        if strategy == "gather" or world_size == 1:
+            gathered += (world_size + 1) * message * (world_size > 1)
+            gram += 2 * rows * batch * tensor.gram_bytes
+        else:
+            forward += 2 * message
+            backward += (1 + 3 * tensor.backward) * message
+            gram += 4 * batch**2 * tensor.gram_bytes
+        if tensor.feature_bytes < tensor.gram_bytes:
+            copies = world_size if strategy == "gather" else 1
+            promoted = max(promoted, copies * rows * tensor.width * tensor.gram_bytes)
+    return Held(gathered + max(forward, backward) + promoted, gram)
 
 
 def cost(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> int:

@@ -4,12 +4,13 @@ Knows nothing of losses or training.
 """
 
 from dkd.models.exported import load_student, read_description, save_student, student_spec
-from dkd.models.inspection import ModuleRow, build_on_meta, check_training, module_rows, output_shapes
+from dkd.models.inspection import ModelCost, ModuleRow, build_on_meta, check_training, model_cost, module_rows, output_shapes, tap_dtypes
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.tapped import TapError, TappedModel
 from dkd.models.weights import WeightsError, check_weights, load_weights, weights_fingerprint
 
 __all__ = [
+    "ModelCost",
     "ModelSpec",
     "ModuleRow",
     "TapError",
@@ -23,10 +24,12 @@ __all__ = [
     "known_names",
     "load_student",
     "load_weights",
+    "model_cost",
     "module_rows",
     "output_shapes",
     "read_description",
     "save_student",
     "student_spec",
+    "tap_dtypes",
     "weights_fingerprint",
 ]

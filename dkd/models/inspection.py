@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, describe_error
 from dkd.models.tapped import TapError, TappedModel
@@ -96,6 +98,67 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
 
     with _named(spec, f"one image of {image_size}×{image_size}"):
         return _on_meta(run)
+
+
+def tap_dtypes(spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype of each tapped feature of a float32 model in eval mode, under autocast or not. With fake tensors: nothing is computed.
+
+    Raises:
+        UnknownModelError, TapError: no such model or tap.
+    """
+
+    def run() -> dict[str, torch.dtype]:
+        with torch.no_grad(), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            _, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
+        return {tap: feature.dtype for tap, feature in features.items()}
+
+    with _named(spec, f"one image of {image_size}×{image_size}"):
+        try:
+            with FakeTensorMode():
+                return run()
+        except (NotImplementedError, RuntimeError):  # a model that reads values
+            return run()
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a model takes.
+
+    Args:
+        parameters: their number.
+        tensor_bytes: of its parameters and buffers, in float32.
+        forward: floating-point operations of a forward of one image, a multiplication and an addition being two; to the last tap, where
+            the logits are not needed.
+        backward: those of the backward, for weights and features.
+    """
+
+    parameters: int
+    tensor_bytes: int
+    forward: int
+    backward: int
+
+
+def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True) -> ModelCost:
+    """Counted on meta tensors, for two images. Operations inside a model that cannot run on those count as none.
+
+    Raises:
+        UnknownModelError, TapError: no such model or tap.
+    """
+    model = build_on_meta(spec)
+    parameters = sum(p.numel() for p in model.parameters())
+    nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    with _named(spec, f"two images of {image_size}×{image_size}"):
+        try:
+            with torch.device("meta"):
+                tapped, images = TappedModel(model.to("meta"), taps, needs_logits), torch.zeros(2, 3, image_size, image_size)
+                with FlopCounterMode(display=False) as forward:
+                    logits, features = tapped(images)
+                ends = [e for e in (logits, *features.values()) if e is not None and e.requires_grad]
+                with FlopCounterMode(display=False) as backward:
+                    torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+        except NotImplementedError:
+            return ModelCost(parameters, nbytes, 0, 0)
+    return ModelCost(parameters, nbytes, forward.get_total_flops() // 2, backward.get_total_flops() // 2)
 
 
 def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:

@@ -65,8 +65,8 @@ def place(model: Model, recipe: Recipe, device: torch.device) -> Model:
     return model.to(device, model_dtype(recipe)).to(memory_format=model_memory_format(recipe))
 
 
-def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
-    """Where recipe and launch do not go together. Needs no process group."""
+def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> list[Problem]:
+    """Where the recipe's batches do not go together with a number of processes, in all and on one machine."""
     problems = []
     train = recipe.train
     per_step = micro_batch(recipe, world_size) * world_size
@@ -83,9 +83,16 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
         problems.append(Problem("data.mixup" if recipe.data.mixup else "data.cutmix", "a micro-batch of 1 image has none to mix it with"))
     if recipe.losses.sp is not None:
         try:
-            ranks_per_group(recipe.losses.sp.scope, world_size)
+            ranks_per_group(recipe.losses.sp.scope, world_size, local_world_size)
         except ValueError as error:
             problems.append(Problem("losses.sp.scope", str(error)))
+    return problems
+
+
+def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
+    """Where recipe and launch do not go together. Needs no process group."""
+    problems = batch_problems(recipe, world_size, launched_local_world_size())
+    train = recipe.train
     if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")

@@ -32,9 +32,9 @@ def check(recipe: Recipe, overwrite: bool) -> None:
         with _collect(problems, f"data.{key}"):
             check_spec(getattr(recipe.data, key))
     problems += _tracker_problems(recipe)
-    pipeline = _pipeline(recipe, problems)
+    pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += model_problems(recipe, pipeline.image_size)
+        problems += model_problems(recipe, pipeline.image_size, engine.micro_batch(recipe, engine.launched_world_size()))
     if problems:
         raise RecipeError(problems)
 
@@ -79,7 +79,7 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
         RecipeError: with every problem found.
     """
     problems: list[Problem] = []
-    pipeline = _pipeline(recipe, problems)
+    pipeline = image_pipeline(recipe, problems)
     with _collect(problems, "data.validation"):
         check_spec(recipe.data.validation)
         source = assembly.open_part(recipe.data, "validation")
@@ -102,7 +102,8 @@ def _collect(problems: list[Problem], path: str = "") -> Iterator[None]:
         problems += RecipeError.at(path, error).problems
 
 
-def _pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | None:
+def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | None:
+    """Transforms and normalisation, or None when they cannot be built; what is wrong with them joins `problems`."""
     data, found = recipe.data, len(problems)
     for key, stages in (("transforms", data.transforms), ("validation_transforms", data.validation_transforms)):
         if isinstance(stages, list):
@@ -139,18 +140,25 @@ def _tracker_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def model_problems(recipe: Recipe, image_size: int) -> list[Problem]:
+def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weights: bool = True) -> list[Problem]:
+    """What is wrong with models, taps and pairs.
+
+    Args:
+        image_size: pixels, of the student's input.
+        micro_batch: b.
+        with_weights: also that files of weights are there and fit.
+    """
     problems: list[Problem] = []
-    student = _shapes(recipe, "student", image_size, problems)
+    student = _shapes(recipe, "student", image_size, micro_batch, with_weights, problems)
     teacher = None
     if recipe.teacher is not None:
-        teacher = _shapes(recipe, "teacher", recipe.teacher.input_size or image_size, problems)
+        teacher = _shapes(recipe, "teacher", recipe.teacher.input_size or image_size, micro_batch, with_weights, problems)
     if student is not None and teacher is not None:
         problems += _pair_problems(recipe, student, teacher)
     return problems
 
 
-def _shapes(recipe: Recipe, role: str, image_size: int, problems: list[Problem]) -> Shapes | None:
+def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_weights: bool, problems: list[Problem]) -> Shapes | None:
     """Shapes of the taps of one model that exist, or None when the model itself cannot be had."""
     section = getattr(recipe, role)
     spec = assembly.student_spec(recipe) if role == "student" else assembly.teacher_spec(recipe)
@@ -159,12 +167,12 @@ def _shapes(recipe: Recipe, role: str, image_size: int, problems: list[Problem])
     with _collect(problems, f"{role}.name"):
         logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
-            check_training(spec, engine.micro_batch(recipe, engine.launched_world_size()), image_size)
+            check_training(spec, micro_batch, image_size)
     if len(problems) > found:
         return None
     if logits != (spec.classes,):
         problems.append(Problem(f"{role}.name", f"{spec.name!r} yields logits of shape {logits} for one image, not ({spec.classes},)"))
-    if section.weights not in (None, "random"):
+    if with_weights and section.weights not in (None, "random"):
         with _collect(problems, f"{role}.weights"):
             check_weights(build_on_meta(spec), spec.name, section.weights)
     shapes: Shapes = {}

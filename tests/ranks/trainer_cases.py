@@ -7,11 +7,12 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from dkd.config.loading import validate
-from dkd.global_batch import BatchLayout, gram
+from dkd.global_batch import BatchLayout, collectives, gram
 from dkd.losses import similarity_preserving
 from dkd.models import weights_fingerprint
 from dkd.training import assembly, preflight, two_passes
 from dkd.training import trainer as trainer_module
+from dkd.training.plan import plan
 from dkd.training.rank_means import RankMeans
 from dkd.training.trainer import Trainer, TrainingError
 
@@ -32,15 +33,19 @@ RECIPE = {
 }
 
 
+def recipe_of(folder, name, changes):
+    values = {**RECIPE, **{key: {**RECIPE[key], **value} if key != "optimizer" else value for key, value in changes.items()}}
+    values["run"] = {**values["run"], "name": name, "dir": str(folder / name)}
+    return validate(values)
+
+
 def train(folder, name, changes, tamper=lambda trainer: None):
     """Run the recipe with `changes` (section -> keys); returns logged lines, evaluation and the final state.
 
     `tamper` may break the trainer before it runs.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    values = {**RECIPE, **{key: {**RECIPE[key], **value} if key != "optimizer" else value for key, value in changes.items()}}
-    values["run"] = {**values["run"], "name": name, "dir": str(folder / name)}
-    recipe = validate(values)
+    recipe = recipe_of(folder, name, changes)
     # Accelerate keeps its settings for the life of a process; each case here is a launch of its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -179,6 +184,43 @@ def with_strategy(strategy):
     return {"sp": {**RECIPE["losses"]["sp"], "strategy": strategy}}
 
 
+def received_bytes_of_a_step_and_of_its_plan(folder):
+    """The second step of trainings, counted at the collective calls, and what `dkd plan` says: [bytes, collectives] of each."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    sp = RECIPE["losses"]["sp"]
+    two_pairs = {**sp, "pairs": [["layer1", "block1"], ["layer3", "block3"]]}
+    trainings = {
+        "float64": {},
+        "float32": {"losses": with_strategy("exchange"), "train": {"precision": "fp32"}},
+        "bf16": {"train": {"precision": "bf16"}},
+        "bf16 under way": {"losses": {"sp": {**sp, "comm_dtype": "bf16"}}, "train": {"precision": "bf16"}},
+        "two pairs": {"losses": {"sp": {**two_pairs, "strategy": "exchange"}}, "train": {"precision": "bf16"}},
+        "accumulated": {"train": {"micro_batch": 4, "precision": "fp32"}},
+        "one Gram matrix a micro-step": {"losses": {"sp": {**two_pairs, "batch": "micro"}}, "train": {"micro_batch": 4}},
+        "groups": {"losses": {"sp": {**sp, "scope": 2 if size > 1 else 1}}},
+    }
+    found = {}
+    for name, changes in trainings.items():
+        counts = []
+
+        def tamper(trainer, counts=counts):
+            take = trainer._step
+
+            def counted(step, batches):
+                with collectives.count_received() as received:
+                    values = take(step, batches)
+                counts.append([received.bytes, received.collectives])
+                return values
+
+            trainer._step = counted
+
+        changes = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
+        train(folder, "bytes_" + name.replace(" ", "_"), changes, tamper)
+        planned = plan(recipe_of(folder, name, changes), nodes=1, gpus_per_node=size)
+        found[name] = [counts[1], [planned.gram.bytes(), planned.gram.collectives()]]
+    return found
+
+
 BATCH_NORM = {
     "student": {"norm": "batch"},
     "losses": {"at": RECIPE["losses"]["at"], "sp": None, "kd": RECIPE["losses"]["kd"]},
@@ -245,5 +287,6 @@ CASES = [
     batch_norm_dropout_mixup_and_cutmix,
     batch_norm_dropout_mixup_and_cutmix_by_exchange,
     a_rank_that_skips_a_step_ends_all_ranks,
+    received_bytes_of_a_step_and_of_its_plan,
     a_loss_that_is_not_finite_on_one_rank_ends_all_ranks,
 ]
