@@ -1,6 +1,7 @@
 """A rank that does not come ends all ranks within the process group's timeout, with a message that names it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,18 @@ AT_MOST = 20  # seconds from the moment that both ranks are at work; the groups'
 def start(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-    return subprocess.Popen(command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+    # A session of its own, so that no rank outlives a test that fails.
+    return subprocess.Popen(
+        command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, **options
+    )
+
+
+def wait(launch):
+    try:
+        launch.wait(AT_MOST)
+    finally:
+        if launch.poll() is None:
+            os.killpg(launch.pid, signal.SIGKILL)
 
 
 def test_in_a_users_own_loop():
@@ -23,10 +35,7 @@ def test_in_a_users_own_loop():
             line = launch.stdout.readline()
             assert line, seen
             seen += line
-        try:
-            launch.wait(AT_MOST)
-        finally:
-            launch.kill()
+        wait(launch)
         out = launch.stdout.read()
     assert "absent: not all ranks came to this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
     assert "this is rank 0: call 2 of it, with 3×4×2×2, 3×4×2×2)" in out
@@ -35,7 +44,7 @@ def test_in_a_users_own_loop():
 def test_in_the_trainer(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"""
-run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: 5}}
+run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: 120}}
 data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8}}
 student: {{name: "small_models:Stopping"}}
 train: {{global_batch: 8, epochs: 1, precision: fp32}}
@@ -46,10 +55,7 @@ schedule: {{name: constant}}
         metrics = tmp_path / "run" / "metrics.jsonl"
         while launch.poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
             time.sleep(0.1)
-        try:
-            launch.wait(AT_MOST)
-        finally:
-            launch.kill()
+        wait(launch)
     assert launch.returncode == 1
     said = (tmp_path / "errors").read_text()
     assert "dkd: rank 0 cannot go on: " in said, said

@@ -84,6 +84,20 @@ def test_shapes_that_differ_between_ranks_end_all_ranks_with_their_names(results
     assert set(messages) == {"features differ between ranks: rank 0 has 2×4×3×3, 2×4×3×3, rank 1 has 2×5×3×3, 2×4×3×3"}
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_ranks_must_agree_on_beside_shapes(results, world):
+    (message,) = set(returned(results, world, "features_with_a_gradient_on_one_rank_only_end_all_ranks"))
+    assert "rank 0 has 2×4×3×3 without gradient, 2×4×3×3 without gradient, rank 1 has 2×4×3×3 with gradient" in message
+    (message,) = set(returned(results, world, "a_group_without_rows_ends_all_ranks"))
+    assert message.startswith("a group of ranks holds no row: [(2,), (0,)")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_second_derivatives_are_refused(results, world):
+    for messages in returned(results, world, "second_derivatives_are_refused"):
+        assert all("once_differentiable" in message for message in messages), messages
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_rows_that_differ_within_one_rank_end_all_ranks(results, world):
     messages = set(returned(results, world, "rows_that_differ_within_a_rank_end_all_ranks"))

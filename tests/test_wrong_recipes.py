@@ -85,7 +85,7 @@ WRONG = [
     ("losses={}", ["teacher: no loss uses it"]),
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
     ("losses.sp.scope=rack", ["losses.sp.scope: must be global, node, local or a number of ranks, not 'rack'"]),
-    ("losses.sp.comm_dtype=int8", ["losses.sp.comm_dtype: 'int8' is not allowed; allowed: bf16, fp16"]),
+    ("losses.sp.comm_dtype=int8", ["losses.sp.comm_dtype: 'int8' is not allowed; allowed: bf16"]),
     ("data.mixup=-1", ["data.mixup: must be greater than or equal to 0, not -1"]),
     ("run.collective_timeout=0", ["run.collective_timeout: must be greater than 0, not 0"]),
     ("losses.sp.scope=3", ["losses.sp.scope: scope=3: groups of 3 ranks do not divide 1 ranks"]),

@@ -165,7 +165,13 @@ class TeacherSection(Section):
     name: Text
     weights: Text
     """A file, torchvision's name of a weight set, or `random` (said with a warning)."""
-    placement: Literal["replicated"] = "replicated"
+    placement: Literal["replicated", "fsdp2", "zero3"] = "replicated"
+    """Whole on every rank; or in shards, by FSDP2 (with any engine of the student) or by ZeRO-3 (with a student under DeepSpeed)."""
+    mesh: Literal["world", "node"] = "world"
+    """fsdp2: the ranks that share one teacher."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, under which
+    the features are the same."""
     norm: Literal["batch", "group"] | None = None
     options: dict[str, Any] = {}
     classes: Count | None = None
@@ -242,8 +248,8 @@ class SimilarityPreservingSection(_PairsSection):
     depends on the number of ranks."""
     strategy: Literal["auto", "gather", "exchange"] = "auto"
     """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
-    comm_dtype: Literal["bf16", "fp16"] | None = None
-    """Features are rounded to this type on their way between ranks; null: they travel in their own."""
+    comm_dtype: Literal["bf16"] | None = None
+    """Features and their gradients are rounded to this type on their way between ranks; null: they travel in their own."""
 
 
 class SoftTargetsSection(Section):

@@ -34,6 +34,8 @@ class BatchMixing:
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(seed)
-        mixed, probabilities = self._mix(images.float(), labels)
-        generator.set_state(before)
+        try:
+            mixed, probabilities = self._mix(images.float(), labels)
+        finally:
+            generator.set_state(before)
         return mixed, probabilities

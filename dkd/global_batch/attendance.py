@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from dkd.global_batch import collectives
 
+_MOST_SHOWN = 8
+
 
 class Attendance:
     """The place of every rank in a sequence that all go through together.
@@ -31,6 +33,8 @@ class Attendance:
             find = getattr(group, "get_group_store", None)
             self._store = find() if find is not None else None
             self._rank, self._world_size = collectives.rank(group), collectives.world_size(group)
+            # An earlier sequence of that name in this process is over.
+            self.reach([-1], "not begun")
 
     def reach(self, place: Sequence[int], what: str) -> None:
         """This rank is at `place`, about to meet the others there.
@@ -39,24 +43,38 @@ class Attendance:
             place: numbers that grow, compared as tuples are.
             what: the place in words.
         """
-        if self._store is not None:
+        if self._store is None:
+            return
+        try:
             self._store.set(self._key(self._rank), json.dumps([*place, what]))
+        except RuntimeError:
+            # The process that holds the store is gone; the next collective will say so better than this message could.
+            self._store = None
 
     def describe(self) -> str:
-        """After a failure: which ranks are behind, and where this one is. Empty when that cannot be known."""
+        """After a failure: which ranks are behind, and where this one is."""
         if self._store is None:
-            return ""
+            return "where the ranks are cannot be known: their store is gone"
+        try:
+            places = self._places(self._store)
+        except RuntimeError:
+            return "where the ranks are cannot be known: their store, which rank 0 holds, is gone"
+        furthest = max(place for place, _ in places.values())
+        behind = [f"rank {rank}: {what}" for rank, (place, what) in places.items() if place < furthest]
+        if len(behind) > _MOST_SHOWN:
+            behind[_MOST_SHOWN:] = [f"and {len(behind) - _MOST_SHOWN} more"]
+        return "; ".join([*(behind or ["all ranks had come as far"]), f"this is rank {self._rank}: {places[self._rank][1]}"])
+
+    def _places(self, store: dist.Store) -> dict[int, tuple[tuple[int, ...], str]]:
         places: dict[int, tuple[tuple[int, ...], str]] = {}
         for rank in range(self._world_size):
             # A rank that never came has no entry, and reading that would wait for it.
-            if self._store.check([self._key(rank)]):
-                *place, what = json.loads(self._store.get(self._key(rank)))
+            if store.check([self._key(rank)]):
+                *place, what = json.loads(store.get(self._key(rank)))
                 places[rank] = tuple(place), what
             else:
                 places[rank] = (), "not yet here"
-        furthest = max(place for place, _ in places.values())
-        behind = [f"rank {rank}: {what}" for rank, (place, what) in places.items() if place < furthest]
-        return "; ".join([*(behind or ["all ranks had come as far"]), f"this is rank {self._rank}: {places[self._rank][1]}"])
+        return places
 
     def _key(self, rank: int) -> str:
         return f"dkd/{self._sequence}/{rank}"

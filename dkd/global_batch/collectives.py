@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,16 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if is_distributed() else 0
+
+
+def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
+    """The timeout of a group's collectives, to be given to its subgroups; None, torch's default, where torch does not tell it."""
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, timedelta) else None
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

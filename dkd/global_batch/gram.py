@@ -20,15 +20,19 @@ would be rounded to bfloat16 there anyway. Gram matrices and their gradients tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from dkd.global_batch import collectives
 from dkd.global_batch.layout import BatchLayout
 from dkd.global_batch.strategy import GramTensor, cheapest_strategies
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -79,6 +83,28 @@ def _full(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def _full_precision_backward(backward: Backward) -> Backward:
+    """A backward that does not compute in half precision, even where it is called under autocast."""
+
+    @functools.wraps(backward)
+    def without_autocast(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return without_autocast  # type: ignore[return-value]
+
+
+def _own_rows_times_all(part: torch.Tensor, own: slice, full: torch.dtype) -> torch.Tensor:
+    # A function, so that a promoted copy is gone before the next tensor's is made.
+    promoted = part.to(full)
+    return promoted[own] @ promoted.T
+
+
+def _all_times_all(part: torch.Tensor, full: torch.dtype) -> torch.Tensor:
+    promoted = part.to(full)
+    return promoted @ promoted.T
+
+
 class _GatheredGramRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,13 +116,11 @@ class _GatheredGramRows(torch.autograd.Function):
         ctx.layout, ctx.full, ctx.dtypes = layout, full, [f.dtype for f in features]
         ctx.save_for_backward(*kept)
         own = slice(layout.rank * features[0].shape[0], (layout.rank + 1) * features[0].shape[0])
-        rows = []
-        for part in parts:
-            promoted = part.to(full)
-            rows.append(promoted[own] @ promoted.T)
-        return _marked(ctx, rows)
+        return _marked(ctx, [_own_rows_times_all(part, own, full) for part in parts])
 
     @staticmethod
+    @once_differentiable
+    @_full_precision_backward
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layout: BatchLayout = ctx.layout
         needed = ctx.needs_input_grad[3:]
@@ -123,10 +147,7 @@ class _ExchangedGramRows(torch.autograd.Function):
         received = collectives.all_to_all_blocks(_beside(sliced), layout.group).view(world * rows, -1)
         widths = [s.shape[2] for s in sliced]
         slices = received.split(widths, dim=1)  # of each tensor: all B rows of d/W features
-        partial = []
-        for slice_ in slices:
-            promoted = slice_.to(full)
-            partial.append((promoted @ promoted.T).view(world, rows, -1))
+        partial = [_all_times_all(slice_, full).view(world, rows, -1) for slice_ in slices]
         # The blocks of rank r are the rows it owns; the sum over ranks makes them whole.
         own = collectives.reduce_scatter_rows(_beside(partial), layout.group)[0]
         kept = _only(slices, ctx.needs_input_grad[3:])
@@ -136,6 +157,8 @@ class _ExchangedGramRows(torch.autograd.Function):
         return _marked(ctx, [block.contiguous() for block in own.split(world * rows, dim=1)])
 
     @staticmethod
+    @once_differentiable
+    @_full_precision_backward
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layout: BatchLayout = ctx.layout
         needed = ctx.needs_input_grad[3:]

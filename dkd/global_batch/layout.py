@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,18 @@ class AbsentRankError(RuntimeError):
 
 _arrivals: dict[str, tuple[Attendance, int]] = {}
 """Of each process group, by its name: how often its ranks were asked to agree."""
+
+
+class _Kind(NamedTuple):
+    """What ranks must agree on of a tensor: all but its rows."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    gradient: bool
+
+    @property
+    def beyond_rows(self) -> tuple[tuple[int, ...], str, bool]:
+        return self.shape[1:], self.dtype, self.gradient
 
 
 @dataclass(frozen=True)
@@ -48,29 +61,30 @@ class BatchLayout:
 
     @classmethod
     def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> BatchLayout:
-        """Ask all ranks how many rows they hold, and check that all else of the shapes agrees. One small all-gather.
+        """Ask all ranks how many rows they hold, and check that all else agrees: shapes, dtypes, gradient or none. One small all-gather.
 
         Args:
             features: tensors of shape (b, ...), the same number on every rank; b may differ between ranks.
 
         Raises:
-            BatchMismatchError: on every rank, when shapes beyond the rows differ between ranks, or rows differ within one.
+            BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within one.
             AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
         """
-        kinds = [(tuple(f.shape), f.dtype) for f in features]
-        rows = kinds[0][0][0] if len({shape[0] for shape, _ in kinds}) == 1 else _UNEVEN_WITHIN_RANK
+        kinds = [_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features]
+        rows = kinds[0].shape[0] if len({kind.shape[0] for kind in kinds}) == 1 else _UNEVEN_WITHIN_RANK
         if not collectives.is_distributed():
             table = [(rows, 0)]
         else:
             # Shapes travel as one number; only when the numbers differ, which all ranks see alike, are the shapes themselves sent.
-            signature = zlib.crc32(repr([(shape[1:], dtype) for shape, dtype in kinds]).encode())
+            signature = zlib.crc32(repr([kind.beyond_rows for kind in kinds]).encode())
             row = torch.tensor([[rows, signature]], dtype=torch.int64, device=features[0].device)
             attendance = _arrive(kinds, group)
             try:
                 table = [(r, s) for r, s in collectives.all_gather_rows(row, group).tolist()]
             except RuntimeError as error:
+                reason = (str(error).splitlines() or [""])[0]
                 raise AbsentRankError(
-                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it"
+                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it [{reason}]"
                 ) from error
         if len({s for _, s in table}) > 1 or any(r == _UNEVEN_WITHIN_RANK for r, _ in table):
             raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(kinds, group)))
@@ -103,10 +117,7 @@ class BatchLayout:
         return per_row.sum() * (self.world_size / self.total)
 
 
-_Kinds = list[tuple[tuple[int, ...], torch.dtype]]
-
-
-def _arrive(kinds: _Kinds, group: dist.ProcessGroup | None) -> Attendance:
+def _arrive(kinds: list[_Kind], group: dist.ProcessGroup | None) -> Attendance:
     group = group or dist.group.WORLD
     name = group.group_name if group is not None else ""
     attendance, calls = _arrivals.get(name, (None, 0))
@@ -115,15 +126,24 @@ def _arrive(kinds: _Kinds, group: dist.ProcessGroup | None) -> Attendance:
     return attendance
 
 
-def _describe_mismatch(every: list[_Kinds]) -> str:
-    dtypes_differ = any([dtype for _, dtype in kinds] != [dtype for _, dtype in every[0]] for kinds in every)
+def _describe_mismatch(every: list[list[_Kind]]) -> str:
+    def show(kinds: list[_Kind], other: list[_Kind]) -> str:
+        return _show(
+            kinds, [k.dtype for k in kinds] != [k.dtype for k in other], [k.gradient for k in kinds] != [k.gradient for k in other]
+        )
+
     for r, kinds in enumerate(every):
-        if len({shape[0] for shape, _ in kinds}) != 1:
+        if len({kind.shape[0] for kind in kinds}) != 1:
             return f"rank {r}: features of one batch have different numbers of rows: {_show(kinds)}"
-        if [(shape[1:], dtype) for shape, dtype in kinds] != [(shape[1:], dtype) for shape, dtype in every[0]]:
-            return f"features differ between ranks: rank 0 has {_show(every[0], dtypes_differ)}, rank {r} has {_show(kinds, dtypes_differ)}"
+        if [kind.beyond_rows for kind in kinds] != [kind.beyond_rows for kind in every[0]]:
+            return f"features differ between ranks: rank 0 has {show(every[0], kinds)}, rank {r} has {show(kinds, every[0])}"
     return "features differ between ranks"
 
 
-def _show(kinds: _Kinds, with_dtypes: bool = False) -> str:
-    return ", ".join("×".join(map(str, shape)) + (f" {dtype}" if with_dtypes else "") for shape, dtype in kinds)
+def _show(kinds: list[_Kind], dtypes: bool = False, gradients: bool = False) -> str:
+    def one(kind: _Kind) -> str:
+        dtype = f" {kind.dtype.removeprefix('torch.')}" if dtypes else ""
+        gradient = (" with gradient" if kind.gradient else " without gradient") if gradients else ""
+        return "×".join(map(str, kind.shape)) + dtype + gradient
+
+    return ", ".join(map(one, kinds))

@@ -114,7 +114,8 @@ def held(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, wo
             backward += (1 + 3 * tensor.backward) * message
             gram += 4 * batch**2 * tensor.gram_bytes
         if tensor.feature_bytes < tensor.gram_bytes:
-            copies = world_size if strategy == "gather" else 1
+            # The promoted copy, and the gradient as it is computed, before it is rounded again.
+            copies = (world_size if strategy == "gather" else 1) + tensor.backward
             promoted = max(promoted, copies * rows * tensor.width * tensor.gram_bytes)
     return Held(gathered + max(forward, backward) + promoted, gram)
 

@@ -27,8 +27,8 @@ class SimilarityPreserving(nn.Module):
             `local`, of this rank alone, which is what other code computes and not the published loss. The groups' losses are averaged.
         strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The numbers are the same.
         weights: one weight a pair; default 1.
-        comm_dtype: features are rounded to this type on their way between ranks, such as torch.bfloat16, which halves float32's bytes;
-            None: they travel in their own. Gram matrices are computed and summed in full precision either way.
+        comm_dtype: torch.bfloat16 rounds features, and with `exchange` their gradients, to that type on their way between ranks, which
+            halves float32's bytes; None: they travel in their own. Gram matrices are computed and summed in full precision either way.
 
     Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened,
     and neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
@@ -56,8 +56,9 @@ class SimilarityPreserving(nn.Module):
         super().__init__()
         if strategy not in ("auto", *STRATEGIES):
             raise ValueError(f"strategy={strategy!r}: must be one of auto, {', '.join(STRATEGIES)}")
-        if comm_dtype is not None and not comm_dtype.is_floating_point:
-            raise ValueError(f"comm_dtype={comm_dtype}: must be a floating-point type")
+        if comm_dtype not in (None, torch.bfloat16):
+            # float16's range is too small for a Gram matrix's gradient, and for features above 65,504.
+            raise ValueError(f"comm_dtype={comm_dtype}: must be torch.bfloat16 or None")
         self.scope, self.strategy, self.weights, self.comm_dtype = GramScope(scope), strategy, weights, comm_dtype
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:

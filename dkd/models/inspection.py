@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, describe_error
@@ -31,11 +33,11 @@ T = TypeVar("T")
 
 
 def _on_meta(run: Callable[[], T]) -> T:
-    """`run` with meta tensors; a model that cannot work with those (it reads values) runs on the CPU instead."""
+    """`run` with meta tensors; a model that cannot be built or run with those (it reads values) does so on the CPU instead."""
     try:
         with torch.device("meta"), torch.no_grad():
             return run()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, UnknownModelError):
         with torch.no_grad():
             return run()
 
@@ -100,23 +102,43 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
         return _on_meta(run)
 
 
-def tap_dtypes(spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None) -> dict[str, torch.dtype]:
-    """The dtype of each tapped feature of a float32 model in eval mode, under autocast or not. With fake tensors: nothing is computed.
+class _CudaAutocast(TorchFunctionMode):
+    """What CUDA's autocast computes in float32 and the CPU's does not, of what ends a block of a vision model."""
+
+    _FLOAT32 = (F.layer_norm, F.group_norm, F.softmax, torch.softmax)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._FLOAT32:
+            args = tuple(a.float() if isinstance(a, torch.Tensor) else a for a in args)
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def tap_dtypes(
+    spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None, device_type: str = "cuda"
+) -> dict[str, torch.dtype]:
+    """The dtype of each tapped feature of a float32 model in eval mode, under the autocast of a kind of device, or without. With fake
+    tensors: nothing is computed.
 
     Raises:
         UnknownModelError, TapError: no such model or tap.
     """
+    model = build_on_meta(spec)
 
     def run() -> dict[str, torch.dtype]:
-        with torch.no_grad(), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-            _, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
+        lists = _CudaAutocast() if device_type == "cuda" else nullcontext()
+        with lists, torch.no_grad(), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            _, features = TappedModel(model, taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return {tap: feature.dtype for tap, feature in features.items()}
 
     with _named(spec, f"one image of {image_size}×{image_size}"):
         try:
-            with FakeTensorMode():
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model.to_empty(device="cpu")
                 return run()
         except (NotImplementedError, RuntimeError):  # a model that reads values
+            model = build_model(spec)
             return run()
 
 
@@ -138,26 +160,31 @@ class ModelCost:
     backward: int
 
 
-def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True) -> ModelCost:
-    """Counted on meta tensors, for two images. Operations inside a model that cannot run on those count as none.
+def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True) -> ModelCost:
+    """Counted on meta tensors, for two images. Of a model that cannot run on those, no operations are counted.
+
+    Args:
+        spec, taps, image_size: what runs.
+        needs_logits: as TappedModel.
+        training: in training mode, with backward; else in eval mode without.
 
     Raises:
-        UnknownModelError, TapError: no such model or tap.
+        UnknownModelError: no such model.
     """
     model = build_on_meta(spec)
     parameters = sum(p.numel() for p in model.parameters())
     nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with _named(spec, f"two images of {image_size}×{image_size}"):
-        try:
-            with torch.device("meta"):
-                tapped, images = TappedModel(model.to("meta"), taps, needs_logits), torch.zeros(2, 3, image_size, image_size)
-                with FlopCounterMode(display=False) as forward:
-                    logits, features = tapped(images)
-                ends = [e for e in (logits, *features.values()) if e is not None and e.requires_grad]
-                with FlopCounterMode(display=False) as backward:
-                    torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
-        except NotImplementedError:
-            return ModelCost(parameters, nbytes, 0, 0)
+    try:
+        with torch.device("meta"), torch.set_grad_enabled(training):
+            tapped = TappedModel(model.to("meta"), taps, needs_logits).train(training)
+            images = torch.zeros(2, 3, image_size, image_size)
+            with FlopCounterMode(display=False) as forward:
+                logits, features = tapped(images)
+            ends = [e for e in (logits, *features.values()) if e is not None and e.requires_grad]
+            with FlopCounterMode(display=False) as backward:
+                torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
+    except Exception:  # a model's own code, which has run on real or meta tensors before: only the count is lost
+        return ModelCost(parameters, nbytes, 0, 0)
     return ModelCost(parameters, nbytes, forward.get_total_flops() // 2, backward.get_total_flops() // 2)
 
 

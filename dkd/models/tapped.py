@@ -27,6 +27,8 @@ class TappedModel(nn.Module):
     Args:
         model: any module whose forward returns the logits. It is not changed: hooks only read.
         taps: dotted paths of submodules whose outputs are wanted, such as `layer4` or `blocks.11`.
+        autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Inside the module, so that every
+            engine that wraps it does the same.
         needs_logits: False stops the forward after the last tap, and logits are None. Compiled, the rest is dead code and is removed by
             the compiler instead.
 
@@ -35,8 +37,9 @@ class TappedModel(nn.Module):
             output is no tensor, or whose tensor is changed in place afterwards.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True) -> None:
+    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None) -> None:
         super().__init__()
+        self.autocast = autocast
         self.model = model
         self.taps = tuple(dict.fromkeys(taps))
         self.needs_logits = needs_logits or not taps
@@ -65,9 +68,15 @@ class TappedModel(nn.Module):
         self._fired = {}
         logits = None
         try:
-            logits = self.model(images)
+            if self.autocast is None:
+                logits = self.model(images)
+            else:
+                with torch.autocast(images.device.type, dtype=self.autocast):
+                    logits = self.model(images)
         except _LastTapReached:
-            pass
+            # Hooks behind the last tap did not run; FSDP2's would have let go of the weights gathered for that block.
+            for module in self.model.modules():
+                getattr(module, "reshard", _nothing)()
         finally:
             fired, self._fired = self._fired, {}
         if logits is not None and not isinstance(logits, torch.Tensor):
@@ -82,6 +91,10 @@ class TappedModel(nn.Module):
                 raise TapError(f"{tap!r} is changed in place after it was read (an in-place activation behind it?); tap what follows it")
             features[tap] = feature
         return (logits if self.needs_logits else None), features
+
+
+def _nothing() -> None:
+    pass
 
 
 def _version(tensor: torch.Tensor) -> int:

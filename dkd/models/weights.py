@@ -6,7 +6,7 @@ Files are read without running code: safetensors, or `torch.load(weights_only=Tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,31 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
     Raises:
         WeightsError: with the file, or the keys that are missing, unexpected or of another shape.
     """
-    state = read_file(Path(weights)) if is_file_name(weights) else _torchvision_set(name, weights)
-    _check_fit(model, name, weights, state)
     # Old files lack BatchNorm's counters; all else is there, as checked.
-    model.load_state_dict(dict(state), strict=False)
+    state = model.state_dict()
+    with torch.no_grad():
+        for key, tensor in stream_weights(model, name, weights):
+            state[key].copy_(tensor)
+
+
+def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(key, tensor) of what `load_weights` would fill `model` with, one whole tensor at a time: a safetensors file is never in memory as a
+    whole. The model may be on the meta device. Checked before the first is yielded. Arguments and errors as `load_weights`."""
+    path = Path(weights)
+    if path.is_dir() and (path / "student.safetensors").is_file():
+        path = path / "student.safetensors"
+    if not is_file_name(weights) or path.suffix != ".safetensors":
+        state = read_file(path) if is_file_name(weights) else _torchvision_set(name, weights)
+        _check_fit(model, name, weights, state)
+        return iter(state.items())
+    _check_fit(model, name, weights, read_file(path, device="meta"))
+    return _stream_safetensors(path)
+
+
+def _stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            yield key, file.get_tensor(key)
 
 
 def check_weights(model: nn.Module, name: str, weights: str) -> None:

@@ -1,5 +1,6 @@
-"""The teacher: a frozen model that yields features. Knows nothing of losses or the student."""
+"""The frozen teacher, whole on every rank or in shards."""
 
 from dkd.teacher.frozen import FrozenTeacher
+from dkd.teacher.sharding import fill, halve_weights, shard, shard_mesh
 
-__all__ = ["FrozenTeacher"]
+__all__ = ["FrozenTeacher", "fill", "halve_weights", "shard", "shard_mesh"]

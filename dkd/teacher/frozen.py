@@ -20,14 +20,22 @@ class FrozenTeacher(nn.Module):
         taps: dotted paths of the features wanted.
         needs_logits: whether anybody uses its logits; if not, its forward stops after the last tap.
         input_size: side the images are resized to first, pixels; None: as they come.
+        autocast: as TappedModel.
 
     Raises:
         TapError: as TappedModel.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool, input_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[str],
+        needs_logits: bool,
+        input_size: int | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.tapped = TappedModel(model, taps, needs_logits)
+        self.tapped = TappedModel(model, taps, needs_logits, autocast)
         self.input_size = input_size
         self.requires_grad_(False)
         self.eval()

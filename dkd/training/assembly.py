@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from dkd.config import Recipe
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
@@ -24,8 +25,9 @@ from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
-from dkd.models import ModelSpec, TappedModel, build_model, load_weights
-from dkd.teacher import FrozenTeacher
+from dkd.models import ModelSpec, TappedModel, build_model, build_on_meta, load_weights, stream_weights
+from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
+from dkd.training import engine
 from dkd.training.schedules import Schedule, loss_weight
 
 
@@ -53,19 +55,53 @@ def build_student(recipe: Recipe) -> TappedModel:
     model = build_model(student_spec(recipe))
     if recipe.student.weights is not None and recipe.student.weights != "random":
         load_weights(model, recipe.student.name, recipe.student.weights)
-    return TappedModel(model, [student for student, _ in pairs(recipe)])
+    # float16's autocast comes with Accelerate's loss scaling.
+    autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
+    return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)
 
 
-def build_teacher(recipe: Recipe) -> FrozenTeacher | None:
-    """The teacher, on the CPU, or None for a recipe without one."""
-    if recipe.teacher is None:
+def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, local_world_size: int = 1) -> FrozenTeacher | None:
+    """The teacher on its device, whole or in shards as `teacher.placement` says, or None for a recipe without one. A collective when it is
+    cut into shards. On one rank there is nothing to share, and every placement is the whole teacher."""
+    section = recipe.teacher
+    if section is None:
         return None
-    torch.manual_seed(recipe.run.seed)
-    model = build_model(teacher_spec(recipe))
-    if recipe.teacher.weights != "random":
-        load_weights(model, recipe.teacher.name, recipe.teacher.weights)
+    spec = teacher_spec(recipe)
+    taps = [teacher for _, teacher in pairs(recipe)]
     needs_logits = recipe.losses.kd is not None
-    return FrozenTeacher(model, [teacher for _, teacher in pairs(recipe)], needs_logits, recipe.teacher.input_size)
+    sharded = section.placement if world_size > 1 else "replicated"
+
+    def wrapped(model: nn.Module) -> FrozenTeacher:
+        if section.weights_dtype == "bf16":
+            halve_weights(model)
+        # ZeRO-3 learns the order of a forward's modules; it goes to the end.
+        return FrozenTeacher(model, taps, needs_logits or sharded == "zero3", section.input_size, engine.autocast_dtype(recipe))
+
+    torch.manual_seed(recipe.run.seed)
+    on_meta = build_on_meta(spec) if sharded == "fsdp2" and section.weights != "random" else None
+    if on_meta is not None and _filled_by_its_state(on_meta):
+        weights = stream_weights(on_meta, section.name, section.weights)
+        teacher = wrapped(on_meta.to(engine.model_dtype(recipe)))
+        shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
+        teacher.to_empty(device=device)
+        fill(teacher.tapped.model, weights)
+        return teacher
+    model = build_model(spec)
+    if section.weights != "random":
+        load_weights(model, section.name, section.weights)
+    model = engine.place(model, recipe, device, to_be_sharded=sharded != "replicated")
+    teacher = wrapped(model)
+    if sharded == "fsdp2":
+        shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
+    elif sharded == "zero3":
+        engine.shard_by_zero3(teacher)
+    return teacher
+
+
+def _filled_by_its_state(model: nn.Module) -> bool:
+    """Whether a file of weights fills everything that the model holds: not so with buffers that it computes for itself."""
+    state = model.state_dict()
+    return all(tensor.is_meta for tensor in state.values()) and all(name in state for name, _ in model.named_buffers())
 
 
 def gram_rows(recipe: Recipe, order: SampleOrder) -> int:
@@ -79,8 +115,7 @@ def gram_rows(recipe: Recipe, order: SampleOrder) -> int:
 
 def comm_dtype(recipe: Recipe) -> torch.dtype | None:
     """What SP's features are rounded to on their way between ranks; None: nothing."""
-    name = recipe.losses.sp.comm_dtype if recipe.losses.sp else None
-    return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return torch.bfloat16 if recipe.losses.sp and recipe.losses.sp.comm_dtype == "bf16" else None
 
 
 def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Objective:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dkd.config import Recipe
 from dkd.data import SampleOrder
 from dkd.models import build_on_meta, output_shapes
-from dkd.training import assembly, engine, preflight
+from dkd.training import assembly, engine, launch, preflight
 
 
 def describe(recipe: Recipe) -> str:
     """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
-    world_size = engine.launched_world_size()
+    world_size = launch.world_size()
     training, validation = preflight.open_sources(recipe)
     size = assembly.build_image_pipeline(recipe).image_size
     train = recipe.train

@@ -8,18 +8,23 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from dkd.training.sharded_weights import local_part, release_gathered
+
 
 class WeightAverage:
     """Averages parameters and floating-point buffers: average ← decay·average + (1 − decay)·value, once an optimizer step.
 
+    Each rank averages what it keeps: its shards, where the engine shards the weights.
+
     Args:
         model: the model being trained; its tensors are read, and swapped only inside `applied`.
         decay: between 0 and 1.
+        wrapped: the model as the engine wraps it; None: it does not.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._live = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    def __init__(self, model: nn.Module, decay: float, wrapped: nn.Module | None = None) -> None:
+        self.decay, self._wrapped = decay, wrapped or model
+        self._live = [*map(local_part, model.parameters()), *(b for b in model.buffers() if b.is_floating_point())]
         self._average = [t.detach().clone() for t in self._live]
 
     @torch.no_grad()
@@ -28,7 +33,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model holds the average."""
+        """Inside, the model holds the average. All ranks come together: under ZeRO-3 it is a collective."""
         self._swap()
         try:
             yield
@@ -37,6 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
+        release_gathered(self._wrapped)
         for live, average in zip(self._live, self._average, strict=True):
             kept = live.detach().clone()
             live.copy_(average)

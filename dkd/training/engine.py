@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,25 +15,26 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.global_batch import ranks_per_group
+from dkd.models import TappedModel, block_classes
+from dkd.teacher import FrozenTeacher
+from dkd.training import launch
+from dkd.training.cpu_engines import sharding_on_cpu
+from dkd.training.sharded_weights import parameter_counts
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp64": "no"}
-_ENGINES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-
-
-def launched_world_size() -> int:
-    """The number of processes of this launch, as its environment says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_local_world_size() -> int:
-    """The number of processes of this launch on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+# Accelerate's name of the engine that `launch.engine` names.
+_TYPES = {"fsdp2": DistributedType.FSDP, **{f"zero{stage}": DistributedType.DEEPSPEED for stage in (1, 2, 3)}}
 
 
 def has_gpu() -> bool:
@@ -60,9 +62,16 @@ def model_memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
 
 
-def place(model: Model, recipe: Recipe, device: torch.device) -> Model:
-    """`model` on `device`, in the recipe's dtype and memory format."""
-    return model.to(device, model_dtype(recipe)).to(memory_format=model_memory_format(recipe))
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What models compute in where torch.autocast allows; None: their own type."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
+
+
+def place(model: Model, recipe: Recipe, device: torch.device, to_be_sharded: bool = False) -> Model:
+    """`model` on `device`, in the recipe's dtype and memory format. Weights that are to be cut into shards stay contiguous; with inputs in
+    channels_last, convolutions work in that format all the same."""
+    memory_format = torch.contiguous_format if to_be_sharded else model_memory_format(recipe)
+    return model.to(device, model_dtype(recipe)).to(memory_format=memory_format)
 
 
 def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> list[Problem]:
@@ -91,7 +100,7 @@ def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> li
 
 def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
-    problems = batch_problems(recipe, world_size, launched_local_world_size())
+    problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(recipe)
     train = recipe.train
     if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
@@ -105,18 +114,13 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
             )
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", _PRECISION[train.precision]):
+    if precision not in ("no", train.precision):
         problems.append(
             Problem(
                 "train.precision",
                 f"the launch asks for mixed_precision {precision}, the recipe for {train.precision}; leave it out of the launch",
             )
         )
-    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            problems.append(
-                Problem("", f"the launch asks for {engine}; train with DDP: --config_file launch/accelerate/cpu.yaml or ddp.yaml")
-            )
     return problems
 
 
@@ -139,14 +143,24 @@ def leave_process_group() -> None:
 
 
 def prepare(
-    accelerator: Accelerator, student: torch.nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, student: TappedModel, optimizer: torch.optim.Optimizer
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Student and optimizer, wrapped by the launch's engine. Nothing else is ever given to Accelerate to prepare."""
+    """Student and optimizer, wrapped by the launch's engine. Nothing else is ever given to Accelerate to prepare.
+
+    Raises:
+        RecipeError: when the weights are not sharded as the launch asked for.
+    """
+    # Accelerate's name for the modules that FSDP2 shards as a unit each.
+    student._no_split_modules = block_classes(student.model)  # type: ignore[assignment]
     with warnings.catch_warnings():
         # torch renames broadcast_buffers, and Accelerate has no other name for it yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        student, optimizer = accelerator.prepare(student, optimizer)
-    return student, optimizer
+        wrapped, optimizer = accelerator.prepare(student, optimizer)
+    local, total = parameter_counts(accelerator.unwrap_model(wrapped))
+    world_size, name = accelerator.num_processes, launch.engine()
+    if name in ("fsdp2", "zero3") and world_size > 1 and local > 0.9 * total:
+        raise RecipeError.at("", f"the launch asks for {name}, but each of {world_size} ranks keeps {local:,} of {total:,} parameters")
+    return wrapped, optimizer
 
 
 def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
@@ -155,28 +169,40 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     Raises:
         RecipeError: when Accelerate made something else of the launch than what was asked for.
     """
-    world_size = launched_world_size()
-    if not has_gpu():
+    world_size, name = launch.world_size(), launch.engine()
+    on_cpu = not has_gpu()
+    if on_cpu:
         # Accelerate imports DeepSpeed when it unwraps a model; told, DeepSpeed does not look for a GPU and warn that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    accelerator = Accelerator(
-        # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
-        cpu=not has_gpu(),
-        mixed_precision=_PRECISION[recipe.train.precision],
-        gradient_accumulation_steps=micro_steps(recipe, world_size),
-        log_with=list(recipe.run.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
-        # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.collective_timeout)),
-        ],
-    )
-    if accelerator.num_processes != world_size or accelerator.distributed_type not in _ENGINES:
+    deepspeed = None
+    if name.startswith("zero"):
+        settings = launch.filled_deepspeed_settings(recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size))
+        deepspeed = DeepSpeedPlugin(hf_ds_config=settings)
+    with sharding_on_cpu() if on_cpu and name in _TYPES else nullcontext():
+        accelerator = Accelerator(
+            # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
+            cpu=on_cpu and name not in _TYPES,
+            # bfloat16 autocast is inside the student (TappedModel), the same for every engine; float16's needs Accelerate's loss scaling.
+            mixed_precision="fp16" if recipe.train.precision == "fp16" else "no",
+            gradient_accumulation_steps=micro_steps(recipe, world_size),
+            deepspeed_plugin=deepspeed,
+            log_with=list(recipe.run.trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
+            # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.collective_timeout)),
+            ],
+        )
+    allowed = (_TYPES[name],) if name in _TYPES else (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks != world_size or accelerator.num_processes != world_size or accelerator.distributed_type not in allowed:
+        what = "cpu.yaml (or ddp.yaml)" if name in ("single", "ddp") else f"{name}.yaml"
         raise RecipeError.at(
             "",
-            f"{world_size} processes were launched, but Accelerate runs {accelerator.distributed_type} with {accelerator.num_processes}; "
-            "launch with: accelerate launch --config_file launch/accelerate/cpu.yaml (or ddp.yaml) --num_processes N -m dkd train RECIPE",
+            f"{world_size} processes of {name} were launched, but Accelerate runs {accelerator.distributed_type} with "
+            f"{accelerator.num_processes}; launch with: accelerate launch --config_file launch/accelerate/{what} --num_processes N "
+            "-m dkd train RECIPE",
         )
     if recipe.train.precision == "fp16" and accelerator.device.type == "cpu":
         raise RecipeError.at(
@@ -185,3 +211,16 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     if accelerator.gradient_accumulation_steps != micro_steps(recipe, world_size):
         raise RecipeError.at("train.micro_batch", f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} steps")
     return accelerator
+
+
+def shard_by_zero3(teacher: FrozenTeacher) -> None:
+    """Cut the teacher into shards by a second DeepSpeed engine, without optimizer. A collective; needs a student under DeepSpeed."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and of no meaning without training
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    sharded, *_ = deepspeed.initialize(model=teacher.tapped, config=settings)
+    teacher.tapped = sharded
+    teacher.eval()

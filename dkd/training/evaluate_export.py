@@ -12,7 +12,7 @@ from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
 from dkd.data.batches import Batch
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
-from dkd.training import assembly, engine, preflight
+from dkd.training import assembly, engine, launch, preflight
 from dkd.training.evaluation import Evaluation, evaluate
 
 ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
@@ -48,6 +48,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     )
     pipeline = assembly.build_image_pipeline(recipe)
     dtype, memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
+    autocast = engine.autocast_dtype(recipe)
     student = engine.place(student, recipe, accelerator.device)
     batches = EvaluationBatches(
         validation,
@@ -55,12 +56,12 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         recipe.evaluation.batch,
         accelerator.process_index,
         accelerator.num_processes,
-        assembly.loader_workers(recipe.data, validation, engine.launched_local_world_size()),
+        assembly.loader_workers(recipe.data, validation, launch.local_world_size()),
     )
 
     def logits_of(batch: Batch) -> torch.Tensor:
-        with accelerator.autocast():
-            images = batch.images.to(accelerator.device, non_blocking=True)
+        images = batch.images.to(accelerator.device, non_blocking=True)
+        with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
             return student(pipeline.normalize(images).to(dtype, memory_format=memory_format))
 
     result = evaluate(logits_of, batches, accelerator.device)
@@ -75,6 +76,6 @@ def _recipe_of(weights: Path, overrides: Sequence[str]) -> Recipe:
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:
         raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
-    world_size = engine.launched_world_size()
+    world_size = launch.world_size()
     alone = ["teacher=null", "losses={}"]  # what is evaluated is the student
     return load_recipe(path, [*overrides, f"train.global_batch={world_size}", "train.micro_batch=null", *alone])

@@ -106,8 +106,13 @@ class Plan:
         return sp is not None and sp.batch == "step" and self.micro_steps > 1
 
 
-def plan(recipe: Recipe, nodes: int, gpus_per_node: int) -> Plan:
+def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cuda") -> Plan:
     """Plan the recipe for a number of machines with one process for each of their GPUs.
+
+    Args:
+        recipe: not checked yet.
+        nodes, gpus_per_node: how many.
+        device_type: whose autocast decides the types of features.
 
     Raises:
         RecipeError: with every problem of recipe, models, taps and batches on that many processes.
@@ -126,13 +131,13 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int) -> Plan:
     if recipe.teacher is not None:
         needs_logits = recipe.losses.kd is not None
         teacher = model_cost(
-            assembly.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits=needs_logits
+            assembly.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits, training=False
         )
-    gram = _planned_gram(recipe, world_size, gpus_per_node, size) if recipe.losses.sp else None
+    gram = _planned_gram(recipe, world_size, gpus_per_node, size, device_type) if recipe.losses.sp else None
     return Plan(recipe, nodes, gpus_per_node, size, student, teacher, gram)
 
 
-def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_size: int) -> PlannedGram:
+def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_size: int, device_type: str) -> PlannedGram:
     sp = recipe.losses.sp
     assert sp is not None
     assert recipe.teacher is not None
@@ -147,10 +152,13 @@ def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_siz
     shapes = output_shapes(spec, taps, image_size)[1]
     teacher_shapes = output_shapes(teacher_spec, teacher_taps, teacher_size)[1]
     full = engine.model_dtype(recipe)
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
-    # Accelerate hands the student's outputs on in float32, whatever they were computed in; the teacher's stay as they are.
-    dtypes = dict.fromkeys(taps, full)
-    teacher_dtypes = tap_dtypes(teacher_spec, teacher_taps, teacher_size, autocast) if autocast else dict.fromkeys(teacher_taps, full)
+    autocast = engine.autocast_dtype(recipe)
+    dtypes = tap_dtypes(spec, taps, image_size, autocast, device_type) if autocast else dict.fromkeys(taps, full)
+    if recipe.train.precision == "fp16":  # Accelerate, whose loss scaling it needs, hands the outputs on in float32
+        dtypes = dict.fromkeys(taps, full)
+    teacher_dtypes = dict.fromkeys(teacher_taps, full)
+    if autocast:
+        teacher_dtypes = tap_dtypes(teacher_spec, teacher_taps, teacher_size, autocast, device_type)
     comm_dtype = assembly.comm_dtype(recipe)
 
     def tensor(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> GramTensor:
@@ -167,6 +175,7 @@ def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_siz
 def describe(planned: Plan) -> str:
     """The plan in words and numbers."""
     recipe, world = planned.recipe, planned.world_size
+    number, number_bytes = ("float64", 8) if recipe.train.precision == "fp64" else ("float32", 4)
     lines = [
         ("launch", f"{planned.nodes} × {planned.gpus_per_node} GPUs = {world} ranks"),
         (
@@ -180,16 +189,16 @@ def describe(planned: Plan) -> str:
         lines.append(
             ("teacher", f"{recipe.teacher.name}, {planned.teacher.parameters:,} parameters, {_model_work(planned.teacher, training=False)}")
         )
-        whole = planned.teacher.tensor_bytes
+        whole = planned.teacher.tensor_bytes * number_bytes // 4
         lines.append(
             (
                 "",
-                f"memory a rank, weights in float32: {_bytes(whole)} replicated; sharded {_bytes(-(-whole // world))} over all ranks, "
+                f"memory a rank, weights in {number}: {_bytes(whole)} replicated; sharded {_bytes(-(-whole // world))} over all ranks, "
                 f"{_bytes(-(-whole // planned.gpus_per_node))} over those of one machine",
             )
         )
-    gradients = 2 * (world - 1) * planned.student.parameters * 4 // world
-    lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in float32"))
+    gradients = 2 * (world - 1) * planned.student.parameters * number_bytes // world
+    lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
     shares = [name for name in ("ce", "at", "kd") if getattr(recipe.losses, name) is not None]
     lines.append((", ".join(shares), "means over samples: no features move"))
     if planned.gram is not None:
@@ -212,6 +221,9 @@ def _gram_lines(planned: Plan, gram: PlannedGram) -> list[tuple[str, str]]:
         if len(names) > 1:
             lines.append(("both", _movement(gram, None)))
         lines.append(("strategy", f"{' and '.join(names)}: {_reason(gram, names)}"))
+    if planned.two_passes:
+        kept = sum(gram.rows * t.tensor.width * t.tensor.feature_bytes for t in gram.tensors)
+        lines.append(("", f"between the two passes the features of {planned.micro_steps} micro-steps are kept: {_bytes(kept)}"))
     work = _step_work(planned)
     lines.append(
         (

@@ -13,7 +13,7 @@ from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
 from dkd.data.transforms import transforms_by_name
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
-from dkd.training import assembly, engine
+from dkd.training import assembly, engine, launch
 from dkd.training.run_directory import check_free
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,7 +25,7 @@ def check(recipe: Recipe, overwrite: bool) -> None:
     Raises:
         RecipeError: with every problem found.
     """
-    problems = engine.launch_problems(recipe, engine.launched_world_size())
+    problems = engine.launch_problems(recipe, launch.world_size())
     with _collect(problems):
         check_free(Path(recipe.run.dir), overwrite)
     for key in ("train", "validation"):
@@ -34,7 +34,7 @@ def check(recipe: Recipe, overwrite: bool) -> None:
     problems += _tracker_problems(recipe)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += model_problems(recipe, pipeline.image_size, engine.micro_batch(recipe, engine.launched_world_size()))
+        problems += model_problems(recipe, pipeline.image_size, engine.micro_batch(recipe, launch.world_size()))
     if problems:
         raise RecipeError(problems)
 

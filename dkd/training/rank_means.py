@@ -19,7 +19,7 @@ class RankMeans:
     def __init__(self, step: int, values: Mapping[str, torch.Tensor | float]) -> None:
         self.step = step
         self._names = list(values)
-        # The spread of the steps that ranks are at, in numbers so small that their sums are exact.
+        # The spread of the steps that ranks are at, in numbers so small that rounding cannot hide or feign one.
         place = float(step % 1024)
         values = {**values, "place": place, "place squared": place**2}
         device = next((v.device for v in values.values() if isinstance(v, torch.Tensor)), torch.device("cpu"))
@@ -37,12 +37,12 @@ class RankMeans:
         """The means, the same on every rank. Waits for the all-reduce."""
         if self._work is not None:
             self._work.wait()
-        return dict(zip(self._names, self._mean.tolist()[:-2], strict=True))
+        *means, self._place, self._place_squared = self._mean.tolist()
+        return dict(zip(self._names, means, strict=True))
 
     def in_step(self) -> bool:
         """Whether all ranks put in values of the same step: the answer is the same on every rank. After `read`."""
-        place, squared = self._mean.tolist()[-2:]
-        return squared - place**2 < 0.5 / self._ranks
+        return self._place_squared - self._place**2 < 0.5 / self._ranks
 
     def local(self) -> dict[str, float]:
         """What this rank put in."""

@@ -20,7 +20,7 @@ from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import TappedModel, WeightsError, save_student
 from dkd.teacher import FrozenTeacher
-from dkd.training import assembly, engine, preflight
+from dkd.training import assembly, engine, launch, preflight
 from dkd.training.batch_statistics import RunningStatistics
 from dkd.training.ema import WeightAverage
 from dkd.training.evaluation import Evaluation, evaluate
@@ -29,6 +29,7 @@ from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
 from dkd.training.run_directory import RunDirectory
 from dkd.training.schedules import learning_rate
+from dkd.training.sharded_weights import full_state, parameter_counts
 from dkd.training.two_passes import CachedGradient, relational_gradient
 
 STEPS_THAT_COMPARE_PASSES = 5
@@ -55,8 +56,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, overwrite: bool = False) -> None:
         self.recipe = recipe
         train = recipe.train
-        world_size = engine.launched_world_size()
-        local = engine.launched_local_world_size()
+        world_size = launch.world_size()
+        local = launch.local_world_size()
         training, validation = preflight.open_sources(recipe)
         self.run_dir = RunDirectory(recipe.run.dir, writes=False)
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
@@ -79,21 +80,19 @@ class Trainer:
         self.validation = EvaluationBatches(validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin)
         self.image_size = pipeline.image_size
 
-        student, self.teacher = _built(recipe)
+        student, self.teacher = _built(recipe, self.device)
         self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
-        student = engine.place(student, recipe, self.device)
-        self.parameters = sum(p.numel() for p in student.parameters())
-        if self.teacher is not None:
-            self.teacher = engine.place(self.teacher, recipe, self.device)
-            if train.compile.teacher:
-                self.teacher.compile()
+        student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
+        if self.teacher is not None and train.compile.teacher:
+            self.teacher.compile()
         if train.compile.student:
             student.compile()
         self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
         # After preparing: it may put other tensors in the place of a model's buffers.
         prepared = accelerator.unwrap_model(self.student)
+        self.local_parameters, self.parameters = parameter_counts(prepared)
         self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size)
-        self.average = WeightAverage(prepared, train.ema.decay) if train.ema else None
+        self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
         sp = recipe.losses.sp
@@ -191,7 +190,7 @@ class Trainer:
     def _reach(self, step: int, micro_step: int, phase: int) -> None:
         """Leave word for the other ranks how far this one is."""
         micro = f", micro-step {micro_step + 1}" if self.order.micro_steps > 1 and phase > 1 else ""
-        self.attendance.reach([step, micro_step, phase], f"step {step + 1}{micro}, {_PHASES[phase]}")
+        self.attendance.reach([step, 2, micro_step, phase], f"step {step + 1}{micro}, {_PHASES[phase]}")
 
     def _losses(
         self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
@@ -210,8 +209,8 @@ class Trainer:
         if cached is None:
             return total, {"loss": total.detach(), **terms}
         logged = {"loss": total.detach() + cached.total, **terms, **cached.terms}
-        if step < STEPS_THAT_COMPARE_PASSES:
-            logged["pass_difference"] = cached.difference(micro_step, student.features)
+        compared = step < STEPS_THAT_COMPARE_PASSES
+        logged["pass_difference"] = cached.difference(micro_step, student.features) if compared else torch.zeros_like(total)
         return total + cached.loss(micro_step, student.features), logged
 
     @torch.no_grad()
@@ -227,6 +226,8 @@ class Trainer:
             features = self._student_outputs(step, micro_step, batch).features
             students.append({path: features[path] for path in self.relational.student_taps})
             self.statistics.forget_micro_batch()
+        if step == 0:
+            BatchLayout.agree([*students[0].values(), *teachers[0].features.values(), labels[0]])
         with torch.enable_grad():
             return relational_gradient(self.relational, students, teachers, torch.cat(labels), step)
 
@@ -248,8 +249,7 @@ class Trainer:
     def _teacher_outputs(self, batch: Batch) -> Outputs | None:
         if self.teacher is None:
             return None
-        with self.accelerator.autocast():
-            return Outputs(*self.teacher(self._as_input(self.teacher_normalize, batch)))
+        return Outputs(*self.teacher(self._as_input(self.teacher_normalize, batch)))
 
     def _as_input(self, normalize: Normalize, batch: Batch) -> torch.Tensor:
         return normalize(batch.images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.memory_format)
@@ -294,6 +294,7 @@ class Trainer:
 
     def _evaluate(self, steps_done: int) -> Evaluation:
         """On the average of the weights, if one is kept."""
+        self.attendance.reach([steps_done, 1], f"evaluation after step {steps_done}")
         self.student.eval()
         with self.average.applied() if self.average else nullcontext():
             result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device)
@@ -306,14 +307,15 @@ class Trainer:
         return result
 
     def _save_checkpoint(self, steps_done: int, result: Evaluation | None) -> None:
+        self.attendance.reach([steps_done, 0], f"checkpoint after step {steps_done}")
         self._export(self.run_dir.checkpoint_folder(steps_done), {"steps": steps_done, "evaluation": result.facts() if result else None})
         self.run_dir.remove_old_checkpoints(self.recipe.checkpoint.keep_last)
 
     def _export(self, folder: Any, facts: Mapping[str, Any]) -> None:
-        if not self.main:
-            return
+        # All ranks gather the weights, where they are sharded; one writes.
         with self.average.applied() if self.average else nullcontext():
-            state = self.accelerator.unwrap_model(self.student).model.state_dict()
+            state = full_state(self.accelerator, self.student)
+        if self.main:
             description = {
                 "image_size": self.image_size,
                 "normalization": {"mean": list(self.normalize.mean), "std": list(self.normalize.std)},
@@ -343,9 +345,10 @@ class Trainer:
         train, order = self.recipe.train, self.order
         processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
         batch = f"{train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps"
+        kept = f", {self.local_parameters:,} on this rank" if self.local_parameters < self.parameters else ""
         self.progress.say(
-            f"{self.recipe.run.name}: {self.parameters:,} parameters, {processes} on {self.device.type}, {train.precision}; "
-            f"global batch {batch}; {order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
+            f"{self.recipe.run.name}: {self.parameters:,} parameters{kept}, {processes} of {launch.engine()} on {self.device.type}, "
+            f"{train.precision}; global batch {batch}; {order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
         )
         left_out = order.samples - order.steps_per_epoch * order.global_batch
         if left_out:
@@ -359,12 +362,12 @@ class Trainer:
             self.progress.say("warning: the teacher's weights are random, as the recipe says; it teaches nothing")
 
 
-def _built(recipe: Recipe) -> tuple[TappedModel, FrozenTeacher | None]:
-    """Student and teacher with their weights, which may have to be downloaded."""
+def _built(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
+    """The student on the CPU and the teacher on its device, with their weights, which may have to be downloaded."""
     role = "student"
     try:
         student, role = assembly.build_student(recipe), "teacher"
-        return student, assembly.build_teacher(recipe)
+        return student, assembly.build_teacher(recipe, device, launch.world_size(), launch.local_world_size())
     except WeightsError as error:
         raise RecipeError.at(f"{role}.weights", error) from error
 

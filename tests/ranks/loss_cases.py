@@ -197,6 +197,40 @@ def shapes_that_differ_end_all_ranks(folder):
     return "no error"
 
 
+def features_with_a_gradient_on_one_rank_only_end_all_ranks(folder):
+    rank, _ = world()
+    feature = torch.ones(2, 4, 3, 3).requires_grad_(rank == 1)
+    try:
+        SimilarityPreserving()(feature, torch.ones(2, 4, 3, 3))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def a_group_without_rows_ends_all_ranks(folder):
+    rank, _ = world()
+    rows = 0 if rank == 1 else 2
+    try:
+        SimilarityPreserving(scope="local")(torch.ones(rows, 4), torch.ones(rows, 4))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def second_derivatives_are_refused(folder):
+    """They would need collectives that autograd cannot see."""
+    found = []
+    for strategy in ("gather", "exchange"):
+        feature = torch.randn(3, 8).requires_grad_()
+        (gradient,) = torch.autograd.grad(SimilarityPreserving(strategy=strategy)(feature, torch.randn(3, 8)), feature, create_graph=True)
+        try:
+            gradient.square().sum().backward()
+            found.append("no error")
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
 def rows_that_differ_within_a_rank_end_all_ranks(folder):
     rank, _ = world()
     try:
@@ -231,6 +265,9 @@ CASES = [
     received_bytes_of_every_strategy,
     half_precision_features_are_promoted,
     shapes_that_differ_end_all_ranks,
+    features_with_a_gradient_on_one_rank_only_end_all_ranks,
+    a_group_without_rows_ends_all_ranks,
+    second_derivatives_are_refused,
     rows_that_differ_within_a_rank_end_all_ranks,
     the_documented_three_lines_in_a_users_own_ddp_loop,
 ]

@@ -216,7 +216,7 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
 
         changes = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
         train(folder, "bytes_" + name.replace(" ", "_"), changes, tamper)
-        planned = plan(recipe_of(folder, name, changes), nodes=1, gpus_per_node=size)
+        planned = plan(recipe_of(folder, name, changes), nodes=1, gpus_per_node=size, device_type="cpu")
         found[name] = [counts[1], [planned.gram.bytes(), planned.gram.collectives()]]
     return found
 

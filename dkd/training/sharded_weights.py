@@ -1,0 +1,49 @@
+"""The student's weights, wherever the engine keeps them: whole on every rank (DDP, ZeRO-1, ZeRO-2) or a shard on each (FSDP2, ZeRO-3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a parameter, sharing its memory."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
+    # DeepSpeed's ZeRO-3 hangs the shard onto the parameter, which is empty between uses.
+    shard = getattr(parameter, "ds_tensor", None)
+    return shard.detach() if shard is not None else parameter.detach()
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """Elements of the whole parameter."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(kept on this rank, in all), with what shards are padded by."""
+    parameters = list(model.parameters())
+    return sum(local_part(p).numel() for p in parameters), sum(numel(p) for p in parameters)
+
+
+def release_gathered(wrapped: nn.Module) -> None:
+    """Let go of whole weights that ZeRO-3 keeps between uses, so that the shards are what the next forward sees. All ranks call it."""
+    release: Any = getattr(wrapped, "empty_partition_cache", None)
+    if release is not None:
+        release()
+
+
+def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state of the student's model, on the CPU. A collective under sharding: all ranks call it; the main process gets it all,
+    the others whatever the engine gives them."""
+    state = accelerator.get_state_dict(wrapped) or {}
+    kept = {}
+    for key, value in state.items():
+        # The prefixes of DDP and of TappedModel.
+        name = key.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
+        kept[name] = value.detach().to("cpu", copy=True)  # a copy on CPUs too: the weights may be swapped before it is written
+    return kept

@@ -1,0 +1,97 @@
+"""Cases of the trainer under each engine, launched together, and what they must agree with."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+STEPS = 20
+LEARNING_RATE = 0.002
+
+
+def case(engine, micro_batch=8, teacher="replicated", model="plain", strategy="gather", **more):
+    """DeepSpeed keeps its weights in float32; the others compute in float64 here."""
+    precision = "fp32" if engine.startswith("zero") else "fp64"
+    values = {"engine": engine, "micro_batch": micro_batch, "teacher": teacher, "model": model, "strategy": strategy}
+    return {**values, "precision": precision, "lr": LEARNING_RATE, **more}
+
+
+def name_of(case):
+    return "_".join(str(value) for value in case.values()).replace("/", "_").replace(".", "_")
+
+
+def matrix(world):
+    """Everything: engines × accumulation × placements of the teacher × strategies, and the model with batch statistics and random numbers."""
+    cases = []
+    for engine in ENGINES:
+        placements = ["replicated", "fsdp2", *(["zero3"] if engine.startswith("zero") else [])]
+        for teacher, micro_steps, strategy in itertools.product(placements, (1, 2), ("gather", "exchange")):
+            cases.append(case(engine, 32 // world // micro_steps, teacher, "plain", strategy))
+        cases += [case(engine, 8, teacher, "regularized") for teacher in placements]
+    return cases
+
+
+def launch(world, folder, cases, time_limit=900):
+    """Run the cases in `folder` on `world` processes. Returns, for each, what the ranks returned."""
+    listed = Path(folder) / f"cases_{len(os.listdir(folder))}.json"
+    listed.write_text(json.dumps(cases))
+    script = TESTS / "ranks" / "engine_cases.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), script, folder, listed]
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "ranks"), *map(str, sys.path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=time_limit, env=environment, cwd=TESTS.parent)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world)]
+    return {name_of(case): [rank[name_of(case)] for rank in ranks] for case in cases}
+
+
+def returned(results, case):
+    for rank, value in enumerate(results[name_of(case)]):
+        if "error" in value:
+            pytest.fail(f"rank {rank}: {value['error']}")
+    return results[name_of(case)]
+
+
+def references():
+    """model -> (lines, state) of the plain loop in float64."""
+    import plain_reference
+    from ranks import trainer_cases
+
+    recipe = {**trainer_cases.RECIPE, "optimizer": {**trainer_cases.RECIPE["optimizer"], "lr": LEARNING_RATE}}
+    regularized = {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}}
+    return {
+        "plain": plain_reference.train(recipe, STEPS, micro_batch=32),
+        "regularized": plain_reference.train(regularized, STEPS, micro_batch=8),
+    }
+
+
+def assert_same_training(ranks, case, reference, world):
+    """Loss terms of every step and the final weights are those of the plain loop.
+
+    float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order. float32: 2e-4 of a term and 2e-3 of a tensor's largest weight. DDP in
+    float32 is as far from the plain float64 loop as that (5e-5 and 5e-4), and a factor of 2 in any term or gradient is much further.
+    """
+    lines, state = reference[case["model"]]
+    term, weight = (1e-9, 1e-7) if case["precision"] == "fp64" else (2e-4, 2e-3)
+    assert len(ranks[0]["lines"]) == len(lines) == STEPS
+    for ours, plain in zip(ranks[0]["lines"], lines, strict=True):
+        for key, value in plain.items():
+            assert math.isclose(ours[key], value, rel_tol=term), (ours["step"], key, ours[key], value)
+    assert set(ranks[0]["state"]) == set(state)
+    for key, values in state.items():
+        wanted = values.double().flatten()[:64].tolist()
+        assert ranks[0]["state"][key] == pytest.approx(wanted, rel=weight, abs=weight * max(map(abs, wanted)) + 1e-12), key
+    # BatchNorm's running statistics are on every rank, and the same.
+    for rank in ranks:
+        assert rank["buffers"] == ranks[0]["buffers"]
+    kept, total = ranks[0]["parameters"]
+    assert (kept < 0.6 * total) == (case["engine"] in ("fsdp2", "zero3") and world > 1)
+    kept, total = ranks[0]["teacher"]
+    assert (kept < 0.6 * total) == (case["teacher"] != "replicated" and world > 1)

@@ -1,0 +1,177 @@
+"""The trainer under each engine and placement of the teacher, many in one launch. What they return is judged in test_engines.py."""
+
+import json
+import os
+import traceback
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+import trainer_cases
+from accelerate.state import AcceleratorState, GradientState
+from engines import name_of
+from torch.utils.data import Subset
+
+from dkd.data import EvaluationBatches
+from dkd.training import preflight
+from dkd.training.evaluate_export import evaluate_export
+from dkd.training.sharded_weights import full_state
+from dkd.training.trainer import Trainer
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+
+
+def environment(engine):
+    """What `accelerate launch` says with the project's own files."""
+    if engine == "fsdp2":
+        return FSDP2
+    if engine.startswith("zero"):
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"launch/deepspeed/{engine}.json"}
+    return {}
+
+
+@contextmanager
+def launched_as(engine):
+    """A launch of its own, within this one: Accelerate keeps its settings for the life of a process."""
+    before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ.update(environment(engine))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def train(folder, case):
+    """Train as a case says: engine, micro_batch, teacher (placement), model (plain or regularized), and keys of the recipe."""
+    model = trainer_cases.REGULARIZED if case["model"] == "regularized" else {}
+    changes = {**model, "losses": trainer_cases.with_strategy(case["strategy"])}
+    changes["train"] = {
+        **model.get("train", {}),
+        "micro_batch": case["micro_batch"],
+        "precision": case["precision"],
+        "channels_last": False,
+    }
+    changes["train"] |= case.get("train", {})
+    changes["optimizer"] = {**trainer_cases.RECIPE["optimizer"], "lr": case["lr"]}
+    changes["teacher"] = {"placement": case["teacher"]}
+    name = name_of(case)
+    recipe = trainer_cases.recipe_of(folder, name, changes)
+    with launched_as(case["engine"]):
+        preflight.check(recipe, overwrite=False)
+        trainer = Trainer(recipe)
+        if "samples" in case:
+            shown = trainer.validation
+            few = FewSamples(shown._samples.source, case["samples"])
+            order = trainer.order
+            trainer.validation = EvaluationBatches(few, shown._samples.transform, 4, order.rank, order.world_size)
+        result = trainer.run()
+        state = full_state(trainer.accelerator, trainer.student)
+        buffers = trainer.accelerator.unwrap_model(trainer.student).model
+    if dist.is_initialized():
+        dist.barrier()
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "lines": [line for line in lines if "step" in line],
+        "evaluation": result.facts(),
+        "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()} if trainer.main else {},
+        "buffers": {key: value.double().flatten()[:64].tolist() for key, value in buffers.named_buffers()},
+        "parameters": [trainer.local_parameters, trainer.parameters],
+        "teacher": None if trainer.teacher is None else teacher_kept(trainer.teacher),
+    }
+
+
+class FewSamples(Subset):
+    def __init__(self, source, count):
+        super().__init__(source, range(count))
+        self.labels = source.labels[:count]
+
+    def image(self, index):
+        return self.dataset.image(index)
+
+
+def teacher_kept(teacher):
+    from dkd.training.sharded_weights import parameter_counts
+
+    return parameter_counts(teacher)
+
+
+def features_of_teachers(folder):
+    """The features of a sharded teacher against those of the whole one: bit for bit, with and without logits; and what a rank keeps."""
+    from safetensors.torch import save_file
+
+    from dkd.config.loading import validate
+    from dkd.models import ModelSpec, build_model
+    from dkd.training import assembly
+
+    size = dist.get_world_size()
+    found = {}
+    for name, taps, options in (
+        ("wrn_16_2", ["block1", "block2"], {}),
+        ("torchvision/resnet18", ["layer2", "layer3"], {}),
+        ("torchvision/vit_b_32", ["encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_3"], {}),
+    ):
+        torch.manual_seed(1)
+        pixels = 32 if "vit" not in name else 224
+        path = folder / (name.replace("/", "_") + ".safetensors")
+        if dist.get_rank() == 0:
+            save_file(build_model(ModelSpec(name, 10)).state_dict(), path)
+        dist.barrier()
+        images = torch.randn(2, 3, pixels, pixels)
+        for kd in (None, {"alpha": 1.0}):
+            features = {}
+            for placement in ("replicated", "fsdp2"):
+                values = {
+                    **trainer_cases.RECIPE,
+                    "teacher": {"name": name, "weights": str(path), "placement": placement, "options": options},
+                    "losses": {"sp": {"gamma": 1, "reference_batch": 1, "pairs": [["layer3", tap] for tap in taps]}, "kd": kd},
+                    "train": {"global_batch": 4, "epochs": 1, "precision": "fp32", "channels_last": False},
+                }
+                teacher = assembly.build_teacher(validate(values), torch.device("cpu"), size, size)
+                for _ in range(2):  # the second forward begins where the first has ended
+                    logits, features[placement] = teacher(images)
+                kept = teacher_kept(teacher)
+                with_logits = logits is not None
+            equal = all(torch.equal(features["replicated"][tap], features["fsdp2"][tap]) for tap in taps)
+            found[f"{name}, {'logits' if with_logits else 'stops after its last tap'}"] = {"equal": equal, "kept": kept}
+    return found
+
+
+def main():
+    import sys
+    from datetime import timedelta
+    from pathlib import Path
+
+    from dkd.training.engine import leave_process_group
+
+    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    results = {}
+    for case in cases:
+        torch.manual_seed(0)
+        try:
+            if "evaluate" in case:
+                results[name_of(case)] = evaluate_export(str(folder / case["evaluate"]), trust_code=True).facts()
+            elif "features" in case:
+                results[name_of(case)] = features_of_teachers(folder)
+            else:
+                results[name_of(case)] = train(folder, case)
+        except Exception:
+            results[name_of(case)] = {"error": traceback.format_exc()}
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

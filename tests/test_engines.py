@@ -1,0 +1,112 @@
+"""The trainer under DDP, FSDP2 and DeepSpeed ZeRO, with whole and sharded teachers, on real launches of 1, 2 and 4 processes.
+
+Here is a part of the matrix; `make test-matrix` runs all of it.
+"""
+
+import pytest
+from engines import ENGINES, STEPS, assert_same_training, case, launch, matrix, name_of, references, returned
+
+PARITY = {
+    1: [case("fsdp2", 16, "fsdp2"), case("zero3", 16, "zero3", strategy="exchange"), case("zero1", 32, "fsdp2")],
+    2: [
+        case("ddp", 8, "fsdp2"),
+        case("fsdp2", 8, "replicated", strategy="exchange"),
+        case("fsdp2", 8, "fsdp2", "regularized", "exchange"),
+        case("zero1", 8, "zero3", strategy="exchange"),
+        case("zero2", 16, "fsdp2"),
+        case("zero2", 8, "replicated", "regularized"),
+        case("zero3", 8, "zero3", strategy="exchange"),
+        case("zero3", 8, "replicated", "regularized"),
+    ],
+    4: [case("fsdp2", 4, "fsdp2", strategy="exchange"), case("zero3", 8, "replicated"), case("zero1", 4, "fsdp2")],
+}
+SHORT = {"max_steps": 4, "clip_grad_norm": 1.0, "ema": {"decay": 0.5}}
+AVERAGED = [{**case(engine, 8, strategy="exchange"), "precision": "fp32", "train": SHORT} for engine in ENGINES]
+BF16 = [{**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {"max_steps": 2}} for engine in ENGINES]
+FEW = [{**case("fsdp2", 8, "fsdp2"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)] + [
+    {**case("zero3", 8, "replicated"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)
+]
+FEATURES = {"features": "all"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {world: tmp_path_factory.mktemp(f"engines{world}") for world in PARITY}
+
+
+@pytest.fixture(scope="module")
+def results(folders):
+    """world size -> case -> what each rank returned."""
+    more = {2: [*AVERAGED, *BF16, *FEW, FEATURES]}
+    return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return references()
+
+
+@pytest.mark.parametrize(
+    ("world", "tried"), [(w, c) for w, cases in PARITY.items() for c in cases], ids=lambda v: v if isinstance(v, int) else name_of(v)
+)
+def test_training_is_that_of_a_plain_loop(results, reference, world, tried):
+    assert_same_training(returned(results[world], tried), tried, reference, world)
+
+
+@pytest.mark.parametrize("tried", AVERAGED, ids=name_of)
+def test_clipping_and_averaged_weights_are_those_of_ddp(results, tried):
+    """In float32, 4 steps: sums in another order."""
+    ddp, ranks = (returned(results[2], c) for c in (AVERAGED[0], tried))
+    for ours, theirs in zip(ranks[0]["lines"], ddp[0]["lines"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for rank in ranks:  # evaluated on the average, on every rank alike
+        assert rank["evaluation"] == ranks[0]["evaluation"]
+    assert ranks[0]["evaluation"]["loss"] == pytest.approx(ddp[0]["evaluation"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tried", BF16, ids=name_of)
+def test_bf16_autocast_is_the_same_under_every_engine(results, tried):
+    """The forwards are equal; bfloat16 gradients are summed in another order."""
+    ddp, ranks = (returned(results[2], c)[0]["lines"] for c in (BF16[0], tried))
+    assert ranks[0]["loss"] == pytest.approx(ddp[0]["loss"], rel=1e-6)
+    assert ranks[1]["loss"] == pytest.approx(ddp[1]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("tried", FEW, ids=name_of)
+def test_evaluation_of_fewer_samples_than_ranks_need_counts_each_once(results, tried):
+    ranks = returned(results[2], tried)
+    assert {rank["evaluation"]["samples"] for rank in ranks} == {tried["samples"]}
+    assert len({str(rank["evaluation"]) for rank in ranks}) == 1
+
+
+def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(results):
+    for rank in returned(results[2], FEATURES):
+        assert len(rank) == 6
+        for name, found in rank.items():
+            kept, total = found["kept"]
+            assert found["equal"], name
+            assert 0.49 * total < kept < 0.52 * total, name
+
+
+def test_a_fresh_launch_evaluates_every_engines_student_as_training_did(results, folders):
+    trained = [c for c in PARITY[2] if c["model"] == "regularized"] + AVERAGED
+    fresh = launch(2, folders[2], [{"evaluate": name_of(c)} for c in trained])
+    for tried in trained:
+        for rank in returned(fresh, {"evaluate": name_of(tried)}):
+            expected = returned(results[2], tried)[0]["evaluation"]
+            assert rank == {**expected, "loss": pytest.approx(expected["loss"], rel=1e-6)}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("world", PARITY)
+def test_the_whole_matrix(world, reference, tmp_path):
+    cases = matrix(world)
+    found = launch(world, tmp_path, cases, time_limit=3600)
+    wrong = {}
+    for tried in cases:
+        try:
+            assert_same_training(returned(found, tried), tried, reference, world)
+        except (AssertionError, pytest.fail.Exception) as error:
+            wrong[name_of(tried)] = str(error)[-300:]
+    print(f"{len(cases)} trainings of {STEPS} steps on {world} processes, {len(wrong)} differ")
+    assert not wrong
