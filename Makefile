@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check environment clean
+.PHONY: help quickstart test test-matrix test-gpu check environment clean
 
 help:
 	@echo "make quickstart   install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
 	@echo "make test         install with the test tools, run all tests"
+	@echo "make test-matrix  every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
+	@echo "make test-gpu     the checks that need a GPU; says so and runs nothing where there is none"
 	@echo "make check        ruff and mypy"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
 	@echo "VENV=DIR and PYTHON=python3.X choose another environment or interpreter"
@@ -17,6 +19,12 @@ quickstart: $(VENV)/.digits
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-matrix: $(VENV)/.test
+	$(BIN)/python -m pytest -m matrix -s
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu -rs
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ def name_of(case):
 
 
 def matrix(world):
-    """Everything: engines × accumulation × placements of the teacher × strategies, and the model with batch statistics and random numbers."""
+    """Everything: engines × accumulation × placements of the teacher × strategies, and the model with BatchNorm, dropout and mixup."""
     cases = []
     for engine in ENGINES:
         placements = ["replicated", "fsdp2", *(["zero3"] if engine.startswith("zero") else [])]
@@ -75,13 +75,18 @@ def references():
 def assert_same_training(ranks, case, reference, world):
     """Loss terms of every step and the final weights are those of the plain loop.
 
-    float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order. float32: 2e-4 of a term and 2e-3 of a tensor's largest weight. DDP in
-    float32 is as far from the plain float64 loop as that (5e-5 and 5e-4), and a factor of 2 in any term or gradient is much further.
+    float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order.
+
+    float32: 2e-5 of a term in the first 5 steps (measured: up to 8e-6, under DDP as under ZeRO), in which a wrong factor anywhere in a
+    gradient would show by far more. Then 2e-3 of a term, and of a tensor's largest weight: training amplifies rounding, a ReLU on the other
+    side of 0 at a time (measured: up to 2e-4 and 6e-4, under DDP too).
     """
     lines, state = reference[case["model"]]
-    term, weight = (1e-9, 1e-7) if case["precision"] == "fp64" else (2e-4, 2e-3)
+    exact = case["precision"] == "fp64"
+    weight = 1e-7 if exact else 2e-3
     assert len(ranks[0]["lines"]) == len(lines) == STEPS
-    for ours, plain in zip(ranks[0]["lines"], lines, strict=True):
+    for step, (ours, plain) in enumerate(zip(ranks[0]["lines"], lines, strict=True)):
+        term = 1e-9 if exact else 2e-5 if step < 5 else 2e-3
         for key, value in plain.items():
             assert math.isclose(ours[key], value, rel_tol=term), (ours["step"], key, ours[key], value)
     assert set(ranks[0]["state"]) == set(state)

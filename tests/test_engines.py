@@ -26,6 +26,10 @@ BF16 = [{**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {"max_steps":
 FEW = [{**case("fsdp2", 8, "fsdp2"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)] + [
     {**case("zero3", 8, "replicated"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)
 ]
+VIT_TRAINING = {"max_steps": 1, "global_batch": 4}
+VIT = [
+    {**case("fsdp2", 2, teacher, "vit"), "precision": "fp32", "samples": 2, "train": VIT_TRAINING} for teacher in ("replicated", "fsdp2")
+]
 FEATURES = {"features": "all"}
 
 
@@ -37,7 +41,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders):
     """world size -> case -> what each rank returned."""
-    more = {2: [*AVERAGED, *BF16, *FEW, FEATURES]}
+    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES]}
     return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
 
 
@@ -86,6 +90,16 @@ def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(re
             kept, total = found["kept"]
             assert found["equal"], name
             assert 0.49 * total < kept < 0.52 * total, name
+
+
+def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):
+    """SP on flattened tokens, AT on their grid without the class token; the blocks are the units of sharding."""
+    whole, sharded = (returned(results[2], tried) for tried in VIT)
+    for term in ("loss", "at", "sp", "kd"):
+        assert sharded[0]["lines"][0][term] == pytest.approx(whole[0]["lines"][0][term], rel=1e-6)
+    kept, total = sharded[0]["teacher"]
+    assert total > 85_000_000
+    assert kept < 0.51 * total
 
 
 def test_a_fresh_launch_evaluates_every_engines_student_as_training_did(results, folders):

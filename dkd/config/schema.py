@@ -220,6 +220,8 @@ class AttentionTransferSection(_PairsSection):
     reduction: Literal["mean_squared", "paper"] = "mean_squared"
     norm: Annotated[Number, Field(ge=1)] = 2.0
     resize: Literal["error", "map", "features"] = "error"
+    class_tokens: CountFromZero | None = None
+    """Features of tokens (N, C), as transformers have: how many at the front are left out; the others make a square grid. null: refused."""
 
     @model_validator(mode="after")
     def _keys_fit_the_map_and_reduction(self) -> AttentionTransferSection:

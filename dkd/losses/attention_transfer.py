@@ -14,6 +14,7 @@ Pairs are summed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,8 @@ class AttentionTransfer(nn.Module):
             (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled to the smaller resolution before
             its map is taken (what RepDistiller and mdistiller do).
         weights: one weight a pair; default 1.
+        class_tokens: for features of tokens (b, N, C), as transformers have: how many at the front are no part of the image and are left
+            out; the rest must be a square grid, row by row. None: such features are an error.
 
     Called with one tensor (b, C, H, W) for the student and one for the teacher, or equal-length lists of them; C may differ. Returns a
     scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over ranks as DDP, FSDP and ZeRO do, is that
@@ -59,6 +62,7 @@ class AttentionTransfer(nn.Module):
         norm: float = 2,
         resize: str = "error",
         weights: Sequence[float] | None = None,
+        class_tokens: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -72,16 +76,21 @@ class AttentionTransfer(nn.Module):
             # Below 1 the gradient at 0 is infinite, and features behind a ReLU are full of zeros.
             raise ValueError(f"p={p} and norm={norm} must be at least 1")
         self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
+        self.class_tokens = class_tokens
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)])
-        pairs = as_pairs(student, teacher, self.weights)
-        for s, t, _ in pairs:
-            if s.dim() != 4 or t.dim() != 4:
-                raise ValueError(f"attention maps need features of shape (b, C, H, W), not {tuple(s.shape)} and {tuple(t.shape)}")
+        pairs = [(self._as_map(s), self._as_map(t), w) for s, t, w in as_pairs(student, teacher, self.weights)]
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
+
+    def _as_map(self, features: torch.Tensor) -> torch.Tensor:
+        """(b, C, H, W) as it is; tokens (b, N, C) -> (b, C, H, H)."""
+        shape = token_grid(tuple(features.shape[1:]), self.class_tokens)
+        if features.dim() == 4:
+            return features
+        return features[:, self.class_tokens :].transpose(1, 2).reshape(len(features), *shape)
 
     def _per_sample(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """(b, C_S, H, W), (b, C_T, H, W) -> (b,), the distance of each sample's normalised maps."""
@@ -105,6 +114,26 @@ class AttentionTransfer(nn.Module):
         if self.resize == "map" and attention.shape[1:] != resolution:
             attention = F.interpolate(attention[:, None], resolution, mode="bilinear", antialias=True)[:, 0]
         return F.normalize(attention.flatten(1))
+
+
+def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, ...]:
+    """The shape (C, H, W) of the map that a feature of one sample has: its own, or that of tokens (N, C) without the class tokens.
+
+    Raises:
+        ValueError: neither a map nor tokens, or tokens that make no square.
+    """
+    if len(shape) == 3:
+        return shape
+    if len(shape) != 2 or class_tokens is None:
+        raise ValueError(
+            f"attention maps need features of shape (C, H, W), not {shape}"
+            + ("; for tokens (N, C) say how many class_tokens are in front" if len(shape) == 2 else "")
+        )
+    tokens = shape[0] - class_tokens
+    side = math.isqrt(max(tokens, 0))
+    if side == 0 or side**2 != tokens:
+        raise ValueError(f"features of shape {shape} are {tokens} tokens without {class_tokens} class tokens: no square grid")
+    return shape[1], side, side
 
 
 def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> torch.Tensor:

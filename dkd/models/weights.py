@@ -61,8 +61,13 @@ def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[
 
 def _stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            yield key, file.get_tensor(key)
+        keys = list(file.keys())
+    for key in keys:
+        # Opened anew for each: what was read of a mapped file counts as memory of the process until it is closed.
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(key)
+        yield key, tensor
+        del tensor
 
 
 def check_weights(model: nn.Module, name: str, weights: str) -> None:

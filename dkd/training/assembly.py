@@ -132,7 +132,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
     terms: list[Term] = [LabelTerm("ce", weight(losses.ce.weight), CrossEntropy(losses.ce.label_smoothing))]
     if losses.at is not None:
         at = losses.at
-        at_loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights)
+        at_loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens)
         terms.append(FeatureTerm("at", weight(at.beta), at_loss, at.paths))
     if losses.sp is not None:
         sp = losses.sp

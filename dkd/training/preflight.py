@@ -12,6 +12,7 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
 from dkd.data.transforms import transforms_by_name
+from dkd.losses.attention_transfer import token_grid
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
 from dkd.training.run_directory import check_free
@@ -193,9 +194,12 @@ def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Pro
         if s not in student or t not in teacher:
             continue
         shapes = f"{s!r} yields {student[s]}, {t!r} yields {teacher[t]}"
-        if len(student[s]) != 3 or len(teacher[t]) != 3:
-            problems.append(Problem(f"losses.at.pairs.{i}", f"attention maps need features (C, H, W); {shapes}"))
-        elif student[s][1:] != teacher[t][1:] and at is not None and at.resize == "error":
+        try:
+            maps = [token_grid(shape, at.class_tokens if at else None) for shape in (student[s], teacher[t])]
+        except ValueError as error:
+            problems.append(Problem(f"losses.at.pairs.{i}", f"{error}; {shapes}"))
+            continue
+        if maps[0][1:] != maps[1][1:] and at is not None and at.resize == "error":
             problems.append(
                 Problem(
                     f"losses.at.pairs.{i}",

@@ -18,6 +18,7 @@ from dkd.training.evaluate_export import evaluate_export
 from dkd.training.sharded_weights import full_state
 from dkd.training.trainer import Trainer
 
+VIT_BLOCK = "encoder.layers.encoder_layer_11"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -64,8 +65,18 @@ def train(folder, case):
         "channels_last": False,
     }
     changes["train"] |= case.get("train", {})
+    if case["model"] == "vit":
+        # A vision transformer of 86 million parameters; its 7×7 tokens of 32 pixels are the resolution of a ResNet's layer4.
+        changes |= {
+            "student": {"name": "torchvision/resnet18", "norm": None},
+            "data": {"image_size": 224},
+            "losses": {
+                "at": {**trainer_cases.RECIPE["losses"]["at"], "pairs": [["layer4", VIT_BLOCK]], "class_tokens": 1},
+                "sp": {**trainer_cases.RECIPE["losses"]["sp"], "pairs": [["layer4", VIT_BLOCK]]},
+            },
+        }
     changes["optimizer"] = {**trainer_cases.RECIPE["optimizer"], "lr": case["lr"]}
-    changes["teacher"] = {"placement": case["teacher"]}
+    changes["teacher"] = {"placement": case["teacher"], **({"name": "torchvision/vit_b_32"} if case["model"] == "vit" else {})}
     name = name_of(case)
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
