@@ -38,14 +38,16 @@ def matrix(world):
     return cases
 
 
-def launch(world, folder, cases, time_limit=900):
-    """Run the cases in `folder` on `world` processes. Returns, for each, what the ranks returned."""
+def launch(world, folder, cases, time_limit=900, gpus=False):
+    """Run the cases in `folder` on `world` processes, on CPUs or a GPU each. Returns, for each, what the ranks returned."""
     listed = Path(folder) / f"cases_{len(os.listdir(folder))}.json"
     listed.write_text(json.dumps(cases))
     script = TESTS / "ranks" / "engine_cases.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), script, folder, listed]
     paths = os.pathsep.join([str(TESTS), str(TESTS / "ranks"), *map(str, sys.path)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    if not gpus:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=time_limit, env=environment, cwd=TESTS.parent)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world)]
@@ -78,12 +80,13 @@ def assert_same_training(ranks, case, reference, world):
     float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order.
 
     float32: 2e-5 of a term in the first 5 steps (measured: up to 8e-6, under DDP as under ZeRO), in which a wrong factor anywhere in a
-    gradient would show by far more. Then 2e-3 of a term, and of a tensor's largest weight: training amplifies rounding, a ReLU on the other
-    side of 0 at a time (measured: up to 2e-4 and 6e-4, under DDP too).
+    gradient would show by far more. Then 2e-3 of a term, and at the end 5e-3 of a tensor's largest weight: training amplifies rounding, a
+    ReLU on the other side of 0 at a time. Measured: up to 6e-4 and 2.4e-3, in biases that began at 0, and to the last digit the same under
+    DDP in float32 as under ZeRO.
     """
     lines, state = reference[case["model"]]
     exact = case["precision"] == "fp64"
-    weight = 1e-7 if exact else 2e-3
+    weight = 1e-7 if exact else 5e-3
     assert len(ranks[0]["lines"]) == len(lines) == STEPS
     for step, (ours, plain) in enumerate(zip(ranks[0]["lines"], lines, strict=True)):
         term = 1e-9 if exact else 2e-5 if step < 5 else 2e-3

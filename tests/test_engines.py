@@ -30,6 +30,7 @@ VIT_TRAINING = {"max_steps": 1, "global_batch": 4}
 VIT = [
     {**case("fsdp2", 2, teacher, "vit"), "precision": "fp32", "samples": 2, "train": VIT_TRAINING} for teacher in ("replicated", "fsdp2")
 ]
+OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
 
 
@@ -41,7 +42,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders):
     """world size -> case -> what each rank returned."""
-    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES]}
+    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER]}
     return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
 
 
@@ -100,6 +101,12 @@ def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):
     kept, total = sharded[0]["teacher"]
     assert total > 85_000_000
     assert kept < 0.51 * total
+
+
+def test_getting_another_engine_than_asked_for_is_an_error_with_the_right_command(results):
+    for rank in returned(results[2], OTHER):
+        assert "2 processes of fsdp2 were launched, but Accelerate runs" in rank["message"]
+        assert "accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes N -m dkd train RECIPE" in rank["message"]
 
 
 def test_a_fresh_launch_evaluates_every_engines_student_as_training_did(results, folders):

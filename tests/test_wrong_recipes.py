@@ -86,6 +86,7 @@ WRONG = [
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
     ("losses.sp.scope=rack", ["losses.sp.scope: must be global, node, local or a number of ranks, not 'rack'"]),
     ("losses.sp.comm_dtype=int8", ["losses.sp.comm_dtype: 'int8' is not allowed; allowed: bf16"]),
+    ("train.sync_batch_norm=true", ["train.sync_batch_norm: needs DDP on GPUs"]),
     ("data.mixup=-1", ["data.mixup: must be greater than or equal to 0, not -1"]),
     ("run.collective_timeout=0", ["run.collective_timeout: must be greater than 0, not 0"]),
     ("losses.sp.scope=3", ["losses.sp.scope: scope=3: groups of 3 ranks do not divide 1 ranks"]),
@@ -200,7 +201,7 @@ def test_the_resolved_recipe_reads_back_to_itself(recipe_file):
 @pytest.mark.parametrize(("variable", "value", "message"), [
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launch asks for 4 accumulation steps"),
     ("ACCELERATE_MIXED_PRECISION", "fp16", "the launch asks for mixed_precision fp16, the recipe for bf16"),
-    ("ACCELERATE_USE_FSDP", "true", "the launch asks for FSDP"),
+    ("ACCELERATE_USE_FSDP", "true", "the launch asks for FSDP version 1"),
     ("WORLD_SIZE", "3", "train.global_batch=64 is not a multiple of 63 = micro_batch 21 × 3 processes"),
 ])  # fmt: skip
 def test_a_launch_that_disagrees_with_the_recipe_is_an_error(recipe_file, capsys, monkeypatch, variable, value, message):

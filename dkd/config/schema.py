@@ -286,6 +286,8 @@ class TrainSection(Section):
     """Autocast of student and teacher; weights and losses stay float32. fp16 needs a GPU. fp64 is no autocast, but
     everything in float64: slow, for telling rounding from error."""
     channels_last: Switch = True
+    sync_batch_norm: Switch = False
+    """BatchNorm's batch is that of all ranks in a micro-step, not the micro-batch: dependent on the number of ranks. Needs DDP on GPUs."""
     clip_grad_norm: Positive | None = None
     ema: EmaSection | None = None
     """Exponential moving average of the student; evaluated and exported in its place."""

@@ -102,6 +102,8 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
     problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(recipe)
     train = recipe.train
+    if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
+        problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))
     if train.precision == "fp16" and not has_gpu():
         problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
@@ -122,6 +124,14 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
             )
         )
     return problems
+
+
+def _engine_or_none() -> str:
+    """The launch's engine; empty for a launch that is wrong, which is said elsewhere."""
+    try:
+        return launch.engine()
+    except RecipeError:
+        return ""
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, settings: dict[str, Any]) -> None:

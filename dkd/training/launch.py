@@ -124,7 +124,8 @@ def problems(recipe: Recipe) -> list[Problem]:
     try:
         name = engine()
         if name.startswith("zero"):
-            deepspeed_settings()
+            micro_batch = recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size())
+            filled_deepspeed_settings(recipe, micro_batch, max(1, recipe.train.global_batch // (micro_batch * world_size())))
     except RecipeError as error:
         return error.problems
     teacher = recipe.teacher

@@ -85,6 +85,8 @@ class Trainer:
         student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
+        if train.sync_batch_norm:
+            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if train.compile.student:
             student.compile()
         self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
@@ -350,6 +352,10 @@ class Trainer:
             f"{self.recipe.run.name}: {self.parameters:,} parameters{kept}, {processes} of {launch.engine()} on {self.device.type}, "
             f"{train.precision}; global batch {batch}; {order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
         )
+        if self.teacher is not None and self.recipe.teacher is not None:
+            local, total = parameter_counts(self.teacher)
+            kept = f", {local:,} on this rank" if local < total else ""
+            self.progress.say(f"teacher {self.recipe.teacher.name}: {total:,} parameters{kept}, {self.recipe.teacher.placement}")
         left_out = order.samples - order.steps_per_epoch * order.global_batch
         if left_out:
             self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")

@@ -139,7 +139,8 @@ def features_of_teachers(folder):
         if dist.get_rank() == 0:
             save_file(build_model(ModelSpec(name, 10)).state_dict(), path)
         dist.barrier()
-        images = torch.randn(2, 3, pixels, pixels)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images = torch.randn(2, 3, pixels, pixels, device=device)
         for kd in (None, {"alpha": 1.0}):
             features = {}
             for placement in ("replicated", "fsdp2"):
@@ -149,7 +150,7 @@ def features_of_teachers(folder):
                     "losses": {"sp": {"gamma": 1, "reference_batch": 1, "pairs": [["layer3", tap] for tap in taps]}, "kd": kd},
                     "train": {"global_batch": 4, "epochs": 1, "precision": "fp32", "channels_last": False},
                 }
-                teacher = assembly.build_teacher(validate(values), torch.device("cpu"), size, size)
+                teacher = assembly.build_teacher(validate(values), device, size, size)
                 for _ in range(2):  # the second forward begins where the first has ended
                     logits, features[placement] = teacher(images)
                 kept = teacher_kept(teacher)
@@ -157,6 +158,23 @@ def features_of_teachers(folder):
             equal = all(torch.equal(features["replicated"][tap], features["fsdp2"][tap]) for tap in taps)
             found[f"{name}, {'logits' if with_logits else 'stops after its last tap'}"] = {"equal": equal, "kept": kept}
     return found
+
+
+def another_engine_than_asked_for(folder):
+    """FSDP2 is asked for, and Accelerate makes DDP of it, as it does on CPUs when left alone."""
+    from contextlib import nullcontext
+    from unittest import mock
+
+    from dkd.config import RecipeError
+    from dkd.training import engine
+
+    recipe = trainer_cases.recipe_of(folder, "other", {})
+    with launched_as("fsdp2"), mock.patch.object(engine, "sharding_on_cpu", nullcontext):
+        try:
+            engine.build_accelerator(recipe, folder)
+        except RecipeError as error:
+            return {"message": str(error)}
+    return {"message": "no error"}
 
 
 def main():
@@ -167,13 +185,21 @@ def main():
     from dkd.training.engine import leave_process_group
 
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # float32 in full, as the comparisons want it.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=300))
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     results = {}
     for case in cases:
         torch.manual_seed(0)
         try:
             if "evaluate" in case:
                 results[name_of(case)] = evaluate_export(str(folder / case["evaluate"]), trust_code=True).facts()
+            elif "other" in case:
+                results[name_of(case)] = another_engine_than_asked_for(folder)
             elif "features" in case:
                 results[name_of(case)] = features_of_teachers(folder)
             else:

@@ -1,0 +1,53 @@
+"""The engines on GPUs: NCCL, bfloat16, compilation, channels_last. `make test-gpu`; one GPU is enough for one process."""
+
+import pytest
+import torch
+from engines import ENGINES, assert_same_training, case, launch, name_of, references, returned
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: nothing is checked")]
+
+WORLD = min(4, 2 ** (torch.cuda.device_count().bit_length() - 1)) if torch.cuda.is_available() else 1
+PARITY = [
+    case(engine, 32 // WORLD // 2, teacher, strategy=s)
+    for engine in ENGINES
+    for teacher in ("replicated", "fsdp2")
+    for s in ("gather", "exchange")
+]
+PARITY += [case(engine, 8, "zero3", strategy="exchange") for engine in ("zero2", "zero3")]
+SHORT = {"max_steps": 3}
+FLOAT32 = {**case("ddp", 8), "precision": "fp32", "train": SHORT}
+FAST = [
+    {**FLOAT32, "precision": "bf16", "train": {**SHORT, "channels_last": True}},
+    {**FLOAT32, "precision": "fp16", "train": SHORT},
+    {**FLOAT32, "precision": "bf16", "train": {**SHORT, "channels_last": True, "compile": {"student": True, "teacher": True}}},
+    *({**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {**SHORT, "channels_last": True}} for engine in ENGINES[1:]),
+]
+FEATURES = {"features": "all"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return launch(WORLD, tmp_path_factory.mktemp("gpus"), [*PARITY, FLOAT32, *FAST, FEATURES], time_limit=1800, gpus=True)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return references()
+
+
+@pytest.mark.parametrize("tried", PARITY, ids=name_of)
+def test_training_is_that_of_a_plain_loop(results, reference, tried):
+    assert_same_training(returned(results, tried), tried, reference, WORLD)
+
+
+@pytest.mark.parametrize("tried", FAST, ids=name_of)
+def test_half_precision_and_compilation_stay_near_float32(results, tried):
+    """The first loss within bfloat16's rounding; the losses of 3 steps within a few of those."""
+    wanted, lines = (returned(results, c)[0]["lines"] for c in (FLOAT32, tried))
+    assert lines[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=1e-2)
+    assert lines[-1]["loss"] == pytest.approx(wanted[-1]["loss"], rel=5e-2)
+
+
+def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(results):
+    for rank in returned(results, FEATURES):
+        assert all(found["equal"] for found in rank.values()), rank

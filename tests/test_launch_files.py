@@ -1,0 +1,112 @@
+"""Every file of launch/, by the command that docs/engines.md gives; and launches that would be something else than was asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference_material import FOLDER
+
+from dkd.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+RECIPE = "configs/examples/cifar10_wrn16-2_wrn16-1.yaml"
+
+
+def accelerate_launch(*arguments):
+    """The environment of a user's shell: nothing of this test's own launch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """CIFAR-10's first training images and 20 of its test images; the digits where CIFAR-10 is not at hand."""
+    cifar10 = FOLDER / "data" / "cifar10"
+    if not cifar10.exists():
+        return ["data.train=digits", "data.validation=digits", "data.transforms=digits"]
+    import pyarrow.parquet as parquet
+
+    few = tmp_path_factory.mktemp("data") / "test.parquet"
+    parquet.write_table(parquet.read_table(next(cifar10.glob("test-*.parquet"))).slice(0, 20), few)
+    return [f"data.train={cifar10}/train-00000-*.parquet", f"data.validation={few}"]
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """What the first launch file has logged."""
+    return []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_a_launch_file_starts_the_engine_of_its_name(file, data, losses, tmp_path):
+    """2 processes, 3 steps. The same training under each, in float32: sums in another order."""
+    result = accelerate_launch(
+        "--config_file", file.relative_to(ROOT), "--num_processes", 2, "--main_process_port", 0, "-m", "dkd", "train", RECIPE, *data,
+        f"run.dir={tmp_path / 'run'}", "run.trackers=[]", "train.global_batch=16", "train.micro_batch=4", "train.max_steps=3",
+        "train.precision=fp32", "teacher.weights=random", "optimizer.lr=0.01",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    engine = {"cpu": "ddp"}.get(file.stem, file.stem)
+    assert f"2 processes of {engine} on cpu" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["loss"] for line in lines if "step" in line]
+    losses[:] = losses or logged
+    assert logged == pytest.approx(losses, rel=1e-4)
+    assert len(logged) == 3
+
+
+def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
+    """It would start one process, whatever --num_processes says."""
+    result = accelerate_launch(
+        "--cpu", "--num_processes", 2, "-m", "dkd", "train", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}"
+    )
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("dkd: ")]
+    assert "accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m dkd train RECIPE" in line
+    assert not (tmp_path / "run").exists()
+
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "deepspeed", "overrides", "message"),
+    [
+        ({"ACCELERATE_USE_CPU": "true"}, None, [], "`accelerate launch --cpu` starts one process"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "0"},
+            None,
+            [],
+            "FSDP version 1; only version 2 is supported: launch/accelerate/fsdp2.yaml",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None, [], "asks for fsdp2, but started one process without a launcher"),
+        (DEEPSPEED, None, [], "DeepSpeed with ZeRO stage 0; take stage 1, 2 or 3"),
+        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, None, [], "DeepSpeed file 'no.json' cannot be read"),
+        (DEEPSPEED, {"gradient_clipping": 5.0}, [], 'says gradient_clipping = 5.0, the recipe 0.0; write "auto" there'),
+        (DEEPSPEED, {"train_micro_batch_size_per_gpu": 3}, [], "says train_micro_batch_size_per_gpu = 3, the recipe 64"),
+        (DEEPSPEED, {"bf16": {"enabled": True}}, [], "turns on bf16; leave it out"),
+        (DEEPSPEED, {"optimizer": {"type": "Adam"}}, [], "holds 'optimizer'; leave it out"),
+        (DEEPSPEED, {}, ["train.precision=fp64"], "train.precision: DeepSpeed keeps its weights in float32"),
+        (DEEPSPEED, {}, ["train.compile.student=true"], "train.compile.student: is not supported under zero2"),
+        ({}, None, ["teacher.placement=zero3"], "teacher.placement: zero3 needs a student under DeepSpeed"),
+        ({}, None, ["teacher.placement=fsdp2", "train.compile.teacher=true"], "train.compile.teacher: is not supported with"),
+        ({}, None, ["teacher.mesh=node"], "teacher.mesh: belongs to teacher.placement=fsdp2"),
+        ({}, None, ["teacher.weights_dtype=bf16", "train.precision=fp32"], "teacher.weights_dtype: bf16 needs train.precision=bf16"),
+    ],
+)
+def test_what_a_launch_cannot_do_is_refused_before_it_starts(environment, deepspeed, overrides, message, tmp_path, monkeypatch, capsys):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    if deepspeed is not None:
+        file = tmp_path / "deepspeed.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **deepspeed}))
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    arguments = [f"run.dir={tmp_path / 'run'}", "teacher.weights=random", "train.global_batch=64", "train.micro_batch=64", *overrides]
+    assert main(["train", str(ROOT / "configs" / "quickstart.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
