@@ -86,11 +86,15 @@ def test_evaluation_of_fewer_samples_than_ranks_need_counts_each_once(results, t
 
 def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(results):
     for rank in returned(results[2], FEATURES):
-        assert len(rank) == 6
+        assert len(rank) == 9
         for name, found in rank.items():
             kept, total = found["kept"]
-            assert found["equal"], name
-            assert 0.49 * total < kept < 0.52 * total, name
+            # On CPUs, torch computes the attention of float32 weights in float32 even under autocast: bfloat16 weights then differ by their
+            # rounding.
+            assert found["equal"] or ("vit" in name and found["difference"] < 2**-7), (name, found)
+            # In bytes, with weights in bfloat16: half of a half, and the norms, which stay float32.
+            share = 0.25 if "bfloat16" in name else 0.5
+            assert 0.99 * share * total < kept < 1.04 * share * total, name
 
 
 def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):

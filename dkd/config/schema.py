@@ -170,8 +170,8 @@ class TeacherSection(Section):
     mesh: Literal["world", "node"] = "world"
     """fsdp2: the ranks that share one teacher."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, under which
-    the features are the same."""
+    """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, which rounds
+    them for every forward anyway."""
     norm: Literal["batch", "group"] | None = None
     options: dict[str, Any] = {}
     classes: Count | None = None

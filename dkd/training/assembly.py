@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from dkd.config import Recipe
+from dkd.config import Recipe, RecipeError
 from dkd.config.schema import DataSection, StudentSection, TeacherSection
 from dkd.data import (
     BatchMixing,
@@ -29,6 +29,7 @@ from dkd.models import ModelSpec, TappedModel, build_model, build_on_meta, load_
 from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
 from dkd.training import engine
 from dkd.training.schedules import Schedule, loss_weight
+from dkd.training.sharded_weights import parameter_counts
 
 
 def student_spec(recipe: Recipe) -> ModelSpec:
@@ -85,7 +86,7 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
         shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
         teacher.to_empty(device=device)
         fill(teacher.tapped.model, weights)
-        return teacher
+        return _checked(teacher, sharded, section.mesh, world_size, local_world_size)
     model = build_model(spec)
     if section.weights != "random":
         load_weights(model, section.name, section.weights)
@@ -95,6 +96,15 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
         shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
     elif sharded == "zero3":
         engine.shard_by_zero3(teacher)
+    return _checked(teacher, sharded, section.mesh, world_size, local_world_size)
+
+
+def _checked(teacher: FrozenTeacher, placement: str, mesh: str, world_size: int, local_world_size: int) -> FrozenTeacher:
+    """The teacher, when a rank keeps as much of it as its placement says. Raises RecipeError."""
+    local, total = parameter_counts(teacher)
+    shards = 1 if placement == "replicated" else local_world_size if mesh == "node" else world_size
+    if shards > 1 and local > 0.9 * total:
+        raise RecipeError.at("teacher.placement", f"{placement} over {shards} ranks, but each keeps {local:,} of {total:,} parameters")
     return teacher
 
 

@@ -170,6 +170,8 @@ def prepare(
     world_size, name = accelerator.num_processes, launch.engine()
     if name in ("fsdp2", "zero3") and world_size > 1 and local > 0.9 * total:
         raise RecipeError.at("", f"the launch asks for {name}, but each of {world_size} ranks keeps {local:,} of {total:,} parameters")
+    if name.startswith("zero") and wrapped.gradient_accumulation_steps() != accelerator.gradient_accumulation_steps:
+        raise RecipeError.at("train.micro_batch", f"DeepSpeed accumulates over {wrapped.gradient_accumulation_steps()} steps")
     return wrapped, optimizer
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from dkd.data import EvaluationBatches
 from dkd.training import preflight
 from dkd.training.evaluate_export import evaluate_export
-from dkd.training.sharded_weights import full_state
+from dkd.training.sharded_weights import full_state, local_part, parameter_counts
 from dkd.training.trainer import Trainer
 
 VIT_BLOCK = "encoder.layers.encoder_layer_11"
@@ -99,7 +99,7 @@ def train(folder, case):
         "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()} if trainer.main else {},
         "buffers": {key: value.double().flatten()[:64].tolist() for key, value in buffers.named_buffers()},
         "parameters": [trainer.local_parameters, trainer.parameters],
-        "teacher": None if trainer.teacher is None else teacher_kept(trainer.teacher),
+        "teacher": parameter_counts(trainer.teacher),
     }
 
 
@@ -110,12 +110,6 @@ class FewSamples(Subset):
 
     def image(self, index):
         return self.dataset.image(index)
-
-
-def teacher_kept(teacher):
-    from dkd.training.sharded_weights import parameter_counts
-
-    return parameter_counts(teacher)
 
 
 def features_of_teachers(folder):
@@ -153,10 +147,24 @@ def features_of_teachers(folder):
                 teacher = assembly.build_teacher(validate(values), device, size, size)
                 for _ in range(2):  # the second forward begins where the first has ended
                     logits, features[placement] = teacher(images)
-                kept = teacher_kept(teacher)
+                kept = parameter_counts(teacher)
                 with_logits = logits is not None
             equal = all(torch.equal(features["replicated"][tap], features["fsdp2"][tap]) for tap in taps)
             found[f"{name}, {'logits' if with_logits else 'stops after its last tap'}"] = {"equal": equal, "kept": kept}
+        halved = {}
+        for weights_dtype in ("fp32", "bf16"):
+            values["train"]["precision"], values["teacher"]["weights_dtype"] = "bf16", weights_dtype
+            teacher = assembly.build_teacher(validate(values), device, size, size)
+            halved[weights_dtype] = teacher(images)[1]
+        kept = sum(local_part(p).numel() * p.element_size() for p in teacher.parameters())
+        difference = max(
+            ((halved["bf16"][t].float() - halved["fp32"][t].float()).norm() / halved["fp32"][t].float().norm()).item() for t in taps
+        )
+        found[f"{name}, weights in bfloat16"] = {
+            "equal": difference == 0,
+            "difference": difference,
+            "kept": (kept, 4 * parameter_counts(teacher)[1]),
+        }
     return found
 
 
