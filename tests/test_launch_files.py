@@ -63,7 +63,15 @@ def test_a_launch_file_starts_the_engine_of_its_name(file, data, losses, tmp_pat
 def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
     """It would start one process, whatever --num_processes says."""
     result = accelerate_launch(
-        "--cpu", "--num_processes", 2, "-m", "dkd", "train", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}"
+        "--cpu",
+        "--num_processes",
+        2,
+        "-m",
+        "dkd",
+        "train",
+        "configs/quickstart.yaml",
+        "teacher.weights=random",
+        f"run.dir={tmp_path / 'run'}",
     )
     assert result.returncode != 0
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("dkd: ")]

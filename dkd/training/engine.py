@@ -4,6 +4,7 @@ speak they must agree."""
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import warnings
 from contextlib import nullcontext
@@ -102,6 +103,13 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
     problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(recipe)
     train = recipe.train
+    if _engine_or_none().startswith("zero") and not has_gpu() and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
+        problems.append(
+            Problem(
+                "",
+                "DeepSpeed on CPUs compiles a small extension and needs a C++ compiler: install g++, or take launch/accelerate/fsdp2.yaml",
+            )
+        )
     if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
         problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))
     if train.precision == "fp16" and not has_gpu():
