@@ -79,6 +79,7 @@ def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LOCAL_RANK": "0"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
 
 
@@ -93,7 +94,12 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
             "FSDP version 1; only version 2 is supported: launch/accelerate/fsdp2.yaml",
         ),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None, [], "asks for fsdp2, but started one process without a launcher"),
-        (DEEPSPEED, None, [], "DeepSpeed with ZeRO stage 0; take stage 1, 2 or 3"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, None, [], "BatchNorm would see every batch twice"),
+        ({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, None, [], "Accelerate cannot do that with BatchNorm's buffers"),
+        ({**FSDP2, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, None, [], "TRANSFORMER_BASED_WRAP finds the blocks"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, [], "train.compile: the launch asks for a dynamo_backend"),
+        (DEEPSPEED, None, [], "DeepSpeed without a DeepSpeed file"),
+        (DEEPSPEED, {"zero_optimization": {"stage": 0}}, [], "DeepSpeed with ZeRO stage 0; take stage 1, 2 or 3"),
         ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, None, [], "DeepSpeed file 'no.json' cannot be read"),
         (DEEPSPEED, {"gradient_clipping": 5.0}, [], 'says gradient_clipping = 5.0, the recipe 0.0; write "auto" there'),
         (DEEPSPEED, {"train_micro_batch_size_per_gpu": 3}, [], "says train_micro_batch_size_per_gpu = 3, the recipe 64"),

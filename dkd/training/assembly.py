@@ -56,6 +56,8 @@ def build_student(recipe: Recipe) -> TappedModel:
     model = build_model(student_spec(recipe))
     if recipe.student.weights is not None and recipe.student.weights != "random":
         load_weights(model, recipe.student.name, recipe.student.weights)
+    if recipe.train.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
     return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)

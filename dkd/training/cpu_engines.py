@@ -33,3 +33,11 @@ def sharding_on_cpu() -> Iterator[None]:
     finally:
         for name, method in kept.items():
             setattr(PartialState, name, method)
+
+
+def without_shared_memory_op() -> None:
+    """DeepSpeed compiles an extension for CPUs when its communication starts, and lets ranks wait for each other's shared memory. Only
+    its inference uses it; told that it does not fit this machine, DeepSpeed goes on without a compiler and without that wait."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

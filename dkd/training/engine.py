@@ -4,7 +4,6 @@ speak they must agree."""
 from __future__ import annotations
 
 import os
-import shutil
 import time
 import warnings
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ from dkd.global_batch import ranks_per_group
 from dkd.models import TappedModel, block_classes
 from dkd.teacher import FrozenTeacher
 from dkd.training import launch
-from dkd.training.cpu_engines import sharding_on_cpu
+from dkd.training.cpu_engines import sharding_on_cpu, without_shared_memory_op
 from dkd.training.sharded_weights import parameter_counts
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -103,13 +102,6 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
     problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(recipe)
     train = recipe.train
-    if _engine_or_none().startswith("zero") and not has_gpu() and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
-        problems.append(
-            Problem(
-                "",
-                "DeepSpeed on CPUs compiles a small extension and needs a C++ compiler: install g++, or take launch/accelerate/fsdp2.yaml",
-            )
-        )
     if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
         problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))
     if train.precision == "fp16" and not has_gpu():
@@ -196,6 +188,8 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = None
     if name.startswith("zero"):
+        if on_cpu:
+            without_shared_memory_op()
         settings = launch.filled_deepspeed_settings(recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size))
         deepspeed = DeepSpeedPlugin(hf_ds_config=settings)
     with sharding_on_cpu() if on_cpu and name in _TYPES else nullcontext():
@@ -228,6 +222,8 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
         raise RecipeError.at(
             "train.precision", "fp16 needs a GPU, and the launch asks for CPUs; use bf16 or fp32, or launch/accelerate/ddp.yaml"
         )
+    if recipe.train.sync_batch_norm and accelerator.device.type == "cpu":
+        raise RecipeError.at("train.sync_batch_norm", "needs GPUs, and the launch asks for CPUs; take launch/accelerate/ddp.yaml")
     if accelerator.gradient_accumulation_steps != micro_steps(recipe, world_size):
         raise RecipeError.at("train.micro_batch", f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} steps")
     return accelerator

@@ -17,6 +17,15 @@ SHARDING_ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
 LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml"
 
 
+_YES = ("true", "1")
+_NO_FSDP = (
+    ("FSDP_ACTIVATION_CHECKPOINTING", _YES, "BatchNorm would see every batch twice"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", _YES, "Accelerate cannot do that with BatchNorm's buffers"),
+    ("FSDP_OFFLOAD_PARAMS", _YES, "not supported"),
+    ("FSDP_AUTO_WRAP_POLICY", ("size_based_wrap",), "not supported; TRANSFORMER_BASED_WRAP finds the blocks of any model"),
+)
+
+
 def world_size() -> int:
     """The number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -51,6 +60,10 @@ def engine() -> str:
             raise RecipeError.at(
                 "", f"the launch asks for FSDP version {version}; only version 2 is supported: launch/accelerate/fsdp2.yaml"
             )
+        for variable, wrong, reason in _NO_FSDP:
+            if os.environ.get(variable, "").lower() in wrong:
+                value = os.environ[variable]
+                raise RecipeError.at("", f"the launch says {variable}={value}: {reason}; see launch/accelerate/fsdp2.yaml")
         name = "fsdp2"
     else:
         return "ddp" if "LOCAL_RANK" in os.environ and world_size() > 1 else "single"
@@ -64,14 +77,14 @@ def engine() -> str:
 
 
 def deepspeed_settings() -> dict[str, Any]:
-    """The launch's DeepSpeed file, or what Accelerate's flags say in its place.
+    """The launch's DeepSpeed file.
 
     Raises:
-        RecipeError: a file that is not there or is no JSON object.
+        RecipeError: no file (Accelerate's flags in its place would be half of one), or one that is no JSON object.
     """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
-        return {"zero_optimization": {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))}}
+        raise RecipeError.at("", f"the launch asks for DeepSpeed without a DeepSpeed file; launch with one of {LAUNCH_FILES}")
     try:
         settings = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -109,9 +122,13 @@ def filled_deepspeed_settings(recipe: Recipe, micro_batch: int, micro_steps: int
     for key in ("optimizer", "scheduler"):
         if key in settings:
             raise RecipeError.at("", f"the launch's DeepSpeed file holds {key!r}; leave it out: the recipe says it")
+    zero = {**settings.get("zero_optimization", {})}
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # the name of old: it gathers the whole weights, of whatever type
     return {
         **settings,
         **filled,
+        "zero_optimization": zero,
         # The optimizer is torch's own, as the recipe says.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -128,6 +145,8 @@ def problems(recipe: Recipe) -> list[Problem]:
             filled_deepspeed_settings(recipe, micro_batch, max(1, recipe.train.global_batch // (micro_batch * world_size())))
     except RecipeError as error:
         return error.problems
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        found.append(Problem("train.compile", "the launch asks for a dynamo_backend; leave it out: train.compile.student says it"))
     teacher = recipe.teacher
     if teacher is not None:
         if teacher.placement == "zero3" and not name.startswith("zero"):
@@ -155,4 +174,4 @@ def problems(recipe: Recipe) -> list[Problem]:
 
 
 def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1")
+    return os.environ.get(variable, "false").lower() in _YES

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -31,7 +32,11 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def release_gathered(wrapped: nn.Module) -> None:
-    """Let go of whole weights that ZeRO-3 keeps between uses, so that the shards are what the next forward sees. All ranks call it."""
+    """Let go of whole weights that FSDP2 (its root's) and ZeRO-3 keep after a forward, so that the next one sees what the shards hold then.
+    All ranks call it, before they write into shards."""
+    for module in wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     release: Any = getattr(wrapped, "empty_partition_cache", None)
     if release is not None:
         release()

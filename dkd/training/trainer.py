@@ -85,8 +85,6 @@ class Trainer:
         student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
-        if train.sync_batch_norm:
-            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
         if train.compile.student:
             student.compile()
         self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))

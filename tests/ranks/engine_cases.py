@@ -75,6 +75,7 @@ def train(folder, case):
                 "sp": {**trainer_cases.RECIPE["losses"]["sp"], "pairs": [["layer4", VIT_BLOCK]]},
             },
         }
+    changes["checkpoint"] = case.get("checkpoint", {})
     changes["optimizer"] = {**trainer_cases.RECIPE["optimizer"], "lr": case["lr"]}
     changes["teacher"] = {"placement": case["teacher"], **({"name": "torchvision/vit_b_32"} if case["model"] == "vit" else {})}
     name = name_of(case)
@@ -197,7 +198,7 @@ def main():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # float32 in full, as the comparisons want it.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(seconds=300))
+        dist.init_process_group("nccl", timeout=timedelta(seconds=300))
     else:
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     results = {}

@@ -34,7 +34,7 @@ RECIPE = {
 
 
 def recipe_of(folder, name, changes):
-    values = {**RECIPE, **{key: {**RECIPE[key], **value} if key != "optimizer" else value for key, value in changes.items()}}
+    values = {**RECIPE, **{key: {**RECIPE.get(key, {}), **value} if key != "optimizer" else value for key, value in changes.items()}}
     values["run"] = {**values["run"], "name": name, "dir": str(folder / name)}
     return validate(values)
 
