@@ -21,10 +21,10 @@ def test_a_plan_needs_neither_data_nor_weights(capsys):
     assert code == 0
     assert "4,096 = 64 × 64 ranks × 1 micro-step\n" in out
     assert "Gram matrices of 4,096 rows, 64 on each of 64 ranks, once a step" in out
-    assert "student layer4, d = 25,088, 2 bytes each  ←  teacher layer4, d = 25,088, 2 bytes each" in out
-    assert "gather      receives 202,567,680 elements, 406 MB a rank and step, in 2 collectives" in out
-    assert "exchange    receives 54,286,848 elements, 208 MB a rank and step, in 4 collectives" in out
-    assert "strategy    exchange: it moves 2.0 times less than gather" in out
+    assert "student layer4, d = 25,088, 4 bytes each  ←  teacher layer4, d = 25,088, 2 bytes each" in out
+    assert "gather      receives 202,567,680 elements, 608 MB a rank and step, in 3 collectives" in out
+    assert "exchange    receives 54,286,848 elements, 214 MB a rank and step, in 6 collectives" in out
+    assert "strategy    exchange: it moves 2.8 times less than gather" in out
     # 21,797,672 parameters and 17,060 numbers of BatchNorm's buffers, some of 8 bytes.
     assert "87.3 MB replicated; sharded 1.36 MB over all ranks, 10.9 MB over those of one machine" in out
     # torchvision says 1.814 and 3.664 giga multiply-adds.

@@ -153,9 +153,7 @@ def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_siz
     teacher_shapes = output_shapes(teacher_spec, teacher_taps, teacher_size)[1]
     full = engine.model_dtype(recipe)
     autocast = engine.autocast_dtype(recipe)
-    dtypes = tap_dtypes(spec, taps, image_size, autocast, device_type) if autocast else dict.fromkeys(taps, full)
-    if recipe.train.precision == "fp16":  # Accelerate, whose loss scaling it needs, hands the outputs on in float32
-        dtypes = dict.fromkeys(taps, full)
+    dtypes = dict.fromkeys(taps, full)  # the trainer promotes the student's features before the losses see them
     teacher_dtypes = dict.fromkeys(teacher_taps, full)
     if autocast:
         teacher_dtypes = tap_dtypes(teacher_spec, teacher_taps, teacher_size, autocast, device_type)

@@ -15,7 +15,7 @@ from dkd.config import Recipe, RecipeError
 from dkd.data import EvaluationBatches, Normalize, SampleOrder, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
-from dkd.global_batch import Attendance, BatchLayout
+from dkd.global_batch import Attendance, BatchLayout, full_precision
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import TappedModel, WeightsError, save_student
@@ -244,7 +244,9 @@ class Trainer:
 
     def _student_outputs(self, step: int, micro_step: int, batch: Batch) -> Outputs:
         torch.manual_seed(self._seed(step, micro_step, _FORWARD))
-        return Outputs(*self.student(self._as_input(self.normalize, batch)))
+        logits, features = self.student(self._as_input(self.normalize, batch))
+        # Promoted here, once: the gradients of several losses then add up in float32 and are rounded to half precision once.
+        return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()})
 
     def _teacher_outputs(self, batch: Batch) -> Outputs | None:
         if self.teacher is None:
