@@ -100,7 +100,9 @@ def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> li
 
 def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
     """Where recipe and launch do not go together. Needs no process group."""
-    problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(recipe)
+    problems = batch_problems(recipe, world_size, launch.local_world_size()) + launch.problems(
+        recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size)
+    )
     train = recipe.train
     if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
         problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))

@@ -135,14 +135,13 @@ def filled_deepspeed_settings(recipe: Recipe, micro_batch: int, micro_steps: int
     }
 
 
-def problems(recipe: Recipe) -> list[Problem]:
-    """What the engine cannot do that the recipe asks for."""
+def problems(recipe: Recipe, micro_batch: int, micro_steps: int) -> list[Problem]:
+    """What the engine cannot do that the recipe asks for, its batches being micro_batch × processes × micro_steps."""
     found: list[Problem] = []
     try:
         name = engine()
         if name.startswith("zero"):
-            micro_batch = recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size())
-            filled_deepspeed_settings(recipe, micro_batch, max(1, recipe.train.global_batch // (micro_batch * world_size())))
+            filled_deepspeed_settings(recipe, micro_batch, micro_steps)
     except RecipeError as error:
         return error.problems
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
