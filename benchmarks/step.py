@@ -68,7 +68,7 @@ class Row:
         self.title, self.batch = title, options.batch
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        self.trainer = Trainer(validate(recipe_values(options, folder, settings)), overwrite=True)
+        self.trainer = Trainer(validate(recipe_values(options, folder, settings)), existing="replace")
         self.batches = self.trainer.batches.steps(0, 10**9 // options.batch)
         self.steps = 0
 

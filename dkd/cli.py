@@ -15,6 +15,7 @@ from dkd import __version__
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
+    from dkd.training.run_directory import Existing
 
 BAD_INPUT = 2
 
@@ -35,6 +36,9 @@ examples:
   dkd train recipe.yaml train.epochs=10 optimizer.lr=0.05 keys of the recipe overridden; values are YAML
   dkd train recipe.yaml teacher=null losses.at=null       sections removed
   dkd train recipe.yaml --dry-run                         check files, models and taps; train nothing
+  dkd train recipe.yaml                                   again: go on behind the newest checkpoint in run.dir
+  dkd train recipe.yaml train.epochs=20 --allow-recipe-change   go on, but longer
+  dkd train recipe.yaml --overwrite                       start anew
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
 """,
     "evaluate": """
@@ -104,7 +108,11 @@ def _train(options: argparse.Namespace) -> int:
 
     from dkd.training import preflight
 
-    preflight.check(recipe, overwrite=options.overwrite)
+    existing: Existing = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
+    changes = preflight.check(recipe, existing, options.allow_recipe_change)
+    if os.environ.get("RANK", "0") == "0":
+        for change in changes:
+            print(f"dkd: the run goes on with another recipe: {change}", file=sys.stderr)
     if options.dry_run:
         return _dry_run(recipe)
 
@@ -114,7 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the others.
 
     try:
-        Trainer(recipe, options.overwrite).run()
+        Trainer(recipe, existing).run()
     except TrainingError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"dkd: {error}", file=sys.stderr)
@@ -181,13 +189,17 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    parser = _parser("train", "Train a student from a recipe.")
+    parser = _parser("train", "Train a student from a recipe; a run that is in run.dir already goes on behind its newest checkpoint.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything that can be checked without training; print what would run"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in run.dir already")
+    parser.add_argument("--fresh", action="store_true", help="start anew; refused where run.dir holds a run, unless --overwrite is given")
+    parser.add_argument("--overwrite", action="store_true", help="start anew and replace the run that is in run.dir already")
+    parser.add_argument(
+        "--allow-recipe-change", action="store_true", help="go on with the run in run.dir although the recipe is no longer what it was"
+    )
     return parser
 
 

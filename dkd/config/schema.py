@@ -355,9 +355,16 @@ class OneCycleSchedule(Section):
 
 
 class CheckpointSection(Section):
-    every_epochs: Count = 1
-    """Writes the student's weights to RUN/checkpoints/step_N."""
+    """When RUN/checkpoints/step_N is written, with all that training needs to go on from there. The last step always makes one."""
+
+    every_epochs: Count | None = 1
+    every_steps: Count | None = None
+    every_minutes: Positive | None = None
     keep_last: Count = 2
+    keep_best: CountFromZero = 0
+    """Further ones that are kept: those with the highest top-1."""
+    background: Switch = True
+    """Training goes on while a copy of its state is written; false: it waits."""
 
 
 class Recipe(Section):

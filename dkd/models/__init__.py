@@ -8,9 +8,10 @@ from dkd.models.exported import load_student, read_description, save_student, st
 from dkd.models.inspection import ModelCost, ModuleRow, build_on_meta, check_training, model_cost, module_rows, output_shapes, tap_dtypes
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.tapped import TapError, TappedModel
-from dkd.models.weights import WeightsError, check_weights, load_weights, stream_weights, weights_fingerprint
+from dkd.models.weights import Fingerprint, WeightsError, check_weights, load_weights, stream_weights, weights_fingerprint
 
 __all__ = [
+    "Fingerprint",
     "ModelCost",
     "ModelSpec",
     "ModuleRow",

@@ -155,10 +155,34 @@ def _torchvision_set(name: str, weights: str) -> Mapping[str, torch.Tensor]:
         ) from error
 
 
+class Fingerprint:
+    """SHA-256 of named tensors, added in any order. Half-precision values count as the float32 they stand for; BatchNorm's counters, which
+    old files lack and no forward reads, do not count."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name.endswith("num_batches_tracked"):
+            return
+        value = tensor.detach().cpu()
+        value = (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).contiguous()
+        header = f"{value.dtype} {tuple(value.shape)}\n".encode()
+        self._digests[name] = hashlib.sha256(header + value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    def adding(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """`tensors`, each added as it goes by."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
+            yield name, tensor
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items())).encode()).hexdigest()
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, names included, in hexadecimal. Bit-identical models agree."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    fingerprint = Fingerprint()
+    for name, value in model.state_dict().items():
+        fingerprint.add(name, value)
+    return fingerprint.hexdigest()

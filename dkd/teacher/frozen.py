@@ -21,6 +21,7 @@ class FrozenTeacher(nn.Module):
         needs_logits: whether anybody uses its logits; if not, its forward stops after the last tap.
         input_size: side the images are resized to first, pixels; None: as they come.
         autocast: as TappedModel.
+        fingerprint: of its weights, before they are cut into shards or rounded.
 
     Raises:
         TapError: as TappedModel.
@@ -33,10 +34,11 @@ class FrozenTeacher(nn.Module):
         needs_logits: bool,
         input_size: int | None = None,
         autocast: torch.dtype | None = None,
+        fingerprint: str = "",
     ) -> None:
         super().__init__()
         self.tapped = TappedModel(model, taps, needs_logits, autocast)
-        self.input_size = input_size
+        self.input_size, self.fingerprint = input_size, fingerprint
         self.requires_grad_(False)
         self.eval()
 

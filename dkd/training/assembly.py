@@ -25,7 +25,7 @@ from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
-from dkd.models import ModelSpec, TappedModel, build_model, build_on_meta, load_weights, stream_weights
+from dkd.models import Fingerprint, ModelSpec, TappedModel, build_model, build_on_meta, load_weights, stream_weights, weights_fingerprint
 from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
 from dkd.training import engine
 from dkd.training.schedules import Schedule, loss_weight
@@ -74,11 +74,12 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
     needs_logits = recipe.losses.kd is not None
     sharded = section.placement if world_size > 1 else "replicated"
 
-    def wrapped(model: nn.Module) -> FrozenTeacher:
+    def wrapped(model: nn.Module, fingerprint: str = "") -> FrozenTeacher:
         if section.weights_dtype == "bf16":
             halve_weights(model)
         # ZeRO-3 learns the order of a forward's modules; it goes to the end.
-        return FrozenTeacher(model, taps, needs_logits or sharded == "zero3", section.input_size, engine.autocast_dtype(recipe))
+        to_its_end = needs_logits or sharded == "zero3"
+        return FrozenTeacher(model, taps, to_its_end, section.input_size, engine.autocast_dtype(recipe), fingerprint)
 
     torch.manual_seed(recipe.run.seed)
     on_meta = build_on_meta(spec) if sharded == "fsdp2" and section.weights != "random" else None
@@ -87,13 +88,16 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
         teacher = wrapped(on_meta.to(engine.model_dtype(recipe)))
         shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
         teacher.to_empty(device=device)
-        fill(teacher.tapped.model, weights)
+        fingerprint = Fingerprint()
+        fill(teacher.tapped.model, fingerprint.adding(weights))
+        teacher.fingerprint = fingerprint.hexdigest()
         return _checked(teacher, sharded, section.mesh, world_size, local_world_size)
     model = build_model(spec)
     if section.weights != "random":
         load_weights(model, section.name, section.weights)
+    fingerprint_of_all = weights_fingerprint(model)
     model = engine.place(model, recipe, device, to_be_sharded=sharded != "replicated")
-    teacher = wrapped(model)
+    teacher = wrapped(model, fingerprint_of_all)
     if sharded == "fsdp2":
         shard(teacher, shard_mesh(section.mesh, device.type, local_world_size))
     elif sharded == "zero3":

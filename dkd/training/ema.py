@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dkd.training.sharded_weights import local_part, release_gathered
+from dkd.training.sharded_weights import local_part, plain_name, release_gathered
 
 
 class WeightAverage:
@@ -24,8 +24,14 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, wrapped: nn.Module | None = None) -> None:
         self.decay, self._wrapped = decay, wrapped or model
-        self._live = [*map(local_part, model.parameters()), *(b for b in model.buffers() if b.is_floating_point())]
+        kept = dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+        self._names, self._tensors = [plain_name(name) for name in kept], list(kept.values())
+        self._live = [local_part(t) for t in self._tensors]
         self._average = [t.detach().clone() for t in self._live]
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(name in the plain model, the model's tensor, the average of what this rank keeps of it)."""
+        return zip(self._names, self._tensors, self._average, strict=True)
 
     @torch.no_grad()
     def update(self) -> None:

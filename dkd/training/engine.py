@@ -24,12 +24,16 @@ from accelerate.utils import (
 )
 
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.changes import flat
 from dkd.global_batch import ranks_per_group
 from dkd.models import TappedModel, block_classes
 from dkd.teacher import FrozenTeacher
 from dkd.training import launch
 from dkd.training.cpu_engines import sharding_on_cpu, without_shared_memory_op
+from dkd.training.ema import WeightAverage
 from dkd.training.sharded_weights import parameter_counts
+from dkd.training.training_state import TrainingState
+from dkd.training.zero_state import ZeroTrainingState
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -136,10 +140,29 @@ def _engine_or_none() -> str:
         return ""
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe, settings: dict[str, Any]) -> None:
-    """The recipe's trackers, under the run's name."""
+def start_trackers(accelerator: Accelerator, recipe: Recipe, identity: str, first_step: int) -> None:
+    """The recipe's trackers, under the run's name; a resumed run goes on where they allow it.
+
+    Args:
+        identity: of the run, the same at each start.
+        first_step: steps done by earlier starts; what TensorBoard has of later ones is superseded.
+    """
+    more = {"tensorboard": {"purge_step": first_step + 1} if first_step else {}, "wandb": {"id": identity, "resume": "allow"}}
     if recipe.run.trackers:
-        accelerator.init_trackers(recipe.run.name, config=settings)
+        settings = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(recipe.model_dump()).items()
+        }
+        kwargs = {name: values for name, values in more.items() if name in recipe.run.trackers}
+        accelerator.init_trackers(recipe.run.name, config=settings, init_kwargs=kwargs)
+
+
+def training_state(
+    wrapped: torch.nn.Module, student: torch.nn.Module, optimizer: Any, average: WeightAverage | None
+) -> TrainingState | ZeroTrainingState:
+    """What a checkpoint holds of a prepared student and optimizer, whatever the engine."""
+    if launch.engine().startswith("zero"):
+        return ZeroTrainingState(wrapped, student, average)
+    return TrainingState(wrapped, student, getattr(optimizer, "optimizer", optimizer), average)
 
 
 def leave_process_group() -> None:

@@ -19,3 +19,10 @@ def build_optimizer(section: SgdSection | AdamWSection, model: nn.Module) -> tor
     if isinstance(section, SgdSection):
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
     return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps)
+
+
+def state_keys(section: SgdSection | AdamWSection) -> set[str]:
+    """What the optimizer keeps of each parameter after a step."""
+    if isinstance(section, SgdSection):
+        return {"momentum_buffer"} if section.momentum else set()
+    return {"exp_avg", "exp_avg_sq", "step"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -15,20 +14,28 @@ from dkd.data.transforms import transforms_by_name
 from dkd.losses.attention_transfer import token_grid
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
-from dkd.training.run_directory import check_free
+from dkd.training.run_directory import Existing, check_run_directory
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check(recipe: Recipe, overwrite: bool) -> None:
+def check(recipe: Recipe, existing: Existing = "resume", allow_recipe_change: bool = False) -> list[Problem]:
     """Files present, models built, taps and pairs checked, launch and recipe in agreement. On meta tensors: seconds, no memory.
+
+    Args:
+        existing: what is to become of a run that is in `run.dir` already.
+        allow_recipe_change: whether that run may go on with another recipe.
+
+    Returns:
+        How the recipe differs from that of the run that is to go on.
 
     Raises:
         RecipeError: with every problem found.
     """
     problems = engine.launch_problems(recipe, launch.world_size())
+    changes: list[Problem] = []
     with _collect(problems):
-        check_free(Path(recipe.run.dir), overwrite)
+        changes = check_run_directory(recipe, existing, allow_recipe_change)
     for key in ("train", "validation"):
         with _collect(problems, f"data.{key}"):
             check_spec(getattr(recipe.data, key))
@@ -38,6 +45,7 @@ def check(recipe: Recipe, overwrite: bool) -> None:
         problems += model_problems(recipe, pipeline.image_size, engine.micro_batch(recipe, launch.world_size()))
     if problems:
         raise RecipeError(problems)
+    return changes
 
 
 def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:

@@ -1,17 +1,20 @@
 """The files of a run.
 
 RUN/
-  recipe.yaml            the resolved recipe: every default written out, overrides applied
-  provenance.json        command line, versions, git revision, hosts' world size, start time
-  metrics.jsonl          one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
-  tensorboard/           and whatever other trackers write
-  checkpoints/step_N/    student.safetensors and student.json after an epoch
-  student.safetensors    the finished student, and beside it
-  student.json           its architecture, input and metrics
+  recipe.yaml              the resolved recipe: every default written out, overrides applied
+  provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host, world size, step
+  metrics.jsonl            one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
+  metrics.superseded.jsonl lines of steps that were computed again after an interruption
+  tensorboard/             and whatever other trackers write
+  checkpoints/             see dkd/checkpoints/folder.py and checkpointing.py
+  student.safetensors      the finished student, and beside it
+  student.json             its architecture, input and metrics
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,11 +25,23 @@ import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dkd.config import Recipe, RecipeError, recipe_to_yaml
+from dkd.checkpoints import CheckpointFolder
+from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 
 PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pydantic", "safetensors")
+Existing = Literal["resume", "refuse", "replace"]
+"""What to do with a run that is in `run.dir` already."""
+_FILES = (
+    "recipe.yaml",
+    "provenance.json",
+    "metrics.jsonl",
+    "metrics.superseded.jsonl",
+    "tensorboard",
+    "student.safetensors",
+    "student.json",
+)
 
 
 class RunDirectory:
@@ -35,59 +50,112 @@ class RunDirectory:
     def __init__(self, path: str | Path, writes: bool) -> None:
         self.path = Path(path)
         self.writes = writes
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints")
         self._metrics: Any = None
+        self._unwritten = ""
+        self._lock: Any = None
 
-    def start(self, recipe: Recipe, world_size: int, overwrite: bool) -> None:
-        """Create it; with `overwrite`, an older run in it is removed first."""
+    def claim(self, existing: Existing) -> None:
+        """Create it and keep other trainings out of it; with `replace`, an older run in it is removed.
+
+        Raises:
+            OSError: it cannot be made.
+            RecipeError: another process trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError.at("run.dir", f"{str(self.path)!r}: another process is training in it") from error
+        except OSError:  # a file system without locks
+            self._lock = None
+        if existing == "replace":
+            for target in (*(self.path / name for name in _FILES), self.checkpoints.path):
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        self.checkpoints.remove_unfinished()
+
+    def start(self, recipe: Recipe, world_size: int, step: int) -> None:
+        """Write what describes this start, after `step` steps of earlier ones; metrics go on behind that step.
+
+        Raises:
+            OSError: as the file system says.
+        """
         if not self.writes:
             return
+        earlier = _read_json(self.path / "provenance.json", [])
+        starts = [*(earlier if isinstance(earlier, list) else []), provenance(world_size, step)]
+        _replace(self.path / "provenance.json", json.dumps(starts, indent=2) + "\n")
+        _replace(self.path / "recipe.yaml", recipe_to_yaml(recipe))
+        self._supersede_after(step)
+        self._metrics = (self.path / "metrics.jsonl").open("a")
+
+    def _supersede_after(self, step: int) -> None:
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept: list[str] = []
+        superseded: list[str] = []
+        for line in path.read_text(errors="replace").splitlines():
+            (kept if _belongs_before(line, step) else superseded).append(line + "\n")
+        if superseded:
+            with (self.path / "metrics.superseded.jsonl").open("a") as file:
+                file.writelines(superseded)
+                _to_disk(file)
+            _replace(path, "".join(kept))
+
+    def log(self, line: Mapping[str, Any]) -> str | None:
+        """Append one line to metrics.jsonl. Lines that a full disk does not take are kept for the next time; returns what the system said
+        when that begins."""
+        if self._metrics is None:
+            return None
+        was_behind = bool(self._unwritten)
+        self._unwritten += json.dumps(line) + "\n"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._metrics.write(self._unwritten)
+            self._metrics.flush()
         except OSError as error:
-            # Only here: the process ends, and the launcher ends the others.
-            raise RecipeError.at("run.dir", f"{str(self.path)!r} cannot be made: {error.strerror}") from error
-        if overwrite and is_run(self.path):
-            for name in (
-                "recipe.yaml",
-                "provenance.json",
-                "metrics.jsonl",
-                "tensorboard",
-                "checkpoints",
-                "student.safetensors",
-                "student.json",
-            ):
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        (self.path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-        (self.path / "provenance.json").write_text(json.dumps(provenance(world_size), indent=2) + "\n")
-        self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)
+            return None if was_behind else str(error)
+        self._unwritten = ""
+        return None
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+    def sync(self) -> None:
+        """What was logged is on the disk. Raises OSError."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(line) + "\n")
+            _to_disk(self._metrics)
 
-    def checkpoint_folder(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step_{step:08d}"
+    def evaluations(self) -> dict[int, float]:
+        """Steps -> top-1 of what metrics.jsonl holds."""
+        path = self.path / "metrics.jsonl"
+        lines = map(_read_line, path.read_text(errors="replace").splitlines() if path.exists() else [])
+        return {line["evaluation"]["steps"]: line["evaluation"]["top1"] for line in lines if "evaluation" in line}
 
-    def remove_old_checkpoints(self, keep: int) -> None:
-        if self.writes:
-            for folder in sorted((self.path / "checkpoints").glob("step_*"))[:-keep]:
-                shutil.rmtree(folder)
+    def identity(self) -> str:
+        """The same for all starts of a run, and another's for no other."""
+        first = _read_json(self.path / "provenance.json", [{}])[0]
+        return hashlib.sha256(f"{first.get('host')} {first.get('started')} {self.path.absolute()}".encode()).hexdigest()[:16]
 
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def is_run(path: Path) -> bool:
     """Whether a run has been started in `path`."""
-    return (path / "recipe.yaml").exists() or (path / "metrics.jsonl").exists()
+    return any((path / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raises RecipeError when `path` holds a run that must not be lost, or is no directory."""
+def check_run_directory(recipe: Recipe, existing: Existing, allow_recipe_change: bool) -> list[Problem]:
+    """Whether a run can start in `run.dir`, or go on there. Returns how its recipe differs from that of the run that is in it.
+
+    Raises:
+        RecipeError: `run.dir` is no folder; it holds a run that must not be lost, or one of another recipe.
+    """
+    path = Path(recipe.run.dir)
     try:
         parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except (OSError, ValueError) as error:
@@ -96,21 +164,46 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise RecipeError.at("run.dir", f"{str(parent)!r} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RecipeError.at("run.dir", f"{str(path)!r} cannot be made: {str(parent)!r} cannot be written to")
-    if is_run(path) and not overwrite:
-        raise RecipeError.at("run.dir", f"{str(path)!r} holds a run already; choose another run.dir, or give --overwrite to replace it")
+    if not is_run(path) or existing == "replace":
+        return []
+    if existing == "refuse":
+        raise RecipeError.at(
+            "run.dir", f"{str(path)!r} holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite"
+        )
+    try:
+        before = load_recipe(path / "recipe.yaml")
+    except RecipeError as error:
+        raise RecipeError.at(
+            "run.dir",
+            f"{str(path)!r} holds a run already, whose recipe.yaml cannot be read ({error.problems[0]}); choose another run.dir, or give "
+            "--overwrite to replace it",
+        ) from error
+    changes = recipe_changes(before, recipe)
+    if changes and not allow_recipe_change:
+        advice = (
+            "holds a run of a recipe that differs as said; give --allow-recipe-change to go on with the new one, --overwrite to replace "
+        )
+        raise RecipeError([*changes, Problem("run.dir", f"{str(path)!r} {advice}the run, or choose another run.dir")])
+    return changes
 
 
-def provenance(world_size: int) -> dict[str, Any]:
-    """How this process was started, and from what."""
+def provenance(world_size: int, step: int) -> dict[str, Any]:
+    """How this process was started, from what, and after how many steps of earlier ones."""
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
         "host": platform.node(),
         "world_size": world_size,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages(),
         "git_revision": _git_revision(),
     }
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of what a result depends on."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str | None:
@@ -127,3 +220,43 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _belongs_before(line: str, step: int) -> bool:
+    """Whether a line of metrics stays when training goes on after `step` steps. An evaluation after that step is made again."""
+    values = _read_line(line)
+    if "evaluation" in values:
+        return bool(values["evaluation"]["steps"] < step)
+    if "checkpoint" in values:
+        return bool(values["checkpoint"]["step"] <= step)
+    return 0 < values.get("step", 0) <= step
+
+
+def _read_line(line: str) -> dict[str, Any]:
+    """A line of metrics; empty when a killed process wrote half of it."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader, also after a power cut, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w") as file:
+        file.write(text)
+        _to_disk(file)
+    os.replace(temporary, path)
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

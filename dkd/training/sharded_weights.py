@@ -42,13 +42,14 @@ def release_gathered(wrapped: nn.Module) -> None:
         release()
 
 
+def plain_name(name: str) -> str:
+    """The name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and TappedModel."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
+
+
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state of the student's model, on the CPU. A collective under sharding: all ranks call it; the main process gets it all,
     the others whatever the engine gives them."""
     state = accelerator.get_state_dict(wrapped) or {}
-    kept = {}
-    for key, value in state.items():
-        # The prefixes of DDP and of TappedModel.
-        name = key.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
-        kept[name] = value.detach().to("cpu", copy=True)  # a copy on CPUs too: the weights may be swapped before it is written
-    return kept
+    # Copies on CPUs too: the weights may be swapped before they are written.
+    return {plain_name(name): value.detach().to("cpu", copy=True) for name, value in state.items()}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dkd.config import Recipe, RecipeError
+from dkd.checkpoints import CheckpointError, SavedTensor
+from dkd.config import Recipe, RecipeError, recipe_to_yaml
 from dkd.data import EvaluationBatches, Normalize, SampleOrder, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
@@ -22,14 +25,17 @@ from dkd.models import TappedModel, WeightsError, save_student
 from dkd.teacher import FrozenTeacher
 from dkd.training import assembly, engine, launch, preflight
 from dkd.training.batch_statistics import RunningStatistics
+from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, newest_whole, read_facts
 from dkd.training.ema import WeightAverage
 from dkd.training.evaluation import Evaluation, evaluate
-from dkd.training.optimizers import build_optimizer
+from dkd.training.main_process import on_main_process
+from dkd.training.optimizers import build_optimizer, state_keys
 from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
-from dkd.training.run_directory import RunDirectory
+from dkd.training.run_directory import Existing, RunDirectory, is_run
 from dkd.training.schedules import learning_rate
 from dkd.training.sharded_weights import full_state, parameter_counts
+from dkd.training.training_state import differences, optimizer_keys
 from dkd.training.two_passes import CachedGradient, relational_gradient
 
 STEPS_THAT_COMPARE_PASSES = 5
@@ -47,13 +53,13 @@ class Trainer:
 
     Args:
         recipe: checked by `preflight.check`.
-        overwrite: replace a run that is in `run.dir` already.
+        existing: what to do with a run that is in `run.dir` already. `resume` goes on behind its newest whole checkpoint.
 
     Raises:
-        RecipeError: what only opened data or the opened process group can show.
+        RecipeError: what only opened data or the opened process group can show. On every rank.
     """
 
-    def __init__(self, recipe: Recipe, overwrite: bool = False) -> None:
+    def __init__(self, recipe: Recipe, existing: Existing = "resume") -> None:
         self.recipe = recipe
         train = recipe.train
         world_size = launch.world_size()
@@ -101,10 +107,19 @@ class Trainer:
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
         self.run_dir.writes = self.main
-        self.run_dir.start(recipe, world_size, overwrite)
-        engine.start_trackers(accelerator, recipe, _flat(recipe.model_dump()))
+        self.checkpoint_schedule = CheckpointSchedule(recipe.checkpoint, self.order.steps_per_epoch, self.total_steps)
+        state = engine.training_state(self.student, prepared, self.optimizer, self.average)
+        self.checkpointer = Checkpointer(
+            recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.collective_timeout
+        )
+        self.seconds_before = 0.0
+        self._minutes_are_over = False
+        self.first_step, notes = self._resumed(existing)
+        engine.start_trackers(accelerator, recipe, self.run_dir.identity(), self.first_step)
         self.attendance = Attendance("step")
-        self.progress = Progress(self.total_steps, 0, train.global_batch, self.main)
+        self.progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
+        for note in notes:
+            self.progress.say(note)
 
     def run(self) -> Evaluation:
         """Train to the end, evaluating on the way; leaves the finished student in the run directory.
@@ -116,6 +131,7 @@ class Trainer:
         try:
             return self._run()
         except TrainingError:
+            self.checkpointer.wait()
             raise
         except RuntimeError as error:
             # A failed collective looks like any other error. Which ranks came how far tells a lost rank from a mistake.
@@ -123,38 +139,103 @@ class Trainer:
                 reason = (str(error).splitlines() or [""])[0]
                 print(f"dkd: rank {self.order.rank} cannot go on: {reason} | {self.attendance.describe()}", file=sys.stderr, flush=True)
             raise
+        finally:
+            self.run_dir.close()
+
+    def _resumed(self, existing: Existing) -> tuple[int, list[str]]:
+        """Go on behind the newest whole checkpoint, if there is one. Returns the steps that are done, and what there is to say of it."""
+        found, reason = on_main_process(self.main, lambda: self._found_in_run_directory(existing))
+        if found is None:
+            raise RecipeError.at("run.dir", reason)
+        facts, notes = found
+        step, world_size = 0, self.order.world_size
+        if facts is not None:
+            step = facts["step"]
+            try:
+                self.checkpointer.restore(step, facts["world_size"], self._misfits)
+            except CheckpointError as error:
+                raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
+            if facts["scaler"] is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(facts["scaler"])
+            self.seconds_before = facts["seconds"]
+            elsewhere = f", written by {facts['world_size']} processes of {facts['engine']}"
+            notes.append(f"resumed from {self.run_dir.checkpoints.path_of(step)}, {step} of {self.total_steps} steps done{elsewhere}")
+        _, reason = on_main_process(self.main, lambda: self.run_dir.start(self.recipe, world_size, step))
+        if reason:
+            raise RecipeError.at("run.dir", reason)
+        self.checkpointer.evaluations = self.run_dir.evaluations() if self.main else {}
+        return step, notes
+
+    def _found_in_run_directory(self, existing: Existing) -> tuple[dict[str, Any] | None, list[str]]:
+        """On the main process: what the checkpoint to go on from says of itself, and what there is to say of others."""
+        self.run_dir.claim(existing)
+        was_run = is_run(self.run_dir.path)
+        step, damaged = newest_whole(self.run_dir.checkpoints)
+        notes = [f"warning: {problem}; an older checkpoint is taken" for problem in damaged]
+        if step is None:
+            return None, ["the run in run.dir has no checkpoint yet: it starts again from its first step"] if was_run else []
+        facts = read_facts(self.run_dir.checkpoints, step)
+        taught = facts["teacher"]["fingerprint"] if facts["teacher"] else ""
+        teaches = self.teacher.fingerprint if self.teacher is not None else ""
+        if taught and teaches and taught != teaches:
+            raise CheckpointError(
+                f"the run was taught by {facts['teacher']['name']} with weights {taught[:12]}, the teacher here has {teaches[:12]}; "
+                "another teacher makes another run; choose another run.dir, or give --overwrite"
+            )
+        if facts["global_batch"] != self.recipe.train.global_batch:
+            raise CheckpointError(
+                f"the run is {step} steps of {facts['global_batch']} samples long; it cannot go on with "
+                f"train.global_batch={self.recipe.train.global_batch}"
+            )
+        if step > self.total_steps:
+            raise CheckpointError(f"the run has done {step} steps already, more than the {self.total_steps} that the recipe asks for")
+        return facts, notes
+
+    def _misfits(self, saved: Mapping[str, SavedTensor]) -> list[str]:
+        """Why a checkpoint's tensors cannot be those of this student and optimizer."""
+        kept, needed = optimizer_keys(saved), state_keys(self.recipe.optimizer)
+        found = differences(saved, self.accelerator.unwrap_model(self.student), self.average)
+        if kept != needed:
+            names = [", ".join(sorted(keys)) or "nothing" for keys in (kept, needed)]
+            found.append(f"the optimizer's state in it is {names[0]}; {self.recipe.optimizer.name} of this recipe keeps {names[1]}")
+        return found
 
     def _run(self) -> Evaluation:
         started = time.monotonic()
-        batches = self.batches.steps(0, self.total_steps)
+        result: Evaluation | None = None
+        if self.first_step > 0 and self._evaluation_is_due(self.first_step):
+            result = self._evaluate(self.first_step)
+        batches = self.batches.steps(self.first_step, self.total_steps)
         clock = time.monotonic()
         pending: RankMeans | None = None
-        result: Evaluation | None = None
-        for step in range(self.total_steps):
+        for step in range(self.first_step, self.total_steps):
             self._reach(step, 0, 0)
             values = self._step(step, batches)
             # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has waited for it.
             now = time.monotonic()
             values["seconds"], clock = now - clock, now
+            values["minutes_over"] = float(self.main and self.checkpoint_schedule.minutes_over())
             # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
             means = RankMeans(step, values)
             self._report(pending)
             pending = means
-            epoch, position = divmod(step + 1, self.order.steps_per_epoch)
-            if position == 0 or step + 1 == self.total_steps:
-                self._report(pending)
+            saves = self.checkpoint_schedule.due(step + 1, self._minutes_are_over)
+            evaluates = self._evaluation_is_due(step + 1)
+            if saves or evaluates:
+                self._report(pending)  # nothing is saved of a step that would have ended the run
                 pending = None
-                last = step + 1 == self.total_steps
-                saved = last or epoch % self.recipe.checkpoint.every_epochs == 0
-                if saved:
-                    self._save_checkpoint(step + 1, None)  # before the evaluation, which may meet a broken image
-                result = self._evaluate(step + 1) if last or epoch % self.recipe.evaluation.every_epochs == 0 else None
-                if saved and result is not None:
-                    self._save_checkpoint(step + 1, result)
+                if saves:
+                    self._save_checkpoint(step + 1, self.seconds_before + now - started)  # before an evaluation that may fail
+                result = self._evaluate(step + 1) if evaluates else None
                 clock = time.monotonic()
+            self._tell_of_checkpoints()
         assert result is not None
-        self._finish(result, time.monotonic() - started)
+        self._finish(result, self.seconds_before + time.monotonic() - started)
         return result
+
+    def _evaluation_is_due(self, steps_done: int) -> bool:
+        epoch, rest = divmod(steps_done, self.order.steps_per_epoch)
+        return steps_done == self.total_steps or (rest == 0 and epoch % self.recipe.evaluation.every_epochs == 0)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor | float]:
         """One optimizer step over the global batch. Returns this rank's share of what is logged."""
@@ -203,13 +284,13 @@ class Trainer:
         objective = self.objective if cached is None else self.separable
         # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything they will exchange.
         layout = BatchLayout.even(len(labels))
-        if step == 0 and micro_step == 0:
+        if step == self.first_step and micro_step == 0:
             BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
         total, terms = objective(student, teacher, labels, step=step, layout=layout)
         if cached is None:
             return total, {"loss": total.detach(), **terms}
         logged = {"loss": total.detach() + cached.total, **terms, **cached.terms}
-        compared = step < STEPS_THAT_COMPARE_PASSES
+        compared = step - self.first_step < STEPS_THAT_COMPARE_PASSES
         logged["pass_difference"] = cached.difference(micro_step, student.features) if compared else torch.zeros_like(total)
         return total + cached.loss(micro_step, student.features), logged
 
@@ -226,7 +307,7 @@ class Trainer:
             features = self._student_outputs(step, micro_step, batch).features
             students.append({path: features[path] for path in self.relational.student_taps})
             self.statistics.forget_micro_batch()
-        if step == 0:
+        if step == self.first_step:
             BatchLayout.agree([*students[0].values(), *teachers[0].features.values(), labels[0]])
         with torch.enable_grad():
             return relational_gradient(self.relational, students, teachers, torch.cat(labels), step)
@@ -277,6 +358,7 @@ class Trainer:
                 "something in it is random beyond torch's seed, or compiled differently; "
                 "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
+        self._minutes_are_over = values["minutes_over"] > 0
         step = means.step
         shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
         self.progress.step(step, shown)
@@ -291,8 +373,7 @@ class Trainer:
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
                 line["sp_row_difference"] = values["sp"] * self.gram_rows
-            self.run_dir.log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line})
-            self.accelerator.log(line, step=step + 1)
+            self._log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line}, line, step + 1)
 
     def _evaluate(self, steps_done: int) -> Evaluation:
         """On the average of the weights, if one is kept."""
@@ -301,30 +382,78 @@ class Trainer:
         with self.average.applied() if self.average else nullcontext():
             result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device)
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
-        self.run_dir.log({"evaluation": facts})
-        self.accelerator.log({"evaluation/top1": result.top1, "evaluation/loss": result.loss}, step=steps_done)
+        self.checkpointer.evaluations[steps_done] = result.top1
+        self._log({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
         self.progress.say(
             f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}"
         )
         return result
 
-    def _save_checkpoint(self, steps_done: int, result: Evaluation | None) -> None:
-        self.attendance.reach([steps_done, 0], f"checkpoint after step {steps_done}")
-        self._export(self.run_dir.checkpoint_folder(steps_done), {"steps": steps_done, "evaluation": result.facts() if result else None})
-        self.run_dir.remove_old_checkpoints(self.recipe.checkpoint.keep_last)
+    def _log(self, line: Mapping[str, Any], tracked: Mapping[str, Any], step: int) -> None:
+        """To metrics.jsonl and to the trackers. A full disk does not end training."""
+        problem = self.run_dir.log(line)
+        if problem:
+            self.progress.say(f"warning: metrics.jsonl cannot be written ({problem}); its lines are kept until it can")
+        try:
+            self.accelerator.log(dict(tracked), step=step)
+        except OSError as error:
+            self.progress.say(f"warning: trackers cannot write ({error}); they get nothing more")
+            self.accelerator.trackers = []
 
-    def _export(self, folder: Any, facts: Mapping[str, Any]) -> None:
-        # All ranks gather the weights, where they are sharded; one writes.
+    def _save_checkpoint(self, steps_done: int, seconds: float) -> None:
+        """All ranks copy their part of the state; it is written while training goes on."""
+        begun = time.monotonic()
+        self.attendance.reach([steps_done, 0], f"checkpoint after step {steps_done}")
+        exported = self._exported({"steps": steps_done})
+        scaler = self.accelerator.scaler
+        teacher = None
+        if self.teacher is not None and self.recipe.teacher is not None:
+            taps = sorted({teacher for _, teacher in assembly.pairs(self.recipe)})
+            teacher = {"name": self.recipe.teacher.name, "fingerprint": self.teacher.fingerprint, "taps": taps}
+        facts = checkpoint_facts(
+            steps_done, self.recipe, self.order.world_size, launch.engine(), teacher, seconds=round(seconds, 1),
+            scaler=None if scaler is None else scaler.state_dict(),
+        )  # fmt: skip
+
+        def write_beside(folder: Path) -> None:
+            self._write_student(folder, exported)
+            (folder / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
+            (folder / "recipe.yaml").write_text(recipe_to_yaml(self.recipe))
+
+        try:
+            self.run_dir.sync()  # going on from this checkpoint, lines up to it are not written again
+        except OSError as error:
+            self.progress.say(f"warning: metrics.jsonl cannot be written ({error})")
+        self.checkpointer.save(steps_done, write_beside, begun)
+        self._minutes_are_over = False
+
+    def _tell_of_checkpoints(self) -> str | None:
+        """Log what was written meanwhile. Returns why the last of them could not be."""
+        error = None
+        for written in self.checkpointer.finished():
+            error = written.error
+            if error is not None:
+                self.progress.say(
+                    f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes on, older ones stay"
+                )
+            facts = {"step": written.step, "bytes": written.bytes, "seconds": written.seconds, "stall": written.stall, "error": error}
+            self._log({"checkpoint": facts}, {"checkpoint/stall": written.stall}, written.step)
+        return error
+
+    def _exported(self, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The student's whole weights, on the main process, and what is to be said of them. All ranks gather them."""
         with self.average.applied() if self.average else nullcontext():
             state = full_state(self.accelerator, self.student)
-        if self.main:
-            description = {
-                "image_size": self.image_size,
-                "normalization": {"mean": list(self.normalize.mean), "std": list(self.normalize.std)},
-                "weights": "average" if self.average else "last",
-                **facts,
-            }
-            save_student(folder, assembly.student_spec(self.recipe), state, description)
+        description = {
+            "image_size": self.image_size,
+            "normalization": {"mean": list(self.normalize.mean), "std": list(self.normalize.std)},
+            "weights": "average" if self.average else "last",
+            **facts,
+        }
+        return state if self.main else {}, description
+
+    def _write_student(self, folder: Path, exported: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
+        save_student(folder, assembly.student_spec(self.recipe), *exported)
 
     def _finish(self, result: Evaluation, seconds: float) -> None:
         facts = {
@@ -335,13 +464,29 @@ class Trainer:
             "global_batch": self.recipe.train.global_batch,
             "world_size": self.order.world_size,
         }
-        self._export(self.run_dir.path, facts)
+        exported = self._exported(facts)
+        self.checkpointer.wait()
+        failed = self._tell_of_checkpoints()
+
+        def write() -> str | None:
+            self._write_student(self.run_dir.path, exported)
+            self.run_dir.sync()
+            self.checkpointer.prune()
+            return failed
+
+        failed, reason = on_main_process(self.main, write)
         self.progress.close()
-        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
-        self.run_dir.close()
         # Not accelerator.end_training(): it would also destroy a process group that the caller may still use.
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except OSError as error:
+                self.progress.say(f"warning: {tracker.name} cannot write ({error})")
+        if reason:
+            raise TrainingError(f"the finished student cannot be written: {reason}; start the same command again when it can be")
+        if failed:
+            raise TrainingError(f"the last checkpoint could not be written: {failed}; the student is in {self.run_dir.path}")
+        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
 
     def _announce(self) -> None:
         train, order = self.recipe.train, self.order
@@ -376,14 +521,3 @@ def _built(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTea
         return student, assembly.build_teacher(recipe, device, launch.world_size(), launch.local_world_size())
     except WeightsError as error:
         raise RecipeError.at(f"{role}.weights", error) from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and plain values, as trackers take them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat

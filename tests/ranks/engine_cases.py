@@ -81,7 +81,7 @@ def train(folder, case):
     name = name_of(case)
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
-        preflight.check(recipe, overwrite=False)
+        preflight.check(recipe)
         trainer = Trainer(recipe)
         if "samples" in case:
             shown = trainer.validation

@@ -49,7 +49,7 @@ def train(folder, name, changes, tamper=lambda trainer: None):
     # Accelerate keeps its settings for the life of a process; each case here is a launch of its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    preflight.check(recipe, overwrite=False)
+    preflight.check(recipe)
     trainer = Trainer(recipe)
     teacher_before = weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None
     tamper(trainer)

@@ -1,0 +1,134 @@
+"""Named tensors in a folder, by torch.distributed.checkpoint: each rank writes its part, and any number of ranks reads them back.
+
+torch's reader unpickles `.metadata` as it is, and unpickles entries that the metadata calls bytes. Here the metadata may name nothing but
+torch's own classes of metadata, and every entry must be a tensor, which torch reads with `weights_only=True`: reading runs no code of a
+file.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+
+from dkd.checkpoints.folder import CheckpointError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    _METADATA: {
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "pathlib": {"PosixPath", "Path"},
+    "pathlib._local": {"PosixPath", "Path"},  # its name in Python 3.13
+    "collections": {"OrderedDict"},
+}  # fmt: skip
+
+
+class SavedTensor(NamedTuple):
+    """What is known of a tensor in a folder without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Write `tensors`: plain ones, equal on all ranks that name them, or DTensors, of which each rank writes its shards. A collective.
+
+    Args:
+        folder: on a file system that all ranks share; it may hold other files.
+        group: None: this process alone.
+
+    Raises:
+        CheckpointError: on every rank, when one could not write; on rank 0, when it does not see what the others wrote.
+    """
+    try:
+        with _no_warning_of_one_process():
+            dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise CheckpointError(_first_reason(error)) from error
+    if group is None or dist.get_rank(group) == 0:
+        unseen = sorted(name for name in _files(_read_metadata(folder)) if not (folder / name).is_file())
+        if unseen:
+            raise CheckpointError(
+                f"{unseen[0]}, written by another process, is not in {str(folder)!r} here: run.dir must be where all machines see the same files"
+            )
+
+
+def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fill `tensors`, plain ones or DTensors of any sharding, from what `save_tensors` wrote. A collective.
+
+    Raises:
+        CheckpointError: on every rank, when a file is damaged, holds more than tensors, or lacks one.
+    """
+    try:
+        with _no_warning_of_one_process():
+            dcp.load(dict(tensors), storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise CheckpointError(_first_reason(error)) from error
+
+
+def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
+    """Name -> shape and dtype of everything in `folder`. Raises CheckpointError when its metadata is damaged or holds more than tensors."""
+    entries = _read_metadata(folder).state_dict_metadata
+    return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise CheckpointError(f".metadata names {module}.{name}, which is no part of a checkpoint; it was not loaded")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        tensors_only = all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values())
+        names = _files(metadata)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # unpickling garbage raises anything
+        raise CheckpointError(f".metadata is damaged: {type(error).__name__}: {error}") from error
+    if not tensors_only or any(Path(name).name != name for name in names):
+        raise CheckpointError(".metadata lists more than tensors of this folder; it was not loaded")
+    return metadata
+
+
+def _files(metadata: Metadata) -> set[str]:
+    return {info.relative_path for info in metadata.storage_data.values()}
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+@contextmanager
+def _no_warning_of_one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _first_reason(error: CheckpointException) -> str:
+    """What failed on the first rank that failed. torch's own text holds every rank's stack."""
+    rank, (reason, _) = sorted(error.failures.items())[0]
+    return f"rank {rank}: {type(reason).__name__}: {' '.join(str(reason).split())[:300]}"

@@ -1,0 +1,250 @@
+"""When a checkpoint is written, what is in it, and how training goes on from one.
+
+RUN/checkpoints/step_N/
+  training/             student, optimizer, moving average and random states, as torch.distributed.checkpoint writes them
+  state.json            steps done, world size, engine, recipe's hash, teacher, gradient scaler, versions
+  recipe.yaml           the resolved recipe
+  student.safetensors   the student alone, as `dkd evaluate` and `teacher.weights` take it, with student.json
+  manifest.json         sizes and checksums of the others
+
+The training thread only copies the state to the CPU. A thread of its own on every rank writes it, over a process group of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from dkd.checkpoints import CheckpointError, CheckpointFolder, SavedTensor, load_tensors, save_tensors, saved_tensors
+from dkd.config import Recipe, recipe_to_yaml
+from dkd.config.schema import CheckpointSection
+from dkd.global_batch.collectives import all_gather_objects
+from dkd.training.random_state import random_states, restore_random_states
+from dkd.training.run_directory import packages
+
+Tensors = dict[str, torch.Tensor]
+_FORMAT = 1
+
+
+class State(Protocol):
+    """`TrainingState` or `ZeroTrainingState`."""
+
+    def collect(self) -> Tensors: ...
+
+    def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that was written, or was not."""
+
+    step: int
+    error: str | None
+    stall: float
+    """Seconds that training stood still for it."""
+    seconds: float
+    """That the writing took beside training."""
+    bytes: int
+
+
+class CheckpointSchedule:
+    """After which steps a checkpoint is due. The same answer on every rank.
+
+    Args:
+        steps_per_epoch, total_steps: of the run. The last step always makes one.
+    """
+
+    def __init__(self, section: CheckpointSection, steps_per_epoch: int, total_steps: int) -> None:
+        self._section, self._steps_per_epoch, self._total_steps = section, steps_per_epoch, total_steps
+        self._last = time.monotonic()
+
+    def due(self, step: int, minutes_are_over: bool) -> bool:
+        """After `step` steps.
+
+        Args:
+            minutes_are_over: what `minutes_over` was on the main process, as all ranks know it.
+        """
+        section = self._section
+        epoch, rest = divmod(step, self._steps_per_epoch)
+        due = (
+            step == self._total_steps
+            or minutes_are_over
+            or (section.every_epochs is not None and rest == 0 and epoch % section.every_epochs == 0)
+            or (section.every_steps is not None and step % section.every_steps == 0)
+        )
+        if due:
+            self._last = time.monotonic()
+        return due
+
+    def minutes_over(self) -> bool:
+        """Whether this process's clock asks for a checkpoint."""
+        return self._section.every_minutes is not None and time.monotonic() - self._last >= 60 * self._section.every_minutes
+
+
+class Checkpointer:
+    """Writes checkpoints, one at a time, and prunes old ones.
+
+    Args:
+        section: the recipe's.
+        folder: of the run.
+        state: what is saved.
+        rank, world_size: of this process.
+        timeout: seconds that a rank waits for another while writing.
+    """
+
+    def __init__(
+        self, section: CheckpointSection, folder: CheckpointFolder, state: State, rank: int, world_size: int, timeout: float
+    ) -> None:
+        self._section, self._folder, self._state, self._rank = section, folder, state, rank
+        # gloo: what is written lies on the CPU; and its collectives must not mix with those of training.
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size > 1 else None
+        self._thread: threading.Thread | None = None
+        self._results: list[Written] = []
+        self.evaluations: dict[int, float] = {}
+        """Steps -> top-1, for `keep_best`; the main process's."""
+
+    def save(self, step: int, files: Callable[[Path], None], begun: float) -> None:
+        """Begin to write the checkpoint of a step; an earlier one is waited for. All ranks call it. What comes of it, `finished` tells.
+
+        Args:
+            files: writes the other files into a folder; called on the main process, beside training.
+            begun: when training stopped for this, by time.monotonic().
+        """
+        self.wait()
+        tensors = self._state.collect() | {f"rng/{self._rank}/{name}": state for name, state in random_states().items()}
+        stall = time.monotonic() - begun
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, files, stall), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self._section.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finished(self) -> list[Written]:
+        """What came of `save`s that have come to an end on this rank since this was last asked."""
+        results, self._results = self._results, []
+        return results
+
+    def _write(self, step: int, tensors: Tensors, files: Callable[[Path], None], stall: float) -> None:
+        begun = time.monotonic()
+        path, size, error = self._folder.writing_path(step), 0, None
+        try:
+            save_tensors(path / "training", tensors, self._group)
+            if self._rank == 0:
+                files(path)
+                size = self._folder.commit(step)
+                self.prune()
+        except Exception as problem:  # in a thread: whatever it is, training is to hear of it
+            error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, CheckpointError) else str(problem)
+            if self._rank == 0:
+                self._folder.discard(step)
+        self._results.append(Written(step, error, stall, time.monotonic() - begun, size))
+
+    def prune(self) -> None:
+        """Remove what neither `keep_last` nor `keep_best` keeps. The main process's."""
+        steps = self._folder.steps()
+        best = sorted((step for step in steps if step in self.evaluations), key=lambda step: (self.evaluations[step], step))
+        kept = {*steps[-self._section.keep_last :], *(best[-self._section.keep_best :] if self._section.keep_best else [])}
+        self._folder.remove_all_but(kept)
+
+    def restore(self, step: int, saved_world_size: int, problems: Callable[[Mapping[str, SavedTensor]], list[str]]) -> None:
+        """Put the checkpoint of a step in the place of the present state. All ranks call it.
+
+        Args:
+            problems: names of what was saved -> why it does not fit; the same on every rank.
+
+        Raises:
+            CheckpointError: on every rank.
+        """
+        training = self._folder.path_of(step) / "training"
+        saved: dict[str, SavedTensor] = {}
+        try:
+            saved = saved_tensors(training)
+            found = problems(saved)
+        except (CheckpointError, OSError) as error:
+            found = [str(error)]
+        # A rank that raised alone would leave the others waiting for it.
+        for rank, reasons in enumerate(all_gather_objects(found)):
+            if reasons:
+                more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+                raise CheckpointError(f"rank {rank}: {'; '.join(reasons[:3])}{more}")
+        self._state.restore(saved, lambda tensors: load_tensors(training, tensors, self._group))
+        prefix = f"rng/{self._rank}/"
+        world_size = 1 if self._group is None else dist.get_world_size(self._group)
+        # Of another number of ranks there is none for each; what training itself draws is seeded by position.
+        if world_size == saved_world_size:
+            random = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in saved.items() if name.startswith(prefix)}
+            load_tensors(training, random, self._group)
+            restore_random_states({name.removeprefix(prefix): state for name, state in random.items()})
+
+
+def newest_whole(folder: CheckpointFolder) -> tuple[int | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with newer ones. Of the main process.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    problems: list[str] = []
+    for step in reversed(folder.steps()):
+        problem = folder.problem(step)
+        if problem is None:
+            try:
+                saved_tensors(folder.path_of(step) / "training")
+                read_facts(folder, step)
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        if problem is None:
+            return step, problems
+        problems.append(f"{folder.path_of(step)}: {problem}")
+    if problems:
+        raise CheckpointError("no checkpoint is whole: " + "; ".join(problems))
+    return None, []
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe, but for the run's own place."""
+    placeless = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": ""})})
+    return hashlib.sha256(recipe_to_yaml(placeless).encode()).hexdigest()
+
+
+def checkpoint_facts(
+    step: int, recipe: Recipe, world_size: int, engine: str, teacher: Mapping[str, Any] | None, **more: Any
+) -> dict[str, Any]:
+    """The content of state.json."""
+    return {
+        "format": _FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "engine": engine,
+        "global_batch": recipe.train.global_batch,
+        "recipe_sha256": recipe_hash(recipe),
+        "teacher": teacher,
+        "packages": packages(),
+        **more,
+    }
+
+
+def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError."""
+    try:
+        values = json.loads((folder.path_of(step) / "state.json").read_text())
+        ours = values["format"] == _FORMAT and values["step"] == step and isinstance(values["world_size"], int)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("state.json is damaged") from error
+    if not ours:
+        raise CheckpointError("state.json is damaged, or of another version")
+    return dict(values)

@@ -1,0 +1,110 @@
+"""Everything that training changes, as named tensors on the CPU: the same names and whole shapes under every engine and on any number of
+ranks, so that what one launch saved another can read.
+
+    model/NAME             parameters and buffers of the student
+    average/NAME           their exponential moving average, where one is kept
+    optimizer/NAME/KEY     the optimizer's state of a parameter: momentum_buffer, exp_avg, step, ...
+
+The optimizer's settings are not among them: they are the recipe's, and the learning rate is a function of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dkd.checkpoints import SavedTensor
+from dkd.training.ema import WeightAverage
+from dkd.training.sharded_weights import plain_name, release_gathered
+
+Tensors = dict[str, torch.Tensor]
+
+
+class TrainingState:
+    """Of a student whole on every rank (DDP) or in FSDP2's shards.
+
+    Args:
+        wrapped: the student as the engine wraps it.
+        model: the same without the wrapper.
+        optimizer: torch's own, over the parameters of `model`.
+        average: the moving average of the weights, or None.
+    """
+
+    def __init__(self, wrapped: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> None:
+        self._wrapped, self._model, self._optimizer, self._average = wrapped, model, optimizer, average
+        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+    def collect(self) -> Tensors:
+        """Copies on the CPU: training may go on while they are written. All ranks call it."""
+        return {name: _copied(tensor) for name, tensor in self._live()}
+
+    def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
+        """Put what was saved in the place of what is there. All ranks call it, before the first step.
+
+        Args:
+            saved: names of what was saved.
+            load: fills tensors by name, in place.
+        """
+        release_gathered(self._wrapped)
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state[parameter]
+            for key, tensor in _of_parameter(saved, name).items():
+                if tensor.shape == tuple(parameter.shape):
+                    state[key] = torch.zeros_like(parameter, dtype=tensor.dtype, requires_grad=False)
+                else:  # a number, such as AdamW's count of steps, which torch keeps on the CPU
+                    state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        load(dict(self._live()))
+
+    def _live(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._model.state_dict().items():
+            yield f"model/{plain_name(name)}", tensor.detach()
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"optimizer/{name}/{key}", value
+        if self._average is not None:
+            for name, live, average in self._average.named():
+                yield f"average/{name}", _sharded_alike(average, live)
+
+
+def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: WeightAverage | None) -> list[str]:
+    """What of a student and its average is not in `saved`, or in another shape, in words; and what is saved beyond them."""
+    wanted = {f"model/{plain_name(name)}": _whole_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    if average is not None:
+        wanted |= {f"average/{name}": _whole_shape(live) for name, live, _ in average.named()}
+    kept = {name: tensor.shape for name, tensor in saved.items() if name.startswith(("model/", "average/"))}
+    found = [f"{name} is not in it" for name in wanted if name not in kept]
+    found += [f"{name} is in it and not here" for name in kept if name not in wanted]
+    return found + [
+        f"{name} is {kept[name]} in it and {wanted[name]} here" for name in wanted if kept.get(name, wanted[name]) != wanted[name]
+    ]
+
+
+def optimizer_keys(saved: Mapping[str, SavedTensor]) -> set[str]:
+    """What the optimizer keeps of a parameter: {momentum_buffer}, or {exp_avg, exp_avg_sq, step}."""
+    return {name.rpartition("/")[2] for name in saved if name.startswith("optimizer/")}
+
+
+def _of_parameter(saved: Mapping[str, SavedTensor], name: str) -> dict[str, SavedTensor]:
+    prefix = f"optimizer/{name}/"
+    return {key: saved[prefix + key] for key in optimizer_keys(saved) if prefix + key in saved}
+
+
+def _sharded_alike(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """A rank's part of something, as the DTensor that `live` is one of."""
+    if not isinstance(live, DTensor):
+        return local
+    return DTensor.from_local(local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride())
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        return _sharded_alike(tensor.to_local().detach().to("cpu", copy=True), tensor)
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -1,0 +1,151 @@
+"""Trainings that are interrupted and go on, on this launch. What each returns: its logged lines, its final weights, the images it saw."""
+
+import hashlib
+import json
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import trainer_cases
+from engine_cases import launched_as
+
+from dkd.models.weights import read_file
+from dkd.training import preflight
+from dkd.training.engine import leave_process_group
+from dkd.training.trainer import Trainer
+
+TIMINGS = ("images_per_second", "data_wait")
+MIXED = {"mixup": 0.4, "cutmix": 1.0}
+MODELS = {
+    "plain": {},
+    # Everything that has a state or draws random numbers.
+    "regularized": {"student": {"name": "small_models:Regularized", "norm": None}, "data": MIXED, "train": {"ema": {"decay": 0.9}}},
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train(folder, case):
+    """Train in FOLDER/run as a case says, up to and with step `until` of it (None: to the end), as many times as `interruptions` says."""
+    for until in case["interruptions"]:
+        with launched_as(case["engine"]):
+            recipe = recipe_of(folder, case)
+            preflight.check(recipe)
+            trainer = Trainer(recipe)
+            log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
+            finished = run_until(trainer, until)
+        if dist.is_initialized():
+            dist.barrier()
+    return described(folder, case, finished)
+
+
+def recipe_of(folder, case):
+    model = MODELS[case["model"]]
+    changes = {
+        **model,
+        "losses": trainer_cases.with_strategy(case.get("strategy", "gather")),
+        "data": {**model.get("data", {}), "workers": case["workers"]},
+        "train": {
+            **model.get("train", {}),
+            "global_batch": 32,
+            "micro_batch": case["micro_batch"],
+            "epochs": 1,
+            "max_steps": 12,
+            "precision": case["precision"],
+            "channels_last": False,
+        },
+        "checkpoint": {"every_steps": 3, "keep_last": 2, **case.get("checkpoint", {})},
+        "optimizer": case["optimizer"],
+    }
+    # An epoch of 5 steps: interruptions fall on its end, before and after it.
+    changes["data"] |= {"train": str(folder / "few.parquet"), "in_memory": False, "label_column": "label"}
+    changes["train"]["epochs"] = 3
+    return trainer_cases.recipe_of(folder, case["run"], changes)
+
+
+def run_until(trainer, until):
+    take = trainer._step
+
+    def step(number, batches):
+        if until is not None and number >= until:
+            raise Interrupted
+        return take(number, batches)
+
+    trainer._step = step
+    try:
+        trainer.run()
+    except Interrupted:
+        trainer.checkpointer.wait()  # a real process would be gone; what the thread still writes must not meet the next one
+        return False
+    return True
+
+
+def log_images(trainer, path):
+    """Of each image of each step: its place in the global batch, its label and what was made of it."""
+    load = trainer.batches.steps
+    order = trainer.order
+
+    def logged(first, last):
+        with path.open("a") as file:
+            for number, batch in enumerate(load(first, last)):
+                step, micro_step = first + number // order.micro_steps, number % order.micro_steps
+                start = (micro_step * order.world_size + order.rank) * order.micro_batch
+                for place, (image, label) in enumerate(zip(batch.images, batch.labels, strict=True)):
+                    digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
+                    file.write(json.dumps([step, start + place, int(label), digest]) + "\n")
+                file.flush()
+                yield batch
+
+    trainer.batches.steps = logged
+
+
+def described(folder, case, finished):
+    run = folder / case["run"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in TIMINGS:
+            line.pop(key, None)
+    images = {}
+    for path in sorted(folder.glob(f"{case['run']}_images_*.jsonl")):
+        for step, place, *image in map(json.loads, path.read_text().splitlines()):
+            assert images.setdefault(f"{step} {place}", image) == image  # computed again: the same image again
+    values = {"steps": [line for line in lines if "step" in line], "evaluations": [line for line in lines if "evaluation" in line]}
+    values |= {"images": images, "finished": finished, "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir())}
+    if finished:
+        state = read_file(run / "student.safetensors")
+        values["sha256"] = hashlib.sha256((run / "student.safetensors").read_bytes()).hexdigest()
+        values["state"] = {key: value.double().flatten().tolist() for key, value in state.items()}
+    return values
+
+
+def main():
+    folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    results = {}
+    for case in cases:
+        torch.manual_seed(0)
+        try:
+            results[case["run"]] = train(folder, case)
+        except Exception:
+            results[case["run"]] = {"error": traceback.format_exc()}
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    else:
+        errors = {name: result["error"] for name, result in results.items() if "error" in result}
+        (folder / f"errors_{rank}.json").write_text(json.dumps(errors))
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main()
