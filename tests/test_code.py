@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "config": set(),
+    "checkpoints": set(),
     "models": set(),
     "global_batch": set(),
     "losses": {"global_batch"},
     "teacher": {"models"},
     "data": set(),
-    "training": {"config", "models", "global_batch", "losses", "teacher", "data"},
+    "training": {"config", "checkpoints", "models", "global_batch", "losses", "teacher", "data"},
 }
 
 

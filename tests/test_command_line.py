@@ -53,7 +53,7 @@ def test_a_run_directory_holds_what_it_promises(runs):
     total = sum(lines[0][f"weight/{term}"] * lines[0][term] for term in ("ce", "at", "sp", "kd"))
     assert total == pytest.approx(lines[0]["loss"], rel=1e-6)
     assert yaml.safe_load((student / "recipe.yaml").read_text())["train"]["max_steps"] == 3
-    provenance = json.loads((student / "provenance.json").read_text())
+    (provenance,) = json.loads((student / "provenance.json").read_text())
     assert provenance["world_size"] == 2
     assert "train.max_steps=3" in provenance["command"]
     assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0]

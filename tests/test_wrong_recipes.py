@@ -188,8 +188,25 @@ def test_a_run_is_not_overwritten_unasked(recipe_file, capsys):
     run.mkdir()
     (run / "metrics.jsonl").write_text("precious\n")
     assert main(["train", str(recipe_file)]) == 2
-    assert "holds a run already; choose another run.dir, or give --overwrite" in capsys.readouterr().err
+    assert "holds a run already, whose recipe.yaml cannot be read" in capsys.readouterr().err
+    assert main(["train", str(recipe_file), "--fresh"]) == 2
+    assert "holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
+    run = recipe_file.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipe_to_yaml(load_recipe(recipe_file, ["train.epochs=7", "losses.kd.alpha=2"])))
+    assert main(["train", str(recipe_file), "losses.kd=null"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:-1] == [
+        "dkd: losses.kd: {alpha: 2.0, temperature: 4.0} before, null now",
+        "dkd: train.epochs: 7 before, 1 now",
+    ]
+    assert "give --allow-recipe-change to go on with the new one, --overwrite to replace" in lines[-1]
+    assert main(["train", str(recipe_file), "losses.kd=null", "--allow-recipe-change", "--dry-run"]) == 0
+    assert "the run goes on with another recipe: train.epochs: 7 before, 1 now" in capsys.readouterr().err
 
 
 def test_the_resolved_recipe_reads_back_to_itself(recipe_file):

@@ -64,7 +64,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
         unseen = sorted(name for name in _files(_read_metadata(folder)) if not (folder / name).is_file())
         if unseen:
             raise CheckpointError(
-                f"{unseen[0]}, written by another process, is not in {str(folder)!r} here: run.dir must be where all machines see the same files"
+                f"{unseen[0]}, written by another process, is not in {str(folder)!r} here: run.dir must lie where all machines see the same"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dkd.config.problems import Problem
@@ -13,12 +13,10 @@ _WHERE_NOT_WHAT = {"run.dir"}  # a run may be moved
 
 def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
     """One entry a key that differs, but for the run's own place: its path, and both values."""
-    old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
-    absent = "(not there)"
     return [
-        Problem(key, f"{_shown(old.get(key, absent))} before, {_shown(new.get(key, absent))} now")
-        for key in [*old, *(key for key in new if key not in old)]
-        if old.get(key, absent) != new.get(key, absent) and key not in _WHERE_NOT_WHAT
+        Problem(path, f"{_shown(old)} before, {_shown(new)} now")
+        for path, old, new in _differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        if path not in _WHERE_NOT_WHAT
     ]
 
 
@@ -33,5 +31,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif before != after:
+        yield path, before, after
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
     return "null" if value is None else str(value)

@@ -245,6 +245,8 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
         )
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))
+    if recipe.data.streaming and recipe.data.in_memory is True:
+        problems.append(Problem("data.in_memory", "does not go with data.streaming; remove one of the two"))
     if isinstance(recipe.data.transforms, list):
         for key in ("validation_transforms", "image_size", "normalization"):
             if getattr(recipe.data, key) is None:

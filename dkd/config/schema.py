@@ -128,7 +128,7 @@ class Normalization(Section):
 
 class DataSection(Section):
     train: Text
-    """Parquet files or globs, `hub:NAME[:SPLIT]`, `folder:PATH`, `torchvision:NAME`, or `digits` (embedded)."""
+    """Parquet or tar files or globs, `hub:NAME[:SPLIT]`, `disk:PATH`, `folder:PATH`, `torchvision:NAME`, or `digits` (embedded)."""
     validation: Text
     classes: Count
     transforms: Transforms
@@ -149,6 +149,14 @@ class DataSection(Section):
     """Where `torchvision:NAME` looks for its files."""
     workers: Workers = "auto"
     """Worker processes a rank. auto: 0 for a data set held in memory, else up to 8."""
+    streaming: Switch = False
+    """Parquet (files or of the hub) is read where it lies, in the order of StreamedOrder, instead of being copied and read at random."""
+    stream_lanes: Count = 64
+    """`streaming`: places in the data that are read at the same time, over all ranks."""
+    shuffle_window: Count = 256
+    """`streaming`: rows of each lane that are shuffled with each other."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An image that cannot be read ends the run, on all ranks together; or another one stands in its place, and is counted."""
     in_memory: AutoSwitch = "auto"
     """Decode the training set once into memory. auto: when it fits 1 GiB and all images have one size."""
 

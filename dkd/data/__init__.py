@@ -5,7 +5,8 @@ Knows nothing of models or losses.
 
 from dkd.data.batches import EvaluationBatches, TrainingBatches
 from dkd.data.mixing import BatchMixing
-from dkd.data.order import SampleOrder
+from dkd.data.order import SampleOrder, StreamedOrder
+from dkd.data.row_groups import RowGroups, open_row_groups
 from dkd.data.sources import DataError, ImageSource, in_memory, is_in_memory, open_source
 from dkd.data.transforms import ImagePipeline, Normalize, build_pipeline
 
@@ -16,10 +17,13 @@ __all__ = [
     "ImagePipeline",
     "ImageSource",
     "Normalize",
+    "RowGroups",
     "SampleOrder",
+    "StreamedOrder",
     "TrainingBatches",
     "build_pipeline",
     "in_memory",
     "is_in_memory",
+    "open_row_groups",
     "open_source",
 ]

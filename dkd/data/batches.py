@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dkd.data.order import SampleOrder, mix
+from dkd.data.order import SampleOrder, StreamedOrder, mix
+from dkd.data.row_groups import RowGroups
 from dkd.data.sources import DataError, ImageSource
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -23,37 +24,81 @@ class Batch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
     valid: int
+    unreadable: tuple[str, ...] = ()
+    """What was wrong with the images of this batch that could not be read. In training another image stands in the place of each, or a
+    blank one, for ranks to end together and not where one of them met it. In evaluation they are left out."""
+
+
+ATTEMPTS = 100
+"""Images that are tried in the place of one that cannot be read."""
 
 
 class _Samples(Dataset[Batch]):
     """Loads the samples of one batch. A key is (epoch, index); an index of −1 is a blank image that does not count."""
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int | None) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: ImageSource, transform: Transform, seed: int | None, replace: bool = False) -> None:
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         # The default generator is the one that torchvision's transforms draw from. torch.manual_seed would also queue a call for a GPU
         # that was not used yet, once for every image.
         generator = torch.default_generator
         before = generator.get_state()
-        images = []
+        images: list[torch.Tensor | None] = []
+        labels: list[int] = []
+        unreadable: list[str] = []
         for epoch, index in keys:
             if index < 0:
                 continue
-            if self.seed is not None:
-                generator.manual_seed(mix(self.seed, epoch, index))
-            images.append(self.transform(self.source.image(index)))
+            image, used = self._image(epoch, index, unreadable)
+            if image is None and self.seed is None:
+                continue
+            images.append(image)
+            labels.append(int(self.source.labels[used]))
         generator.set_state(before)
-        if len({image.shape for image in images}) > 1:
-            raise DataError(f"images of one batch have different sizes: {sorted({tuple(i.shape) for i in images})}; add a Resize or a crop")
-        count = len(images)
-        shape = images[0].shape if images else self.transform(self.source.image(0)).shape
+        readable = [image for image in images if image is not None]
+        if len({image.shape for image in readable}) > 1:
+            raise DataError(
+                f"images of one batch have different sizes: {sorted({tuple(i.shape) for i in readable})}; add a Resize or a crop"
+            )
+        shape = readable[0].shape if readable else self._any_shape()
         stacked = torch.zeros(len(keys), *shape, dtype=torch.uint8)
-        if images:
-            torch.stack(images, out=stacked[:count])
-        labels = torch.zeros(len(keys), dtype=torch.int64)
-        labels[:count] = torch.from_numpy(self.source.labels[[index for _, index in keys if index >= 0]])
-        return Batch(stacked, labels, count)
+        if len(readable) == len(images) > 0:
+            torch.stack(readable, out=stacked[: len(readable)])
+        else:
+            for place, image in enumerate(images):
+                if image is not None:
+                    stacked[place] = image
+        counted = torch.zeros(len(keys), dtype=torch.int64)
+        counted[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
+        return Batch(stacked, counted, len(images), tuple(unreadable))
+
+    def _image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
+        """A sample's image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
+        tried = index
+        for attempt in range(ATTEMPTS):
+            try:
+                decoded = self.source.image(tried)
+                break
+            except DataError as error:
+                unreadable.append(str(error))
+                if not self.replace:
+                    return None, index
+                # As everything that is drawn: the same for any number of ranks and workers.
+                tried = mix(self.seed or 0, epoch, index, attempt) % len(self.source)
+        else:
+            raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {unreadable[-1]}")
+        if self.seed is not None:
+            torch.default_generator.manual_seed(mix(self.seed, epoch, tried))
+        return self.transform(decoded), tried
+
+    def _any_shape(self) -> torch.Size:
+        for index in range(len(self.source)):
+            try:
+                return self.transform(self.source.image(index)).shape
+            except DataError:
+                continue
+        raise DataError("none of the images can be read")
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -83,11 +128,16 @@ class TrainingBatches:
         order: who computes which samples.
         workers: worker processes; 0 loads in this one.
         pin: page-locked memory, for a faster copy to a GPU.
+        replace: another image stands in for one that cannot be read; else a blank one does. `Batch.unreadable` tells.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, order: SampleOrder, workers: int = 0, pin: bool = False) -> None:
+    def __init__(
+        self, source: ImageSource, transform: Transform, order: SampleOrder, workers: int = 0, pin: bool = False, replace: bool = False
+    ) -> None:
         self.order = order
-        self._samples = _Samples(source, transform, order.seed)
+        self._samples = _Samples(source, transform, order.seed, replace)
+        if isinstance(order, StreamedOrder) and isinstance(source, RowGroups):
+            source.keep(order.row_groups_of_a_worker(workers))
         self._workers, self._pin = workers, pin
 
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:

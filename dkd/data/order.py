@@ -7,8 +7,10 @@ left to later epochs, each of which draws a new list. The position in all of thi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -64,7 +66,7 @@ class SampleOrder:
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def epoch(self, epoch: int) -> torch.Tensor:
-        """(N,) int64, the list of an epoch."""
+        """(N,) int64, the list of an epoch; at least (N // B)·B long."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(mix(self.seed, epoch)))
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
@@ -77,3 +79,76 @@ class SampleOrder:
             for micro_step in range(self.micro_steps):
                 start = position * self.global_batch + (micro_step * self.world_size + self.rank) * self.micro_batch
                 yield [(epoch, index) for index in indices[start : start + self.micro_batch].tolist()]
+
+
+TURNS = 8
+"""Consecutive steps that take their samples from different lanes, so that as many worker processes have lanes of their own."""
+
+
+@dataclass(frozen=True)
+class StreamedOrder(SampleOrder):
+    """An order for data that is read a row group at a time: neighbours in it are neighbours on the disk, and each row group is read about
+    once an epoch. It too is a function of (seed, epoch) alone, and its position is the global step.
+
+    The row groups, in an order drawn for the epoch, make one list of rows. It is cut into lanes of equal length. A lane serves one slice of
+    the global batch in every eighth step. Within a lane, rows are drawn at random from a window that moves on when it is empty.
+
+    Args:
+        group_sizes: rows of each row group.
+        lanes: how many; at most 8·B. More ranks than lanes/8 make several ranks read the same row groups.
+        window: rows.
+    """
+
+    group_sizes: tuple[int, ...] = ()
+    lanes: int = 64
+    window: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(self.group_sizes) != self.samples:
+            raise ValueError(f"row groups of {sum(self.group_sizes)} rows in all, for {self.samples} samples")
+
+    @property
+    def slices(self) -> int:
+        """Parts of the global batch that have lanes of their own."""
+        return min(max(1, self.lanes // TURNS), self.global_batch)
+
+    def _slice_bounds(self) -> list[int]:
+        return [i * self.global_batch // self.slices for i in range(self.slices + 1)]
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        sizes = torch.tensor(self.group_sizes)
+        starts = sizes.cumsum(0) - sizes
+        drawn = torch.randperm(len(sizes), generator=generator)
+        # The rows of the row groups, end to end: each row's number in its group added to where its group starts.
+        sizes, starts = sizes[drawn], starts[drawn]
+        within = torch.arange(self.samples) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        rows = starts.repeat_interleave(sizes) + within
+        order = torch.empty(self.steps_per_epoch, self.global_batch, dtype=torch.int64)
+        bounds, used = self._slice_bounds(), 0
+        for begin, end in pairwise(bounds):
+            for turn in range(TURNS):
+                part = order[turn::TURNS, begin:end]
+                lane = rows[used : used + part.numel()]
+                used += part.numel()
+                windows = [w[torch.randperm(len(w), generator=generator)] for w in lane.split(self.window)]
+                if windows:
+                    part.copy_(torch.cat(windows).view(part.shape))
+        return order.flatten()
+
+    def lanes_of_a_worker(self, workers: int) -> int:
+        """The most lanes that one of this rank's worker processes goes to and fro between; it takes every `workers`th micro-batch."""
+        bounds, workers = self._slice_bounds(), max(1, workers)
+        lanes: dict[int, set[tuple[int, int]]] = {}
+        for number in range(math.lcm(TURNS * self.micro_steps, workers)):
+            step, micro_step = divmod(number, self.micro_steps)
+            begin = (micro_step * self.world_size + self.rank) * self.micro_batch
+            touched = (i for i in range(self.slices) if bounds[i] < begin + self.micro_batch and begin < bounds[i + 1])
+            lanes.setdefault(number % workers, set()).update((i, step % TURNS) for i in touched)
+        return max(map(len, lanes.values()))
+
+    def row_groups_of_a_worker(self, workers: int) -> int:
+        """The most row groups that it needs at a time."""
+        smallest = max(1, sorted(self.group_sizes)[len(self.group_sizes) // 10])  # but for some short ones, at the ends of files
+        return self.lanes_of_a_worker(workers) * (-(-self.window // smallest) + 1)

@@ -1,7 +1,9 @@
 """Where images come from. Every source is a sequence of (image, label): uint8 tensors (3, H, W), and whole numbers.
 
     train-*.parquet            files or globs, in Hugging Face's image layout
+    train-*.tar                files or globs, in WebDataset's layout
     hub:NAME[@CONFIG][:SPLIT]  a data set of the Hugging Face hub
+    disk:PATH                  what `save_to_disk` of `datasets` wrote
     folder:PATH                PATH/CLASS/*.jpg
     torchvision:NAME           torchvision.datasets.NAME
     digits                     scikit-learn's 1,797 handwritten digits
@@ -16,6 +18,7 @@ import glob
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,37 +63,42 @@ def open_source(
     Raises:
         DataError: what is missing, with what there is.
     """
-    kind, rest = _split(spec)
+    kind, rest = split_spec(spec)
     if kind == "digits":
         return _Digits(training)
     if kind == "folder":
         return _Folder(rest)
     if kind == "torchvision":
         return _Torchvision(rest, training, root)
+    if kind == "disk":
+        return _saved_to_disk(rest, training, image_column, label_column)
     if kind == "hub":
         return _hub(rest, training, image_column, label_column)
-    return _parquet(rest, image_column, label_column)
+    return _files(kind, rest, image_column, label_column)
 
 
 def check_spec(spec: str) -> None:
     """The part of `open_source` that costs nothing: does `spec` name a kind of data set, and are there files? Raises DataError."""
-    kind, rest = _split(spec)
-    if kind == "parquet" and not glob.glob(rest, recursive=True):
-        raise DataError(f"no file matches {rest!r}")
-    if kind == "folder" and not os.path.isdir(rest):
+    kind, rest = split_spec(spec)
+    if kind in ("parquet", "webdataset"):
+        matching_files(rest)
+    if kind in ("folder", "disk") and not os.path.isdir(rest):
         raise DataError(f"no such folder: {rest!r}")
 
 
-def _split(spec: str) -> tuple[str, str]:
+def split_spec(spec: str) -> tuple[str, str]:
+    """Kind of data set, and which. Raises DataError."""
     if spec == "digits":
         return "digits", ""
     kind, colon, rest = spec.partition(":")
-    if colon and rest and kind in ("folder", "torchvision", "hub"):
+    if colon and rest and kind in ("folder", "torchvision", "hub", "disk"):
         return kind, rest
-    if spec.endswith(".parquet"):
-        return "parquet", spec
+    for suffix, files in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if spec.endswith(suffix):
+            return files, spec
     raise DataError(
-        f"{spec!r} names no data set: write files or globs that end in .parquet, hub:NAME[:SPLIT], folder:PATH, torchvision:NAME or digits"
+        f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, folder:PATH, "
+        "torchvision:NAME or digits"
     )
 
 
@@ -199,62 +207,61 @@ class _HuggingFace(_Indexed):
         from datasets import Image as ImageFeature
 
         self.name = name
-        dataset = _with_image_feature(dataset, image_column)
-        self.image_column, self.label_column = _columns(dataset, name, image_column, label_column)
-        self.dataset = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature(decode=False))
+        self.image_column, self.label_column = image_and_label_columns(dataset.features, name, image_column, label_column)
+        # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
+        images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
+        self.dataset = images.cast_column(self.image_column, ImageFeature(decode=False))
         self.class_names = getattr(dataset.features[self.label_column], "names", None)
         labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
-        if labels.null_count:
-            raise DataError(f"{name}: {labels.null_count} labels of column {self.label_column!r} are null")
-        self.labels = labels.to_numpy().astype(np.int64)
+        self.labels = whole_labels(labels, name, self.label_column)
 
     def image(self, index: int) -> torch.Tensor:
-        return self._decode(index, self.dataset[index][self.image_column])
+        return decode(self.name, index, self.dataset[index][self.image_column])
 
     def images(self) -> Iterator[torch.Tensor]:
         index = 0
         for rows in self.dataset.iter(batch_size=1000):
             for encoded in rows[self.image_column]:
-                yield self._decode(index, encoded)
+                yield decode(self.name, index, encoded)
                 index += 1
 
-    def _decode(self, index: int, encoded: Mapping[str, Any] | None) -> torch.Tensor:
-        content, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
-        if content is None and path is None:
-            raise DataError(f"{self.name}: image {index} is null")
-        try:
-            with _open_image(path if content is None else io.BytesIO(content)) as image:
-                return to_rgb_tensor(image)
-        except _DECODING_ERRORS as error:
-            raise DataError(f"{self.name}: image {index} ({path or 'no name'}) cannot be read: {error}") from error
+
+def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None) -> torch.Tensor:
+    """uint8 (3, H, W) from a cell of an image column: encoded bytes, or {bytes, path}. Raises DataError, naming the image."""
+    cell: Mapping[str, Any] = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded or {}
+    content: bytes | None = cell.get("bytes")
+    path: str | None = cell.get("path")
+    if content is None and path is None:
+        raise DataError(f"{name}: image {index} is null")
+    try:
+        with _open_image(path if content is None else io.BytesIO(content)) as image:
+            return to_rgb_tensor(image)
+    except _DECODING_ERRORS as error:
+        raise DataError(f"{name}: image {index} ({path or 'no name'}) cannot be read: {error}") from error
 
 
-def _with_image_feature(dataset: Any, image_column: str | None) -> Any:
-    """Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}: those columns are cast to images."""
-    from datasets import Image as ImageFeature
-    from datasets import Value
-
-    for column, feature in dataset.features.items():
-        bytes_column = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-        struct_column = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-        if (bytes_column or struct_column) and image_column in (None, column):
-            dataset = dataset.cast_column(column, ImageFeature())
-    return dataset
+def whole_labels(labels: Any, name: str, column: str) -> np.ndarray:
+    """(N,) int64 from an Arrow column. Raises DataError for a label that is null."""
+    if labels.null_count:
+        raise DataError(f"{name}: {labels.null_count} labels of column {column!r} are null")
+    return labels.to_numpy().astype(np.int64)
 
 
-def _columns(dataset: Any, name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+def image_and_label_columns(features: Mapping[str, Any], name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """The columns asked for, or the only ones whose types fit. Raises DataError."""
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
+
+    def is_image(feature: Any) -> bool:
+        bytes_column = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+        struct_column = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+        return isinstance(feature, ImageFeature) or bytes_column or struct_column
 
     def is_label(feature: Any) -> bool:
         return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int"))
 
-    features = dataset.features
     found = []
-    for key, asked, fits in (
-        ("image_column", image_column, lambda feature: isinstance(feature, ImageFeature)),
-        ("label_column", label_column, is_label),
-    ):
+    for key, asked, fits in (("image_column", image_column, is_image), ("label_column", label_column, is_label)):
         candidates = [column for column, feature in features.items() if fits(feature)]
         if asked is not None and asked not in candidates:
             raise DataError(
@@ -266,37 +273,73 @@ def _columns(dataset: Any, name: str, image_column: str | None, label_column: st
     return found[0], found[1]
 
 
-def _parquet(pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
-    files = sorted(glob.glob(pattern, recursive=True))
-    if not files:
-        raise DataError(f"no file matches {pattern!r}")
+def _files(kind: str, pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
+    """Parquet files, or tar files in the layout of WebDataset, by the reader of `datasets` of that name."""
+    files = matching_files(pattern)
     import pyarrow as pa
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        dataset = load_dataset("parquet", data_files={"train": files}, split="train")
+        dataset = load_dataset(kind, data_files={"train": files}, split="train")
     except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
-        raise DataError(f"{pattern!r} cannot be read as parquet: {error.__cause__ or error}") from error
+        raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
     return _HuggingFace(dataset, pattern, image_column, label_column)
 
 
-def _hub(name: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
-    from datasets import get_dataset_split_names, load_dataset
+def matching_files(pattern: str) -> list[str]:
+    """Sorted paths. Raises DataError when there is none."""
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise DataError(f"no file matches {pattern!r}")
+    return files
+
+
+def _saved_to_disk(path: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"disk:{path} is no data set that `datasets` saved: {error}") from error
+    if isinstance(dataset, DatasetDict):
+        split = "train" if training else "validation"
+        if split not in dataset:
+            raise DataError(f"disk:{path} has no split {split!r}, but {', '.join(dataset)}; write disk:{path}/SPLIT")
+        dataset = dataset[split]
+    return _HuggingFace(dataset, f"disk:{path}", image_column, label_column)
+
+
+def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:
+    """NAME[@CONFIG][:SPLIT] -> name, configuration, split, which is by default that of the part. Raises DataError for an unknown one."""
+    from datasets import get_dataset_split_names
 
     name, _, split = name.partition(":")
     name, _, configuration = name.partition("@")
     split = split or ("train" if training else "validation")
+    splits = get_dataset_split_names(name, configuration or None)
+    if split not in splits:
+        raise DataError(f"hub:{name} has no split {split!r}; write hub:{name}:SPLIT with one of {', '.join(splits)}")
+    return name, configuration or None, split
+
+
+@contextmanager
+def loading_from_hub(name: str) -> Iterator[None]:
+    """The hub's client raises its own errors for every way a download can fail; all of them mean the same here."""
     try:
-        splits = get_dataset_split_names(name, configuration or None)
-        if split not in splits:
-            raise DataError(f"hub:{name} has no split {split!r}; write hub:{name}:SPLIT with one of {', '.join(splits)}")
-        dataset = load_dataset(name, configuration or None, split=split)
+        yield
     except DataError:
         raise
-    # The hub's client raises its own errors for every way a download can fail; all of them mean the same here.
     except Exception as error:
-        raise DataError(f"hub:{name}:{split} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise DataError(f"hub:{name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _hub(spec: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    from datasets import load_dataset
+
+    with loading_from_hub(spec):
+        name, configuration, split = hub_name(spec, training)
+        dataset = load_dataset(name, configuration, split=split)
     return _HuggingFace(dataset, f"hub:{name}:{split}", image_column, label_column)
 
 

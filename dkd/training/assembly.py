@@ -15,10 +15,13 @@ from dkd.data import (
     ImagePipeline,
     ImageSource,
     Normalize,
+    RowGroups,
     SampleOrder,
+    StreamedOrder,
     build_pipeline,
     in_memory,
     is_in_memory,
+    open_row_groups,
     open_source,
 )
 from dkd.global_batch import ranks_per_group
@@ -185,14 +188,30 @@ def _normalize(section: object) -> Normalize | None:
 def open_part(data: DataSection, part: str) -> ImageSource:
     """Open data.train or data.validation. Raises DataError."""
     spec = data.train if part == "train" else data.validation
+    if data.streaming:
+        return open_row_groups(spec, training=part == "train", image_column=data.image_column, label_column=data.label_column)
     return open_source(spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column)
+
+
+def build_order(recipe: Recipe, source: ImageSource, rank: int, world_size: int) -> SampleOrder:
+    """Who computes which training samples."""
+    train, data = recipe.train, recipe.data
+    batches = (len(source), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), rank, world_size)
+    if isinstance(source, RowGroups):
+        return StreamedOrder(*batches, tuple(source.sizes.tolist()), data.stream_lanes, data.shuffle_window)
+    return SampleOrder(*batches)
 
 
 def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
     """The training images decoded once, where `data.in_memory` allows and they fit; else the source as it is. Raises DataError."""
-    if data.in_memory is False:
+    if data.in_memory is False or data.streaming:
         return source
-    decoded = in_memory(source, limit_bytes=None if data.in_memory is True else 2**30)
+    try:
+        decoded = in_memory(source, limit_bytes=None if data.in_memory is True else 2**30)
+    except DataError:
+        if data.on_error == "raise" or data.in_memory is True:
+            raise
+        return source  # read one by one, broken ones are skipped
     if decoded is None and data.in_memory is True:
         raise DataError("data.in_memory is true, but the images have several sizes")
     return decoded or source

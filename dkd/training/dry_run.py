@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dkd.config import Recipe
-from dkd.data import SampleOrder
 from dkd.models import build_on_meta, output_shapes
 from dkd.training import assembly, engine, launch, preflight
 
@@ -15,7 +14,7 @@ def describe(recipe: Recipe) -> str:
     size = assembly.build_image_pipeline(recipe).image_size
     train = recipe.train
     steps = len(training) // train.global_batch
-    order = SampleOrder(len(training), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), 0, world_size)
+    order = assembly.build_order(recipe, training, 0, world_size)
     total = min(steps * train.epochs, train.max_steps or steps * train.epochs)
     lines = [
         f"run         {recipe.run.dir}",

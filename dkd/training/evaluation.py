@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dkd.data import EvaluationBatches
+from dkd.data import DataError, EvaluationBatches
 from dkd.data.batches import Batch
+from dkd.global_batch.collectives import all_gather_objects
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,28 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[Batch], torch.Tensor], batches: EvaluationBatches, device: torch.device) -> Evaluation:
+def evaluate(
+    logits_of: Callable[[Batch], torch.Tensor], batches: EvaluationBatches, device: torch.device, skip_unreadable: bool = False
+) -> Evaluation:
     """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
 
     Args:
         logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.
         batches: this rank's.
+        skip_unreadable: images that cannot be read do not count; else they are an error.
 
     Returns:
         The same numbers on every rank.
+
+    Raises:
+        DataError: on every rank, after the last batch.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
+    unreadable: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
     for batch in batches:
+        unreadable += batch.unreadable
         logits = logits_of(batch)[: batch.valid].double()
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)
         classes = logits.shape[1]
@@ -61,6 +70,9 @@ def evaluate(logits_of: Callable[[Batch], torch.Tensor], batches: EvaluationBatc
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     samples, top1, top5 = counts.tolist()
-    if samples != batches.total:
+    missing = [message for messages in all_gather_objects(unreadable) for message in messages] if samples != batches.total else []
+    if missing and not (skip_unreadable and samples):
+        raise DataError(missing[0] + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    if samples + len(missing) != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
     return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples)

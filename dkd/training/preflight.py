@@ -63,7 +63,7 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
             opened[part] = assembly.open_part(recipe.data, part)
             check_labels(opened[part], recipe.data.classes)
             with _collect(problems, f"data.{key}"):
-                _check_transformed(opened[part], transform, pipeline.image_size)
+                _check_transformed(opened[part], transform, pipeline.image_size, recipe.data.on_error == "skip")
             if part == "train" and not problems:
                 opened[part] = assembly.decode_into_memory(recipe.data, opened[part])
             if part == "validation" and "train" in opened:
@@ -94,7 +94,7 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
         source = assembly.open_part(recipe.data, "validation")
         check_labels(source, classes)
         if pipeline is not None:
-            _check_transformed(source, pipeline.validation, pipeline.image_size)
+            _check_transformed(source, pipeline.validation, pipeline.image_size, recipe.data.on_error == "skip")
     if problems:
         raise RecipeError(problems)
     return source
@@ -121,8 +121,8 @@ def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | N
     return assembly.build_image_pipeline(recipe) if len(problems) == found else None
 
 
-def _check_transformed(source: ImageSource, transform: Callable, size: int) -> None:
-    image = source.image(0)
+def _check_transformed(source: ImageSource, transform: Callable, size: int, skip: bool) -> None:
+    image = _first_readable(source) if skip else source.image(0)
     try:
         made = transform(image)
     except Exception as error:  # a transform's own code
@@ -132,6 +132,15 @@ def _check_transformed(source: ImageSource, transform: Callable, size: int) -> N
         raise ValueError(
             f"the transforms make {what} of an image of {tuple(image.shape)}; data.image_size asks for torch.uint8 (3, {size}, {size})"
         )
+
+
+def _first_readable(source: ImageSource) -> torch.Tensor:
+    for index in range(len(source)):
+        try:
+            return source.image(index)
+        except DataError as error:
+            last = error
+    raise last
 
 
 def _tracker_problems(recipe: Recipe) -> list[Problem]:

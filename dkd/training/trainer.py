@@ -15,9 +15,9 @@ import torch
 
 from dkd.checkpoints import CheckpointError, SavedTensor
 from dkd.config import Recipe, RecipeError, recipe_to_yaml
-from dkd.data import EvaluationBatches, Normalize, SampleOrder, TrainingBatches
+from dkd.data import DataError, EvaluationBatches, Normalize, RowGroups, StreamedOrder, TrainingBatches
 from dkd.data.batches import Batch
-from dkd.data.order import mix
+from dkd.data.order import TURNS, mix
 from dkd.global_batch import Attendance, BatchLayout, full_precision
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
@@ -70,9 +70,7 @@ class Trainer:
         self.device = accelerator.device
         rank, self.main = accelerator.process_index, accelerator.is_main_process
 
-        self.order = SampleOrder(
-            len(training), recipe.run.seed, train.global_batch, engine.micro_batch(recipe, world_size), rank, world_size
-        )
+        self.order = assembly.build_order(recipe, training, rank, world_size)
         self.planned_steps = self.order.steps_per_epoch * train.epochs
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
         pipeline = assembly.build_image_pipeline(recipe)
@@ -80,8 +78,10 @@ class Trainer:
         self.mixing = assembly.build_mixing(recipe)
         self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
-        workers = assembly.loader_workers(recipe.data, training, local)
-        self.batches = TrainingBatches(training, pipeline.train, self.order, workers, pin)
+        self.training, self.workers = training, assembly.loader_workers(recipe.data, training, local)
+        self.batches = TrainingBatches(training, pipeline.train, self.order, self.workers, pin, replace=recipe.data.on_error == "skip")
+        self.unreadable: dict[int, tuple[str, ...]] = {}  # step -> of this rank
+        self.replaced = 0
         workers = assembly.loader_workers(recipe.data, validation, local)
         self.validation = EvaluationBatches(validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin)
         self.image_size = pipeline.image_size
@@ -248,6 +248,9 @@ class Trainer:
         asked = time.monotonic()
         micro_batches = [next(batches) for _ in range(self.order.micro_steps)]
         waited = time.monotonic() - asked
+        unreadable = tuple(message for batch in micro_batches for message in batch.unreadable)
+        if unreadable:
+            self.unreadable[step] = unreadable
         self._reach(step, 0, 1)
         cached = self._relational_pass(step, micro_batches) if self.two_passes else None
         for micro_step, batch in enumerate(micro_batches):
@@ -266,7 +269,7 @@ class Trainer:
         self.statistics.finish_step()
         if self.average is not None:
             self.average.update()
-        return {**sums, "seconds_waited": waited}
+        return {**sums, "seconds_waited": waited, "unreadable": float(len(unreadable))}
 
     def _reach(self, step: int, micro_step: int, phase: int) -> None:
         """Leave word for the other ranks how far this one is."""
@@ -358,6 +361,7 @@ class Trainer:
                 "something in it is random beyond torch's seed, or compiled differently; "
                 "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
+        replaced = self._report_unreadable(means.step, round(values["unreadable"] * self.order.world_size))
         self._minutes_are_over = values["minutes_over"] > 0
         step = means.step
         shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
@@ -370,17 +374,38 @@ class Trainer:
                 "images_per_second": self.recipe.train.global_batch / values["seconds"],
                 "data_wait": values["seconds_waited"] / values["seconds"],
             }
+            if replaced:
+                line["replaced_images"] = replaced
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
                 line["sp_row_difference"] = values["sp"] * self.gram_rows
             self._log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line}, line, step + 1)
 
+    def _report_unreadable(self, step: int, count: int) -> int:
+        """Images of a step that no rank could read: end the run on all ranks, or say which were replaced. Returns how many."""
+        if count == 0:
+            return 0
+        messages = [m for messages in all_gather_objects(self.unreadable.pop(step, ())) for m in messages]
+        if self.recipe.data.on_error == "raise":
+            more = f" (and {count - 1} more in that step)" if count > 1 else ""
+            raise TrainingError(f"step {step + 1}: {messages[0]}{more}; data.on_error=skip replaces such images and goes on")
+        for message in messages:
+            self.progress.say(f"warning: step {step + 1}: {message}; another image was taken")
+        self.replaced += count
+        return count
+
     def _evaluate(self, steps_done: int) -> Evaluation:
         """On the average of the weights, if one is kept."""
         self.attendance.reach([steps_done, 1], f"evaluation after step {steps_done}")
         self.student.eval()
-        with self.average.applied() if self.average else nullcontext():
-            result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device)
+        skip = self.recipe.data.on_error == "skip"
+        try:
+            with self.average.applied() if self.average else nullcontext():
+                result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device, skip)
+        except DataError as error:
+            raise TrainingError(f"evaluation after step {steps_done}: {error}") from error
+        if result.samples < self.validation.total:
+            self.progress.say(f"warning: {self.validation.total - result.samples} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.checkpointer.evaluations[steps_done] = result.top1
         self._log({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
@@ -486,6 +511,8 @@ class Trainer:
             raise TrainingError(f"the finished student cannot be written: {reason}; start the same command again when it can be")
         if failed:
             raise TrainingError(f"the last checkpoint could not be written: {failed}; the student is in {self.run_dir.path}")
+        if self.replaced:
+            self.progress.say(f"{self.replaced} images could not be read and were replaced by others")
         self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
 
     def _announce(self) -> None:
@@ -504,6 +531,13 @@ class Trainer:
         left_out = order.samples - order.steps_per_epoch * order.global_batch
         if left_out:
             self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")
+        if isinstance(order, StreamedOrder) and isinstance(self.training, RowGroups):
+            held = order.row_groups_of_a_worker(self.workers) * self.training.bytes_per_group / 1e6
+            self.progress.say(
+                f"streaming: {len(order.group_sizes)} row groups in an order drawn anew each epoch, {order.slices * TURNS} lanes, rows "
+                f"shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. "
+                f"A worker process holds up to {held:.0f} MB of encoded images"
+            )
         sp = self.recipe.losses.sp
         if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
             self.progress.say(

@@ -83,7 +83,7 @@ class ZeroTrainingState:
     def _flat_parameters(self) -> list[torch.Tensor]:
         """What torch's optimizer updates: a rank's part of many parameters, end to end."""
         zero: Any = self._engine.optimizer
-        return list(zero.fp32_partitioned_groups_flat if zero.__class__.__name__.endswith("Stage3") else zero.single_partition_of_fp32_groups)
+        return list(getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups)  # of ZeRO-3, or 1 and 2
 
     def _optimizer_keys(self) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Names of what is kept of every element, and what is one number for all."""
