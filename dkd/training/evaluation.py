@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -39,7 +39,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    logits_of: Callable[[Batch], torch.Tensor], batches: EvaluationBatches, device: torch.device, skip_unreadable: bool = False
+    logits_of: Callable[[Batch], torch.Tensor],
+    batches: EvaluationBatches,
+    device: torch.device,
+    skip_unreadable: bool = False,
+    loading: Iterator[Batch] | None = None,
 ) -> Evaluation:
     """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
 
@@ -47,6 +51,7 @@ def evaluate(
         logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.
         batches: this rank's.
         skip_unreadable: images that cannot be read do not count; else they are an error.
+        loading: `iter(batches)`, where it has begun already.
 
     Returns:
         The same numbers on every rank.
@@ -58,7 +63,7 @@ def evaluate(
     unreadable: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
-    for batch in batches:
+    for batch in loading or batches:
         unreadable += batch.unreadable
         logits = logits_of(batch)[: batch.valid].double()
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)

@@ -21,8 +21,8 @@ def build_optimizer(section: SgdSection | AdamWSection, model: nn.Module) -> tor
     return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps)
 
 
-def state_keys(section: SgdSection | AdamWSection) -> set[str]:
-    """What the optimizer keeps of each parameter after a step."""
+def state_keys(section: SgdSection | AdamWSection) -> list[str]:
+    """What the optimizer keeps of each parameter after a step, sorted."""
     if isinstance(section, SgdSection):
-        return {"momentum_buffer"} if section.momentum else set()
-    return {"exp_avg", "exp_avg_sq", "step"}
+        return ["momentum_buffer"] if section.momentum else []
+    return ["exp_avg", "exp_avg_sq", "step"]

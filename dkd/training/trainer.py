@@ -196,7 +196,7 @@ class Trainer:
         kept, needed = optimizer_keys(saved), state_keys(self.recipe.optimizer)
         found = differences(saved, self.accelerator.unwrap_model(self.student), self.average)
         if kept != needed:
-            names = [", ".join(sorted(keys)) or "nothing" for keys in (kept, needed)]
+            names = [", ".join(keys) or "nothing" for keys in (kept, needed)]
             found.append(f"the optimizer's state in it is {names[0]}; {self.recipe.optimizer.name} of this recipe keeps {names[1]}")
         return found
 
@@ -204,7 +204,7 @@ class Trainer:
         started = time.monotonic()
         result: Evaluation | None = None
         if self.first_step > 0 and self._evaluation_is_due(self.first_step):
-            result = self._evaluate(self.first_step)
+            result = self._evaluate(self.first_step, iter(self.validation))
         batches = self.batches.steps(self.first_step, self.total_steps)
         clock = time.monotonic()
         pending: RankMeans | None = None
@@ -224,9 +224,13 @@ class Trainer:
             if saves or evaluates:
                 self._report(pending)  # nothing is saved of a step that would have ended the run
                 pending = None
+                if evaluates:
+                    # Worker processes are forked while no other thread runs that could hold a lock.
+                    self.checkpointer.wait()
+                    loading = iter(self.validation)
                 if saves:
                     self._save_checkpoint(step + 1, self.seconds_before + now - started)  # before an evaluation that may fail
-                result = self._evaluate(step + 1) if evaluates else None
+                result = self._evaluate(step + 1, loading) if evaluates else None
                 clock = time.monotonic()
             self._tell_of_checkpoints()
         assert result is not None
@@ -326,6 +330,10 @@ class Trainer:
         """Of what is random for a micro-batch. It depends on the micro-batch, not on the rank, and the second pass repeats the first."""
         return mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank, purpose)
 
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.student(self._as_input(self.normalize, batch))[0]
+        return logits
+
     def _student_outputs(self, step: int, micro_step: int, batch: Batch) -> Outputs:
         torch.manual_seed(self._seed(step, micro_step, _FORWARD))
         logits, features = self.student(self._as_input(self.normalize, batch))
@@ -394,14 +402,14 @@ class Trainer:
         self.replaced += count
         return count
 
-    def _evaluate(self, steps_done: int) -> Evaluation:
+    def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation:
         """On the average of the weights, if one is kept."""
         self.attendance.reach([steps_done, 1], f"evaluation after step {steps_done}")
         self.student.eval()
         skip = self.recipe.data.on_error == "skip"
         try:
             with self.average.applied() if self.average else nullcontext():
-                result = evaluate(lambda batch: self.student(self._as_input(self.normalize, batch))[0], self.validation, self.device, skip)
+                result = evaluate(self._logits, self.validation, self.device, skip, loading)
         except DataError as error:
             raise TrainingError(f"evaluation after step {steps_done}: {error}") from error
         if result.samples < self.validation.total:

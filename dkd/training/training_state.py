@@ -83,9 +83,9 @@ def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: Wei
     ]
 
 
-def optimizer_keys(saved: Mapping[str, SavedTensor]) -> set[str]:
-    """What the optimizer keeps of a parameter: {momentum_buffer}, or {exp_avg, exp_avg_sq, step}."""
-    return {name.rpartition("/")[2] for name in saved if name.startswith("optimizer/")}
+def optimizer_keys(saved: Mapping[str, SavedTensor]) -> list[str]:
+    """What the optimizer keeps of a parameter, sorted: [momentum_buffer], or [exp_avg, exp_avg_sq, step]."""
+    return sorted({name.rpartition("/")[2] for name in saved if name.startswith("optimizer/")})
 
 
 def _of_parameter(saved: Mapping[str, SavedTensor], name: str) -> dict[str, SavedTensor]:

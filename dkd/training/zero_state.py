@@ -47,6 +47,7 @@ class ZeroTrainingState:
             turns.append(name)
 
         turns: list[str] = []
+        self._link_optimizer_state()
         tensor_keys, numbers = self._optimizer_keys()
         for name, parameter in self._parameters.items():
             keep(f"model/{name}", _whole(parameter, _kept(parameter)))
@@ -86,9 +87,9 @@ class ZeroTrainingState:
         return list(getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups)  # of ZeRO-3, or 1 and 2
 
     def _optimizer_keys(self) -> tuple[list[str], dict[str, torch.Tensor]]:
-        """Names of what is kept of every element, and what is one number for all."""
+        """Names of what is kept of every element, and what is one number for all; in one order on all ranks, as collectives need it."""
         flat = self._flat_parameters()[0]
-        state = {key: value for key, value in self._engine.optimizer.optimizer.state[flat].items() if isinstance(value, torch.Tensor)}
+        state = {key: v for key, v in sorted(self._engine.optimizer.optimizer.state[flat].items()) if isinstance(v, torch.Tensor)}
         shaped = [key for key, value in state.items() if value.shape == flat.shape]
         return shaped, {key: value for key, value in state.items() if key not in shaped}
 
@@ -101,9 +102,17 @@ class ZeroTrainingState:
                 value = whole[f"optimizer/{name}/{key}"]
                 elementwise = value.shape == tuple(getattr(parameter, "ds_shape", parameter.shape))
                 state[key] = torch.zeros_like(flat, requires_grad=False) if elementwise else value.clone()
-        link: Any = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:  # ZeRO-1 and 2 connect parameters with that state, otherwise in the first step
-            link()
+        self._link_optimizer_state()
+
+    def _link_optimizer_state(self) -> None:
+        """ZeRO-1 and 2 connect parameters with their part of the optimizer's state once, behind the first group of the first step: too
+        early for other groups, which have none yet."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero: Any = self._engine.optimizer
+        if hasattr(zero, "bit16_groups"):
+            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
 
 
 def _kept(parameter: torch.Tensor) -> torch.Tensor:

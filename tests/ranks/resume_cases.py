@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import sys
 import traceback
 from datetime import timedelta
@@ -35,14 +36,14 @@ class Interrupted(Exception):
 
 
 def train(folder, case):
-    """Train in FOLDER/run as a case says, up to and with step `until` of it (None: to the end), as many times as `interruptions` says."""
-    for until in case["interruptions"]:
+    """Train in FOLDER/run as a case says, once for each of its `interruptions`: the step before which training stops, or None."""
+    for until in case["interruptions"]:  # the step that does not come about
         with launched_as(case["engine"]):
             recipe = recipe_of(folder, case)
             preflight.check(recipe)
             trainer = Trainer(recipe)
             log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
-            finished = run_until(trainer, until)
+            finished = run_until(trainer, until, case.get("full_disk"))
         if dist.is_initialized():
             dist.barrier()
     return described(folder, case, finished)
@@ -67,15 +68,22 @@ def recipe_of(folder, case):
         "optimizer": case["optimizer"],
     }
     # An epoch of 5 steps: interruptions fall on its end, before and after it.
-    changes["data"] |= {"train": str(folder / "few.parquet"), "in_memory": False, "label_column": "label"}
+    changes["data"] |= {"train": str(folder / "few.parquet"), "streaming": case.get("streaming", False), "stream_lanes": 16}
+    changes["data"] |= {"shuffle_window": 16, "validation": str(folder / "few.parquet")}
+    changes["data"]["in_memory"] = False
     changes["train"]["epochs"] = 3
     return trainer_cases.recipe_of(folder, case["run"], changes)
 
 
-def run_until(trainer, until):
+def run_until(trainer, until, full_disk=None):
     take = trainer._step
 
     def step(number, batches):
+        if full_disk is not None and trainer.order.rank in full_disk["ranks"] and number in (full_disk["from"], full_disk["to"]):
+            trainer.checkpointer.wait()
+            # Files of this process cannot grow beyond 30 kB: a checkpoint's cannot be written, as on a full disk.
+            limit = 30_000 if number == full_disk["from"] else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if until is not None and number >= until:
             raise Interrupted
         return take(number, batches)
@@ -114,11 +122,15 @@ def described(folder, case, finished):
     for line in lines:
         for key in TIMINGS:
             line.pop(key, None)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return {}
     images = {}
     for path in sorted(folder.glob(f"{case['run']}_images_*.jsonl")):
         for step, place, *image in map(json.loads, path.read_text().splitlines()):
             assert images.setdefault(f"{step} {place}", image) == image  # computed again: the same image again
-    values = {"steps": [line for line in lines if "step" in line], "evaluations": [line for line in lines if "evaluation" in line]}
+    written = [line["checkpoint"] for line in lines if "checkpoint" in line]
+    values = {"written": [[line["step"], line["error"]] for line in written]}
+    values |= {"steps": [line for line in lines if "step" in line], "evaluations": [line for line in lines if "evaluation" in line]}
     values |= {"images": images, "finished": finished, "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir())}
     if finished:
         state = read_file(run / "student.safetensors")
@@ -139,11 +151,8 @@ def main():
             results[case["run"]] = train(folder, case)
         except Exception:
             results[case["run"]] = {"error": traceback.format_exc()}
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    else:
-        errors = {name: result["error"] for name, result in results.items() if "error" in result}
-        (folder / f"errors_{rank}.json").write_text(json.dumps(errors))
+            print(rank, case["run"], results[case["run"]]["error"], flush=True)
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
     leave_process_group()
 
 

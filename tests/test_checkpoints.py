@@ -1,0 +1,298 @@
+"""Checkpoints on disk: whole or not there, verified before they are read, and read without running code."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
+from dkd.checkpoints.folder import MANIFEST
+from dkd.cli import main
+from dkd.training.checkpointing import newest_whole
+
+TRAINING = [
+    "configs/quickstart.yaml", "teacher.weights=random", "train.max_steps=3", "train.precision=fp32", "run.trackers=[]", "data.workers=0",
+    "checkpoint.every_steps=1", "checkpoint.keep_last=3", "train.micro_batch=null", "train.global_batch=32",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of 3 steps with a checkpoint after each."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
+    assert CheckpointFolder(run / "checkpoints").steps() == [1, 2, 3]
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def removed(path):
+    path.unlink()
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+HARMS = [truncated, flipped, removed, emptied]
+FILES = ["manifest.json", "recipe.yaml", "state.json", "student.json", "student.safetensors", "training/.metadata", "training/__0_0.distcp"]
+
+
+def test_a_checkpoint_has_these_files_and_no_others(run):
+    folder = run / "checkpoints" / "step_00000003"
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == FILES
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_harmed_file_makes_the_checkpoint_before_the_newest(run, name, harm):
+    folder = CheckpointFolder(run / "checkpoints")
+    harm(folder.path_of(3) / name)
+    step, problems = newest_whole(folder)
+    assert step == 2
+    assert len(problems) == 1
+    assert name in problems[0]
+    harm(folder.path_of(2) / name)
+    assert newest_whole(folder)[0] == 1
+    harm(folder.path_of(1) / name)
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        newest_whole(folder)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_training_goes_on_from_the_checkpoint_before_and_ends_the_same(run, trained, capsys, harm):
+    harm(run / "checkpoints" / "step_00000003" / "training" / "__0_0.distcp")
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: " in said
+    assert "an older checkpoint is taken" in said
+    assert "step_00000002, 2 of 3 steps done" in said
+    assert (run / "student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
+    assert CheckpointFolder(run / "checkpoints").problem(3) is None
+
+
+def test_training_ends_with_exit_code_2_when_no_checkpoint_is_whole(run, capsys):
+    for step in (1, 2, 3):
+        removed(run / "checkpoints" / f"step_{step:08d}" / MANIFEST)
+    before = sorted(run.rglob("*"))
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
+    assert "no checkpoint is whole: " in capsys.readouterr().err
+    assert sorted(p for p in run.rglob("*") if p.name != ".lock") == [p for p in before if p.name != ".lock"]
+
+
+class RunsCode:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def sealed(folder, step):
+    """Write the manifest anew: whoever can write a checkpoint can do that too."""
+    path = folder.path_of(step).rename(folder.writing_path(step))
+    (path / MANIFEST).unlink()
+    folder.commit(step)
+
+
+def test_metadata_that_would_run_code_is_not_loaded(run, tmp_path):
+    folder, marker = CheckpointFolder(run / "checkpoints"), tmp_path / "ran"
+    (folder.path_of(3) / "training" / ".metadata").write_bytes(pickle.dumps(RunsCode(marker)))
+    sealed(folder, 3)
+    step, problems = newest_whole(folder)
+    assert step == 2
+    assert "names posix.mkdir, which is no part of a checkpoint; it was not loaded" in problems[0]
+    assert not marker.exists()
+
+
+def test_metadata_that_calls_a_tensor_bytes_is_not_loaded(run):
+    """torch would unpickle the bytes."""
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.path_of(3) / "training" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["model/fc.bias"] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(metadata))
+    sealed(folder, 3)
+    assert newest_whole(folder)[0] == 2
+
+
+def test_metadata_that_points_elsewhere_is_not_loaded(run):
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.path_of(3) / "training" / ".metadata"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"__0_0.distcp", b"../../../a.b"))
+    assert path.read_bytes() != content
+    sealed(folder, 3)
+    step, problems = newest_whole(folder)
+    assert step == 2
+    assert "more than tensors of this folder" in problems[0]
+
+
+def test_tensor_files_that_would_run_code_are_not_loaded(run, tmp_path, capsys):
+    folder, marker = CheckpointFolder(run / "checkpoints"), tmp_path / "ran"
+    path = folder.path_of(3) / "training" / "__0_0.distcp"
+    buffer = io.BytesIO()
+    torch.save(RunsCode(marker), buffer)
+    # At the place of every tensor: torch reads each from its own offset.
+    size = path.stat().st_size
+    metadata = pickle.loads((path.parent / ".metadata").read_bytes())
+    content = bytearray(size)
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, len(buffer.getvalue())
+    content[: len(buffer.getvalue())] = buffer.getvalue()
+    path.write_bytes(content)
+    (path.parent / ".metadata").write_bytes(pickle.dumps(metadata))
+    sealed(folder, 3)
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_what_is_being_written_is_never_taken_for_a_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert newest_whole(folder) == (None, [])
+    folder.writing_path(5).mkdir(parents=True)
+    (folder.writing_path(5) / "a").write_text("half")
+    (folder.path / "removing_00000001").mkdir()
+    assert folder.steps() == []
+    folder.remove_unfinished()
+    assert list(folder.path.iterdir()) == []
+
+
+def test_tensors_come_back_as_they_were(tmp_path):
+    tensors = {
+        "a/b": torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(7).bfloat16(),
+        "number": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.empty(0, 3),
+    }
+    save_tensors(tmp_path / "x", tensors, None)
+    assert {name: (saved.shape, saved.dtype) for name, saved in saved_tensors(tmp_path / "x").items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()
+    }
+    loaded = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    load_tensors(tmp_path / "x", loaded, None)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_missing_tensor_is_an_error(tmp_path):
+    save_tensors(tmp_path / "x", {"a": torch.zeros(2)}, None)
+    with pytest.raises(CheckpointError, match="b"):
+        load_tensors(tmp_path / "x", {"b": torch.zeros(2)}, None)
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(run, trained, capsys):
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
+    assert "3 of 3 steps done" in capsys.readouterr().err
+    assert (run / "student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
+    evaluations = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "evaluation" in line]
+    assert len(evaluations) == 1
+    starts = json.loads((run / "provenance.json").read_text())
+    assert [start["step"] for start in starts] == [0, 3]
+
+
+def test_a_run_goes_on_longer_when_the_recipe_may_change(run, capsys):
+    longer = [part.replace("max_steps=3", "max_steps=5") for part in TRAINING]
+    assert main(["train", *longer, f"run.dir={run}"]) == 2
+    assert "train.max_steps: 3 before, 5 now" in capsys.readouterr().err
+    assert main(["train", *longer, f"run.dir={run}", "--allow-recipe-change"]) == 0
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '{"step"' in line]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, and a way to make it larger."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"this user may not mount a small file system: {mounted.stderr.strip()}")
+    yield path, lambda: subprocess.run(["mount", "-o", "remount,size=30m", path], check=True)
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_on_a_full_disk_training_goes_on_and_older_checkpoints_stay(small_disk, trained, capsys):
+    path, enlarge = small_disk
+    run = path / "run"
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 1
+    said = capsys.readouterr().err
+    assert "warning: the checkpoint after step 3 could not be written" in said
+    assert "No space left on device" in said
+    assert "the last checkpoint could not be written" in said
+    folder = CheckpointFolder(run / "checkpoints")
+    assert newest_whole(folder) == (2, [])
+    assert folder.problem(1) is None
+    enlarge()
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
+    assert (run / "student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("run.seed=1", "the run was taught by wrn_16_2 with weights"),  # the teacher's weights are random, by the seed
+    ("train.global_batch=64", "the run is 3 steps of 32 samples long"),
+    ("train.max_steps=2", "has done 3 steps already, more than the 2"),
+    ("optimizer={name: adamw, lr: 0.001}", "the optimizer's state in it is momentum_buffer; adamw of this recipe keeps exp_avg"),
+    ("train.ema={decay: 0.9}", "average/conv1.weight is not in it"),
+    ("student.name=resnet20", "is not in it"),
+])  # fmt: skip
+def test_what_a_run_cannot_go_on_with_is_said(run, capsys, change, message):
+    assert main(["train", *TRAINING, f"run.dir={run}", "--allow-recipe-change", change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_trainings_in_one_run_directory_are_refused(run, capsys):
+    import fcntl
+
+    with (run / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+
+
+def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path):
+    from dkd.config.schema import CheckpointSection
+    from dkd.training.checkpointing import Checkpointer
+
+    folder = CheckpointFolder(tmp_path)
+    for step in range(1, 8):
+        folder.path_of(step).mkdir(parents=True)
+    checkpointer = Checkpointer(CheckpointSection(keep_last=2, keep_best=2), folder, None, 0, 1, 60)
+    checkpointer.evaluations = {1: 0.3, 2: 0.9, 4: 0.5, 6: 0.4}
+    checkpointer.prune()
+    assert folder.steps() == [2, 4, 6, 7]
+
+
+def test_the_clock_asks_for_checkpoints_too(monkeypatch):
+    from dkd.config.schema import CheckpointSection
+    from dkd.training import checkpointing
+
+    now = [0.0]
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
+    schedule = checkpointing.CheckpointSchedule(CheckpointSection(every_epochs=2, every_steps=7, every_minutes=1), 10, 100)
+    assert [step for step in range(1, 101) if schedule.due(step, False)] == sorted({*range(7, 101, 7), *range(20, 101, 20)})
+    assert not schedule.minutes_over()
+    now[0] = 61.0
+    assert schedule.minutes_over()
+    assert schedule.due(1, schedule.minutes_over())
+    assert not schedule.minutes_over()

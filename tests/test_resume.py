@@ -1,0 +1,174 @@
+"""Trainings that are interrupted and go on: bit for bit the same on as many processes, and the same up to rounding on others.
+
+An interruption here ends the trainer between two steps; tests/test_crash.py kills processes.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import ENGINES
+from few_images import write_parquet
+
+TESTS = Path(__file__).resolve().parent
+SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias": False}
+# 12 steps in epochs of 5, a checkpoint every 3 steps and at the end of each epoch.
+MID_EPOCH = [4, 5, 7, None]
+EVERY_STEP = [*range(1, 12), None]
+
+
+def case(run, engine, interruptions, **more):
+    values = {"run": run, "engine": engine, "interruptions": interruptions, "model": "regularized", "workers": 0, "micro_batch": 8}
+    return {**values, "precision": "fp32", "optimizer": ADAMW, **more}
+
+
+def variants(world):
+    """name -> what is special about a training that is run without and with interruptions."""
+    found = {}
+    for engine in ENGINES:
+        found[f"{engine}, accumulated, AdamW, average"] = {"engine": engine}
+        found[f"{engine}, worker processes, SGD"] = {
+            "engine": engine, "workers": 2, "micro_batch": 32 // world, "optimizer": SGD, "model": "plain", "interruptions": [7, None],
+        }  # fmt: skip
+    found["any step"] = {"engine": "ddp", "interruptions": EVERY_STEP, "checkpoint": {"every_steps": 1}}
+    found["bf16, checkpoints not in the background"] = {"engine": "ddp", "precision": "bf16", "checkpoint": {"background": False}}
+    for ranks in ([0], [world - 1]):
+        full = {"ranks": ranks, "from": 5, "to": 8}  # the checkpoint after step 6 fails
+        found[f"full disk of rank {ranks[0]}"] = {"engine": "ddp", "full_disk": full, "interruptions": [8, None]}
+    found["streaming"] = {"engine": "ddp", "streaming": True, "workers": 2}
+    return found
+
+
+def pair(name, variant):
+    variant = {"interruptions": MID_EPOCH, **variant}
+    return case(f"{name}, whole", **{**variant, "interruptions": [None]}), case(f"{name}, interrupted", **variant)
+
+
+def launch(world, folder, cases):
+    if not (folder / "few.parquet").exists():
+        write_parquet(folder / "few.parquet", 170)  # 5 steps of 32, and 10 left over
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
+    command += [TESTS / "ranks" / "resume_cases.py", folder, folder / "cases.json"]
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "ranks"), *map(str, sys.path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=420, env=environment, cwd=TESTS.parent)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    errors = {name: rank[name]["error"] for name in ranks[0] for rank in ranks if "error" in rank[name]}
+    return {name: {"error": errors[name]} if name in errors else ranks[0][name] for name in ranks[0]}
+
+
+def returned(results, name):
+    if "error" in results[name]:
+        pytest.fail(results[name]["error"])
+    return results[name]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return {
+        world: launch(world, tmp_path_factory.mktemp(f"resume{world}"), [c for v in variants(world).items() for c in pair(*v)])
+        for world in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (1, 2) for name in variants(world)])
+def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, world, name):
+    whole, interrupted = (returned(results[world], f"{name}, {which}") for which in ("whole", "interrupted"))
+    assert interrupted["finished"]
+    assert len(whole["steps"]) == 12
+    assert len(whole["images"]) == 12 * 32
+    assert [line["evaluation"]["steps"] for line in whole["evaluations"]] == [5, 10, 12]
+    assert interrupted["steps"] == whole["steps"]
+    assert interrupted["evaluations"] == whole["evaluations"]
+    assert interrupted["images"] == whole["images"]
+    assert interrupted["sha256"] == whole["sha256"]
+
+
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world, rank):
+    """Nor does it harm the one before, from which the interrupted run goes on."""
+    whole, interrupted = (returned(results[world], f"full disk of rank {rank}, {which}") for which in ("whole", "interrupted"))
+    errors = dict(whole["written"])
+    assert list(errors) == [3, 5, 6, 9, 10, 12]
+    assert "File too large" in errors.pop(6)
+    assert set(errors.values()) == {None}
+    assert [step for step, _ in interrupted["written"]] == [3, 5, 6, 9, 10, 12]
+
+
+# Launches that a run goes through: processes and engine of each, and the step before which it ends.
+LAUNCHES = [(2, 4), (4, 9), (1, None)]
+MOVES = {
+    "ddp": ("ddp", "ddp", "ddp"),
+    "fsdp2": ("fsdp2", "fsdp2", "fsdp2"),
+    "zero1": ("zero1", "zero1", "zero1"),
+    "zero2": ("zero2", "zero2", "zero2"),
+    "zero3": ("zero3", "zero3", "zero3"),
+    "between engines": ("zero3", "fsdp2", "zero1"),
+}
+
+
+def moved(name, engine, until):
+    precision = "fp64" if all(e in ("ddp", "fsdp2") for e in MOVES[name]) else "fp32"
+    streaming = name in ("fsdp2", "zero2")
+    return case(f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=2 if streaming else 0)
+
+
+def by_default_batch(streaming, until):
+    """Micro-batches of global_batch / processes: the unit of batch statistics changes with the launch, what is sampled does not."""
+    return case(f"default batch {streaming}", "ddp", [until], micro_batch=None, streaming=streaming, model="plain")
+
+
+@pytest.fixture(scope="module")
+def moves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moved")
+    whole = [
+        case(f"whole {precision} {streaming}", "ddp", [None], precision=precision, streaming=streaming)
+        for precision in ("fp32", "fp64")
+        for streaming in (False, True)
+    ]
+    found = launch(1, folder, whole)
+    for number, (world, until) in enumerate(LAUNCHES):
+        found |= launch(
+            world,
+            folder,
+            [
+                *(moved(name, engines[number], until) for name, engines in MOVES.items()),
+                *(by_default_batch(s, until) for s in (False, True)),
+            ],
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_training_goes_on_with_another_number_of_processes(moves, name):
+    """2 processes, then 4, then 1: each image of each step is the same, and so is its augmentation; terms and weights up to the order of
+    sums.
+
+    float64: 1e-9. float32: 2e-4 of a term and 1e-3 of a tensor's largest weight, since AdamW's first steps divide a small gradient by its
+    own size and so pass its rounding on as it is.
+    """
+    ours = returned(moves, f"moved {name}")
+    first = moved(name, "ddp", None)
+    whole = returned(moves, f"whole {first['precision']} {first['streaming']}")
+    assert ours["finished"]
+    assert ours["images"] == whole["images"]
+    exact = first["precision"] == "fp64"
+    assert len(ours["steps"]) == len(whole["steps"]) == 12
+    for line, wanted in zip(ours["steps"], whole["steps"], strict=True):
+        for key in ("loss", "ce", "at", "sp", "kd"):
+            assert math.isclose(line[key], wanted[key], rel_tol=1e-9 if exact else 2e-4), (line["step"], key, line[key], wanted[key])
+    for key, values in whole["state"].items():
+        largest = max(map(abs, values))
+        assert ours["state"][key] == pytest.approx(values, rel=0, abs=(1e-9 if exact else 1e-3) * largest + 1e-12), key
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_which_images_are_seen_depends_on_neither_processes_nor_micro_batches(moves, streaming):
+    assert returned(moves, f"default batch {streaming}")["images"] == returned(moves, f"whole fp32 {streaming}")["images"]
