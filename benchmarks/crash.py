@@ -64,7 +64,7 @@ def result(run: Path) -> dict[str, Any]:
 
 def steps_logged(run: Path) -> int:
     path = run / "metrics.jsonl"
-    return path.read_text().count('{"step"') if path.exists() else 0
+    return sum(line.startswith('{"step"') for line in path.read_text().splitlines()) if path.exists() else 0
 
 
 def is_writing(run: Path) -> bool:

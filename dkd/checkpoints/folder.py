@@ -70,7 +70,7 @@ class CheckpointFolder:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path, to_disk=True)}
         manifest = folder / MANIFEST
-        manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1) + "\n")
+        manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
         _digest(manifest, to_disk=True)
         for directory in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
             _directory_to_disk(directory)

@@ -131,4 +131,7 @@ def _no_warning_of_one_process() -> Iterator[None]:
 def _first_reason(error: CheckpointException) -> str:
     """What failed on the first rank that failed. torch's own text holds every rank's stack."""
     rank, (reason, _) = sorted(error.failures.items())[0]
-    return f"rank {rank}: {type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+    text = " ".join(str(reason).split())[:300]
+    # torch's writer, stopped by the system in the middle of a file, complains of that and hides why.
+    hint = " (is the disk full?)" if "inline_container" in text else ""
+    return f"rank {rank}: {type(reason).__name__}: {text}{hint}"

@@ -114,6 +114,7 @@ class Trainer:
         )
         self.seconds_before = 0.0
         self._minutes_are_over = False
+        self._checkpoint_error: str | None = None  # of the last one, on this rank
         self.first_step, notes = self._resumed(existing)
         engine.start_trackers(accelerator, recipe, self.run_dir.identity(), self.first_step)
         self.attendance = Attendance("step")
@@ -460,18 +461,16 @@ class Trainer:
         self.checkpointer.save(steps_done, write_beside, begun)
         self._minutes_are_over = False
 
-    def _tell_of_checkpoints(self) -> str | None:
-        """Log what was written meanwhile. Returns why the last of them could not be."""
-        error = None
+    def _tell_of_checkpoints(self) -> None:
+        """Log what was written meanwhile."""
         for written in self.checkpointer.finished():
-            error = written.error
+            error = self._checkpoint_error = written.error
             if error is not None:
                 self.progress.say(
                     f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes on, older ones stay"
                 )
             facts = {"step": written.step, "bytes": written.bytes, "seconds": written.seconds, "stall": written.stall, "error": error}
             self._log({"checkpoint": facts}, {"checkpoint/stall": written.stall}, written.step)
-        return error
 
     def _exported(self, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The student's whole weights, on the main process, and what is to be said of them. All ranks gather them."""
@@ -499,13 +498,13 @@ class Trainer:
         }
         exported = self._exported(facts)
         self.checkpointer.wait()
-        failed = self._tell_of_checkpoints()
+        self._tell_of_checkpoints()
 
         def write() -> str | None:
             self._write_student(self.run_dir.path, exported)
             self.run_dir.sync()
             self.checkpointer.prune()
-            return failed
+            return self._checkpoint_error
 
         failed, reason = on_main_process(self.main, write)
         self.progress.close()
