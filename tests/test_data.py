@@ -3,6 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from few_images import write_images
 from PIL import Image
 from reference_material import require_cifar10
 
@@ -12,9 +13,11 @@ from dkd.data import (
     EvaluationBatches,
     Normalize,
     SampleOrder,
+    StreamedOrder,
     TrainingBatches,
     build_pipeline,
     in_memory,
+    open_row_groups,
     open_source,
 )
 from dkd.data.order import mix
@@ -105,6 +108,137 @@ def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
         assert {len(b.images) for part in parts for b in part} == {min(batch, -(-449 // world))}
         labels = torch.cat([b.labels[: b.valid] for batches in zip(*parts, strict=True) for b in batches])
         assert labels.tolist() == source.labels.tolist()
+
+
+SIZES = (30, 12, 30, 5, 23)
+
+
+def streamed(world=1, micro_batch=24, **more):
+    orders = [StreamedOrder(100, 7, 24, micro_batch, rank, world, SIZES, **{"lanes": 16, "window": 8, **more}) for rank in range(world)]
+    per_rank = [list(order.micro_batches(0, 12)) for order in orders]
+    return [key for micro_batches in zip(*per_rank, strict=True) for keys in micro_batches for key in keys]
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 6), (2, 12), (4, 6), (4, 2), (3, 8), (12, 1)])
+def test_a_streamed_order_too_says_only_who_computes_which_samples(world, micro_batch):
+    assert streamed(world, micro_batch) == streamed()
+
+
+@pytest.mark.parametrize("lanes", [1, 8, 16, 64, 1000])
+def test_a_streamed_epoch_visits_each_sample_at_most_once_and_epochs_differ(lanes):
+    keys = streamed(lanes=lanes)
+    epochs = [[index for epoch, index in keys if epoch == wanted] for wanted in range(3)]
+    assert [len(epoch) for epoch in epochs] == [96, 96, 96]
+    assert [len(set(epoch)) for epoch in epochs] == [96, 96, 96]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("micro_batch", "lanes", "readers"), [(20, 16, 1), (10, 32, 1), (10, 16, 2)])
+def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch, micro_batch, lanes, readers):
+    """Each rank and worker process in turn, with as many row groups in memory as the order asks for."""
+    write_images(tmp_path / "a.parquet", 2000, pixels=4, row_group=20)
+    source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
+    read = []
+    column = source._column
+    monkeypatch.setattr(source, "_column", lambda group: (read.append(group) if group not in source._kept else None, column(group))[1])
+    world, workers, reads = 2, 4, 0
+    for rank in range(world):
+        order = StreamedOrder(2000, 0, 40, micro_batch, rank, world, tuple(source.sizes.tolist()), lanes, 40)
+        assert order.readers == readers
+        batches = list(order.micro_batches(0, order.steps_per_epoch))
+        for worker in range(workers):
+            source._kept.clear()
+            source.keep(order.row_groups_of_a_worker(workers))
+            for keys in batches[worker::workers]:
+                for _, index in keys:
+                    source.image(index)
+            reads += len(read)
+            read.clear()
+    # 100 row groups; those at the ends of lanes are read for both lanes, those that a window splits are kept.
+    assert 100 <= reads / readers <= 100 + 2 * lanes + 2 * 8
+
+
+def test_row_groups_are_the_images_that_datasets_reads(tmp_path):
+    for number, count in enumerate((30, 7)):
+        write_images(tmp_path / f"{number}.parquet", count, row_group=8, seed=number)
+    ours = open_row_groups(str(tmp_path / "*.parquet"), training=True)
+    theirs = open_source(str(tmp_path / "*.parquet"), training=True)
+    assert ours.sizes.tolist() == [8, 8, 8, 6, 7]
+    assert ours.labels.tolist() == theirs.labels.tolist()
+    for index in (36, 0, 29, 30, 8, 7):
+        assert torch.equal(ours.image(index), theirs.image(index))
+    assert all(torch.equal(a, b) for a, b in zip(ours.images(), theirs.images(), strict=True))
+
+
+def test_class_names_of_row_groups_are_those_of_the_file():
+    source = open_row_groups(str(require_cifar10() / "test-*.parquet"), training=False)
+    assert source.class_names == open_source(str(require_cifar10() / "test-*.parquet"), training=False).class_names
+    assert len(source.class_names) == 10
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ("digits", "data.streaming reads parquet files and hub:NAME, not 'digits'"),
+    ("none-*.parquet", "no file matches"),
+    ("{tmp}/broken.parquet", "cannot be read as parquet"),
+])  # fmt: skip
+def test_what_cannot_be_streamed_is_said(tmp_path, spec, message):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=message):
+        open_row_groups(spec.format(tmp=tmp_path), training=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_by_others_and_named(tmp_path, workers):
+    write_images(tmp_path / "a.parquet", 40, broken=[(3, "truncated"), (4, "of zero bytes"), (9, "no image")])
+    source, transform = open_source(str(tmp_path / "a.parquet"), training=True), build_pipeline("cifar", image_size=16).train
+    order = SampleOrder(40, 0, 40, 10)
+    blank, replaced = (list(TrainingBatches(source, transform, order, workers, replace=replace).steps(0, 1)) for replace in (False, True))
+    for batches in (blank, replaced):
+        named = sorted(message.split("image ")[1].split(" ")[0] for batch in batches for message in batch.unreadable)
+        assert set(named) == {"3", "4", "9"}
+        assert [batch.valid for batch in batches] == [10] * 4
+    keys = [index for batch in order.micro_batches(0, 1) for _, index in batch]
+    for place, index in enumerate(keys):
+        images = [batches[place // 10].images[place % 10] for batches in (blank, replaced)]
+        if index in (3, 4, 9):
+            assert images[0].count_nonzero() == 0
+            assert images[1].count_nonzero() > 0
+        else:
+            assert torch.equal(*images)
+
+
+def test_unreadable_images_do_not_count_in_an_evaluation(tmp_path):
+    write_images(tmp_path / "a.parquet", 20, broken=[(3, "truncated"), (19, "no image")])
+    source, transform = open_source(str(tmp_path / "a.parquet"), training=False), build_pipeline("cifar", image_size=16).validation
+    batches = list(EvaluationBatches(source, transform, 8))
+    assert [batch.valid for batch in batches] == [7, 8, 3]
+    labels = [label for batch in batches for label in batch.labels[: batch.valid].tolist()]
+    assert labels == [label for index, label in enumerate(source.labels.tolist()) if index not in (3, 19)]
+    assert {batch.images.shape[0] for batch in batches} == {8}
+
+
+def test_a_saved_data_set_and_tar_files_are_sources_too(tmp_path):
+    import tarfile
+
+    from datasets import DatasetDict, load_dataset
+
+    write_images(tmp_path / "a.parquet", 9)
+    wanted = open_source(str(tmp_path / "a.parquet"), training=True)
+    saved = load_dataset("parquet", data_files={"train": str(tmp_path / "a.parquet")}, split="train")
+    saved.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "splits"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for index, row in enumerate(saved):
+            for name, content in ((f"{index:03}.png", row["image"]), (f"{index:03}.cls", str(row["label"]).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    for spec in (f"disk:{tmp_path}/one", f"disk:{tmp_path}/splits", str(tmp_path / "*.tar")):
+        source = open_source(spec, training=True)
+        assert source.labels.tolist() == wanted.labels.tolist(), spec
+        assert all(torch.equal(a, b) for a, b in zip(source.images(), wanted.images(), strict=True)), spec
+    with pytest.raises(DataError, match="has no split 'validation', but train"):
+        open_source(f"disk:{tmp_path}/splits", training=False)
 
 
 def test_digits_are_split_without_overlap():

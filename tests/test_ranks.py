@@ -240,3 +240,42 @@ def test_with_dropout_the_second_forward_of_a_step_repeats_the_first_bit_for_bit
     assert many["differences"] == [0.0 if world < 4 else None] * 3
     for a, b in zip(one["lines"], many["lines"], strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_streaming_from_three_files_goes_through_epochs_on_any_number_of_ranks(results, world):
+    one, many = (returned(results, w, "streaming_from_three_files") for w in (1, world))
+    assert [line["step"] for line in many[0]["lines"]] == list(range(1, 13))
+    for a, b in zip(one[0]["lines"], many[0]["lines"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
+    assert len({rank["fingerprint"] for rank in many}) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_image_that_cannot_be_read_ends_all_ranks_with_its_name(results, world):
+    ranks = returned(results, world, "an_unreadable_image_ends_all_ranks")
+    assert all(rank == ranks[0] for rank in ranks)
+    assert list(ranks[0]) == ["truncated", "of zero bytes", "no image"]
+    for (how, message), index in zip(ranks[0].items(), (5, 21, 22), strict=True):
+        assert f"broken {how}.parquet: image {index} (no name) cannot be read: " in message
+        assert "data.on_error=skip" in message
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_images_that_cannot_be_read_are_replaced_alike_on_any_number_of_ranks(results, world):
+    one, many = (returned(results, w, "unreadable_images_are_replaced") for w in (1, world))
+    assert [line.get("replaced_images") for line in many[0]["lines"]] == [line.get("replaced_images") for line in one[0]["lines"]]
+    assert sum(line.get("replaced_images", 0) for line in many[0]["lines"]) == 6  # three in each of two epochs
+    for a, b in zip(one[0]["lines"], many[0]["lines"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
+    for rank in many:
+        assert rank["evaluation"] == {**one[0]["evaluation"], "loss": pytest.approx(one[0]["evaluation"]["loss"], rel=1e-7)}
+    assert many[0]["evaluation"]["samples"] == 93
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_image_that_cannot_be_read_ends_an_evaluation_on_all_ranks(results, world):
+    messages = set(returned(results, world, "an_unreadable_image_ends_an_evaluation_on_all_ranks"))
+    assert len(messages) == 1
+    assert "evaluation after step 1: " in (message := messages.pop())
+    assert "one broken.parquet: image 5 (no name) cannot be read: " in message

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from engines import ENGINES
-from few_images import write_parquet
+from few_images import write_images
 
 TESTS = Path(__file__).resolve().parent
 SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
@@ -51,7 +51,7 @@ def pair(name, variant):
 
 def launch(world, folder, cases):
     if not (folder / "few.parquet").exists():
-        write_parquet(folder / "few.parquet", 170)  # 5 steps of 32, and 10 left over
+        write_images(folder / "few.parquet", 170)  # 5 steps of 32, and 10 left over
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
     command += [TESTS / "ranks" / "resume_cases.py", folder, folder / "cases.json"]

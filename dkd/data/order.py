@@ -91,11 +91,11 @@ class StreamedOrder(SampleOrder):
     once an epoch. It too is a function of (seed, epoch) alone, and its position is the global step.
 
     The row groups, in an order drawn for the epoch, make one list of rows. It is cut into lanes of equal length. A lane serves one slice of
-    the global batch in every eighth step. Within a lane, rows are drawn at random from a window that moves on when it is empty.
+    the global batch in every eighth step. Within a lane, rows are shuffled window by window.
 
     Args:
         group_sizes: rows of each row group.
-        lanes: how many; at most 8·B. More ranks than lanes/8 make several ranks read the same row groups.
+        lanes: how many; at most 8·B. See `readers`.
         window: rows.
     """
 
@@ -137,6 +137,13 @@ class StreamedOrder(SampleOrder):
                     part.copy_(torch.cat(windows).view(part.shape))
         return order.flatten()
 
+    @property
+    def readers(self) -> int:
+        """Ranks that read the same rows: 1 where each micro-batch has slices of its own, so from 8·B/b lanes on."""
+        bounds = self._slice_bounds()
+        micro_batches = [range(begin // self.micro_batch, -(-end // self.micro_batch)) for begin, end in pairwise(bounds)]
+        return max(len({number % self.world_size for number in numbers}) for numbers in micro_batches)
+
     def lanes_of_a_worker(self, workers: int) -> int:
         """The most lanes that one of this rank's worker processes goes to and fro between; it takes every `workers`th micro-batch."""
         bounds, workers = self._slice_bounds(), max(1, workers)
@@ -151,4 +158,4 @@ class StreamedOrder(SampleOrder):
     def row_groups_of_a_worker(self, workers: int) -> int:
         """The most row groups that it needs at a time."""
         smallest = max(1, sorted(self.group_sizes)[len(self.group_sizes) // 10])  # but for some short ones, at the ends of files
-        return self.lanes_of_a_worker(workers) * (-(-self.window // smallest) + 1)
+        return min(len(self.group_sizes), self.lanes_of_a_worker(workers) * (-(-self.window // smallest) + 1))

@@ -545,6 +545,11 @@ class Trainer:
                 f"shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. "
                 f"A worker process holds up to {held:.0f} MB of encoded images"
             )
+            if order.readers > 1:
+                lanes = TURNS * order.global_batch // order.micro_batch
+                self.progress.say(
+                    f"note: {order.readers} ranks read the same row groups; in a new run, data.stream_lanes={lanes} gives each its own"
+                )
         sp = self.recipe.losses.sp
         if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
             self.progress.say(

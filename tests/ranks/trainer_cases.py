@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from few_images import write_images
 
 from dkd.config.loading import validate
 from dkd.global_batch import BatchLayout, collectives, gram
@@ -272,7 +273,60 @@ def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
     return "no error"
 
 
+def images_on_disk(folder, name, *args, **kwargs):
+    """Files of few_images, written once."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank == 0:
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_images(folder / name, *args, **kwargs)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(folder / name)
+
+
+def streaming_from_three_files(folder):
+    """Files of 90, 17 and 60 images in row groups of 16, on fewer and on more ranks than files. Two epochs and a bit."""
+    for number, count in enumerate((90, 17, 60)):
+        images_on_disk(folder, f"three/{number}.parquet", count, seed=number)
+    data = {"train": str(folder / "three" / "*.parquet"), "streaming": True, "workers": 1, "shuffle_window": 20, "stream_lanes": 16}
+    return train(folder, "three_files", {"data": data, "train": {"epochs": 3, "max_steps": 12}})
+
+
+UNREADABLE = [(5, "truncated"), (21, "of zero bytes"), (22, "no image")]
+
+
+def an_unreadable_image_ends_all_ranks(folder):
+    """Each is in one rank's micro-batch alone, if there are several."""
+    found = {}
+    for index, how in UNREADABLE:
+        path = images_on_disk(folder, f"broken {how}.parquet", 96, broken=[(index, how)])
+        try:
+            train(folder, f"raise {how}", {"data": {"train": path, "workers": 0}, "train": {"epochs": 3, "max_steps": 6}})
+        except TrainingError as error:
+            found[how] = str(error)
+    return found
+
+
+def unreadable_images_are_replaced(folder):
+    path = images_on_disk(folder, "three broken.parquet", 96, broken=UNREADABLE)
+    data = {"train": path, "validation": path, "on_error": "skip", "workers": 1}
+    return train(folder, "skip", {"data": data, "train": {"epochs": 2, "max_steps": 6}})
+
+
+def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
+    path = images_on_disk(folder, "one broken.parquet", 96, broken=UNREADABLE[:1])
+    try:
+        train(folder, "broken validation", {"data": {"validation": path}, "train": {"max_steps": 1}})
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
 CASES = [
+    streaming_from_three_files,
+    an_unreadable_image_ends_all_ranks,
+    unreadable_images_are_replaced,
+    an_unreadable_image_ends_an_evaluation_on_all_ranks,
     all_four_losses,
     all_four_losses_by_exchange,
     all_four_losses_accumulated,
