@@ -24,6 +24,7 @@ from dkd.data import (
     open_row_groups,
     open_source,
 )
+from dkd.data.sources import split_spec
 from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
@@ -188,7 +189,8 @@ def _normalize(section: object) -> Normalize | None:
 def open_part(data: DataSection, part: str) -> ImageSource:
     """Open data.train or data.validation. Raises DataError."""
     spec = data.train if part == "train" else data.validation
-    if data.streaming:
+    # What is validated on may be of another kind.
+    if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
         return open_row_groups(spec, training=part == "train", image_column=data.image_column, label_column=data.label_column)
     return open_source(spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column)
 

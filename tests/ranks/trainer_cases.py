@@ -301,7 +301,9 @@ def an_unreadable_image_ends_all_ranks(folder):
     for index, how in UNREADABLE:
         path = images_on_disk(folder, f"broken {how}.parquet", 96, broken=[(index, how)])
         try:
-            train(folder, f"raise {how}", {"data": {"train": path, "workers": 0}, "train": {"epochs": 3, "max_steps": 6}})
+            train(
+                folder, f"raise {how}", {"data": {"train": path, "workers": 0, "in_memory": False}, "train": {"epochs": 3, "max_steps": 6}}
+            )
         except TrainingError as error:
             found[how] = str(error)
     return found
