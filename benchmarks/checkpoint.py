@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 16, 4
 RECIPE = [
-    "configs/quickstart_teacher.yaml", "student.norm=null", "train.global_batch=16", "train.micro_batch=8", f"train.max_steps={STEPS}",
-    "run.trackers=[]", "optimizer.lr=0.001", "data.image_size=64", "checkpoint.every_epochs=null", f"checkpoint.every_steps={EVERY}", "evaluation.batch=64",
+    "configs/quickstart_teacher.yaml", "student.norm=null", "data.image_size=64", "train.global_batch=16", "train.micro_batch=8",
+    f"train.max_steps={STEPS}", "optimizer.lr=0.001", "run.trackers=[]", "checkpoint.every_epochs=null", f"checkpoint.every_steps={EVERY}",
+    "evaluation.batch=64",
 ]  # fmt: skip
 
 

@@ -13,29 +13,29 @@ from typing import Any
 
 import torch
 
-from dkd.checkpoints import CheckpointError, SavedTensor
 from dkd.config import Recipe, RecipeError, recipe_to_yaml
-from dkd.data import DataError, EvaluationBatches, Normalize, RowGroups, StreamedOrder, TrainingBatches
+from dkd.data import DataError, EvaluationBatches, Normalize, TrainingBatches
 from dkd.data.batches import Batch
-from dkd.data.order import TURNS, mix
+from dkd.data.order import mix
 from dkd.global_batch import Attendance, BatchLayout, full_precision
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import TappedModel, WeightsError, save_student
 from dkd.teacher import FrozenTeacher
 from dkd.training import assembly, engine, launch, preflight
+from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
-from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, newest_whole, read_facts
+from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts
 from dkd.training.ema import WeightAverage
 from dkd.training.evaluation import Evaluation, evaluate
 from dkd.training.main_process import on_main_process
-from dkd.training.optimizers import build_optimizer, state_keys
+from dkd.training.optimizers import build_optimizer
 from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
-from dkd.training.run_directory import Existing, RunDirectory, is_run
+from dkd.training.resuming import begin
+from dkd.training.run_directory import Existing, RunDirectory
 from dkd.training.schedules import learning_rate
 from dkd.training.sharded_weights import full_state, parameter_counts
-from dkd.training.training_state import differences, optimizer_keys
 from dkd.training.two_passes import CachedGradient, relational_gradient
 
 STEPS_THAT_COMPARE_PASSES = 5
@@ -78,7 +78,7 @@ class Trainer:
         self.mixing = assembly.build_mixing(recipe)
         self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
-        self.training, self.workers = training, assembly.loader_workers(recipe.data, training, local)
+        self.workers = assembly.loader_workers(recipe.data, training, local)
         self.batches = TrainingBatches(training, pipeline.train, self.order, self.workers, pin, replace=recipe.data.on_error == "skip")
         self.unreadable: dict[int, tuple[str, ...]] = {}  # step -> of this rank
         self.replaced = 0
@@ -112,15 +112,25 @@ class Trainer:
         self.checkpointer = Checkpointer(
             recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.collective_timeout
         )
-        self.seconds_before = 0.0
         self._minutes_are_over = False
         self._checkpoint_error: str | None = None  # of the last one, on this rank
-        self.first_step, notes = self._resumed(existing)
+        fingerprint = self.teacher.fingerprint if self.teacher is not None else ""
+        beginning = begin(
+            recipe, self.run_dir, existing, self.checkpointer, prepared, self.average, fingerprint, world_size, self.total_steps
+        )
+        self.first_step, self.seconds_before = beginning.step, beginning.seconds
+        if beginning.scaler is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(beginning.scaler)
         engine.start_trackers(accelerator, recipe, self.run_dir.identity(), self.first_step)
         self.attendance = Attendance("step")
         self.progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
-        for note in notes:
-            self.progress.say(note)
+        for line in (
+            *beginning.notes,
+            *announcement(
+                recipe, self.order, training, self.workers, parameter_counts(prepared), self.teacher, self.device.type, self.total_steps
+            ),
+        ):
+            self.progress.say(line)
 
     def run(self) -> Evaluation:
         """Train to the end, evaluating on the way; leaves the finished student in the run directory.
@@ -128,7 +138,6 @@ class Trainer:
         Raises:
             TrainingError: on every rank, when the loss is no longer finite.
         """
-        self._announce()
         try:
             return self._run()
         except TrainingError:
@@ -142,64 +151,6 @@ class Trainer:
             raise
         finally:
             self.run_dir.close()
-
-    def _resumed(self, existing: Existing) -> tuple[int, list[str]]:
-        """Go on behind the newest whole checkpoint, if there is one. Returns the steps that are done, and what there is to say of it."""
-        found, reason = on_main_process(self.main, lambda: self._found_in_run_directory(existing))
-        if found is None:
-            raise RecipeError.at("run.dir", reason)
-        facts, notes = found
-        step, world_size = 0, self.order.world_size
-        if facts is not None:
-            step = facts["step"]
-            try:
-                self.checkpointer.restore(step, facts["world_size"], self._misfits)
-            except CheckpointError as error:
-                raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
-            if facts["scaler"] is not None and self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(facts["scaler"])
-            self.seconds_before = facts["seconds"]
-            elsewhere = f", written by {facts['world_size']} processes of {facts['engine']}"
-            notes.append(f"resumed from {self.run_dir.checkpoints.path_of(step)}, {step} of {self.total_steps} steps done{elsewhere}")
-        _, reason = on_main_process(self.main, lambda: self.run_dir.start(self.recipe, world_size, step))
-        if reason:
-            raise RecipeError.at("run.dir", reason)
-        self.checkpointer.evaluations = self.run_dir.evaluations() if self.main else {}
-        return step, notes
-
-    def _found_in_run_directory(self, existing: Existing) -> tuple[dict[str, Any] | None, list[str]]:
-        """On the main process: what the checkpoint to go on from says of itself, and what there is to say of others."""
-        self.run_dir.claim(existing)
-        was_run = is_run(self.run_dir.path)
-        step, damaged = newest_whole(self.run_dir.checkpoints)
-        notes = [f"warning: {problem}; an older checkpoint is taken" for problem in damaged]
-        if step is None:
-            return None, ["the run in run.dir has no checkpoint yet: it starts again from its first step"] if was_run else []
-        facts = read_facts(self.run_dir.checkpoints, step)
-        taught = facts["teacher"]["fingerprint"] if facts["teacher"] else ""
-        teaches = self.teacher.fingerprint if self.teacher is not None else ""
-        if taught and teaches and taught != teaches:
-            raise CheckpointError(
-                f"the run was taught by {facts['teacher']['name']} with weights {taught[:12]}, the teacher here has {teaches[:12]}; "
-                "another teacher makes another run; choose another run.dir, or give --overwrite"
-            )
-        if facts["global_batch"] != self.recipe.train.global_batch:
-            raise CheckpointError(
-                f"the run is {step} steps of {facts['global_batch']} samples long; it cannot go on with "
-                f"train.global_batch={self.recipe.train.global_batch}"
-            )
-        if step > self.total_steps:
-            raise CheckpointError(f"the run has done {step} steps already, more than the {self.total_steps} that the recipe asks for")
-        return facts, notes
-
-    def _misfits(self, saved: Mapping[str, SavedTensor]) -> list[str]:
-        """Why a checkpoint's tensors cannot be those of this student and optimizer."""
-        kept, needed = optimizer_keys(saved), state_keys(self.recipe.optimizer)
-        found = differences(saved, self.accelerator.unwrap_model(self.student), self.average)
-        if kept != needed:
-            names = [", ".join(keys) or "nothing" for keys in (kept, needed)]
-            found.append(f"the optimizer's state in it is {names[0]}; {self.recipe.optimizer.name} of this recipe keeps {names[1]}")
-        return found
 
     def _run(self) -> Evaluation:
         started = time.monotonic()
@@ -521,42 +472,6 @@ class Trainer:
         if self.replaced:
             self.progress.say(f"{self.replaced} images could not be read and were replaced by others")
         self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
-
-    def _announce(self) -> None:
-        train, order = self.recipe.train, self.order
-        processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
-        batch = f"{train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps"
-        kept = f", {self.local_parameters:,} on this rank" if self.local_parameters < self.parameters else ""
-        self.progress.say(
-            f"{self.recipe.run.name}: {self.parameters:,} parameters{kept}, {processes} of {launch.engine()} on {self.device.type}, "
-            f"{train.precision}; global batch {batch}; {order.steps_per_epoch} steps an epoch, {self.total_steps} in all"
-        )
-        if self.teacher is not None and self.recipe.teacher is not None:
-            local, total = parameter_counts(self.teacher)
-            kept = f", {local:,} on this rank" if local < total else ""
-            self.progress.say(f"teacher {self.recipe.teacher.name}: {total:,} parameters{kept}, {self.recipe.teacher.placement}")
-        left_out = order.samples - order.steps_per_epoch * order.global_batch
-        if left_out:
-            self.progress.say(f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full")
-        if isinstance(order, StreamedOrder) and isinstance(self.training, RowGroups):
-            held = order.row_groups_of_a_worker(self.workers) * self.training.bytes_per_group / 1e6
-            self.progress.say(
-                f"streaming: {len(order.group_sizes)} row groups in an order drawn anew each epoch, {order.slices * TURNS} lanes, rows "
-                f"shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. "
-                f"A worker process holds up to {held:.0f} MB of encoded images"
-            )
-            if order.readers > 1:
-                lanes = TURNS * order.global_batch // order.micro_batch
-                self.progress.say(
-                    f"note: {order.readers} ranks read the same row groups; in a new run, data.stream_lanes={lanes} gives each its own"
-                )
-        sp = self.recipe.losses.sp
-        if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
-            self.progress.say(
-                f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the number of ranks"
-            )
-        if self.recipe.teacher is not None and self.recipe.teacher.weights == "random":
-            self.progress.say("warning: the teacher's weights are random, as the recipe says; it teaches nothing")
 
 
 def _built(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:

@@ -1,0 +1,67 @@
+"""What is said of a training before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dkd.config import Recipe
+from dkd.data import ImageSource, RowGroups, SampleOrder, StreamedOrder
+from dkd.data.order import TURNS
+from dkd.teacher import FrozenTeacher
+from dkd.training import launch
+from dkd.training.sharded_weights import parameter_counts
+
+
+def announcement(
+    recipe: Recipe,
+    order: SampleOrder,
+    training: ImageSource,
+    workers: int,
+    parameters: tuple[int, int],
+    teacher: FrozenTeacher | None,
+    device: str,
+    total_steps: int,
+) -> Iterator[str]:
+    """Lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
+
+    Args:
+        workers: processes of this rank that load training images.
+        parameters: of the student, kept on this rank and in all.
+        device: its type.
+    """
+    train = recipe.train
+    processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
+    batch = f"{train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps"
+    yield (
+        f"{recipe.run.name}: {_counted(parameters)}, {processes} of {launch.engine()} on {device}, {train.precision}; global batch {batch};"
+        f" {order.steps_per_epoch} steps an epoch, {total_steps} in all"
+    )
+    if teacher is not None and recipe.teacher is not None:
+        yield f"teacher {recipe.teacher.name}: {_counted(parameter_counts(teacher))}, {recipe.teacher.placement}"
+    left_out = order.samples - order.steps_per_epoch * order.global_batch
+    if left_out:
+        yield f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full"
+    if isinstance(order, StreamedOrder) and isinstance(training, RowGroups):
+        yield from _streaming(order, training, workers)
+    sp = recipe.losses.sp
+    if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
+        yield f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the number of ranks"
+    if recipe.teacher is not None and recipe.teacher.weights == "random":
+        yield "warning: the teacher's weights are random, as the recipe says; it teaches nothing"
+
+
+def _streaming(order: StreamedOrder, training: RowGroups, workers: int) -> Iterator[str]:
+    held = order.row_groups_of_a_worker(workers) * training.bytes_per_group / 1e6
+    yield (
+        f"streaming: {len(order.group_sizes)} row groups in an order drawn anew each epoch, {order.slices * TURNS} lanes, rows shuffled "
+        f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. A worker process holds "
+        f"up to {held:.0f} MB of encoded images"
+    )
+    if order.readers > 1:
+        lanes = TURNS * order.global_batch // order.micro_batch
+        yield f"note: {order.readers} ranks read the same row groups; in a new run, data.stream_lanes={lanes} gives each its own"
+
+
+def _counted(parameters: tuple[int, int]) -> str:
+    local, total = parameters
+    return f"{total:,} parameters" + (f", {local:,} on this rank" if local < total else "")
