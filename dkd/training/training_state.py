@@ -39,7 +39,8 @@ class TrainingState:
 
     def collect(self) -> Tensors:
         """Copies on the CPU: training may go on while they are written. All ranks call it."""
-        return {name: _copied(tensor) for name, tensor in self._live()}
+        # A DTensor stays one, with its shard on the CPU.
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._live()}
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
         """Put what was saved in the place of what is there. All ranks call it, before the first step.
@@ -98,12 +99,6 @@ def _sharded_alike(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     if not isinstance(live, DTensor):
         return local
     return DTensor.from_local(local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride())
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, DTensor):
-        return _sharded_alike(tensor.to_local().detach().to("cpu", copy=True), tensor)
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from engine_cases import launched_as
 from dkd.models.weights import read_file
 from dkd.training import preflight
 from dkd.training.engine import leave_process_group
+from dkd.training.sharded_weights import local_part
 from dkd.training.trainer import Trainer
 
 TIMINGS = ("images_per_second", "data_wait")
@@ -44,6 +45,8 @@ def train(folder, case):
             trainer = Trainer(recipe)
             log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
             finished = run_until(trainer, until, case.get("full_disk"))
+            if finished:
+                assert_copies(trainer)
         if dist.is_initialized():
             dist.barrier()
     return described(folder, case, finished)
@@ -95,6 +98,21 @@ def run_until(trainer, until, full_disk=None):
         trainer.checkpointer.wait()  # a real process would be gone; what the thread still writes must not meet the next one
         return False
     return True
+
+
+def assert_copies(trainer):
+    """What is being written must not change when training goes on: weights, buffers, optimizer and average are all overwritten here."""
+    collected = trainer.checkpointer._state.collect()
+    before = {name: local_part(tensor).clone() for name, tensor in collected.items()}
+    model = trainer.accelerator.unwrap_model(trainer.student)
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    state = [value for values in getattr(optimizer, "optimizer", optimizer).state.values() for value in values.values()]
+    average = trainer.average._average if trainer.average else []
+    with torch.no_grad():
+        for tensor in [*map(local_part, model.parameters()), *model.buffers(), *state, *average]:
+            if isinstance(tensor, torch.Tensor):
+                local_part(tensor).fill_(7)
+    assert all(torch.equal(local_part(collected[name]), tensor) for name, tensor in before.items())
 
 
 def log_images(trainer, path):
