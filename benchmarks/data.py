@@ -154,6 +154,7 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
     from dkd.data import RowGroups, SampleOrder, StreamedOrder, TrainingBatches, open_row_groups, open_source
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as in a training
     before = megabytes([os.getpid()])
     begun = time.monotonic()
     source: Any = open_row_groups(pattern, training=True) if streaming else open_source(pattern, training=True)
