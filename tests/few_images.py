@@ -1,13 +1,45 @@
 """A small data set on disk, for tests that read one."""
 
 import io
+import struct
+import sys
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from PIL import Image
+from PIL import Image, ImageOps
 
-BROKEN = {"truncated": lambda content: content[:-40], "of zero bytes": lambda content: b"", "no image": lambda content: b"not an image"}
+
+def with_damaged_exif(content):
+    """A JPEG with a byte of its EXIF block changed such that Pillow raises struct.error: not every error of a decoder is an OSError."""
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif[0x010F] = "a camera"
+    Image.open(io.BytesIO(content)).convert("RGB").save(buffer, "JPEG", exif=exif.tobytes())
+    start = buffer.getvalue().index(b"Exif")
+    for position in range(start, start + 60):
+        for value in range(256):
+            changed = bytearray(buffer.getvalue())
+            changed[position] = value
+            try:
+                with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else nullcontext():
+                    ImageOps.exif_transpose(Image.open(io.BytesIO(changed)))
+            except struct.error:
+                return bytes(changed)
+            except Exception:
+                continue
+    raise AssertionError("no change of a byte makes Pillow raise struct.error")
+
+
+BROKEN = {
+    "truncated": lambda content: content[:-40],
+    "of zero bytes": lambda content: b"",
+    "no image": lambda content: b"not an image",
+    "damaged in its EXIF": with_damaged_exif,
+}
 
 
 def write_images(path, count, pixels=16, row_group=16, seed=0, broken=()):

@@ -6,9 +6,11 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
+from few_images import write_images
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
@@ -168,6 +170,48 @@ def test_tensor_files_that_would_run_code_are_not_loaded(run, tmp_path, capsys):
     assert not marker.exists()
 
 
+def test_metadata_that_changes_a_class_is_not_loaded(run):
+    """A pickle may set attributes of what it names: of a class, for all of the process."""
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.path_of(3) / "training" / ".metadata"
+    code = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n}S'fqn'\nS'elsewhere'\nsb."
+    path.write_bytes(b"\x80\x02" + code)
+    sealed(folder, 3)
+    step, problems = newest_whole(folder)
+    assert step == 2
+    assert "changes a class" in problems[0]
+
+
+def test_a_link_is_no_file_of_a_checkpoint(run, tmp_path):
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.path_of(3) / "training" / "__0_0.distcp"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    step, problems = newest_whole(folder)
+    assert step == 2
+    assert "is a link" in problems[0]
+
+
+def test_damaged_checkpoints_are_set_aside_and_do_not_displace_whole_ones(run):
+    for step in (2, 3):
+        truncated(run / "checkpoints" / f"step_{step:08d}" / "state.json")
+    less = [part.replace("keep_last=3", "keep_last=1") for part in TRAINING]
+    assert main(["train", *less, f"run.dir={run}", "--allow-recipe-change"]) == 0
+    folder = CheckpointFolder(run / "checkpoints")
+    assert folder.steps() == [3]
+    assert newest_whole(folder) == (3, [])
+    assert sorted(path.name for path in folder.path.glob("damaged_*")) == ["damaged_00000002", "damaged_00000003"]
+
+
+def test_other_training_data_are_refused(tmp_path, capsys):
+    write_images(tmp_path / "a.parquet", 64)
+    training = [*TRAINING, f"data.train={tmp_path}/*.parquet", f"run.dir={tmp_path}/run"]
+    assert main(["train", *training]) == 0
+    write_images(tmp_path / "b.parquet", 16)
+    assert main(["train", *training]) == 2
+    assert "the training data are not what they were: 64 images" in capsys.readouterr().err
+
+
 def test_what_is_being_written_is_never_taken_for_a_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints")
     assert newest_whole(folder) == (None, [])
@@ -264,11 +308,11 @@ def test_what_a_run_cannot_go_on_with_is_said(run, capsys, change, message):
 
 
 def test_two_trainings_in_one_run_directory_are_refused(run, capsys):
-    import fcntl
-
-    with (run / ".lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
         assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
+        other.stdin.close()
     assert "another process is training in it" in capsys.readouterr().err
 
 

@@ -20,6 +20,14 @@ ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias
 # 12 steps in epochs of 5, a checkpoint every 3 steps and at the end of each epoch.
 MID_EPOCH = [4, 5, 8, None]  # before 8, step 7 is logged, which is computed again from the checkpoint after 6
 EVERY_STEP = [*range(1, 12), None]
+# Where each start goes on: at the newest checkpoint before the interruption. The one after step 6 fails on the full disk.
+ON_FULL_DISK = [8, 11, None]
+STARTS = {
+    tuple(MID_EPOCH): [0, 3, 5, 6],
+    (7, None): [0, 6],
+    tuple(EVERY_STEP): list(range(12)),
+    tuple(ON_FULL_DISK): [0, 5, 10],
+}
 
 
 def case(run, engine, interruptions, **more):
@@ -39,7 +47,7 @@ def variants(world):
     found["bf16, checkpoints not in the background"] = {"engine": "ddp", "precision": "bf16", "checkpoint": {"background": False}}
     for ranks in ([0], [world - 1]):
         full = {"ranks": ranks, "from": 5, "to": 8}  # the checkpoint after step 6 fails
-        found[f"full disk of rank {ranks[0]}"] = {"engine": "ddp", "full_disk": full, "interruptions": [8, None]}
+        found[f"full disk of rank {ranks[0]}"] = {"engine": "ddp", "full_disk": full, "interruptions": ON_FULL_DISK}
     found["streaming"] = {"engine": "ddp", "streaming": True, "workers": 2}
     return found
 
@@ -82,6 +90,8 @@ def results(tmp_path_factory):
 def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, world, name):
     whole, interrupted = (returned(results[world], f"{name}, {which}") for which in ("whole", "interrupted"))
     assert interrupted["finished"]
+    assert whole["starts"] == [0]
+    assert interrupted["starts"] == STARTS[tuple(variants(world)[name].get("interruptions", MID_EPOCH))]
     assert len(whole["steps"]) == 12
     assert len(whole["images"]) == 12 * 32
     assert [line["evaluation"]["steps"] for line in whole["evaluations"]] == [5, 10, 12]
@@ -100,6 +110,7 @@ def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world
     assert "File too large" in errors.pop(6)
     assert set(errors.values()) == {None}
     assert [step for step, _ in interrupted["written"]] == [3, 5, 6, 9, 10, 12]
+    assert interrupted["starts"] == [0, 5, 10]
 
 
 # Launches that a run goes through: processes and engine of each, and the step before which it ends.
@@ -158,6 +169,7 @@ def test_a_training_goes_on_with_another_number_of_processes(moves, name):
     first = moved(name, "ddp", None)
     whole = returned(moves, f"whole {first['precision']} {first['streaming']}")
     assert ours["finished"]
+    assert ours["starts"] == [0, 3, 9]
     assert ours["images"] == whole["images"]
     exact = first["precision"] == "fp64"
     assert len(ours["steps"]) == len(whole["steps"]) == 12

@@ -5,6 +5,7 @@ RUN/checkpoints/
   step_00000300/
   writing_00000400/     being written, or left behind by a process that was killed; never read
   removing_00000100/    the same of one being removed
+  damaged_00000350/     set aside: its files were not what had been written
 
 A checkpoint is written into writing_N. Once all of it is on the disk, and its manifest too, the folder is renamed: at any moment, what is
 called step_N is whole. Older ones are removed only after that.
@@ -56,8 +57,16 @@ class CheckpointFolder:
 
     def remove_unfinished(self) -> None:
         """What was being written or removed when a process ended."""
-        for folder in [*self.path.glob("writing_*"), *self.path.glob("removing_*")]:
-            shutil.rmtree(folder)
+        for left in [*self.path.glob("writing_*"), *self.path.glob("removing_*")]:
+            _remove(left)
+
+    def set_aside(self, step: int) -> None:
+        """A checkpoint that is not whole must not count as one when older ones are removed."""
+        folder = self.path_of(step)
+        damaged = folder.with_name(folder.name.replace("step_", "damaged_"))
+        if damaged.exists():
+            _remove(damaged)
+        folder.rename(damaged)
 
     def commit(self, step: int) -> int:
         """Make what is in `writing_path(step)` the checkpoint of that step. Returns its size in bytes.
@@ -74,10 +83,13 @@ class CheckpointFolder:
         _digest(manifest, to_disk=True)
         for directory in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
             _directory_to_disk(directory)
-        if final.exists():  # of the same step, from before a resume
-            self._remove(final)
+        # There may be one of the same step, from before a resume.
+        older = self._renamed_for_removal(final) if final.exists() else None
         folder.rename(final)
         _directory_to_disk(self.path)
+        _directory_to_disk(self.path.parent)
+        if older is not None:
+            shutil.rmtree(older)
         return sum(entry["bytes"] for entry in files.values())
 
     def discard(self, step: int) -> None:
@@ -88,15 +100,21 @@ class CheckpointFolder:
         """Keep the checkpoints of `steps`."""
         for step in self.steps():
             if step not in steps:
-                self._remove(self.path_of(step))
+                shutil.rmtree(self._renamed_for_removal(self.path_of(step)))
 
-    def _remove(self, folder: Path) -> None:
-        # Renamed first: half of it must not be taken for a damaged checkpoint.
+    def remove_all(self) -> None:
+        """Every checkpoint, whole or not."""
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                if entry.name.startswith(("step_", "writing_", "removing_", "damaged_")):
+                    _remove(entry)
+
+    def _renamed_for_removal(self, folder: Path) -> Path:
+        """Half of a checkpoint must not be taken for a damaged one."""
         doomed = folder.with_name(folder.name.replace("step_", "removing_"))
         if doomed.exists():
-            shutil.rmtree(doomed)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+            _remove(doomed)
+        return folder.rename(doomed)
 
     def problem(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint; None: they are as they were written."""
@@ -107,6 +125,8 @@ class CheckpointFolder:
                 path = folder / name
                 if not path.is_file():
                     return f"{name} is missing"
+                if path.is_symlink():
+                    return f"{name} is a link"
                 if path.stat().st_size != entry["bytes"]:
                     return f"{name} has {path.stat().st_size} bytes, not the {entry['bytes']} that were written"
                 if _digest(path) != entry["sha256"]:
@@ -116,6 +136,13 @@ class CheckpointFolder:
         except OSError as error:
             return f"it cannot be read: {error}"
         return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,8 +32,6 @@ _ALLOWED = {
         "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "pathlib": {"PosixPath", "Path"},
-    "pathlib._local": {"PosixPath", "Path"},  # its name in Python 3.13
     "collections": {"OrderedDict"},
 }  # fmt: skip
 
@@ -87,24 +85,47 @@ def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
     return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _MetadataUnpickler(_PythonUnpickler):
+    """The one written in Python, whose steps can be overridden: a pickle may change attributes of what it names, so of classes too."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):
+            raise CheckpointError(".metadata changes a class; it was not loaded")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
+            return _path_as_text  # where the checkpoint was written, which nobody asks
         if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise CheckpointError(f".metadata names {module}.{name}, which is no part of a checkpoint; it was not loaded")
+
+
+def _path_as_text(*parts: str) -> str:
+    return "/".join(map(str, parts))
 
 
 def _read_metadata(folder: Path) -> Metadata:
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        tensors_only = all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values())
+        entries = metadata.state_dict_metadata
+        tensors_only = all(type(name) is str and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items())
+        tensors_only = tensors_only and all(isinstance(tuple(e.size), tuple) and e.properties.dtype for e in entries.values())
         names = _files(metadata)
+        here = all(type(name) is str and "/" not in name and name not in ("", ".", "..") for name in names)
     except (CheckpointError, OSError):
         raise
     except Exception as error:  # unpickling garbage raises anything
         raise CheckpointError(f".metadata is damaged: {type(error).__name__}: {error}") from error
-    if not tensors_only or any(Path(name).name != name for name in names):
+    if not (tensors_only and here) or any((folder / name).is_symlink() for name in names):
         raise CheckpointError(".metadata lists more than tensors of this folder; it was not loaded")
     return metadata
 

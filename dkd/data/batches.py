@@ -25,8 +25,10 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     valid: int
     unreadable: tuple[str, ...] = ()
-    """What was wrong with the images of this batch that could not be read. In training another image stands in the place of each, or a
-    blank one, for ranks to end together and not where one of them met it. In evaluation they are left out."""
+    """One message a sample of this batch whose image could not be read. In training another image stands in the place of each, or a blank
+    one. In evaluation they are left out."""
+    failure: str = ""
+    """Why the batch could not be made at all; its images are then blank. The ranks are to end together, not where one of them met it."""
 
 
 ATTEMPTS = 100
@@ -36,14 +38,30 @@ ATTEMPTS = 100
 class _Samples(Dataset[Batch]):
     """Loads the samples of one batch. A key is (epoch, index); an index of −1 is a blank image that does not count."""
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int | None, replace: bool = False) -> None:
-        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+    def __init__(
+        self, source: ImageSource, transform: Transform, seed: int | None, replace: bool = False, image_size: int | None = None
+    ) -> None:
+        self.source, self.transform, self.seed, self.replace, self.image_size = source, transform, seed, replace, image_size
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         # The default generator is the one that torchvision's transforms draw from. torch.manual_seed would also queue a call for a GPU
         # that was not used yet, once for every image.
         generator = torch.default_generator
         before = generator.get_state()
+        try:
+            return self._batch(keys)
+        except MemoryError:
+            raise
+        except Exception as error:  # of a user's transform, too
+            if self.image_size is None:
+                raise
+            message = str(error) if isinstance(error, DataError) else f"{type(error).__name__} in loading: {error}"
+            blank = torch.zeros(len(keys), 3, self.image_size, self.image_size, dtype=torch.uint8)
+            return Batch(blank, torch.zeros(len(keys), dtype=torch.int64), 0, (), one_line(message))
+        finally:
+            generator.set_state(before)
+
+    def _batch(self, keys: Sequence[tuple[int, int]]) -> Batch:
         images: list[torch.Tensor | None] = []
         labels: list[int] = []
         unreadable: list[str] = []
@@ -55,7 +73,6 @@ class _Samples(Dataset[Batch]):
                 continue
             images.append(image)
             labels.append(int(self.source.labels[used]))
-        generator.set_state(before)
         readable = [image for image in images if image is not None]
         if len({image.shape for image in readable}) > 1:
             raise DataError(
@@ -75,30 +92,34 @@ class _Samples(Dataset[Batch]):
 
     def _image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
         """A sample's image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
-        tried = index
+        tried, reason = index, ""
         for attempt in range(ATTEMPTS):
             try:
                 decoded = self.source.image(tried)
                 break
             except DataError as error:
-                unreadable.append(str(error))
+                reason = one_line(str(error))
+                if attempt == 0:
+                    unreadable.append(reason)
                 if not self.replace:
                     return None, index
                 # As everything that is drawn: the same for any number of ranks and workers.
-                tried = mix(self.seed or 0, epoch, index, attempt) % len(self.source)
+                nearby = self.source.neighbours(index)
+                tried = nearby[mix(self.seed or 0, epoch, index, attempt) % len(nearby)]
         else:
-            raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {unreadable[-1]}")
+            raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
         if self.seed is not None:
             torch.default_generator.manual_seed(mix(self.seed, epoch, tried))
         return self.transform(decoded), tried
 
     def _any_shape(self) -> torch.Size:
-        for index in range(len(self.source)):
-            try:
-                return self.transform(self.source.image(index)).shape
-            except DataError:
-                continue
-        raise DataError("none of the images can be read")
+        if self.image_size is not None:
+            return torch.Size((3, self.image_size, self.image_size))
+        return self.transform(self.source.image(0)).shape
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -129,13 +150,21 @@ class TrainingBatches:
         workers: worker processes; 0 loads in this one.
         pin: page-locked memory, for a faster copy to a GPU.
         replace: another image stands in for one that cannot be read; else a blank one does. `Batch.unreadable` tells.
+        image_size: pixels, that the transform makes. Given, nothing raises in here: `Batch.failure` tells.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Transform, order: SampleOrder, workers: int = 0, pin: bool = False, replace: bool = False
+        self,
+        source: ImageSource,
+        transform: Transform,
+        order: SampleOrder,
+        workers: int = 0,
+        pin: bool = False,
+        replace: bool = False,
+        image_size: int | None = None,
     ) -> None:
         self.order = order
-        self._samples = _Samples(source, transform, order.seed, replace)
+        self._samples = _Samples(source, transform, order.seed, replace, image_size)
         if isinstance(order, StreamedOrder) and isinstance(source, RowGroups):
             source.keep(order.row_groups_of_a_worker(workers))
         self._workers, self._pin = workers, pin
@@ -148,24 +177,39 @@ class TrainingBatches:
 
 class EvaluationBatches:
     """Each sample once over all ranks, in batches of one shape. All ranks get equally many batches: a short one is filled up with blank
-    images, and so is one without any sample; only its first `valid` rows count.
+    images, and so is one without any sample; only its first `valid` rows count. A rank's samples are neighbours in the data set, and so are
+    those of each of its worker processes.
 
     Args:
         batch: rows a batch, per rank.
         rank, world_size: whose batches.
+        image_size: as for TrainingBatches.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Transform, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, pin: bool = False
+        self,
+        source: ImageSource,
+        transform: Transform,
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin: bool = False,
+        image_size: int | None = None,
     ) -> None:
         self.total = len(source)
         batch = min(batch, -(-self.total // world_size))  # no more rows than a rank can have
-        stride = batch * world_size
-        self._keys = [
-            [(0, index if index < self.total else -1) for index in range(start + rank * batch, start + (rank + 1) * batch)]
-            for start in range(0, self.total, stride)
+        count = -(-self.total // (batch * world_size))
+        batches = [
+            [(0, index if index < self.total else -1) for index in range(start, start + batch)]
+            for start in range(rank * count * batch, (rank + 1) * count * batch, batch)
         ]
-        self._samples, self._workers, self._pin = _Samples(source, transform, None), workers, pin
+        # Worker w of n gets the batches w, w + n, w + 2n, ...
+        turns = [range(worker, count, max(1, workers)) for worker in range(max(1, workers))]
+        neighbours = iter(batches)
+        by_turn = {number: next(neighbours) for turn in turns for number in turn}
+        self._keys = [by_turn[number] for number in range(count)]
+        self._samples, self._workers, self._pin = _Samples(source, transform, None, image_size=image_size), workers, pin
 
     def __len__(self) -> int:
         return len(self._keys)

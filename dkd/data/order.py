@@ -8,6 +8,7 @@ left to later epochs, each of which draws a new list. The position in all of thi
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -96,7 +97,7 @@ class StreamedOrder(SampleOrder):
     Args:
         group_sizes: rows of each row group.
         lanes: how many; at most 8·B. See `readers`.
-        window: rows.
+        window: rows, rounded up to what a lane gives to a whole number of steps.
     """
 
     group_sizes: tuple[int, ...] = ()
@@ -116,6 +117,10 @@ class StreamedOrder(SampleOrder):
     def _slice_bounds(self) -> list[int]:
         return [i * self.global_batch // self.slices for i in range(self.slices + 1)]
 
+    def _windows(self) -> list[int]:
+        """Rows of the windows of each slice's lanes: whole steps, so that none begins in the middle of a micro-batch."""
+        return [-(-self.window // (end - begin)) * (end - begin) for begin, end in pairwise(self._slice_bounds())]
+
     def epoch(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         sizes = torch.tensor(self.group_sizes)
@@ -127,35 +132,40 @@ class StreamedOrder(SampleOrder):
         rows = starts.repeat_interleave(sizes) + within
         order = torch.empty(self.steps_per_epoch, self.global_batch, dtype=torch.int64)
         bounds, used = self._slice_bounds(), 0
-        for begin, end in pairwise(bounds):
+        for (begin, end), window in zip(pairwise(bounds), self._windows(), strict=True):
             for turn in range(TURNS):
                 part = order[turn::TURNS, begin:end]
                 lane = rows[used : used + part.numel()]
                 used += part.numel()
-                windows = [w[torch.randperm(len(w), generator=generator)] for w in lane.split(self.window)]
+                windows = [w[torch.randperm(len(w), generator=generator)] for w in lane.split(window)]
                 if windows:
                     part.copy_(torch.cat(windows).view(part.shape))
         return order.flatten()
 
-    @property
-    def readers(self) -> int:
-        """Ranks that read the same rows: 1 where each micro-batch has slices of its own, so from 8·B/b lanes on."""
-        bounds = self._slice_bounds()
-        micro_batches = [range(begin // self.micro_batch, -(-end // self.micro_batch)) for begin, end in pairwise(bounds)]
-        return max(len({number % self.world_size for number in numbers}) for numbers in micro_batches)
-
-    def lanes_of_a_worker(self, workers: int) -> int:
-        """The most lanes that one of this rank's worker processes goes to and fro between; it takes every `workers`th micro-batch."""
+    def lanes_of_workers(self, workers: int) -> dict[tuple[int, int], set[tuple[int, int]]]:
+        """(rank, worker process) -> the lanes that it goes to and fro between. A worker takes every `workers`th micro-batch of its rank."""
         bounds, workers = self._slice_bounds(), max(1, workers)
-        lanes: dict[int, set[tuple[int, int]]] = {}
-        for number in range(math.lcm(TURNS * self.micro_steps, workers)):
-            step, micro_step = divmod(number, self.micro_steps)
-            begin = (micro_step * self.world_size + self.rank) * self.micro_batch
-            touched = (i for i in range(self.slices) if bounds[i] < begin + self.micro_batch and begin < bounds[i + 1])
-            lanes.setdefault(number % workers, set()).update((i, step % TURNS) for i in touched)
-        return max(map(len, lanes.values()))
+        touched = []
+        for number in range(self.global_batch // self.micro_batch):
+            begin = number * self.micro_batch
+            touched.append([i for i in range(self.slices) if bounds[i] < begin + self.micro_batch and begin < bounds[i + 1]])
+        lanes: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        for count in range(math.lcm(TURNS * self.micro_steps, workers)):
+            step, micro_step = divmod(count, self.micro_steps)
+            for rank in range(self.world_size):
+                found = lanes.setdefault((rank, count % workers), set())
+                found.update((i, step % TURNS) for i in touched[micro_step * self.world_size + rank])
+        return lanes
+
+    def readers(self, workers: int) -> int:
+        """The most worker processes that share a lane, and so read the same row groups: 1 where each micro-batch has slices of its own
+        (from 8·B/b lanes on) and `workers` divides 8·A."""
+        shared = Counter(lane for lanes in self.lanes_of_workers(workers).values() for lane in lanes)
+        return max(shared.values())
 
     def row_groups_of_a_worker(self, workers: int) -> int:
-        """The most row groups that it needs at a time."""
+        """The most row groups that one of this rank's worker processes needs at a time."""
+        lanes = max(len(lanes) for (rank, _), lanes in self.lanes_of_workers(workers).items() if rank == self.rank)
         smallest = max(1, sorted(self.group_sizes)[len(self.group_sizes) // 10])  # but for some short ones, at the ends of files
-        return min(len(self.group_sizes), self.lanes_of_a_worker(workers) * (-(-self.window // smallest) + 1))
+        # Of each lane those of a window, which begins and ends within one; and one that another lane shares, never read to its end here.
+        return min(len(self.group_sizes), lanes * (-(-max(self._windows()) // smallest) + 2))

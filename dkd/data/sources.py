@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class DataError(ValueError):
@@ -46,6 +46,10 @@ class ImageSource(Protocol):
 
     def images(self) -> Iterator[torch.Tensor]:
         """All images in order; a source may read them faster so than one by one."""
+        ...
+
+    def neighbours(self, index: int) -> range:
+        """Where another image can be had at little cost."""
         ...
 
 
@@ -74,7 +78,7 @@ def open_source(
         return _saved_to_disk(rest, training, image_column, label_column)
     if kind == "hub":
         return _hub(rest, training, image_column, label_column)
-    return _files(kind, rest, image_column, label_column)
+    return _data_files(kind, rest, image_column, label_column)
 
 
 def check_spec(spec: str) -> None:
@@ -148,6 +152,9 @@ class _Indexed:
     def images(self) -> Iterator[torch.Tensor]:
         return (self.image(index) for index in range(len(self)))
 
+    def neighbours(self, index: int) -> range:
+        return range(len(self))
+
 
 class _InMemory(_Indexed):
     def __init__(self, pixels: torch.Tensor, labels: np.ndarray, class_names: list[str] | None = None) -> None:
@@ -191,7 +198,6 @@ class _Digits(_InMemory):
         super().__init__(images, digits.target[chosen].astype(np.int64))
 
 
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 # Formats of data sets. Pillow would try them all by content, among them EPS, which it hands to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -233,11 +239,22 @@ def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None) -> 
     path: str | None = cell.get("path")
     if content is None and path is None:
         raise DataError(f"{name}: image {index} is null")
+    with _reading(f"{name}: image {index} ({path or 'no name'})"), _open_image(path if content is None else io.BytesIO(content)) as image:
+        pixels = to_rgb_tensor(image)
+    return pixels
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever goes wrong with an image is a DataError that names it: damaged ones make Pillow raise errors of many kinds."""
     try:
-        with _open_image(path if content is None else io.BytesIO(content)) as image:
-            return to_rgb_tensor(image)
-    except _DECODING_ERRORS as error:
-        raise DataError(f"{name}: image {index} ({path or 'no name'}) cannot be read: {error}") from error
+        yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{what} cannot be read: it is no image in a known format") from error
+    except Exception as error:
+        raise DataError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def whole_labels(labels: Any, name: str, column: str) -> np.ndarray:
@@ -273,7 +290,7 @@ def image_and_label_columns(features: Mapping[str, Any], name: str, image_column
     return found[0], found[1]
 
 
-def _files(kind: str, pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
+def _data_files(kind: str, pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
     """Parquet files, or tar files in the layout of WebDataset, by the reader of `datasets` of that name."""
     files = matching_files(pattern)
     import pyarrow as pa
@@ -319,7 +336,8 @@ def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:
     split = split or ("train" if training else "validation")
     splits = get_dataset_split_names(name, configuration or None)
     if split not in splits:
-        raise DataError(f"hub:{name} has no split {split!r}; write hub:{name}:SPLIT with one of {', '.join(splits)}")
+        whole = f"{name}@{configuration}" if configuration else name
+        raise DataError(f"hub:{whole} has no split {split!r}; write hub:{whole}:SPLIT with one of {', '.join(splits)}")
     return name, configuration or None, split
 
 
@@ -343,6 +361,27 @@ def _hub(spec: str, training: bool, image_column: str | None, label_column: str 
     return _HuggingFace(dataset, f"hub:{name}:{split}", image_column, label_column)
 
 
+class _Folder(_Indexed):
+    def __init__(self, path: str) -> None:
+        import pyarrow as pa
+        from torchvision.datasets import ImageFolder
+
+        try:
+            dataset = ImageFolder(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
+        # A million Python strings would be copied into each worker process, as it counts references to them.
+        self._paths = pa.array([path for path, _ in dataset.samples])
+        self.labels = np.asarray(dataset.targets, dtype=np.int64)
+        self.class_names = dataset.classes
+
+    def image(self, index: int) -> torch.Tensor:
+        path = self._paths[index].as_py()
+        with _reading(path), _open_image(path) as image:
+            pixels = to_rgb_tensor(image)
+        return pixels
+
+
 class _Files(_Indexed):
     """A torchvision data set whose items are (PIL image, label)."""
 
@@ -351,23 +390,9 @@ class _Files(_Indexed):
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def image(self, index: int) -> torch.Tensor:
-        try:
-            return to_rgb_tensor(self.dataset[index][0])
-        except _DECODING_ERRORS as error:
-            where = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"image {index}"
-            raise DataError(f"{self.name}: {where} cannot be read: {error}") from error
-
-
-class _Folder(_Files):
-    def __init__(self, path: str) -> None:
-        from torchvision.datasets import ImageFolder
-
-        try:
-            dataset = ImageFolder(path, loader=_open_image)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
-        super().__init__(dataset, dataset.targets, f"folder:{path}")
-        self.class_names = dataset.classes
+        with _reading(f"{self.name}: image {index}"):
+            pixels = to_rgb_tensor(self.dataset[index][0])
+        return pixels
 
 
 class _Torchvision(_Files):

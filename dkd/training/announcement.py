@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from dkd.config import Recipe
@@ -51,15 +52,26 @@ def announcement(
 
 
 def _streaming(order: StreamedOrder, training: RowGroups, workers: int) -> Iterator[str]:
-    held = order.row_groups_of_a_worker(workers) * training.bytes_per_group / 1e6
+    held = max(1, workers) * order.row_groups_of_a_worker(workers) * training.bytes_per_group
+    on_machine = held * launch.local_world_size()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield (
         f"streaming: {len(order.group_sizes)} row groups in an order drawn anew each epoch, {order.slices * TURNS} lanes, rows shuffled "
-        f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. A worker process holds "
-        f"up to {held:.0f} MB of encoded images"
+        f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. This rank's workers hold "
+        f"up to {held / 1e6:.0f} MB of encoded images"
     )
-    if order.readers > 1:
+    if on_machine > memory / 4:
+        yield (
+            f"warning: all ranks of this machine hold up to {on_machine / 1e9:.0f} GB so, of its {memory / 1e9:.0f} GB; fewer "
+            "data.stream_lanes (in a new run) or files with smaller row groups need less"
+        )
+    readers = order.readers(workers)
+    if readers > 1:
         lanes = TURNS * order.global_batch // order.micro_batch
-        yield f"note: {order.readers} ranks read the same row groups; in a new run, data.stream_lanes={lanes} gives each its own"
+        yield (
+            f"note: {readers} worker processes read the same row groups; with data.stream_lanes={lanes} or a multiple (in a new run) and "
+            f"data.workers={TURNS} each has its own"
+        )
 
 
 def _counted(parameters: tuple[int, int]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -204,6 +207,21 @@ def build_order(recipe: Recipe, source: ImageSource, rank: int, world_size: int)
     return SampleOrder(*batches)
 
 
+def data_facts(source: ImageSource) -> dict[str, Any]:
+    """The number of images, and a fingerprint of what the order of samples rests on: labels, and row groups where they count."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    if isinstance(source, RowGroups):
+        digest.update(source.sizes.tobytes())
+    return {"images": len(source), "sha256": digest.hexdigest()}
+
+
+def teacher_facts(recipe: Recipe, teacher: FrozenTeacher | None) -> dict[str, Any] | None:
+    """Name, fingerprint and taps, or None for a recipe without a teacher."""
+    if teacher is None or recipe.teacher is None:
+        return None
+    return {"name": recipe.teacher.name, "fingerprint": teacher.fingerprint, "taps": sorted({teacher for _, teacher in pairs(recipe)})}
+
+
 def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
     """The training images decoded once, where `data.in_memory` allows and they fit; else the source as it is. Raises DataError."""
     if data.in_memory is False or data.streaming:
@@ -223,4 +241,8 @@ def loader_workers(data: DataSection, source: ImageSource, local_world_size: int
     """Worker processes of this rank: as the recipe says; by default none for images in memory, else a share of this machine's cores."""
     if data.workers != "auto":
         return data.workers
-    return 0 if is_in_memory(source) else min(8, max(1, (os.cpu_count() or 1) // local_world_size))
+    if is_in_memory(source):
+        return 0
+    workers = min(8, max(1, (os.cpu_count() or 1) // local_world_size))
+    # So many that each has lanes of its own (StreamedOrder.readers).
+    return 2 ** (workers.bit_length() - 1) if isinstance(source, RowGroups) else workers

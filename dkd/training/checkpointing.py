@@ -16,6 +16,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +51,8 @@ class Written:
 
     step: int
     error: str | None
+    warning: str | None
+    """Why older checkpoints could not be removed."""
     stall: float
     """Seconds that training stood still for it."""
     seconds: float
@@ -106,10 +109,11 @@ class Checkpointer:
         self, section: CheckpointSection, folder: CheckpointFolder, state: State, rank: int, world_size: int, timeout: float
     ) -> None:
         self._section, self._folder, self._state, self._rank = section, folder, state, rank
-        # gloo: what is written lies on the CPU; and its collectives must not mix with those of training.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world_size > 1 else None
+        self._world_size, self._timeout = world_size, timedelta(seconds=timeout)
+        self._group: Any = None
+        self._needs_group = world_size > 1
         self._thread: threading.Thread | None = None
-        self._results: list[Written] = []
+        self._results: deque[Written] = deque()
         self.evaluations: dict[int, float] = {}
         """Steps -> top-1, for `keep_best`; the main process's."""
 
@@ -121,12 +125,14 @@ class Checkpointer:
             begun: when training stopped for this, by time.monotonic().
         """
         self.wait()
+        self._renew_group()
         tensors = self._state.collect() | {f"rng/{self._rank}/{name}": state for name, state in random_states().items()}
-        stall = time.monotonic() - begun
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, files, stall), name="checkpoint", daemon=True)
-        self._thread.start()
         if not self._section.background:
-            self.wait()
+            self._write(step, tensors, files, begun)
+            return
+        stall = time.monotonic() - begun
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, files, begun, stall), name="checkpoint", daemon=True)
+        self._thread.start()
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -136,30 +142,45 @@ class Checkpointer:
 
     def finished(self) -> list[Written]:
         """What came of `save`s that have come to an end on this rank since this was last asked."""
-        results, self._results = self._results, []
-        return results
+        return [self._results.popleft() for _ in range(len(self._results))]
 
-    def _write(self, step: int, tensors: Tensors, files: Callable[[Path], None], stall: float) -> None:
-        begun = time.monotonic()
-        path, size, error = self._folder.writing_path(step), 0, None
+    def _renew_group(self) -> None:
+        """gloo, since what is written lies on the CPU, and a group of its own, since its collectives must not mix with those of training.
+        It is of no use after a failure in it, such as a rank that came too late once. All ranks call it."""
+        if self._world_size > 1 and any(all_gather_objects(self._needs_group)):
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._needs_group = False
+            if self._rank == 0:
+                self._folder.remove_unfinished()  # what another rank wrote after this one had given up
+
+    def _write(self, step: int, tensors: Tensors, files: Callable[[Path], None], begun: float, stall: float | None = None) -> None:
+        writing = time.monotonic()
+        path, size, error, warning = self._folder.writing_path(step), 0, None, None
         try:
+            self._needs_group = self._world_size > 1  # until all ranks have come through
             save_tensors(path / "training", tensors, self._group)
+            self._needs_group = False
             if self._rank == 0:
                 files(path)
                 size = self._folder.commit(step)
-                self.prune()
+                warning = self.prune()
         except Exception as problem:  # in a thread: whatever it is, training is to hear of it
-            error = f"{type(problem).__name__}: {problem}" if not isinstance(problem, CheckpointError) else str(problem)
+            error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
             if self._rank == 0:
                 self._folder.discard(step)
-        self._results.append(Written(step, error, stall, time.monotonic() - begun, size))
+        now = time.monotonic()
+        self._results.append(Written(step, error, warning, now - begun if stall is None else stall, now - writing, size))
 
-    def prune(self) -> None:
-        """Remove what neither `keep_last` nor `keep_best` keeps. The main process's."""
+    def prune(self) -> str | None:
+        """Remove what neither `keep_last` nor `keep_best` keeps. The main process's. Returns why that could not be done."""
         steps = self._folder.steps()
         best = sorted((step for step in steps if step in self.evaluations), key=lambda step: (self.evaluations[step], step))
         kept = {*steps[-self._section.keep_last :], *(best[-self._section.keep_best :] if self._section.keep_best else [])}
-        self._folder.remove_all_but(kept)
+        try:
+            self._folder.remove_all_but(kept)
+        except OSError as error:
+            return str(error)
+        return None
 
     def restore(self, step: int, saved_world_size: int, problems: Callable[[Mapping[str, SavedTensor]], list[str]]) -> None:
         """Put the checkpoint of a step in the place of the present state. All ranks call it.
@@ -170,6 +191,7 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank.
         """
+        self._renew_group()
         training = self._folder.path_of(step) / "training"
         saved: dict[str, SavedTensor] = {}
         try:
@@ -184,9 +206,8 @@ class Checkpointer:
                 raise CheckpointError(f"rank {rank}: {'; '.join(reasons[:3])}{more}")
         self._state.restore(saved, lambda tensors: load_tensors(training, tensors, self._group))
         prefix = f"rng/{self._rank}/"
-        world_size = 1 if self._group is None else dist.get_world_size(self._group)
         # Of another number of ranks there is none for each; what training itself draws is seeded by position.
-        if world_size == saved_world_size:
+        if self._world_size == saved_world_size:
             random = {name: torch.empty(s.shape, dtype=s.dtype) for name, s in saved.items() if name.startswith(prefix)}
             load_tensors(training, random, self._group)
             restore_random_states({name.removeprefix(prefix): state for name, state in random.items()})
@@ -221,28 +242,55 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(recipe_to_yaml(placeless).encode()).hexdigest()
 
 
-def checkpoint_facts(
-    step: int, recipe: Recipe, world_size: int, engine: str, teacher: Mapping[str, Any] | None, **more: Any
-) -> dict[str, Any]:
-    """The content of state.json."""
+def run_facts(recipe: Recipe, teacher: Mapping[str, Any] | None, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run cannot change without being another run.
+
+    Args:
+        teacher: name, fingerprint and taps.
+        data: the number of training images, and a fingerprint of their labels and places.
+    """
+    return {"global_batch": recipe.train.global_batch, "teacher": teacher, "data": data}
+
+
+def checkpoint_facts(step: int, recipe: Recipe, world_size: int, engine: str, run: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The content of state.json.
+
+    Args:
+        run: `run_facts`.
+        more: what has added up since the first step.
+    """
     return {
         "format": _FORMAT,
         "step": step,
         "world_size": world_size,
         "engine": engine,
-        "global_batch": recipe.train.global_batch,
         "recipe_sha256": recipe_hash(recipe),
-        "teacher": teacher,
         "packages": packages(),
+        **run,
         **more,
     }
+
+
+_TYPES: dict[str, Any] = {
+    "world_size": int,
+    "engine": str,
+    "global_batch": int,
+    "teacher": (dict, type(None)),
+    "data": dict,
+    "seconds": (int, float),
+    "replaced_images": int,
+    "scaler": (dict, type(None)),
+}
 
 
 def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
         values = json.loads((folder.path_of(step) / "state.json").read_text())
-        ours = values["format"] == _FORMAT and values["step"] == step and isinstance(values["world_size"], int)
+        ours = values["format"] == _FORMAT and values["step"] == step
+        ours = ours and all(isinstance(values[key], types) for key, types in _TYPES.items())
+        ours = ours and {"images", "sha256"} <= set(values["data"])
+        ours = ours and (values["teacher"] is None or {"name", "fingerprint"} <= set(values["teacher"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError("state.json is damaged") from error
     if not ours:

@@ -140,14 +140,15 @@ def _engine_or_none() -> str:
         return ""
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe, identity: str, first_step: int) -> None:
+def start_trackers(accelerator: Accelerator, recipe: Recipe, identity: str, again: bool, first_step: int) -> None:
     """The recipe's trackers, under the run's name; a resumed run goes on where they allow it.
 
     Args:
         identity: of the run, the same at each start.
+        again: this is not the first start.
         first_step: steps done by earlier starts; what TensorBoard has of later ones is superseded.
     """
-    more = {"tensorboard": {"purge_step": first_step + 1} if first_step else {}, "wandb": {"id": identity, "resume": "allow"}}
+    more = {"tensorboard": {"purge_step": first_step + 1} if again else {}, "wandb": {"id": identity, "resume": "allow"}}
     if recipe.run.trackers:
         settings = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(recipe.model_dump()).items()

@@ -57,6 +57,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         accelerator.process_index,
         accelerator.num_processes,
         assembly.loader_workers(recipe.data, validation, launch.local_world_size()),
+        image_size=pipeline.image_size,
     )
 
     def logits_of(batch: Batch) -> torch.Tensor:

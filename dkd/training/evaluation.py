@@ -23,6 +23,8 @@ class Evaluation:
     top5_correct: int | None
     loss: float
     """Mean cross-entropy, nats."""
+    unreadable: int = 0
+    """Images that do not count among the samples."""
 
     @property
     def top1(self) -> float:
@@ -61,10 +63,12 @@ def evaluate(
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
     unreadable: list[str] = []
+    failures: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
     for batch in loading or batches:
         unreadable += batch.unreadable
+        failures += [batch.failure] if batch.failure else []
         logits = logits_of(batch)[: batch.valid].double()
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)
         classes = logits.shape[1]
@@ -75,9 +79,14 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     samples, top1, top5 = counts.tolist()
-    missing = [message for messages in all_gather_objects(unreadable) for message in messages] if samples != batches.total else []
-    if missing and not (skip_unreadable and samples):
-        raise DataError(missing[0] + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+    missing: list[str] = []
+    if samples != batches.total:
+        ranks = all_gather_objects((failures, unreadable))
+        missing = [message for _, messages in ranks for message in messages]
+        failed = [message for messages, _ in ranks for message in messages]
+        if failed or (missing and not (skip_unreadable and samples)):
+            messages = failed or missing
+            raise DataError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
     if samples + len(missing) != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
-    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples)
+    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, len(missing))

@@ -12,14 +12,14 @@ from dkd.global_batch.collectives import all_gather_objects
 T = TypeVar("T")
 
 
-def on_main_process(main: bool, action: Callable[[], T]) -> tuple[T | None, str]:
+def on_main_process(main: bool, action: Callable[[], T]) -> tuple[T | None, str | None]:
     """Run `action` on the main process while the others wait. A collective.
 
     Returns:
-        On every rank: what it returned (something small that can be pickled), and an empty text; or None, and why it failed: a file system
-        that refuses, a checkpoint or recipe that is wrong. Other errors end the main process, and its launcher the others.
+        On every rank: what it returned (something small that can be pickled) and None; or None and why it failed. Whatever it raises is
+        told so: raised by the main process alone, it would leave the others waiting.
     """
-    result, reason = None, ""
+    result, reason = None, None
     if main:
         try:
             result = action()
@@ -27,4 +27,6 @@ def on_main_process(main: bool, action: Callable[[], T]) -> tuple[T | None, str]
             reason = str(error)
         except RecipeError as error:
             reason = "; ".join(problem.message for problem in error.problems)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
     return all_gather_objects((result, reason))[0]

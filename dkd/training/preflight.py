@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
 from dkd.data.transforms import transforms_by_name
+from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.attention_transfer import token_grid
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
@@ -62,8 +64,9 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
         with _collect(problems, f"data.{part}"):
             opened[part] = assembly.open_part(recipe.data, part)
             check_labels(opened[part], recipe.data.classes)
+            image = _first_image(opened[part], recipe.data.on_error == "skip")
             with _collect(problems, f"data.{key}"):
-                _check_transformed(opened[part], transform, pipeline.image_size, recipe.data.on_error == "skip")
+                _check_transformed(image, transform, pipeline.image_size)
             if part == "train" and not problems:
                 opened[part] = assembly.decode_into_memory(recipe.data, opened[part])
             if part == "validation" and "train" in opened:
@@ -76,6 +79,16 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     if problems:
         raise RecipeError(problems)
     return opened["train"], opened["validation"]
+
+
+def check_same_data(training: Mapping[str, Any], validation: Mapping[str, Any]) -> None:
+    """Whether all ranks have opened the same data. A collective; the facts are `assembly.data_facts`. Raises RecipeError on every rank."""
+    for part, facts in (("train", training), ("validation", validation)):
+        ranks = all_gather_objects(dict(facts))
+        other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)
+        if other is not None:
+            counts = f"{ranks[0]['images']} images there, {ranks[other]['images']} here"
+            raise RecipeError.at(f"data.{part}", f"rank {other} has opened other data than rank 0 ({counts}, or other labels)")
 
 
 def open_validation(recipe: Recipe, classes: int) -> ImageSource:
@@ -94,7 +107,7 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
         source = assembly.open_part(recipe.data, "validation")
         check_labels(source, classes)
         if pipeline is not None:
-            _check_transformed(source, pipeline.validation, pipeline.image_size, recipe.data.on_error == "skip")
+            _check_transformed(_first_image(source, recipe.data.on_error == "skip"), pipeline.validation, pipeline.image_size)
     if problems:
         raise RecipeError(problems)
     return source
@@ -121,8 +134,7 @@ def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | N
     return assembly.build_image_pipeline(recipe) if len(problems) == found else None
 
 
-def _check_transformed(source: ImageSource, transform: Callable, size: int, skip: bool) -> None:
-    image = _first_readable(source) if skip else source.image(0)
+def _check_transformed(image: torch.Tensor, transform: Callable, size: int) -> None:
     try:
         made = transform(image)
     except Exception as error:  # a transform's own code
@@ -134,8 +146,9 @@ def _check_transformed(source: ImageSource, transform: Callable, size: int, skip
         )
 
 
-def _first_readable(source: ImageSource) -> torch.Tensor:
-    for index in range(len(source)):
+def _first_image(source: ImageSource, skip: bool) -> torch.Tensor:
+    """The first, or if such are to be skipped the first of a thousand that can be read."""
+    for index in range(min(len(source), 1000) if skip else 1):
         try:
             return source.image(index)
         except DataError as error:

@@ -52,7 +52,7 @@ class RunDirectory:
         self.writes = writes
         self.checkpoints = CheckpointFolder(self.path / "checkpoints")
         self._metrics: Any = None
-        self._unwritten = ""
+        self._unwritten = b""
         self._lock: Any = None
 
     def claim(self, existing: Existing) -> None:
@@ -65,14 +65,16 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock: worker processes would inherit it, and keep it for a while when this process is killed.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise RecipeError.at("run.dir", f"{str(self.path)!r}: another process is training in it") from error
         except OSError:  # a file system without locks
             self._lock = None
         if existing == "replace":
-            for target in (*(self.path / name for name in _FILES), self.checkpoints.path):
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            self.checkpoints.remove_all()
+            for target in (self.path / name for name in _FILES):
+                shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
 
     def start(self, recipe: Recipe, world_size: int, step: int) -> None:
@@ -88,7 +90,7 @@ class RunDirectory:
         _replace(self.path / "provenance.json", json.dumps(starts, indent=2) + "\n")
         _replace(self.path / "recipe.yaml", recipe_to_yaml(recipe))
         self._supersede_after(step)
-        self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)
 
     def _supersede_after(self, step: int) -> None:
         path = self.path / "metrics.jsonl"
@@ -96,12 +98,14 @@ class RunDirectory:
             return
         kept: list[str] = []
         superseded: list[str] = []
-        for line in path.read_text(errors="replace").splitlines():
+        text = path.read_text(errors="replace")
+        for line in text.splitlines():
             (kept if _belongs_before(line, step) else superseded).append(line + "\n")
         if superseded:
             with (self.path / "metrics.superseded.jsonl").open("a") as file:
                 file.writelines(superseded)
                 _to_disk(file)
+        if superseded or not text.endswith("\n"):
             _replace(path, "".join(kept))
 
     def log(self, line: Mapping[str, Any]) -> str | None:
@@ -110,34 +114,36 @@ class RunDirectory:
         if self._metrics is None:
             return None
         was_behind = bool(self._unwritten)
-        self._unwritten += json.dumps(line) + "\n"
+        self._unwritten += json.dumps(line).encode() + b"\n"
         try:
-            self._metrics.write(self._unwritten)
-            self._metrics.flush()
+            while self._unwritten:  # a disk that fills up takes the beginning of it
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
             return None if was_behind else str(error)
-        self._unwritten = ""
         return None
 
     def sync(self) -> None:
         """What was logged is on the disk. Raises OSError."""
         if self._metrics is not None:
-            _to_disk(self._metrics)
+            os.fsync(self._metrics.fileno())
 
     def evaluations(self) -> dict[int, float]:
         """Steps -> top-1 of what metrics.jsonl holds."""
         path = self.path / "metrics.jsonl"
         lines = map(_read_line, path.read_text(errors="replace").splitlines() if path.exists() else [])
-        return {line["evaluation"]["steps"]: line["evaluation"]["top1"] for line in lines if "evaluation" in line}
+        found = (line["evaluation"] for line in lines if isinstance(line.get("evaluation"), dict))
+        return {evaluation["steps"]: evaluation["top1"] for evaluation in found if {"steps", "top1"} <= set(evaluation)}
 
-    def identity(self) -> str:
-        """The same for all starts of a run, and another's for no other."""
-        first = _read_json(self.path / "provenance.json", [{}])[0]
-        return hashlib.sha256(f"{first.get('host')} {first.get('started')} {self.path.absolute()}".encode()).hexdigest()[:16]
+    def identity(self) -> tuple[str, bool]:
+        """The same for all starts of a run, and another's for no other; and whether this is not the first of them."""
+        starts = _read_json(self.path / "provenance.json", [])
+        first = starts[0] if starts else {}
+        named = f"{first.get('host')} {first.get('started')} {first.get('command')}"
+        return hashlib.sha256(named.encode()).hexdigest()[:16], len(starts) > 1
 
     def close(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
+            self._metrics.close()  # unbuffered: there is nothing left to write that could fail
             self._metrics = None
         if self._lock is not None:
             self._lock.close()
@@ -146,7 +152,7 @@ class RunDirectory:
 
 def is_run(path: Path) -> bool:
     """Whether a run has been started in `path`."""
-    return any((path / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
+    return any((path / name).exists() for name in ("recipe.yaml", "metrics.jsonl")) or bool(CheckpointFolder(path / "checkpoints").steps())
 
 
 def check_run_directory(recipe: Recipe, existing: Existing, allow_recipe_change: bool) -> list[Problem]:
@@ -225,11 +231,14 @@ def _git_revision() -> str | None:
 def _belongs_before(line: str, step: int) -> bool:
     """Whether a line of metrics stays when training goes on after `step` steps. An evaluation after that step is made again."""
     values = _read_line(line)
-    if "evaluation" in values:
-        return bool(values["evaluation"]["steps"] < step)
-    if "checkpoint" in values:
-        return bool(values["checkpoint"]["step"] <= step)
-    return 0 < values.get("step", 0) <= step
+    try:
+        if "evaluation" in values:
+            return bool(values["evaluation"]["steps"] < step)
+        if "checkpoint" in values:
+            return bool(values["checkpoint"]["step"] <= step)
+        return bool(0 < values["step"] <= step)
+    except (KeyError, TypeError):  # not a line of ours
+        return False
 
 
 def _read_line(line: str) -> dict[str, Any]:

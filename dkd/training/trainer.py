@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dkd.teacher import FrozenTeacher
 from dkd.training import assembly, engine, launch, preflight
 from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
-from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts
+from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts
 from dkd.training.ema import WeightAverage
 from dkd.training.evaluation import Evaluation, evaluate
 from dkd.training.main_process import on_main_process
@@ -70,6 +71,8 @@ class Trainer:
         self.device = accelerator.device
         rank, self.main = accelerator.process_index, accelerator.is_main_process
 
+        data = assembly.data_facts(training)
+        preflight.check_same_data(data, assembly.data_facts(validation))
         self.order = assembly.build_order(recipe, training, rank, world_size)
         self.planned_steps = self.order.steps_per_epoch * train.epochs
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
@@ -79,11 +82,15 @@ class Trainer:
         self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
         self.workers = assembly.loader_workers(recipe.data, training, local)
-        self.batches = TrainingBatches(training, pipeline.train, self.order, self.workers, pin, replace=recipe.data.on_error == "skip")
-        self.unreadable: dict[int, tuple[str, ...]] = {}  # step -> of this rank
-        self.replaced = 0
+        self.batches = TrainingBatches(
+            training, pipeline.train, self.order, self.workers, pin, recipe.data.on_error == "skip", pipeline.image_size
+        )
+        self.loading_problems: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # step -> failures, unreadable images of this rank
+        self._replaced_unlogged = 0
         workers = assembly.loader_workers(recipe.data, validation, local)
-        self.validation = EvaluationBatches(validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin)
+        self.validation = EvaluationBatches(
+            validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin, pipeline.image_size
+        )
         self.image_size = pipeline.image_size
 
         student, self.teacher = _built(recipe, self.device)
@@ -114,14 +121,14 @@ class Trainer:
         )
         self._minutes_are_over = False
         self._checkpoint_error: str | None = None  # of the last one, on this rank
-        fingerprint = self.teacher.fingerprint if self.teacher is not None else ""
+        self.run_facts = run_facts(recipe, assembly.teacher_facts(recipe, self.teacher), data)
         beginning = begin(
-            recipe, self.run_dir, existing, self.checkpointer, prepared, self.average, fingerprint, world_size, self.total_steps
+            recipe, self.run_dir, existing, self.checkpointer, prepared, self.average, self.run_facts, world_size, self.total_steps
         )
-        self.first_step, self.seconds_before = beginning.step, beginning.seconds
+        self.first_step, self.seconds_before, self.replaced = beginning.step, beginning.seconds, beginning.replaced_images
         if beginning.scaler is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(beginning.scaler)
-        engine.start_trackers(accelerator, recipe, self.run_dir.identity(), self.first_step)
+        engine.start_trackers(accelerator, recipe, *self.run_dir.identity(), self.first_step)
         self.attendance = Attendance("step")
         self.progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
         for line in (
@@ -142,6 +149,7 @@ class Trainer:
             return self._run()
         except TrainingError:
             self.checkpointer.wait()
+            self._tell_of_checkpoints()
             raise
         except RuntimeError as error:
             # A failed collective looks like any other error. Which ranks came how far tells a lost rank from a mistake.
@@ -204,9 +212,10 @@ class Trainer:
         asked = time.monotonic()
         micro_batches = [next(batches) for _ in range(self.order.micro_steps)]
         waited = time.monotonic() - asked
+        failures = tuple(batch.failure for batch in micro_batches if batch.failure)
         unreadable = tuple(message for batch in micro_batches for message in batch.unreadable)
-        if unreadable:
-            self.unreadable[step] = unreadable
+        if failures or unreadable:
+            self.loading_problems[step] = failures, unreadable
         self._reach(step, 0, 1)
         cached = self._relational_pass(step, micro_batches) if self.two_passes else None
         for micro_step, batch in enumerate(micro_batches):
@@ -225,7 +234,7 @@ class Trainer:
         self.statistics.finish_step()
         if self.average is not None:
             self.average.update()
-        return {**sums, "seconds_waited": waited, "unreadable": float(len(unreadable))}
+        return {**sums, "seconds_waited": waited, "load_failures": float(len(failures)), "unreadable": float(len(unreadable))}
 
     def _reach(self, step: int, micro_step: int, phase: int) -> None:
         """Leave word for the other ranks how far this one is."""
@@ -308,6 +317,7 @@ class Trainer:
         if not means.in_step():
             steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(means.step)))
             raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
+        self._report_loading(means.step, *(round(values[key] * self.order.world_size) for key in ("load_failures", "unreadable")))
         if not math.isfinite(values["loss"]):
             broken = [rank for rank, bad in enumerate(all_gather_objects(not math.isfinite(means.local()["loss"]))) if bad]
             terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.objective.names)
@@ -321,7 +331,6 @@ class Trainer:
                 "something in it is random beyond torch's seed, or compiled differently; "
                 "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
-        replaced = self._report_unreadable(means.step, round(values["unreadable"] * self.order.world_size))
         self._minutes_are_over = values["minutes_over"] > 0
         step = means.step
         shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
@@ -334,25 +343,28 @@ class Trainer:
                 "images_per_second": self.recipe.train.global_batch / values["seconds"],
                 "data_wait": values["seconds_waited"] / values["seconds"],
             }
-            if replaced:
-                line["replaced_images"] = replaced
+            if self._replaced_unlogged:
+                line["replaced_images"], self._replaced_unlogged = self._replaced_unlogged, 0
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
                 line["sp_row_difference"] = values["sp"] * self.gram_rows
             self._log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line}, line, step + 1)
 
-    def _report_unreadable(self, step: int, count: int) -> int:
-        """Images of a step that no rank could read: end the run on all ranks, or say which were replaced. Returns how many."""
-        if count == 0:
-            return 0
-        messages = [m for messages in all_gather_objects(self.unreadable.pop(step, ())) for m in messages]
+    def _report_loading(self, step: int, failures: int, unreadable: int) -> None:
+        """What went wrong in loading the images of a step: end the run on all ranks, or say which images were replaced."""
+        if failures + unreadable == 0:
+            return
+        problems = all_gather_objects(self.loading_problems.pop(step, ((), ())))
+        failed, messages = ([message for rank in problems for message in rank[kind]] for kind in (0, 1))
+        if failed:
+            raise TrainingError(f"step {step + 1}: {failed[0]}")
         if self.recipe.data.on_error == "raise":
-            more = f" (and {count - 1} more in that step)" if count > 1 else ""
+            more = f" (and {unreadable - 1} more in that step)" if unreadable > 1 else ""
             raise TrainingError(f"step {step + 1}: {messages[0]}{more}; data.on_error=skip replaces such images and goes on")
         for message in messages:
             self.progress.say(f"warning: step {step + 1}: {message}; another image was taken")
-        self.replaced += count
-        return count
+        self.replaced += unreadable
+        self._replaced_unlogged += unreadable
 
     def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation:
         """On the average of the weights, if one is kept."""
@@ -364,8 +376,8 @@ class Trainer:
                 result = evaluate(self._logits, self.validation, self.device, skip, loading)
         except DataError as error:
             raise TrainingError(f"evaluation after step {steps_done}: {error}") from error
-        if result.samples < self.validation.total:
-            self.progress.say(f"warning: {self.validation.total - result.samples} validation images cannot be read and do not count")
+        if result.unreadable:
+            self.progress.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.checkpointer.evaluations[steps_done] = result.top1
         self._log({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
@@ -374,11 +386,13 @@ class Trainer:
         )
         return result
 
-    def _log(self, line: Mapping[str, Any], tracked: Mapping[str, Any], step: int) -> None:
-        """To metrics.jsonl and to the trackers. A full disk does not end training."""
+    def _log(self, line: Mapping[str, Any], tracked: Mapping[str, Any] | None = None, step: int = 0) -> None:
+        """To metrics.jsonl, and what is `tracked` to the trackers. A full disk does not end training."""
         problem = self.run_dir.log(line)
         if problem:
             self.progress.say(f"warning: metrics.jsonl cannot be written ({problem}); its lines are kept until it can")
+        if tracked is None:
+            return
         try:
             self.accelerator.log(dict(tracked), step=step)
         except OSError as error:
@@ -391,14 +405,16 @@ class Trainer:
         self.attendance.reach([steps_done, 0], f"checkpoint after step {steps_done}")
         exported = self._exported({"steps": steps_done})
         scaler = self.accelerator.scaler
-        teacher = None
-        if self.teacher is not None and self.recipe.teacher is not None:
-            taps = sorted({teacher for _, teacher in assembly.pairs(self.recipe)})
-            teacher = {"name": self.recipe.teacher.name, "fingerprint": self.teacher.fingerprint, "taps": taps}
         facts = checkpoint_facts(
-            steps_done, self.recipe, self.order.world_size, launch.engine(), teacher, seconds=round(seconds, 1),
+            steps_done,
+            self.recipe,
+            self.order.world_size,
+            launch.engine(),
+            self.run_facts,
+            seconds=round(seconds, 1),
+            replaced_images=self.replaced,
             scaler=None if scaler is None else scaler.state_dict(),
-        )  # fmt: skip
+        )
 
         def write_beside(folder: Path) -> None:
             self._write_student(folder, exported)
@@ -420,8 +436,9 @@ class Trainer:
                 self.progress.say(
                     f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes on, older ones stay"
                 )
-            facts = {"step": written.step, "bytes": written.bytes, "seconds": written.seconds, "stall": written.stall, "error": error}
-            self._log({"checkpoint": facts}, {"checkpoint/stall": written.stall}, written.step)
+            if written.warning is not None:
+                self.progress.say(f"warning: older checkpoints could not be removed ({written.warning})")
+            self._log({"checkpoint": asdict(written)})
 
     def _exported(self, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The student's whole weights, on the main process, and what is to be said of them. All ranks gather them."""
@@ -446,18 +463,20 @@ class Trainer:
             "seconds": round(seconds, 1),
             "global_batch": self.recipe.train.global_batch,
             "world_size": self.order.world_size,
+            **({"replaced_images": self.replaced} if self.replaced else {}),
         }
         exported = self._exported(facts)
         self.checkpointer.wait()
         self._tell_of_checkpoints()
 
-        def write() -> str | None:
+        def write() -> None:
             self._write_student(self.run_dir.path, exported)
             self.run_dir.sync()
-            self.checkpointer.prune()
-            return self._checkpoint_error
 
-        failed, reason = on_main_process(self.main, write)
+        _, not_written = on_main_process(self.main, write)
+        checkpoint_error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
+        if self.main:
+            self.checkpointer.prune()  # now that the last evaluation is known
         self.progress.close()
         # Not accelerator.end_training(): it would also destroy a process group that the caller may still use.
         for tracker in self.accelerator.trackers:
@@ -465,10 +484,10 @@ class Trainer:
                 tracker.finish()
             except OSError as error:
                 self.progress.say(f"warning: {tracker.name} cannot write ({error})")
-        if reason:
-            raise TrainingError(f"the finished student cannot be written: {reason}; start the same command again when it can be")
-        if failed:
-            raise TrainingError(f"the last checkpoint could not be written: {failed}; the student is in {self.run_dir.path}")
+        if not_written is not None:
+            raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
+        if checkpoint_error is not None:
+            raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
         if self.replaced:
             self.progress.say(f"{self.replaced} images could not be read and were replaced by others")
         self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,9 +39,16 @@ class TrainingState:
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
     def collect(self) -> Tensors:
-        """Copies on the CPU: training may go on while they are written. All ranks call it."""
-        # A DTensor stays one, with its shard on the CPU.
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._live()}
+        """Copies on the CPU: training may go on while they are written. All ranks call it.
+
+        Of shards each rank copies its own, as DTensors of them; of what every rank has whole, a share.
+        """
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return {
+            name: tensor.detach().to("cpu", copy=True)
+            for turn, (name, tensor) in enumerate(self._live())
+            if isinstance(tensor, DTensor) or turn % size == rank
+        }
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
         """Put what was saved in the place of what is there. All ranks call it, before the first step.
@@ -50,20 +58,24 @@ class TrainingState:
             load: fills tensors by name, in place.
         """
         release_gathered(self._wrapped)
+        keys = optimizer_keys(saved)
         for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
-            for key, tensor in _of_parameter(saved, name).items():
+            for key in keys:
+                tensor = saved.get(f"optimizer/{name}/{key}")
+                if tensor is None:
+                    continue
                 if tensor.shape == tuple(parameter.shape):
-                    state[key] = torch.zeros_like(parameter, dtype=tensor.dtype, requires_grad=False)
+                    made = torch.zeros_like(parameter, requires_grad=False)
                 else:  # a number, such as AdamW's count of steps, which torch keeps on the CPU
-                    state[key] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                self._optimizer.state[parameter][key] = made
         load(dict(self._live()))
 
     def _live(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._model.state_dict().items():
             yield f"model/{plain_name(name)}", tensor.detach()
         for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
+            for key, value in sorted(self._optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, torch.Tensor):
                     yield f"optimizer/{name}/{key}", value
         if self._average is not None:
@@ -87,11 +99,6 @@ def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: Wei
 def optimizer_keys(saved: Mapping[str, SavedTensor]) -> list[str]:
     """What the optimizer keeps of a parameter, sorted: [momentum_buffer], or [exp_avg, exp_avg_sq, step]."""
     return sorted({name.rpartition("/")[2] for name in saved if name.startswith("optimizer/")})
-
-
-def _of_parameter(saved: Mapping[str, SavedTensor], name: str) -> dict[str, SavedTensor]:
-    prefix = f"optimizer/{name}/"
-    return {key: saved[prefix + key] for key in optimizer_keys(saved) if prefix + key in saved}
 
 
 def _sharded_alike(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

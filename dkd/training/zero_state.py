@@ -30,53 +30,49 @@ class ZeroTrainingState:
 
     def __init__(self, wrapped: Any, model: nn.Module, average: WeightAverage | None) -> None:
         self._engine, self._model, self._average = wrapped, model, average
-        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-        saved = model.state_dict(keep_vars=True)
-        self._buffers = {plain_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
+        self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
     def collect(self) -> Tensors:
         """Whole tensors on the CPU, each on the one rank that is to write it: all ranks call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_optimizer_state()
         found: Tensors = {}
-        rank, size = dist.get_rank(), dist.get_world_size()
+        rank, size, turn = dist.get_rank(), dist.get_world_size(), 0
 
         def keep(name: str, whole: torch.Tensor) -> None:
-            if len(turns) % size == rank:
+            nonlocal turn
+            if turn % size == rank:
                 found[name] = whole.detach().to("cpu", copy=True)
-            turns.append(name)
+            turn += 1
 
-        turns: list[str] = []
-        self._link_optimizer_state()
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            keep(f"model/{plain_name(name)}", _whole(tensor, _kept(tensor)))
         tensor_keys, numbers = self._optimizer_keys()
-        for name, parameter in self._parameters.items():
-            keep(f"model/{name}", _whole(parameter, _kept(parameter)))
+        for name, parameter in self._trained.items():
             for key in tensor_keys:
                 keep(f"optimizer/{name}/{key}", safe_get_full_optimizer_state(parameter, key))
             for key, number in numbers.items():
                 keep(f"optimizer/{name}/{key}", number)
-        for name, buffer in self._buffers.items():
-            keep(f"model/{name}", buffer)
         if self._average is not None:
             for name, live, average in self._average.named():
                 keep(f"average/{name}", _whole(live, average))
         return found
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
-        """As `TrainingState.restore`."""
+        """As `TrainingState.restore`. Each rank reads the whole state into the CPU's memory."""
         release_gathered(self._engine)
         whole = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in saved.items() if not name.startswith("rng/")}
         load(whole)
-        self._make_optimizer_state(whole)
+        self._make_optimizer_state(whole, optimizer_keys(saved))
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                mine = _part(parameter, whole[f"model/{name}"])
-                _kept(parameter).copy_(mine)  # what forwards read
-                _set_optimized(parameter, mine)  # what the optimizer updates
+            for name, tensor in self._model.state_dict(keep_vars=True).items():
+                _kept(tensor).copy_(_part(tensor, whole[f"model/{plain_name(name)}"]))  # what forwards read
+            for name, parameter in self._trained.items():
+                _set_optimized(parameter, _part(parameter, whole[f"model/{name}"]))  # what the optimizer updates
                 for key in self._optimizer_keys()[0]:
-                    _set_optimizer_state(parameter, _part(parameter, whole[f"optimizer/{name}/{key}"]), key)
-            for name, buffer in self._buffers.items():
-                buffer.copy_(whole[f"model/{name}"])
+                    if f"optimizer/{name}/{key}" in whole:
+                        _set_optimizer_state(parameter, _part(parameter, whole[f"optimizer/{name}/{key}"]), key)
             if self._average is not None:
                 for name, live, average in self._average.named():
                     average.copy_(_part(live, whole[f"average/{name}"]))
@@ -93,14 +89,14 @@ class ZeroTrainingState:
         shaped = [key for key, value in state.items() if value.shape == flat.shape]
         return shaped, {key: value for key, value in state.items() if key not in shaped}
 
-    def _make_optimizer_state(self, whole: Tensors) -> None:
+    def _make_optimizer_state(self, whole: Tensors, keys: list[str]) -> None:
         """DeepSpeed makes it in the first step; it is filled before that."""
-        name, parameter = next(iter(self._parameters.items()))
-        for flat in self._flat_parameters():
-            state = self._engine.optimizer.optimizer.state[flat]
-            for key in optimizer_keys({key: SavedTensor(tuple(value.shape), value.dtype) for key, value in whole.items()}):
-                value = whole[f"optimizer/{name}/{key}"]
-                elementwise = value.shape == tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for key in keys:
+            name, parameter = next((name, p) for name, p in self._trained.items() if f"optimizer/{name}/{key}" in whole)
+            value = whole[f"optimizer/{name}/{key}"]
+            elementwise = value.shape == tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for flat in self._flat_parameters():
+                state = self._engine.optimizer.optimizer.state[flat]
                 state[key] = torch.zeros_like(flat, requires_grad=False) if elementwise else value.clone()
         self._link_optimizer_state()
 

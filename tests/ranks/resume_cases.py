@@ -148,6 +148,7 @@ def described(folder, case, finished):
             assert images.setdefault(f"{step} {place}", image) == image  # computed again: the same image again
     written = [line["checkpoint"] for line in lines if "checkpoint" in line]
     values = {"written": [[line["step"], line["error"]] for line in written]}
+    values["starts"] = [start["step"] for start in json.loads((run / "provenance.json").read_text())]
     values |= {"steps": [line for line in lines if "step" in line], "evaluations": [line for line in lines if "evaluation" in line]}
     values |= {"images": images, "finished": finished, "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir())}
     if finished:
