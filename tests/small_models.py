@@ -52,3 +52,23 @@ class Stopping(torch.nn.Module):
             if os.environ.get("RANK") == "1":
                 time.sleep(3600)
         return self.fc(self.layer3(x).mean((2, 3)))
+
+
+class Awkward(torch.nn.Module):
+    """Weights that are tied, weights that do not train, a buffer of whole numbers, and one that is another tensor after each forward."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, 2, padding=1).requires_grad_(False)
+        self.layer3 = torch.nn.Conv2d(8, 9, 3, 2, padding=1)
+        self.first, self.second = torch.nn.Linear(9, 9), torch.nn.Linear(9, 9)
+        self.second.weight = self.first.weight
+        self.fc = torch.nn.Linear(9, num_classes)
+        self.register_buffer("numbers", torch.arange(5))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + 1
+        x = self.layer3(self.stem(x).relu()).relu().mean((2, 3))
+        return self.fc(self.second(self.first(x).relu()) + 0.001 * self.seen)

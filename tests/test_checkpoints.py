@@ -17,6 +17,7 @@ from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, sav
 from dkd.checkpoints.folder import MANIFEST
 from dkd.cli import main
 from dkd.training.checkpointing import newest_whole
+from dkd.training.run_directory import RunDirectory
 
 TRAINING = [
     "configs/quickstart.yaml", "teacher.weights=random", "train.max_steps=3", "train.precision=fp32", "run.trackers=[]", "data.workers=0",
@@ -262,6 +263,43 @@ def test_a_run_goes_on_longer_when_the_recipe_may_change(run, capsys):
     assert main(["train", *longer, f"run.dir={run}", "--allow-recipe-change"]) == 0
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "step" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_student_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    from safetensors import SafetensorError
+
+    from dkd.training import trainer
+
+    write = trainer.save_student
+
+    def full(folder, *args):
+        if folder.name == "run":
+            raise SafetensorError("I/O error: File too large (os error 27)")
+        return write(folder, *args)
+
+    monkeypatch.setattr(trainer, "save_student", full)
+    assert main(["train", *TRAINING, f"run.dir={tmp_path}/run"]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dkd: ")]
+    assert said.startswith("dkd: the finished student cannot be written: SafetensorError: I/O error: File too large")
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_written_once_when_it_does(tmp_path):
+    import resource
+
+    run_dir = RunDirectory(tmp_path, writes=True)
+    run_dir._metrics = (tmp_path / "metrics.jsonl").open("ab", buffering=0)
+    lines = [{"step": step, "loss": "x" * 50} for step in range(1, 9)]
+    said = []
+    try:
+        for line in lines:
+            limit = 200 if line["step"] in range(3, 6) else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            said.append(run_dir.log(line))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run_dir.close()
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
+    assert sum(message is not None for message in said) == 1
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ ON_FULL_DISK = [8, 11, None]
 STARTS = {
     tuple(MID_EPOCH): [0, 3, 5, 6],
     (7, None): [0, 6],
+    (8, None): [0, 5],  # the one after step 6 was not written
     tuple(EVERY_STEP): list(range(12)),
     tuple(ON_FULL_DISK): [0, 5, 10],
 }
@@ -43,11 +44,14 @@ def variants(world):
         found[f"{engine}, worker processes, SGD"] = {
             "engine": engine, "workers": 2, "micro_batch": 32 // world, "optimizer": SGD, "model": "plain", "interruptions": [7, None],
         }  # fmt: skip
+        found[f"{engine}, tied and frozen weights"] = {"engine": engine, "model": "awkward", "interruptions": [7, None]}
     found["any step"] = {"engine": "ddp", "interruptions": EVERY_STEP, "checkpoint": {"every_steps": 1}}
     found["bf16, checkpoints not in the background"] = {"engine": "ddp", "precision": "bf16", "checkpoint": {"background": False}}
     for ranks in ([0], [world - 1]):
         full = {"ranks": ranks, "from": 5, "to": 8}  # the checkpoint after step 6 fails
         found[f"full disk of rank {ranks[0]}"] = {"engine": "ddp", "full_disk": full, "interruptions": ON_FULL_DISK}
+    if world > 1:
+        found["a rank stays away"] = {"engine": "ddp", "absent": {"rank": 1, "step": 6}, "interruptions": [8, None]}
     found["streaming"] = {"engine": "ddp", "streaming": True, "workers": 2}
     return found
 
@@ -111,6 +115,15 @@ def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world
     assert set(errors.values()) == {None}
     assert [step for step, _ in interrupted["written"]] == [3, 5, 6, 9, 10, 12]
     assert interrupted["starts"] == [0, 5, 10]
+
+
+def test_checkpoints_after_one_that_a_rank_stayed_away_from_are_written(results):
+    """Its process group is of no use any more: another takes its place."""
+    whole = returned(results[2], "a rank stays away, whole")
+    errors = dict(whole["written"])
+    assert errors.pop(6) is not None
+    assert set(errors.values()) == {None}
+    assert list(errors) == [3, 5, 9, 10, 12]
 
 
 # Launches that a run goes through: processes and engine of each, and the step before which it ends.

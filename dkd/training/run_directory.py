@@ -222,7 +222,9 @@ def _version(package: str) -> str | None:
 def _git_revision() -> str | None:
     """Of the working directory: the commit, and `-dirty` when files differ from it."""
     try:
-        result = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10)
+        # Without optional locks: killed in the middle, git would leave one behind in the user's repository.
+        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

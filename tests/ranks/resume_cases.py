@@ -6,8 +6,10 @@ import os
 import resource
 import sys
 import traceback
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import trainer_cases
 from engine_cases import launched_as
 
+from dkd.checkpoints import CheckpointError
 from dkd.models.weights import read_file
-from dkd.training import preflight
+from dkd.training import checkpointing, preflight
 from dkd.training.engine import leave_process_group
 from dkd.training.sharded_weights import local_part
 from dkd.training.trainer import Trainer
@@ -27,6 +30,7 @@ TIMINGS = ("images_per_second", "data_wait")
 MIXED = {"mixup": 0.4, "cutmix": 1.0}
 MODELS = {
     "plain": {},
+    "awkward": {"student": {"name": "small_models:Awkward", "norm": None}, "losses": {"at": None, "kd": None}},
     # Everything that has a state or draws random numbers.
     "regularized": {"student": {"name": "small_models:Regularized", "norm": None}, "data": MIXED, "train": {"ema": {"decay": 0.9}}},
 }
@@ -44,7 +48,8 @@ def train(folder, case):
             preflight.check(recipe)
             trainer = Trainer(recipe)
             log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
-            finished = run_until(trainer, until, case.get("full_disk"))
+            with one_rank_does_not_write(trainer.order.rank, case.get("absent")):
+                finished = run_until(trainer, until, case.get("full_disk"))
             if finished:
                 assert_copies(trainer)
         if dist.is_initialized():
@@ -52,11 +57,25 @@ def train(folder, case):
     return described(folder, case, finished)
 
 
+@contextmanager
+def one_rank_does_not_write(rank, absent):
+    """`absent`: that rank stays away from the writing of one checkpoint, for which the others wait in vain."""
+    save = checkpointing.save_tensors
+
+    def stays_away(folder, tensors, group):
+        if folder.parent.name == f"writing_{absent['step']:08d}" and rank == absent["rank"]:
+            raise CheckpointError("stayed away")
+        save(folder, tensors, group)
+
+    with mock.patch.object(checkpointing, "save_tensors", stays_away) if absent else nullcontext():
+        yield
+
+
 def recipe_of(folder, case):
     model = MODELS[case["model"]]
     changes = {
         **model,
-        "losses": trainer_cases.with_strategy(case.get("strategy", "gather")),
+        "losses": {**trainer_cases.with_strategy("gather"), **model.get("losses", {})},
         "data": {**model.get("data", {}), "workers": case["workers"]},
         "train": {
             **model.get("train", {}),
@@ -75,6 +94,8 @@ def recipe_of(folder, case):
     changes["data"] |= {"shuffle_window": 16, "validation": str(folder / "few.parquet")}
     changes["data"]["in_memory"] = False
     changes["train"]["epochs"] = 3
+    if "absent" in case:
+        changes["run"] = {"collective_timeout": 3}
     return trainer_cases.recipe_of(folder, case["run"], changes)
 
 
