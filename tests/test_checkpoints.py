@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
 from dkd.checkpoints.folder import MANIFEST
+from dkd.checkpoints.tensors import _MetadataUnpickler
 from dkd.cli import main
 from dkd.training.checkpointing import newest_whole
 from dkd.training.run_directory import RunDirectory
@@ -181,6 +182,18 @@ def test_metadata_that_changes_a_class_is_not_loaded(run):
     step, problems = newest_whole(folder)
     assert step == 2
     assert "changes a class" in problems[0]
+
+
+def test_metadata_that_asks_for_attributes_is_not_loaded(run):
+    """Some versions of Python pickle the members of an Enum by getattr; it must get nothing else."""
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.path_of(3) / "training" / ".metadata"
+    good = b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nS'TORCH_CONTIGUOUS_FORMAT'\ntR."
+    assert _MetadataUnpickler(io.BytesIO(good)).load().name == "TORCH_CONTIGUOUS_FORMAT"
+    for asked in (b"__init__", b"__class__"):
+        path.write_bytes(good.replace(b"TORCH_CONTIGUOUS_FORMAT", asked))
+        with pytest.raises(CheckpointError, match="which is no part of a checkpoint"):
+            saved_tensors(path.parent)
 
 
 def test_a_link_is_no_file_of_a_checkpoint(run, tmp_path):

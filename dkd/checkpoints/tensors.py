@@ -103,9 +103,17 @@ class _MetadataUnpickler(_PythonUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
             return _path_as_text  # where the checkpoint was written, which nobody asks
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # as some versions of Python pickle members of an Enum
         if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise CheckpointError(f".metadata names {module}.{name}, which is no part of a checkpoint; it was not loaded")
+
+
+def _memory_format(encoding: Any, name: str) -> Any:
+    if getattr(encoding, "__name__", "") != "_MEM_FORMAT_ENCODING" or type(name) is not str or name not in encoding.__members__:
+        raise CheckpointError(f".metadata asks for {name!r} of {encoding!r}, which is no part of a checkpoint; it was not loaded")
+    return encoding[name]
 
 
 def _path_as_text(*parts: str) -> str:
