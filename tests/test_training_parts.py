@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -130,3 +131,19 @@ def test_a_fingerprint_sees_one_bit():
     with torch.no_grad():
         model.fc.bias[3] += 1e-7
     assert weights_fingerprint(model) != before
+
+
+def test_random_states_come_back():
+    import random
+
+    from dkd.training.random_state import random_states, restore_random_states
+
+    def draw():
+        return torch.rand(2).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()
+
+    draw()  # an odd number of normal ones: each generator holds a spare one
+    states = random_states()
+    drawn = draw()
+    assert draw() != drawn
+    restore_random_states(states)
+    assert draw() == drawn

@@ -32,9 +32,19 @@ from dkd.global_batch import ranks_per_group
 from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
-from dkd.models import Fingerprint, ModelSpec, TappedModel, build_model, build_on_meta, load_weights, stream_weights, weights_fingerprint
+from dkd.models import (
+    Fingerprint,
+    ModelSpec,
+    TappedModel,
+    WeightsError,
+    build_model,
+    build_on_meta,
+    load_weights,
+    stream_weights,
+    weights_fingerprint,
+)
 from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
-from dkd.training import engine
+from dkd.training import engine, launch
 from dkd.training.schedules import Schedule, loss_weight
 from dkd.training.sharded_weights import parameter_counts
 
@@ -55,6 +65,16 @@ def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
 def pairs(recipe: Recipe) -> list[tuple[str, str]]:
     """(student path, teacher path) of all feature losses."""
     return [pair for section in (recipe.losses.at, recipe.losses.sp) if section is not None for pair in section.paths]
+
+
+def build_models(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
+    """The student on the CPU and the teacher on its device, with their weights, which may have to be downloaded. Raises RecipeError."""
+    role = "student"
+    try:
+        student, role = build_student(recipe), "teacher"
+        return student, build_teacher(recipe, device, launch.world_size(), launch.local_world_size())
+    except WeightsError as error:
+        raise RecipeError.at(f"{role}.weights", error) from error
 
 
 def build_student(recipe: Recipe) -> TappedModel:

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from dkd.config import Recipe, RecipeError, recipe_to_yaml
+from dkd.config import Recipe, recipe_to_yaml
 from dkd.data import DataError, EvaluationBatches, Normalize, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
 from dkd.global_batch import Attendance, BatchLayout, full_precision
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
-from dkd.models import TappedModel, WeightsError, save_student
-from dkd.teacher import FrozenTeacher
+from dkd.models import save_student
 from dkd.training import assembly, engine, launch, preflight
 from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
@@ -93,7 +92,7 @@ class Trainer:
         )
         self.image_size = pipeline.image_size
 
-        student, self.teacher = _built(recipe, self.device)
+        student, self.teacher = assembly.build_models(recipe, self.device)
         self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
         student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
@@ -491,13 +490,3 @@ class Trainer:
         if self.replaced:
             self.progress.say(f"{self.replaced} images could not be read and were replaced by others")
         self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
-
-
-def _built(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
-    """The student on the CPU and the teacher on its device, with their weights, which may have to be downloaded."""
-    role = "student"
-    try:
-        student, role = assembly.build_student(recipe), "teacher"
-        return student, assembly.build_teacher(recipe, device, launch.world_size(), launch.local_world_size())
-    except WeightsError as error:
-        raise RecipeError.at(f"{role}.weights", error) from error
