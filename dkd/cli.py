@@ -106,30 +106,45 @@ def _train(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from dkd.training import preflight
+    from dkd.training import preflight, process_group, stopping
 
     existing: Existing = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
-    changes = preflight.check(recipe, existing, options.allow_recipe_change)
-    if os.environ.get("RANK", "0") == "0":
-        for change in changes:
-            print(f"dkd: the run goes on with another recipe: {change}", file=sys.stderr)
+    with process_group.tells_refusals():
+        changes = preflight.check(recipe, existing, options.allow_recipe_change)
+    for change in changes:
+        _say_once(f"the run goes on with another recipe: {change}")
     if options.dry_run:
         return _dry_run(recipe)
 
+    stopping.note_signals()
+
+    from dkd.training.endings import LostRankError, Stopped, TrainingError
     from dkd.training.engine import leave_process_group
-    from dkd.training.trainer import Trainer, TrainingError
+    from dkd.training.trainer import Trainer
 
     # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the others.
-
+    code = 0
     try:
-        Trainer(recipe, existing).run()
-    except TrainingError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"dkd: {error}", file=sys.stderr)
-        leave_process_group()
-        return 1
+        with process_group.tells_refusals():
+            trainer = Trainer(recipe, existing)
+        trainer.run()
+    except (TrainingError, Stopped) as error:
+        _say_once(str(error))
+        code = stopping.exit_code() if isinstance(error, Stopped) else 1
+    except LostRankError as error:
+        print(f"dkd: rank {os.environ.get('RANK', '0')} cannot go on: {error}", file=sys.stderr, flush=True)
+        # At once: what waits for the others at exit would wait for a rank that is gone.
+        os._exit(1)
+    finally:
+        stopping.stop_noting()
     leave_process_group()
-    return 0
+    return code
+
+
+def _say_once(message: str) -> None:
+    """On the first rank; it is the same on all."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dkd: {message}", file=sys.stderr, flush=True)
 
 
 def _is_data_error(error: BaseException) -> bool:

@@ -106,8 +106,11 @@ class RunSection(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     trackers: list[Text] = ["tensorboard"]
     """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
-    collective_timeout: Positive = 600.0
-    """Seconds that a rank waits for another before the run ends."""
+    start_timeout: Positive = 1800.0
+    """Seconds that a rank waits for the others until the first step is done, while data are indexed, weights fetched and models compiled;
+    later, for those that write a checkpoint."""
+    collective_timeout: Positive = 300.0
+    """Seconds that a rank waits for another from then on, before the run ends."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl and the trackers."""
 
@@ -297,6 +300,9 @@ class TrainSection(Section):
     sync_batch_norm: Switch = False
     """BatchNorm's batch is that of all ranks in a micro-step, not the micro-batch: dependent on the number of ranks. Needs DDP on GPUs."""
     clip_grad_norm: Positive | None = None
+    skip_nonfinite: CountFromZero = 0
+    """Updates in a row that are left out because the gradient is not finite, before the run ends. Above 0, each step waits for its
+    gradient."""
     ema: EmaSection | None = None
     """Exponential moving average of the student; evaluated and exported in its place."""
     compile: CompileSection = CompileSection()

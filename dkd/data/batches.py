@@ -5,6 +5,10 @@ Each sample's augmentation is seeded by (seed, epoch, index): neither workers no
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -79,6 +83,9 @@ class _Samples(Dataset[Batch]):
                 f"images of one batch have different sizes: {sorted({tuple(i.shape) for i in readable})}; add a Resize or a crop"
             )
         shape = readable[0].shape if readable else self._any_shape()
+        if self.image_size is not None and tuple(shape[-2:]) != (self.image_size, self.image_size):
+            # The other ranks' batches have the usual size; a model that takes any would let them meet with features that do not fit.
+            raise DataError(f"images of {shape[-1]}×{shape[-2]} pixels, not {self.image_size}×{self.image_size}; add a Resize or a crop")
         stacked = torch.zeros(len(keys), *shape, dtype=torch.uint8)
         if len(readable) == len(images) > 0:
             torch.stack(readable, out=stacked[: len(readable)])
@@ -127,7 +134,31 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _loader(samples: _Samples, keys: Sequence[list[tuple[int, int]]] | _Keys, workers: int, pin: bool) -> DataLoader[Batch]:
-    return DataLoader(samples, batch_sampler=keys, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)  # type: ignore[arg-type]
+    return DataLoader(
+        samples,
+        batch_sampler=keys,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_end_with_rank if workers else None,
+    )
+
+
+def _end_with_rank(worker: int) -> None:
+    """In a worker process: only the rank that it loads for ends it. Batch systems and launchers send signals to all processes of a job; a
+    worker that obeyed would take its rank along, before that could write a checkpoint."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_obey_rank, name="signals", daemon=True).start()
+
+
+def _obey_rank() -> None:
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    # A signal handler would not learn who sent the signal.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != rank.pid:
+        pass
+    os._exit(0)
 
 
 class _Keys:

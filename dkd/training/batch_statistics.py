@@ -19,28 +19,36 @@ class RunningStatistics:
         model: the model being trained.
         micro_steps: A.
         world_size: W.
+        restorable: whether `forget_step` may be called.
     """
 
-    def __init__(self, model: nn.Module, micro_steps: int, world_size: int) -> None:
+    def __init__(self, model: nn.Module, micro_steps: int, world_size: int, restorable: bool = False) -> None:
         layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self._statistics = [s for m in layers for s in (m.running_mean, m.running_var) if s is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-        self._micro_steps, self._world_size = micro_steps, world_size
+        self._micro_steps, self._world_size, self._restorable = micro_steps, world_size, restorable
         self._old: list[torch.Tensor] = []
         self._old_counters: list[torch.Tensor] = []
         self._sum: list[torch.Tensor] = []
 
     @torch.no_grad()
     def start_step(self) -> None:
-        if self._micro_steps > 1 and self._statistics:
+        if (self._micro_steps > 1 or self._restorable) and self._statistics:
             self._old = [s.clone() for s in self._statistics]
             self._old_counters = [c.clone() for c in self._counters]
+        if self._micro_steps > 1 and self._statistics:
             self._sum = [torch.zeros_like(s) for s in self._statistics]
 
     @torch.no_grad()
     def forget_micro_batch(self) -> None:
         """After a forward that shall not count: back to the values before it."""
-        if self._micro_steps > 1 and self._statistics:
+        if self._micro_steps > 1:
+            self.forget_step()
+
+    @torch.no_grad()
+    def forget_step(self) -> None:
+        """The step shall not count: back to the values before it. Without effect where they were not kept."""
+        if self._old:
             torch._foreach_copy_(self._statistics, self._old)
             for counter, old in zip(self._counters, self._old_counters, strict=True):
                 counter.copy_(old)

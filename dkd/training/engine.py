@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 
@@ -31,6 +29,7 @@ from dkd.teacher import FrozenTeacher
 from dkd.training import launch
 from dkd.training.cpu_engines import sharding_on_cpu, without_shared_memory_op
 from dkd.training.ema import WeightAverage
+from dkd.training.process_group import open_process_group
 from dkd.training.sharded_weights import parameter_counts
 from dkd.training.training_state import TrainingState
 from dkd.training.zero_state import ZeroTrainingState
@@ -166,6 +165,12 @@ def training_state(
     return TrainingState(wrapped, student, getattr(optimizer, "optimizer", optimizer), average)
 
 
+def warn_after(accelerator: Accelerator, timeout: float) -> float | None:
+    """For `Watch`: seconds of waiting after which to say for whom, shortly before the group's timeout; None where that raises an error, as
+    gloo does. Other backends end the process without one."""
+    return None if accelerator.device.type == "cpu" else 0.9 * timeout
+
+
 def leave_process_group() -> None:
     """All ranks call it, at the end. Accelerate's settings of this process go too, so that it can start anew."""
     if dist.is_initialized():
@@ -218,6 +223,8 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             without_shared_memory_op()
         settings = launch.filled_deepspeed_settings(recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size))
         deepspeed = DeepSpeedPlugin(hf_ds_config=settings)
+    # Before Accelerate would: its way does not connect again when a launcher restarts its workers.
+    open_process_group(on_cpu or launch.asks_for_cpu(), recipe.run.start_timeout)
     with sharding_on_cpu() if on_cpu and name in _TYPES else nullcontext():
         accelerator = Accelerator(
             # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
@@ -231,7 +238,6 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             # batch_statistics.py keeps buffers equal; a broadcast of rank 0's in every forward would be work for nothing.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.run.collective_timeout)),
             ],
         )
     allowed = (_TYPES[name],) if name in _TYPES else (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)

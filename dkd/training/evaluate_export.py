@@ -66,6 +66,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
             return student(pipeline.normalize(images).to(dtype, memory_format=memory_format))
 
     result = evaluate(logits_of, batches, accelerator.device, recipe.data.on_error == "skip")
+    assert result is not None
     if accelerator.is_main_process:
         print(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
     return result

@@ -13,6 +13,8 @@ from dkd.data import DataError, EvaluationBatches
 from dkd.data.batches import Batch
 from dkd.global_batch.collectives import all_gather_objects
 
+BATCHES_BETWEEN_AGREEMENTS = 8
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -46,7 +48,8 @@ def evaluate(
     device: torch.device,
     skip_unreadable: bool = False,
     loading: Iterator[Batch] | None = None,
-) -> Evaluation:
+    is_asked_to_stop: Callable[[int], bool] | None = None,
+) -> Evaluation | None:
     """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
 
     Args:
@@ -54,9 +57,10 @@ def evaluate(
         batches: this rank's.
         skip_unreadable: images that cannot be read do not count; else they are an error.
         loading: `iter(batches)`, where it has begun already.
+        is_asked_to_stop: called before each batch, with its number; when it says so on any rank, all end soon.
 
     Returns:
-        The same numbers on every rank.
+        The same numbers on every rank; None when it was asked to stop.
 
     Raises:
         DataError: on every rank, after the last batch.
@@ -66,7 +70,10 @@ def evaluate(
     failures: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
-    for batch in loading or batches:
+    for number, batch in enumerate(loading or batches):
+        asked = is_asked_to_stop is not None and is_asked_to_stop(number)
+        if is_asked_to_stop is not None and number % BATCHES_BETWEEN_AGREEMENTS == 0 and any_rank(asked, device):
+            return None
         unreadable += batch.unreadable
         failures += [batch.failure] if batch.failure else []
         logits = logits_of(batch)[: batch.valid].double()
@@ -90,3 +97,12 @@ def evaluate(
     if samples + len(missing) != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
     return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, len(missing))
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is set on any rank. A collective, waited for."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flags = torch.full((), int(flag), dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

@@ -13,7 +13,8 @@ from typing import Any
 
 from dkd.config import Problem, Recipe, RecipeError
 
-SHARDING_ENGINES = ("fsdp2", "zero1", "zero2", "zero3")
+ZERO_ENGINES = ("zero1", "zero2", "zero3")
+SHARDING_ENGINES = ("fsdp2", *ZERO_ENGINES)
 LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml"
 
 
@@ -74,6 +75,11 @@ def engine() -> str:
             f"launch with: accelerate launch --config_file launch/accelerate/{name}.yaml --num_processes N -m dkd train RECIPE",
         )
     return name
+
+
+def asks_for_cpu() -> bool:
+    """Whether training is to run on CPUs although there may be a GPU."""
+    return _asked("ACCELERATE_USE_CPU")
 
 
 def deepspeed_settings() -> dict[str, Any]:

@@ -9,6 +9,11 @@ RUN/
   checkpoints/             see dkd/checkpoints/folder.py and checkpointing.py
   student.safetensors      the finished student, and beside it
   student.json             its architecture, input and metrics
+
+and one of these, until the next start:
+  FINISHED                 the last step is done
+  PREEMPTED                a signal stopped it behind a checkpoint: the same command is to be started again
+  STOPPED                  somebody did, by making a file called STOP
 """
 
 from __future__ import annotations
@@ -29,7 +34,9 @@ from typing import Any, Literal
 
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
+from dkd.training.stopping import STOP_FILE
 
+FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
 PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pydantic", "safetensors")
 Existing = Literal["resume", "refuse", "replace"]
 """What to do with a run that is in `run.dir` already."""
@@ -41,6 +48,8 @@ _FILES = (
     "tensorboard",
     "student.safetensors",
     "student.json",
+    *MARKERS,
+    STOP_FILE,
 )
 
 
@@ -85,6 +94,8 @@ class RunDirectory:
         """
         if not self.writes:
             return
+        for name in MARKERS:
+            (self.path / name).unlink(missing_ok=True)
         earlier = _read_json(self.path / "provenance.json", [])
         starts = [*(earlier if isinstance(earlier, list) else []), provenance(world_size, step)]
         _replace(self.path / "provenance.json", json.dumps(starts, indent=2) + "\n")
@@ -126,6 +137,25 @@ class RunDirectory:
         """What was logged is on the disk. Raises OSError."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
+
+    def mark_finished(self, steps: int) -> None:
+        """Raises OSError."""
+        self._mark(FINISHED, {"steps": steps})
+
+    def mark_stopped(self, by: str, step: int, steps: int) -> None:
+        """The run stopped when asked; a STOP file has had its effect. Raises OSError.
+
+        Args:
+            by: a signal's name, or STOP.
+            step, steps: that are done, and of the whole run.
+        """
+        self._mark(STOPPED if by == STOP_FILE else PREEMPTED, {"by": by, "step": step, "steps": steps})
+        (self.path / STOP_FILE).unlink(missing_ok=True)
+
+    def _mark(self, name: str, facts: Mapping[str, Any]) -> None:
+        if self.writes:
+            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            _replace(self.path / name, json.dumps({**facts, "time": when, "host": platform.node()}) + "\n")
 
     def evaluations(self) -> dict[int, float]:
         """Steps -> top-1 of what metrics.jsonl holds."""

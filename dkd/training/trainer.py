@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,16 +16,19 @@ from dkd.config import Recipe, recipe_to_yaml
 from dkd.data import DataError, EvaluationBatches, Normalize, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
-from dkd.global_batch import Attendance, BatchLayout, full_precision
+from dkd.data.sources import ImageSource
+from dkd.global_batch import BatchLayout, full_precision
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import save_student
-from dkd.training import assembly, engine, launch, preflight
+from dkd.training import assembly, engine, launch, preflight, process_group
 from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
 from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts
 from dkd.training.ema import WeightAverage
+from dkd.training.endings import Stopped, TrainingError
 from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.gradient_check import gradient_is_finite
 from dkd.training.main_process import on_main_process
 from dkd.training.optimizers import build_optimizer
 from dkd.training.progress import Progress
@@ -36,16 +37,14 @@ from dkd.training.resuming import begin
 from dkd.training.run_directory import Existing, RunDirectory
 from dkd.training.schedules import learning_rate
 from dkd.training.sharded_weights import full_state, parameter_counts
+from dkd.training.step_reports import StepReports
+from dkd.training.stopping import STOP_FILE, StopRequests
 from dkd.training.two_passes import CachedGradient, relational_gradient
+from dkd.training.watch import Watch
 
 STEPS_THAT_COMPARE_PASSES = 5
 _PHASES = ("waiting for images", "first pass of SP", "forward", "backward and update")
 _FORWARD, _MIXING = 0, 1  # what random numbers are for: each has its own
-LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout masks differ by more than 0.3
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on. Raised on every rank, at the same step."""
 
 
 class Trainer:
@@ -61,12 +60,18 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, existing: Existing = "resume") -> None:
         self.recipe = recipe
-        train = recipe.train
         world_size = launch.world_size()
-        local = launch.local_world_size()
         training, validation = preflight.open_sources(recipe)
         self.run_dir = RunDirectory(recipe.run.dir, writes=False)
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
+        self.watch = Watch(accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout))
+        with self.watch.names_lost_ranks():
+            self._assemble(training, validation, existing)
+
+    def _assemble(self, training: ImageSource, validation: ImageSource, existing: Existing) -> None:
+        """Everything that the loop uses. A collective."""
+        recipe, train, accelerator = self.recipe, self.recipe.train, self.accelerator
+        world_size, local = launch.world_size(), launch.local_world_size()
         self.device = accelerator.device
         rank, self.main = accelerator.process_index, accelerator.is_main_process
 
@@ -84,8 +89,6 @@ class Trainer:
         self.batches = TrainingBatches(
             training, pipeline.train, self.order, self.workers, pin, recipe.data.on_error == "skip", pipeline.image_size
         )
-        self.loading_problems: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # step -> failures, unreadable images of this rank
-        self._replaced_unlogged = 0
         workers = assembly.loader_workers(recipe.data, validation, local)
         self.validation = EvaluationBatches(
             validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin, pipeline.image_size
@@ -103,33 +106,41 @@ class Trainer:
         # After preparing: it may put other tensors in the place of a model's buffers.
         prepared = accelerator.unwrap_model(self.student)
         self.local_parameters, self.parameters = parameter_counts(prepared)
-        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size)
+        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size, train.skip_nonfinite > 0)
         self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
         sp = recipe.losses.sp
-        self.gram_rows = assembly.gram_rows(recipe, self.order)
         self.two_passes = sp is not None and sp.batch == "step" and self.order.micro_steps > 1
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
         self.run_dir.writes = self.main
         self.checkpoint_schedule = CheckpointSchedule(recipe.checkpoint, self.order.steps_per_epoch, self.total_steps)
         state = engine.training_state(self.student, prepared, self.optimizer, self.average)
-        self.checkpointer = Checkpointer(
-            recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.collective_timeout
-        )
-        self._minutes_are_over = False
+        self.checkpointer = Checkpointer(recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.start_timeout)
         self._checkpoint_error: str | None = None  # of the last one, on this rank
         self.run_facts = run_facts(recipe, assembly.teacher_facts(recipe, self.teacher), data)
         beginning = begin(
             recipe, self.run_dir, existing, self.checkpointer, prepared, self.average, self.run_facts, world_size, self.total_steps
         )
-        self.first_step, self.seconds_before, self.replaced = beginning.step, beginning.seconds, beginning.replaced_images
+        self.first_step, self.seconds_before = beginning.step, beginning.seconds
         if beginning.scaler is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(beginning.scaler)
         engine.start_trackers(accelerator, recipe, *self.run_dir.identity(), self.first_step)
-        self.attendance = Attendance("step")
+        self.stop = StopRequests(self.run_dir.path, looks=self.main)
         self.progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
+        self.reports = StepReports(
+            recipe,
+            self.order.steps_per_epoch,
+            self.total_steps,
+            world_size,
+            self.objective,
+            self.learning_rate,
+            assembly.gram_rows(recipe, self.order),
+            self.progress,
+            self._log,
+            beginning.replaced_images,
+        )
         for line in (
             *beginning.notes,
             *announcement(
@@ -142,28 +153,28 @@ class Trainer:
         """Train to the end, evaluating on the way; leaves the finished student in the run directory.
 
         Raises:
-            TrainingError: on every rank, when the loss is no longer finite.
+            TrainingError: on every rank, such as when the loss is no longer finite.
+            Stopped: on every rank: a signal or a stop file asked for it.
+            LostRankError: another rank is gone.
         """
         try:
-            return self._run()
+            with self.watch.names_lost_ranks():
+                return self._run()
         except TrainingError:
             self.checkpointer.wait()
             self._tell_of_checkpoints()
             raise
-        except RuntimeError as error:
-            # A failed collective looks like any other error. Which ranks came how far tells a lost rank from a mistake.
-            if self.order.world_size > 1:
-                reason = (str(error).splitlines() or [""])[0]
-                print(f"dkd: rank {self.order.rank} cannot go on: {reason} | {self.attendance.describe()}", file=sys.stderr, flush=True)
-            raise
         finally:
             self.run_dir.close()
+            self.watch.close()
 
     def _run(self) -> Evaluation:
         started = time.monotonic()
         result: Evaluation | None = None
         if self.first_step > 0 and self._evaluation_is_due(self.first_step):
             result = self._evaluate(self.first_step, iter(self.validation))
+            if result is None:
+                self._stop(self.first_step)
         batches = self.batches.steps(self.first_step, self.total_steps)
         clock = time.monotonic()
         pending: RankMeans | None = None
@@ -174,14 +185,19 @@ class Trainer:
             now = time.monotonic()
             values["seconds"], clock = now - clock, now
             values["minutes_over"] = float(self.main and self.checkpoint_schedule.minutes_over())
+            values["stop"] = float(self.stop.asked_by() is not None)
             # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
             means = RankMeans(step, values)
-            self._report(pending)
+            self.reports.read(pending)
+            if step == self.first_step + 1:
+                # All have come through a first step, and compiled what they compile; from now on, one that does not come is lost.
+                self._shorten_timeouts()
             pending = means
-            saves = self.checkpoint_schedule.due(step + 1, self._minutes_are_over)
-            evaluates = self._evaluation_is_due(step + 1)
+            stops = self.reports.stop_is_asked and step + 1 < self.total_steps
+            saves = self.checkpoint_schedule.due(step + 1, self.reports.minutes_are_over) or stops
+            evaluates = self._evaluation_is_due(step + 1) and not stops
             if saves or evaluates:
-                self._report(pending)  # nothing is saved of a step that would have ended the run
+                self.reports.read(pending)  # nothing is saved of a step that would have ended the run
                 pending = None
                 if evaluates:
                     # Worker processes are forked while no other thread runs that could hold a lock.
@@ -189,7 +205,14 @@ class Trainer:
                     loading = iter(self.validation)
                 if saves:
                     self._save_checkpoint(step + 1, self.seconds_before + now - started)  # before an evaluation that may fail
-                result = self._evaluate(step + 1, loading) if evaluates else None
+                if stops:
+                    self._stop(step + 1)
+                if evaluates:
+                    result = self._evaluate(step + 1, loading)
+                    if result is None:
+                        if not saves:
+                            self._save_checkpoint(step + 1, self.seconds_before + now - started)
+                        self._stop(step + 1)
                 clock = time.monotonic()
             self._tell_of_checkpoints()
         assert result is not None
@@ -199,6 +222,28 @@ class Trainer:
     def _evaluation_is_due(self, steps_done: int) -> bool:
         epoch, rest = divmod(steps_done, self.order.steps_per_epoch)
         return steps_done == self.total_steps or (rest == 0 and epoch % self.recipe.evaluation.every_epochs == 0)
+
+    def _shorten_timeouts(self) -> None:
+        timeout = self.recipe.run.collective_timeout
+        process_group.set_timeouts(timeout, but=self.checkpointer.groups())
+        self.watch.warn_after = engine.warn_after(self.accelerator, timeout)
+
+    def _stop(self, steps_done: int) -> NoReturn:
+        """End the run on all ranks, behind the checkpoint that is being written of this step."""
+        self.checkpointer.wait()
+        self._tell_of_checkpoints()
+        asked = [by for by in all_gather_objects(self.stop.asked_by()) if by is not None]
+        by = STOP_FILE if STOP_FILE in asked else asked[0]
+        error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
+        if error is not None:
+            raise TrainingError(f"asked to stop by {by}, but the checkpoint after step {steps_done} could not be written: {error}")
+        _, reason = on_main_process(self.main, lambda: self.run_dir.mark_stopped(by, steps_done, self.total_steps))
+        if reason is not None:
+            raise TrainingError(
+                f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: {reason}"
+            )
+        self._close_trackers()
+        raise Stopped(steps_done, by)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor | float]:
         """One optimizer step over the global batch. Returns this rank's share of what is logged."""
@@ -213,9 +258,9 @@ class Trainer:
         waited = time.monotonic() - asked
         failures = tuple(batch.failure for batch in micro_batches if batch.failure)
         unreadable = tuple(message for batch in micro_batches for message in batch.unreadable)
-        if failures or unreadable:
-            self.loading_problems[step] = failures, unreadable
+        loading = self.reports.note_loading(step, failures, unreadable)
         self._reach(step, 0, 1)
+        skipped = False
         cached = self._relational_pass(step, micro_batches) if self.two_passes else None
         for micro_step, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.student):
@@ -224,21 +269,36 @@ class Trainer:
                 self._reach(step, micro_step, 3)
                 self.accelerator.backward(total)
                 self.statistics.finish_micro_batch()
-                if self.accelerator.sync_gradients and self.recipe.train.clip_grad_norm is not None:
-                    self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                skipped = self._update()
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value / self.order.micro_steps
-        self.statistics.finish_step()
-        if self.average is not None:
-            self.average.update()
-        return {**sums, "seconds_waited": waited, "load_failures": float(len(failures)), "unreadable": float(len(unreadable))}
+        if skipped:
+            self.statistics.forget_step()
+        else:
+            self.statistics.finish_step()
+            if self.average is not None:
+                self.average.update()
+        return {**sums, "seconds_waited": waited, "skipped": float(skipped), **loading}
+
+    def _update(self) -> bool:
+        """After a micro-batch: the optimizer's step, when it was the last of its step. Returns whether that was left out, on every rank,
+        because the gradient is not finite."""
+        last = self.accelerator.sync_gradients
+        if last and self.recipe.train.clip_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
+        # DeepSpeed has stepped in `backward`, or not, by a check of its own; a gradient scaler makes its own, and overflows by design.
+        checked = launch.engine() not in launch.ZERO_ENGINES and self.accelerator.scaler is None
+        if last and checked and self.recipe.train.skip_nonfinite > 0 and not gradient_is_finite(self.student):
+            self.optimizer.zero_grad()
+            return True
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return last and not checked and self.accelerator.scaler is None and self.accelerator.optimizer_step_was_skipped
 
     def _reach(self, step: int, micro_step: int, phase: int) -> None:
         """Leave word for the other ranks how far this one is."""
         micro = f", micro-step {micro_step + 1}" if self.order.micro_steps > 1 and phase > 1 else ""
-        self.attendance.reach([step, 2, micro_step, phase], f"step {step + 1}{micro}, {_PHASES[phase]}")
+        self.watch.reach([step, 2, micro_step, phase], f"step {step + 1}{micro}, {_PHASES[phase]}")
 
     def _losses(
         self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
@@ -308,73 +368,22 @@ class Trainer:
     def _as_input(self, normalize: Normalize, batch: Batch) -> torch.Tensor:
         return normalize(batch.images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.memory_format)
 
-    def _report(self, means: RankMeans | None) -> None:
-        """Log a finished step; end on all ranks together when it was not finite."""
-        if means is None:
-            return
-        values = means.read()
-        if not means.in_step():
-            steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(means.step)))
-            raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
-        self._report_loading(means.step, *(round(values[key] * self.order.world_size) for key in ("load_failures", "unreadable")))
-        if not math.isfinite(values["loss"]):
-            broken = [rank for rank, bad in enumerate(all_gather_objects(not math.isfinite(means.local()["loss"]))) if bad]
-            terms = ", ".join(f"{name} {values[name]:.4g}" for name in self.objective.names)
-            raise TrainingError(
-                f"the loss is not finite at step {means.step + 1} (on rank {', '.join(map(str, broken))}; {terms}); "
-                "try a lower optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
-            )
-        if values.get("pass_difference", 0.0) > LARGEST_PASS_DIFFERENCE:
-            raise TrainingError(
-                f"at step {means.step + 1} the student's two forwards, which must be the same, differ by {values['pass_difference']:.1e}: "
-                "something in it is random beyond torch's seed, or compiled differently; "
-                "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
-            )
-        self._minutes_are_over = values["minutes_over"] > 0
-        step = means.step
-        shown = {"loss": values["loss"], **{name: values[name] for name in self.objective.names}}
-        self.progress.step(step, shown)
-        if step % self.recipe.run.log_every == 0 or step + 1 == self.total_steps:
-            line = {
-                **shown,
-                "lr": self.learning_rate(step),
-                **{f"weight/{term.name}": term.weight(step) for term in self.objective.terms},
-                "images_per_second": self.recipe.train.global_batch / values["seconds"],
-                "data_wait": values["seconds_waited"] / values["seconds"],
-            }
-            if self._replaced_unlogged:
-                line["replaced_images"], self._replaced_unlogged = self._replaced_unlogged, 0
-            if "sp" in values:
-                # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
-                line["sp_row_difference"] = values["sp"] * self.gram_rows
-            self._log({"step": step + 1, "epoch": step // self.order.steps_per_epoch, **line}, line, step + 1)
+    def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation | None:
+        """On the average of the weights, if one is kept. None: the run was asked to stop meanwhile."""
 
-    def _report_loading(self, step: int, failures: int, unreadable: int) -> None:
-        """What went wrong in loading the images of a step: end the run on all ranks, or say which images were replaced."""
-        if failures + unreadable == 0:
-            return
-        problems = all_gather_objects(self.loading_problems.pop(step, ((), ())))
-        failed, messages = ([message for rank in problems for message in rank[kind]] for kind in (0, 1))
-        if failed:
-            raise TrainingError(f"step {step + 1}: {failed[0]}")
-        if self.recipe.data.on_error == "raise":
-            more = f" (and {unreadable - 1} more in that step)" if unreadable > 1 else ""
-            raise TrainingError(f"step {step + 1}: {messages[0]}{more}; data.on_error=skip replaces such images and goes on")
-        for message in messages:
-            self.progress.say(f"warning: step {step + 1}: {message}; another image was taken")
-        self.replaced += unreadable
-        self._replaced_unlogged += unreadable
+        def is_asked_to_stop(batch: int) -> bool:
+            self.watch.reach([steps_done, 1, batch], f"evaluation after step {steps_done}, batch {batch + 1}")
+            return self.stop.asked_by() is not None
 
-    def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation:
-        """On the average of the weights, if one is kept."""
-        self.attendance.reach([steps_done, 1], f"evaluation after step {steps_done}")
         self.student.eval()
         skip = self.recipe.data.on_error == "skip"
         try:
             with self.average.applied() if self.average else nullcontext():
-                result = evaluate(self._logits, self.validation, self.device, skip, loading)
+                result = evaluate(self._logits, self.validation, self.device, skip, loading, is_asked_to_stop)
         except DataError as error:
             raise TrainingError(f"evaluation after step {steps_done}: {error}") from error
+        if result is None:
+            return None
         if result.unreadable:
             self.progress.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
@@ -401,7 +410,7 @@ class Trainer:
     def _save_checkpoint(self, steps_done: int, seconds: float) -> None:
         """All ranks copy their part of the state; it is written while training goes on."""
         begun = time.monotonic()
-        self.attendance.reach([steps_done, 0], f"checkpoint after step {steps_done}")
+        self.watch.reach([steps_done, 0], f"checkpoint after step {steps_done}")
         exported = self._exported({"steps": steps_done})
         scaler = self.accelerator.scaler
         facts = checkpoint_facts(
@@ -411,7 +420,7 @@ class Trainer:
             launch.engine(),
             self.run_facts,
             seconds=round(seconds, 1),
-            replaced_images=self.replaced,
+            replaced_images=self.reports.replaced,
             scaler=None if scaler is None else scaler.state_dict(),
         )
 
@@ -425,7 +434,7 @@ class Trainer:
         except OSError as error:
             self.progress.say(f"warning: metrics.jsonl cannot be written ({error})")
         self.checkpointer.save(steps_done, write_beside, begun)
-        self._minutes_are_over = False
+        self.reports.minutes_are_over = False
 
     def _tell_of_checkpoints(self) -> None:
         """Log what was written meanwhile."""
@@ -462,7 +471,7 @@ class Trainer:
             "seconds": round(seconds, 1),
             "global_batch": self.recipe.train.global_batch,
             "world_size": self.order.world_size,
-            **({"replaced_images": self.replaced} if self.replaced else {}),
+            **({"replaced_images": self.reports.replaced} if self.reports.replaced else {}),
         }
         exported = self._exported(facts)
         self.checkpointer.wait()
@@ -471,11 +480,22 @@ class Trainer:
         def write() -> None:
             self._write_student(self.run_dir.path, exported)
             self.run_dir.sync()
+            self.run_dir.mark_finished(self.total_steps)
 
         _, not_written = on_main_process(self.main, write)
         checkpoint_error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
         if self.main:
             self.checkpointer.prune()  # now that the last evaluation is known
+        self._close_trackers()
+        if not_written is not None:
+            raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
+        if checkpoint_error is not None:
+            raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
+        if self.reports.replaced:
+            self.progress.say(f"{self.reports.replaced} images could not be read and were replaced by others")
+        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
+
+    def _close_trackers(self) -> None:
         self.progress.close()
         # Not accelerator.end_training(): it would also destroy a process group that the caller may still use.
         for tracker in self.accelerator.trackers:
@@ -483,10 +503,3 @@ class Trainer:
                 tracker.finish()
             except OSError as error:
                 self.progress.say(f"warning: {tracker.name} cannot write ({error})")
-        if not_written is not None:
-            raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
-        if checkpoint_error is not None:
-            raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
-        if self.replaced:
-            self.progress.say(f"{self.replaced} images could not be read and were replaced by others")
-        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")

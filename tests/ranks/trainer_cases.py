@@ -13,9 +13,10 @@ from dkd.losses import similarity_preserving
 from dkd.models import weights_fingerprint
 from dkd.training import assembly, preflight, two_passes
 from dkd.training import trainer as trainer_module
+from dkd.training.endings import TrainingError
 from dkd.training.plan import plan
 from dkd.training.rank_means import RankMeans
-from dkd.training.trainer import Trainer, TrainingError
+from dkd.training.trainer import Trainer
 
 STEPS = 20
 RECIPE = {
@@ -141,8 +142,8 @@ def second_forwards_repeat_the_first(folder):
     seen = []
 
     def tamper(trainer):
-        report = trainer._report
-        trainer._report = lambda means: (seen.append(means.read()) if means else None, report(means))[1]
+        read = trainer.reports.read
+        trainer.reports.read = lambda means: (seen.append(means.read()) if means else None, read(means))[1]
 
     result = train(folder, "dropout", changes, tamper)
     return {"differences": [values.get("pass_difference") for values in seen], "lines": result["lines"]}

@@ -1,0 +1,74 @@
+"""Asking a run to stop: SIGTERM, SIGUSR1 or a file called STOP in its directory.
+
+None of them does more than leave a note. The ranks read each other's notes together with a step's other numbers, and stop at the same step,
+behind a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "STOP"
+EXIT_CODE = 75
+"""Of a process that stopped when asked: EX_TEMPFAIL of sysexits.h, "try again later"."""
+_LOOK_EVERY = 1.0  # seconds between looks for the file, which may be far away
+
+_asked: int | None = None
+
+
+def note_signals() -> None:
+    """From now on, these signals ask this process to stop, instead of ending it. In the main thread."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+def stop_noting() -> None:
+    """Training is over: this process ends by itself, with the exit code that it has, although a launcher may send it a SIGTERM because
+    another rank has ended before it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def is_signalled() -> bool:
+    """Whether this process was asked to stop by a signal."""
+    return _asked is not None
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _asked
+    _asked = number
+
+
+class StopRequests:
+    """What has asked this rank's run to stop.
+
+    Args:
+        run_dir: where the file is looked for.
+        looks: whether this rank does; one is enough.
+    """
+
+    def __init__(self, run_dir: Path, looks: bool) -> None:
+        self.path, self._looks = run_dir / STOP_FILE, looks
+        self._looked = -_LOOK_EVERY
+        self._found = False
+
+    def asked_by(self) -> str | None:
+        """A signal's name, `STOP` for the file, or None."""
+        if _asked is not None:
+            return signal.Signals(_asked).name
+        now = time.monotonic()
+        if self._looks and not self._found and now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            self._found = self.path.exists()
+        return STOP_FILE if self._found else None
+
+
+def exit_code() -> int:
+    """Of a process that stopped when asked. An elastic launcher that may restart its workers would take any code but 0 for a crash, and
+    start them again."""
+    return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else EXIT_CODE
