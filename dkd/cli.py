@@ -1,4 +1,4 @@
-"""The command line: `dkd train · evaluate · inspect · plan`.
+"""The command line: `dkd train · evaluate · status · inspect · plan · launch-check`.
 
 Nothing heavy is imported before a command needs it.
 """
@@ -27,8 +27,9 @@ examples:
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
+  dkd status runs/quickstart
 
-exit codes: 0 done; 2 wrong input, nothing was started; 1 anything else
+exit codes: 0 done; 2 wrong input, nothing was started; 75 stopped when asked, the same command goes on; 1 anything else
 """,
     "train": """
 examples:
@@ -40,6 +41,8 @@ examples:
   dkd train recipe.yaml train.epochs=20 --allow-recipe-change   go on, but longer
   dkd train recipe.yaml --overwrite                       start anew
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
+  sbatch launch/slurm/train.sbatch recipe.yaml            on a cluster
+  touch RUN/STOP                                          stop it behind a checkpoint; so do SIGTERM and SIGUSR1 (exit code 75)
 """,
     "evaluate": """
 examples:
@@ -47,6 +50,20 @@ examples:
   dkd evaluate runs/quickstart/checkpoints/step_00000100  the weights after a step
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
+""",
+    "status": """
+examples:
+  dkd status runs/quickstart
+  dkd status recipe.yaml run.name=other                   the run that `dkd train` of the same words makes
+  dkd status recipe.yaml --print-directory                its folder alone, for scripts; a file in it tells how it ended:
+                                                          FINISHED, PREEMPTED or STOPPED
+""",
+    "launch-check": """
+examples:
+  dkd launch-check recipe.yaml                            this process alone
+  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd launch-check recipe.yaml
+
+exit codes: 0 all is well; 1 a rank did not come, differs from the others, or cannot talk to them; 2 the recipe is wrong
 """,
     "inspect": """
 examples:
@@ -69,14 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "train": (_train_parser, _train),
         "evaluate": (_evaluate_parser, _evaluate),
+        "status": (_status_parser, _status),
         "inspect": (_inspect_parser, _inspect),
         "plan": (_plan_parser, _plan),
+        "launch-check": (_launch_check_parser, _launch_check),
     }
     if not arguments or arguments[0] not in commands:
         parser = _parser("dkd", "Distributed knowledge distillation for vision models.")
         parser.add_argument("--version", action="version", version=f"dkd {__version__}")
         parser.add_argument(
-            "command", metavar="COMMAND", choices=commands, help="train, evaluate, inspect or plan; each has its own --help"
+            "command",
+            metavar="COMMAND",
+            choices=commands,
+            help=f"{', '.join(list(commands)[:-1])} or launch-check; each has its own --help",
         )
         parser.parse_args(arguments)
     make_parser, run = commands[arguments[0]]
@@ -170,6 +192,50 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dkd.config import RecipeError, load_recipe
+
+    target = Path(options.target)
+    if target.is_dir() and options.overrides:
+        raise RecipeError.at("", "overrides belong to a recipe, not to a run directory")
+    run_dir = target if target.is_dir() else Path(load_recipe(target, options.overrides).run.dir)
+    if options.print_directory:
+        print(run_dir)
+        return 0
+
+    from dkd.training.status import describe
+
+    print("\n".join(describe(run_dir)))
+    return 0
+
+
+def _launch_check(options: argparse.Namespace) -> int:
+    from dkd.config import load_recipe
+
+    recipe = None if options.recipe is None else load_recipe(options.recipe, options.overrides)
+
+    from dkd.training.engine import leave_process_group
+    from dkd.training.launch_check import check_launch
+
+    rank = os.environ.get("RANK", "0")
+    try:
+        found = check_launch(recipe)
+    except RuntimeError as error:
+        print(f"dkd: launch-check: rank {rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the others may be out of reach: nothing is to wait for them
+    if rank == "0":
+        print("\n".join(found.lines))
+        for warning in found.warnings:
+            print(f"dkd: warning: {warning}", file=sys.stderr)
+        for problem in found.problems:
+            print(f"dkd: launch-check: {problem}", file=sys.stderr)
+        print("launch-check: this launch cannot train" if found.problems else "launch-check: all is well", flush=True)
+    leave_process_group()
+    return 1 if found.problems else 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from dkd.config import RecipeError
     from dkd.models import ModelSpec, UnknownModelError, known_names, module_rows
@@ -225,6 +291,24 @@ def _evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust-code", action="store_true", help="import the module:callable that a student.json names as its architecture"
     )
+    return parser
+
+
+def _status_parser() -> argparse.ArgumentParser:
+    parser = _parser("status", "What has become of a run: finished, preempted or stopped; its newest checkpoint, its last numbers.")
+    parser.add_argument("target", metavar="RUN_OR_RECIPE", help="a run directory, or the recipe that a run is of")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="with a recipe: as they were given to train")
+    parser.add_argument("--print-directory", action="store_true", help="print the run's folder and nothing else")
+    return parser
+
+
+def _launch_check_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "launch-check",
+        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     return parser
 
 

@@ -95,7 +95,7 @@ def recipe_of(folder, case):
     changes["data"]["in_memory"] = False
     changes["train"]["epochs"] = 3
     if "absent" in case:
-        changes["run"] = {"collective_timeout": 3}
+        changes["run"] = {"start_timeout": 3}
     return trainer_cases.recipe_of(folder, case["run"], changes)
 
 
