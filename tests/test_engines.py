@@ -34,6 +34,10 @@ VIT_TRAINING = {"max_steps": 1, "global_batch": 4}
 VIT = [
     {**case("fsdp2", 2, teacher, "vit"), "precision": "fp32", "samples": 2, "train": VIT_TRAINING} for teacher in ("replicated", "fsdp2")
 ]
+# BatchNorm, accumulation, an average; steps 3 and 4 are broken, of which two in a row are allowed, and in another run steps 3 to 5.
+SKIPPING = {"max_steps": 7, "skip_nonfinite": 2, "ema": {"decay": 0.5}}
+BROKEN = {engine: {**case(engine, 8, model="regularized"), "nonfinite": [3, 4], "train": SKIPPING} for engine in ENGINES}
+TOO_BROKEN = {engine: {**BROKEN[engine], "nonfinite": [3, 4, 5]} for engine in ENGINES}
 OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
 
@@ -46,7 +50,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders):
     """world size -> case -> what each rank returned."""
-    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER]}
+    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER, *BROKEN.values(), *TOO_BROKEN.values()]}
     return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
 
 
@@ -109,6 +113,26 @@ def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):
     kept, total = sharded[0]["teacher"]
     assert total > 85_000_000
     assert kept < 0.51 * total
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_update_whose_gradient_is_not_finite_leaves_no_trace(results, engine):
+    """Neither in weights nor in statistics, optimizer, average. The rank where it began is named; a third one in a row ends all ranks."""
+    ranks = returned(results[2], BROKEN[engine])
+    for rank in ranks:
+        hashes = rank["hashes"]
+        assert hashes["3"] == hashes["4"] == hashes["5"]
+        assert len(set(hashes.values())) == 5
+    lines = {line["step"]: line for line in ranks[0]["lines"]}
+    assert sorted(lines) == list(range(1, 8))
+    assert [(step, lines[step]["skipped"], lines[step]["ranks"]) for step in lines if "skipped" in lines[step]] == [
+        (4, "loss", [1]),
+        (5, "loss", [1]),
+    ]
+    ended = {rank["ended"] for rank in returned(results[2], TOO_BROKEN[engine])}
+    assert len(ended) == 1
+    assert "the loss is not finite at step 6 (on rank 1; " in (message := ended.pop())
+    assert "3 steps in a row" in message
 
 
 def test_getting_another_engine_than_asked_for_is_an_error_with_the_right_command(results):

@@ -69,7 +69,8 @@ def check_launch(recipe: Recipe | None) -> Findings:
     except RuntimeError as error:
         raise RuntimeError(
             f"{platform.node()}: the ranks meet at {os.environ.get('MASTER_ADDR')}, but cannot connect to each other "
-            f"({first_line(error)}); is a firewall between them? Name the network that joins them in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
+            f"({first_line(error)}); is a firewall between them? "
+            "Name the network that joins them in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
         ) from error
     process_group.set_timeouts(LIMIT / 3)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

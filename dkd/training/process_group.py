@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,8 +75,10 @@ def _refuse(reason: str) -> None:
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=REFUSAL_SECONDS)))
         meet(store, rank, world_size, REFUSAL_SECONDS, refusal=reason)
+    except Refused:
+        time.sleep(0.5)  # a launcher that sees one rank end would end its neighbours before they have said why
     except RuntimeError:
-        return  # told, or nobody there to tell: either way this rank ends with its own message
+        return  # nobody there to tell: this rank ends with its own message
 
 
 def set_timeouts(seconds: float, but: Collection[Any] = ()) -> None:

@@ -142,14 +142,16 @@ class RunDirectory:
         """Raises OSError."""
         self._mark(FINISHED, {"steps": steps})
 
-    def mark_stopped(self, by: str, step: int, steps: int) -> None:
+    def mark_stopped(self, by: str, step: int, steps: int, steps_this_start: int) -> None:
         """The run stopped when asked; a STOP file has had its effect. Raises OSError.
 
         Args:
             by: a signal's name, or STOP.
             step, steps: that are done, and of the whole run.
+            steps_this_start: of those that are done.
         """
-        self._mark(STOPPED if by == STOP_FILE else PREEMPTED, {"by": by, "step": step, "steps": steps})
+        facts = {"by": by, "step": step, "steps": steps, "steps_this_start": steps_this_start}
+        self._mark(STOPPED if by == STOP_FILE else PREEMPTED, facts)
         (self.path / STOP_FILE).unlink(missing_ok=True)
 
     def _mark(self, name: str, facts: Mapping[str, Any]) -> None:

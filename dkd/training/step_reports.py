@@ -136,7 +136,7 @@ class StepReports:
         allowed = self._recipe.train.skip_nonfinite
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > allowed:
-            again = f", the {self._skipped_in_a_row}th step in a row" if allowed else ""
+            again = f", {self._skipped_in_a_row} steps in a row" if allowed else ""
             more = "" if allowed else "; train.skip_nonfinite=N leaves out up to N such updates in a row"
             raise TrainingError(
                 f"{found}{again}; try a lower optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32{more}"

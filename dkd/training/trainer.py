@@ -237,7 +237,8 @@ class Trainer:
         error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
         if error is not None:
             raise TrainingError(f"asked to stop by {by}, but the checkpoint after step {steps_done} could not be written: {error}")
-        _, reason = on_main_process(self.main, lambda: self.run_dir.mark_stopped(by, steps_done, self.total_steps))
+        mark = self.run_dir.mark_stopped
+        _, reason = on_main_process(self.main, lambda: mark(by, steps_done, self.total_steps, steps_done - self.first_step))
         if reason is not None:
             raise TrainingError(
                 f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: {reason}"

@@ -1,5 +1,6 @@
 """The trainer under each engine and placement of the teacher, many in one launch. What they return is judged in test_engines.py."""
 
+import hashlib
 import json
 import os
 import traceback
@@ -14,6 +15,7 @@ from torch.utils.data import Subset
 
 from dkd.data import EvaluationBatches
 from dkd.training import preflight
+from dkd.training.endings import TrainingError
 from dkd.training.evaluate_export import evaluate_export
 from dkd.training.sharded_weights import full_state, local_part, parameter_counts
 from dkd.training.trainer import Trainer
@@ -88,7 +90,11 @@ def train(folder, case):
             few = FewSamples(shown._samples.source, case["samples"])
             order = trainer.order
             trainer.validation = EvaluationBatches(few, shown._samples.transform, 4, order.rank, order.world_size)
-        result = trainer.run()
+        hashes = break_steps(trainer, case["nonfinite"]) if "nonfinite" in case else {}
+        try:
+            result = trainer.run()
+        except TrainingError as error:
+            return {"ended": str(error), "hashes": hashes}
         state = full_state(trainer.accelerator, trainer.student)
         buffers = trainer.accelerator.unwrap_model(trainer.student).model
     if dist.is_initialized():
@@ -101,7 +107,39 @@ def train(folder, case):
         "buffers": {key: value.double().flatten()[:64].tolist() for key, value in buffers.named_buffers()},
         "parameters": [trainer.local_parameters, trainer.parameters],
         "teacher": parameter_counts(trainer.teacher),
+        "hashes": hashes,
     }
+
+
+def break_steps(trainer, steps):
+    """The last rank's loss is NaN in the first micro-step of these. Returns what will hold a hash of all that a checkpoint would hold,
+    before each step."""
+    objective, last = trainer.objective, trainer.order.rank == trainer.order.world_size - 1
+    separable, take, hashes, seen = trainer.separable, trainer._step, {}, []
+
+    class Broken:
+        terms, names, student_taps = objective.terms, objective.names, objective.student_taps
+
+        def __init__(self, whole):
+            self.whole = whole
+
+        def __call__(self, *args, step, **kwargs):
+            total, values = self.whole(*args, step=step, **kwargs)
+            first = step not in seen
+            seen.append(step)
+            return (total * float("nan"), values) if last and first and step in steps else (total, values)
+
+    trainer.objective, trainer.separable = Broken(objective), Broken(separable)
+
+    def step(number, batches):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(trainer.checkpointer._state.collect().items()):
+            digest.update(name.encode() + local_part(tensor).contiguous().view(torch.uint8).numpy().tobytes())
+        hashes[number] = digest.hexdigest()
+        return take(number, batches)
+
+    trainer._step = step
+    return hashes
 
 
 class FewSamples(Subset):

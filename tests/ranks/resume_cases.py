@@ -109,6 +109,8 @@ def run_until(trainer, until, full_disk=None):
             limit = 30_000 if number == full_disk["from"] else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         if until is not None and number >= until:
+            trainer.checkpointer.wait()
+            trainer._tell_of_checkpoints()  # a line of metrics that the test counts; when it is written is a matter of timing
             raise Interrupted
         return take(number, batches)
 
