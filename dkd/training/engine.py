@@ -20,6 +20,7 @@ from accelerate.utils import (
     DistributedType,
     ProjectConfiguration,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.changes import flat
@@ -197,6 +198,8 @@ def prepare(
         # torch renames broadcast_buffers, and Accelerate has no other name for it yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped, optimizer = accelerator.prepare(student, optimizer)
+    if isinstance(wrapped, DistributedDataParallel):
+        _settle_buckets(wrapped, student)
     local, total = parameter_counts(accelerator.unwrap_model(wrapped))
     world_size, name = accelerator.num_processes, launch.engine()
     if name in ("fsdp2", "zero3") and world_size > 1 and local > 0.9 * total:
@@ -204,6 +207,23 @@ def prepare(
     if name.startswith("zero") and wrapped.gradient_accumulation_steps() != accelerator.gradient_accumulation_steps:
         raise RecipeError.at("train.micro_batch", f"DeepSpeed accumulates over {wrapped.gradient_accumulation_steps()} steps")
     return wrapped, optimizer
+
+
+def _settle_buckets(wrapped: DistributedDataParallel, student: torch.nn.Module) -> None:
+    """DDP lays out its buckets anew after its first backward, in the order in which gradients came, and the last bits of a sum over four or
+    more ranks depend on the layout: the first step of every start would be summed as no other. So it has a first backward here, in which
+    each parameter comes once and the model itself does not run."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    before = student.__dict__.get("forward")
+    student.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    try:
+        wrapped().backward()
+    finally:
+        if before is None:
+            del student.forward
+        else:
+            student.forward = before
+    student.zero_grad()
 
 
 def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:

@@ -100,9 +100,9 @@ class Trainer:
         student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
+        self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
         if train.compile.student:
             student.compile()
-        self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
         # After preparing: it may put other tensors in the place of a model's buffers.
         prepared = accelerator.unwrap_model(self.student)
         self.local_parameters, self.parameters = parameter_counts(prepared)
