@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-matrix test-gpu check environment clean
+.PHONY: help quickstart test test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
 
 help:
 	@echo "make quickstart   install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
 	@echo "make test         install with the test tools, run all tests"
 	@echo "make test-matrix  every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
+	@echo "make test-cluster a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes); -short: a part, 8 minutes"
 	@echo "make test-gpu     the checks that need a GPU; says so and runs nothing where there is none"
 	@echo "make check        ruff and mypy"
 	@echo "make clean        remove $(VENV) and caches; runs/ stays"
@@ -22,6 +23,22 @@ test: $(VENV)/.test
 
 test-matrix: $(VENV)/.test
 	$(BIN)/python -m pytest -m matrix -s
+
+test-cluster: $(VENV)/.test cluster-tools
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# One kind of process tracking, with a requeue and scancel; one cut link; one killed rank.
+test-cluster-short: $(VENV)/.test cluster-tools
+	$(BIN)/python -m pytest -m "cluster and short" -k "not linuxproc" tests/cluster
+
+# Slurm, network namespaces and shellcheck. Where they cannot be installed, the tests that need them are skipped, and say so.
+cluster-tools:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  for tool in slurmctld slurmd sbatch munged ip pgrep shellcheck; do \
+	    command -v $$tool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      slurmctld slurmd slurm-client munge iproute2 procps shellcheck >/dev/null; break; }; \
+	  done || echo "not all of Slurm, iproute2 and shellcheck could be installed"; \
+	else echo "Slurm, iproute2 and shellcheck are installed for root on Debian only; tests that miss them are skipped"; fi
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs

@@ -71,6 +71,5 @@ class StopRequests:
 def exit_code() -> int:
     """Of a process that stopped when asked: what DKD_STOP_EXIT_CODE says, else 75. A launcher that may restart its workers would take any
     code but 0 for a crash, and start them again."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-        return 0
-    return int(os.environ.get("DKD_STOP_EXIT_CODE", EXIT_CODE))
+    default = 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else EXIT_CODE
+    return int(os.environ.get("DKD_STOP_EXIT_CODE", default))
