@@ -123,10 +123,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(options: argparse.Namespace) -> int:
-    from dkd.config import load_recipe
+def _load(options: argparse.Namespace) -> Recipe:
+    """The recipe, for a command that all ranks run together: what is wrong with one machine's copy, the others hear, too."""
+    from dkd.config import RecipeError, load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        return load_recipe(options.recipe, options.overrides)
+    except RecipeError:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from dkd.training import process_group
+
+        with process_group.tells_refusals():
+            raise
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = _load(options)
 
     from dkd.training import preflight, process_group, stopping
 
@@ -212,16 +225,14 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _launch_check(options: argparse.Namespace) -> int:
-    from dkd.config import load_recipe
-
-    recipe = None if options.recipe is None else load_recipe(options.recipe, options.overrides)
+    recipe = None if options.recipe is None else _load(options)
 
     from dkd.training.engine import leave_process_group
     from dkd.training.launch_check import check_launch
 
     rank = os.environ.get("RANK", "0")
     try:
-        found = check_launch(recipe)
+        found = check_launch(recipe, options.seconds)
     except RuntimeError as error:
         print(f"dkd: launch-check: rank {rank}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # the others may be out of reach: nothing is to wait for them
@@ -307,6 +318,7 @@ def _launch_check_parser() -> argparse.ArgumentParser:
         "launch-check",
         "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute.",
     )
+    parser.add_argument("--seconds", type=_positive, default=50, metavar="N", help="that it may take (default 50)")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     return parser

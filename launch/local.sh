@@ -10,8 +10,8 @@ set -euo pipefail
 
 DKD=${DKD:-$(cd "$(dirname "$0")/.." && pwd)}          # the folder that holds launch/
 gpus=0
-if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l); fi
-if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9]' || true); fi
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true); fi
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -v '^-' | grep -c '[0-9]' || true); fi
 if [ "$gpus" -gt 0 ]; then engine=ddp; else engine=cpu; fi
 ENGINE=${ENGINE:-$engine}
 PROCESSES=${PROCESSES:-$((gpus > 0 ? gpus : 2))}

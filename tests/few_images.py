@@ -42,14 +42,17 @@ BROKEN = {
 }
 
 
-def write_images(path, count, pixels=16, row_group=16, seed=0, broken=()):
+def write_images(path, count, pixels=16, row_group=16, seed=0, broken=(), larger=()):
     """`count` random images as PNG in row groups, with labels 0 … 9.
 
     Args:
         broken: pairs of an index and a key of BROKEN.
+        larger: indices of images that are of 8 pixels more.
     """
     generator = np.random.default_rng(seed)
     images = [encoded(generator.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)) for _ in range(count)]
+    for index in larger:
+        images[index] = encoded(generator.integers(0, 256, (pixels + 8, pixels + 8, 3), dtype=np.uint8))
     for index, how in broken:
         images[index] = BROKEN[how](images[index])
     table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(generator.integers(0, 10, count), pa.int64())})

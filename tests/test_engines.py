@@ -38,6 +38,7 @@ VIT = [
 SKIPPING = {"max_steps": 7, "skip_nonfinite": 2, "ema": {"decay": 0.5}}
 BROKEN = {engine: {**case(engine, 8, model="regularized"), "nonfinite": [3, 4], "train": SKIPPING} for engine in ENGINES}
 TOO_BROKEN = {engine: {**BROKEN[engine], "nonfinite": [3, 4, 5]} for engine in ENGINES}
+GRADIENTS = {"gradients": "sharded"}
 OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
 
@@ -50,7 +51,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders):
     """world size -> case -> what each rank returned."""
-    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER, *BROKEN.values(), *TOO_BROKEN.values()]}
+    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER, GRADIENTS, *BROKEN.values(), *TOO_BROKEN.values()]}
     return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
 
 
@@ -133,6 +134,11 @@ def test_an_update_whose_gradient_is_not_finite_leaves_no_trace(results, engine)
     assert len(ended) == 1
     assert "the loss is not finite at step 6 (on rank 1; " in (message := ended.pop())
     assert "3 steps in a row" in message
+
+
+def test_a_gradient_that_is_not_finite_in_one_shard_is_found_on_all_ranks(results):
+    for rank in returned(results[2], GRADIENTS):
+        assert rank["answers"] == [True, False, False]
 
 
 def test_getting_another_engine_than_asked_for_is_an_error_with_the_right_command(results):

@@ -129,6 +129,8 @@ def test_a_signal_leaves_a_note_and_does_nothing_else(noted, tmp_path, number):
     assert requests.asked_by() is None
     os.kill(os.getpid(), number)
     assert requests.asked_by() == number.name
+    (tmp_path / "STOP").touch()
+    assert requests.asked_by(look=True) == "STOP"
 
 
 def test_a_stop_file_is_seen_by_the_rank_that_looks(noted, tmp_path):

@@ -263,6 +263,22 @@ def test_an_image_that_cannot_be_read_ends_all_ranks_with_its_name(results, worl
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_an_image_of_another_size_ends_all_ranks_and_its_rank_is_named(results, world):
+    messages = set(returned(results, world, "an_image_of_another_size_ends_all_ranks"))
+    assert len(messages) == 1
+    assert re.match(r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop", message := messages.pop()), message
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_features_of_another_shape_on_one_rank_end_all_ranks_and_it_is_named(results, world):
+    """SP gathers rows of features: unlike shapes must not meet in a collective."""
+    messages = set(returned(results, world, "features_of_another_shape_on_one_rank_end_all_ranks"))
+    assert len(messages) == 1
+    assert "features differ between ranks: rank 0 has " in (message := messages.pop())
+    assert f", rank {world - 1} has " in message
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_images_that_cannot_be_read_are_replaced_alike_on_any_number_of_ranks(results, world):
     one, many = (returned(results, w, "unreadable_images_are_replaced") for w in (1, world))
     assert [line.get("replaced_images") for line in many[0]["lines"]] == [line.get("replaced_images") for line in one[0]["lines"]]

@@ -147,3 +147,26 @@ def test_random_states_come_back():
     assert draw() != drawn
     restore_random_states(states)
     assert draw() == drawn
+
+
+def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
+    """As on GPUs: DDP then moves its first argument, and must have one."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from dkd.training.engine import _settle_buckets
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        model[0].bias.requires_grad_(False)
+        wrapped = DistributedDataParallel(model)
+        wrapped.device_ids, wrapped.device_type = [0], "cpu"
+        before = weights_fingerprint(model)
+        _settle_buckets(wrapped, model)
+        assert weights_fingerprint(model) == before
+        assert all(p.grad is None for p in model.parameters())
+        wrapped.device_ids = None
+        assert wrapped(torch.zeros(1, 3, 4, 4)).shape == (1, 4, 2, 2)  # its own forward is back
+    finally:
+        dist.destroy_process_group()

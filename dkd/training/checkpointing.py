@@ -172,6 +172,12 @@ class Checkpointer:
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
             if self._rank == 0:
                 self._folder.discard(step)
+        if self._world_size > 1 and not self._needs_group:
+            # Only now is the main process done, and the others wait for it here, where they have time, not in training's next collective.
+            try:
+                dist.barrier(self._group)
+            except RuntimeError:
+                self._needs_group = True
         now = time.monotonic()
         self._results.append(Written(step, error, warning, now - begun if stall is None else stall, now - writing, size))
 

@@ -215,9 +215,10 @@ def _settle_buckets(wrapped: DistributedDataParallel, student: torch.nn.Module) 
     each parameter comes once and the model itself does not run."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     before = student.__dict__.get("forward")
-    student.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    student.forward = lambda images: torch.stack([p.sum() for p in parameters]).sum()
     try:
-        wrapped().backward()
+        # DDP moves an argument to its GPU, and fails without one.
+        wrapped(torch.empty(0)).backward()
     finally:
         if before is None:
             del student.forward

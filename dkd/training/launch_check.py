@@ -6,6 +6,8 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import dkd
-from dkd.config import Recipe
+from dkd.config import Recipe, RecipeError
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.training import engine, launch, preflight, process_group
 from dkd.training.checkpointing import recipe_hash
@@ -26,8 +28,6 @@ from dkd.training.meeting import MeetingError, Refused
 from dkd.training.run_directory import packages
 from dkd.training.watch import first_line
 
-LIMIT = 45.0
-"""Seconds that ranks wait for each other."""
 _BUDGET = 2.0  # seconds that one measurement takes, about
 _LARGEST = 2**26  # bytes of one message
 _SLOW = 2.0  # times the median: a rank that computes so slowly holds up the others
@@ -47,11 +47,12 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
 
-def check_launch(recipe: Recipe | None) -> Findings:
+def check_launch(recipe: Recipe | None, seconds: float = 50.0) -> Findings:
     """Opens the process group and tries it. A collective.
 
     Args:
         recipe: what is to be trained; its hash, its data's files and the place of its run are compared. None: nothing of that.
+        seconds: after which this process ends, with exit code 1 and what it was about.
 
     Raises:
         RecipeError: what is wrong with the recipe or the engine, on this rank or another.
@@ -62,17 +63,30 @@ def check_launch(recipe: Recipe | None) -> Findings:
         if recipe is not None:
             preflight.check(recipe, allow_recipe_change=True)
     on_cpu = not engine.has_gpu() or launch.asks_for_cpu()
+    limit = _Limit(seconds)
+    limit.phase = "waiting for all ranks"
+    if not on_cpu and launch.local_world_size() > torch.accelerator.device_count():
+        with process_group.tells_refusals():
+            raise RecipeError.at(
+                "", f"{launch.local_world_size()} processes on {platform.node()}, which has {torch.accelerator.device_count()} GPUs"
+            )
     try:
-        process_group.open_process_group(on_cpu, LIMIT)
-    except (Refused, MeetingError):
+        process_group.open_process_group(on_cpu, seconds - 5)
+    except Refused as refused:
+        raise RecipeError.at("", refused) from refused
+    except MeetingError:
         raise
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = f"nothing answers at {address}, where rank 0's launcher should be ({first_line(error)})"
+        raise RuntimeError(f"{platform.node()}: {reason}") from error
     except RuntimeError as error:
         raise RuntimeError(
             f"{platform.node()}: the ranks meet at {os.environ.get('MASTER_ADDR')}, but cannot connect to each other "
             f"({first_line(error)}); is a firewall between them? "
             "Name the network that joins them in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
         ) from error
-    process_group.set_timeouts(LIMIT / 3)
+    limit.phase = "comparing ranks"
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator() or "cpu")
     found = Findings()
@@ -81,9 +95,31 @@ def check_launch(recipe: Recipe | None) -> Findings:
     if recipe is not None:
         _look_for_run_dir(Path(recipe.run.dir), rank, facts, found)
     if world_size > 1 and not found.problems:
+        limit.phase = "trying all-reduce and all-to-all"
         _try_collectives(rank, world_size, device, found)
+    limit.phase = "comparing how fast ranks compute"
     _compare_speed(device, facts, found)
+    limit.cancel()
     return found
+
+
+class _Limit:
+    """Ends this process when its time is over. Some of what a library waits for knows no timeout."""
+
+    def __init__(self, seconds: float) -> None:
+        self.phase, self._seconds = "starting", seconds
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        rank = os.environ.get("RANK", "0")
+        said = f"rank {rank} on {platform.node()} was still {self.phase} after {self._seconds:g} s"
+        print(f"dkd: launch-check: {said}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _facts(recipe: Recipe | None, device: torch.device) -> dict[str, Any]:
@@ -123,19 +159,21 @@ def _hash_of_code() -> str:
     return digest.hexdigest()[:12]
 
 
-_MUST_AGREE = ("engine", "device", "device_name", "memory", "nccl", "python", "code", "recipe")
+_MUST_AGREE = ("engine", "device", "nccl", "python", "code", "recipe")
+_SHOULD_AGREE = ("device_name", "memory")
 
 
 def _compare(facts: Facts, found: Findings) -> None:
     """Ranks that are not alike, devices that two ranks share."""
-    keys = [*_MUST_AGREE, *(key for key in facts[0] if key.startswith("package "))]
+    keys = [*_MUST_AGREE, *_SHOULD_AGREE, *(key for key in facts[0] if key.startswith("package "))]
     for key in keys:
         values: dict[Any, list[int]] = {}
         for rank, fact in enumerate(facts):
             values.setdefault(fact.get(key), []).append(rank)
         if len(values) > 1:
             told = "; ".join(f"{value} on {_ranks(ranks, facts)}" for value, ranks in values.items())
-            found.problems.append(f"{_WORDS.get(key, key.removeprefix('package '))} differ{'s' if key not in _PLURAL else ''}: {told}")
+            told_of = found.warnings if key in _SHOULD_AGREE else found.problems
+            told_of.append(f"{_WORDS.get(key, key.removeprefix('package '))} differ{'s' if key not in _PLURAL else ''}: {told}")
     seen: dict[tuple[str, Any], int] = {}
     for rank, fact in enumerate(facts):
         if fact["device_id"] is not None:
@@ -178,36 +216,36 @@ def _ranks(ranks: list[int], facts: Facts) -> str:
 
 
 def _look_for_run_dir(run_dir: Path, rank: int, facts: Facts, found: Findings) -> None:
-    """Whether all machines see the folder that the main process makes, and have room in it."""
-    probe = run_dir / f".launch-check-{uuid.uuid4().hex}"
-    reason = None
+    """Whether all machines see what the main process writes at the place of the run, and have room there."""
+    probe, reason = None, None
     if rank == 0:
+        # In a folder that is there already, under a name that nobody has looked for: a file system over a network remembers for a while
+        # what it did not find.
+        parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+        probe = parent / f".launch-check-{uuid.uuid4().hex}"
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
         except OSError as error:
             reason = str(error)
-    probe_name, reason = all_gather_objects((probe.name, reason))[0]
+    probe, reason = all_gather_objects((probe, reason))[0]
+    assert probe is not None
     if reason is not None:
         found.problems.append(f"run.dir {str(run_dir)!r} cannot be written: {reason}")
         return
-    # A file system over a network may show a new file late.
     end = time.monotonic() + 5
-    while not (sees := (run_dir / probe_name).exists()) and time.monotonic() < end:
+    while not (sees := probe.exists()) and time.monotonic() < end:
         time.sleep(0.2)
     seen = all_gather_objects(sees)
     if rank == 0:
         with suppress(OSError):  # it is empty, and hidden
             probe.unlink()
-        with suppress(OSError):  # not if it was there before, with something in it
-            run_dir.rmdir()
     if not all(seen):
         blind = _ranks([r for r, sees in enumerate(seen) if not sees], facts)
         found.problems.append(
             f"run.dir {str(run_dir)!r} of rank 0 is not seen by {blind}: checkpoints need a file system that all machines share"
         )
-    free = shutil.disk_usage(next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())).free
-    found.lines.append(f"run.dir     {run_dir}, {free / 2**30:.0f} GB free, seen by all ranks" if all(seen) else f"run.dir     {run_dir}")
+        return
+    found.lines.append(f"run.dir     {run_dir}, {shutil.disk_usage(probe.parent).free / 2**30:.0f} GB free, seen by all ranks")
 
 
 def _try_collectives(rank: int, world_size: int, device: torch.device, found: Findings) -> None:

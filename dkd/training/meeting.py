@@ -77,7 +77,9 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: float, refusal:
             return offered
         if time.monotonic() > deadline:
             if rank == 0:
-                raise MeetingError(f"{absent} did not come within {timeout:g} s; this is rank 0 on {platform.node()}")
+                raise MeetingError(
+                    f"{absent} did not come within {timeout:g} s; this is rank 0 on {platform.node()}{_told(store, world_size)}"
+                )
             raise MeetingError(
                 f"rank 0 did not {'start' if offered else 'see'} this rank within {timeout:g} s: it is gone, or waits for another; "
                 f"this is rank {rank} on {platform.node()}"
@@ -116,6 +118,13 @@ def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
             said = True
             print(f"dkd: rank 0 waits for {absent} of {world_size} ranks, {timeout:g} s at most", file=sys.stderr, flush=True)
         yield absent
+
+
+def _told(store: dist.Store, world_size: int) -> str:
+    """What ranks said that may have come too early to be heard."""
+    entries = [(rank, _read(store, f"dkd/join/{rank}")) for rank in range(world_size)]
+    reasons = [f"; rank {rank} said: {refusal}" for rank, entry in entries if entry and (refusal := json.loads(entry)["refusal"])]
+    return "".join(reasons[:1])
 
 
 def _read(store: dist.Store, key: str) -> str | None:

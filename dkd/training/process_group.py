@@ -15,8 +15,8 @@ import torch.distributed as dist
 from dkd.config import RecipeError
 from dkd.training.meeting import Refused, meet
 
-REFUSAL_SECONDS = 20.0
-"""That a rank which cannot take part waits for the others, to tell them."""
+REFUSAL_SECONDS = 300.0
+"""That a rank which cannot take part waits for the others, to tell them: they may still be opening their data."""
 
 
 def is_launched() -> bool:
@@ -62,6 +62,7 @@ def tells_refusals() -> Iterator[None]:
     try:
         yield
     except Refused as refused:
+        time.sleep(0.5)  # another may still be reading it, from a store that this process holds
         raise RecipeError.at("", refused) from refused
     except RecipeError as error:
         _refuse("; ".join(map(str, error.problems)))
@@ -82,7 +83,7 @@ def _refuse(reason: str) -> None:
 
 
 def set_timeouts(seconds: float, but: Collection[Any] = ()) -> None:
-    """From now on, collectives of all groups but those fail after `seconds`. Groups made later take the default group's."""
+    """From now on, collectives of all groups that there are, but those, fail after `seconds`."""
     if not dist.is_initialized():
         return
     change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14

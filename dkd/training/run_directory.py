@@ -139,8 +139,10 @@ class RunDirectory:
             os.fsync(self._metrics.fileno())
 
     def mark_finished(self, steps: int) -> None:
-        """Raises OSError."""
+        """A STOP file that came too late has no effect. Raises OSError."""
         self._mark(FINISHED, {"steps": steps})
+        if self.writes:
+            (self.path / STOP_FILE).unlink(missing_ok=True)
 
     def mark_stopped(self, by: str, step: int, steps: int, steps_this_start: int) -> None:
         """The run stopped when asked; a STOP file has had its effect. Raises OSError.
@@ -152,7 +154,8 @@ class RunDirectory:
         """
         facts = {"by": by, "step": step, "steps": steps, "steps_this_start": steps_this_start}
         self._mark(STOPPED if by == STOP_FILE else PREEMPTED, facts)
-        (self.path / STOP_FILE).unlink(missing_ok=True)
+        if by == STOP_FILE:
+            (self.path / STOP_FILE).unlink(missing_ok=True)
 
     def _mark(self, name: str, facts: Mapping[str, Any]) -> None:
         if self.writes:

@@ -44,7 +44,7 @@ def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     evaluation: dict[str, Any] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         values = _json(line)
-        if isinstance(values.get("step"), int):
+        if isinstance(values.get("step"), int) and "loss" in values:
             logged = values
         found = values.get("evaluation")
         if isinstance(found, dict) and {"steps", "top1"} <= set(found):

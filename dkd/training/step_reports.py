@@ -27,6 +27,7 @@ class StepReports:
         gram_rows: of one Gram matrix of SP.
         log: takes a line of metrics.jsonl, what of it trackers get, and the steps done.
         replaced: images that could not be read, of earlier starts.
+        overflows_by_design: updates are now and then left out by a gradient scaler.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class StepReports:
         progress: Progress,
         log: Log,
         replaced: int,
+        overflows_by_design: bool = False,
     ) -> None:
         self._recipe, self._steps_per_epoch, self._total_steps, self._world_size = recipe, steps_per_epoch, total_steps, world_size
         self._objective, self._learning_rate, self._gram_rows = objective, learning_rate, gram_rows
-        self._progress, self._log = progress, log
+        self._progress, self._log, self._overflows_by_design = progress, log, overflows_by_design
         self._loading_problems: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # step -> failures, unreadable images of this rank
         self._replaced_unlogged = 0
         self._skipped_in_a_row = 0
@@ -76,7 +78,7 @@ class StepReports:
         self._read_loading(means.step, *(round(values[key] * self._world_size) for key in ("load_failures", "unreadable")))
         self.minutes_are_over = values["minutes_over"] > 0
         self.stop_is_asked = values["stop"] > 0
-        if values["skipped"] > 0 or not math.isfinite(values["loss"]):
+        if (values["skipped"] > 0 and not self._overflows_by_design) or not math.isfinite(values["loss"]):
             self._read_non_finite(means, values)
             return
         self._skipped_in_a_row = 0
@@ -135,6 +137,8 @@ class StepReports:
         found = f"the {what} is not finite at step {means.step + 1} ({where})"
         allowed = self._recipe.train.skip_nonfinite
         self._skipped_in_a_row += 1
+        if allowed and values["skipped"] == 0:
+            raise TrainingError(f"{found}, and its update was not left out")
         if self._skipped_in_a_row > allowed:
             again = f", {self._skipped_in_a_row} steps in a row" if allowed else ""
             more = "" if allowed else "; train.skip_nonfinite=N leaves out up to N such updates in a row"

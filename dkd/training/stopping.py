@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,10 +21,17 @@ EXIT_CODE = 75
 _LOOK_EVERY = 1.0  # seconds between looks for the file, which may be far away
 
 _asked: int | None = None
+_wakeup: socket.socket | None = None
 
 
 def note_signals() -> None:
     """From now on, these signals ask this process to stop, instead of ending it. In the main thread."""
+    global _wakeup
+    # Python runs handlers when its main thread next comes by, which one that waits for another rank does not; the bytes come at once.
+    _wakeup, told = socket.socketpair()
+    _wakeup.setblocking(False)
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _note)
 
@@ -34,9 +43,15 @@ def stop_noting() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def is_signalled() -> bool:
-    """Whether this process was asked to stop by a signal."""
-    return _asked is not None
+def signalled() -> int | None:
+    """The signal that has asked this process to stop. Of any thread."""
+    global _asked
+    if _wakeup is not None:
+        with suppress(BlockingIOError):
+            for number in _wakeup.recv(4096):
+                if number in SIGNALS:
+                    _asked = number
+    return _asked
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -57,15 +72,21 @@ class StopRequests:
         self._looked = -_LOOK_EVERY
         self._found = False
 
-    def asked_by(self) -> str | None:
-        """A signal's name, `STOP` for the file, or None."""
-        if _asked is not None:
-            return signal.Signals(_asked).name
+    def asked_by(self, look: bool = False) -> str | None:
+        """`STOP` for the file, or a signal's name, or None.
+
+        Args:
+            look: for the file, however short ago that was.
+        """
         now = time.monotonic()
-        if self._looks and not self._found and now - self._looked >= _LOOK_EVERY:
+        if self._looks and not self._found and (look or now - self._looked >= _LOOK_EVERY):
             self._looked = now
             self._found = self.path.exists()
-        return STOP_FILE if self._found else None
+        # The file first: somebody's wish that the run shall not go on by itself.
+        if self._found:
+            return STOP_FILE
+        number = signalled()
+        return None if number is None else signal.Signals(number).name
 
 
 def exit_code() -> int:

@@ -106,7 +106,8 @@ class Trainer:
         # After preparing: it may put other tensors in the place of a model's buffers.
         prepared = accelerator.unwrap_model(self.student)
         self.local_parameters, self.parameters = parameter_counts(prepared)
-        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size, train.skip_nonfinite > 0)
+        leaves_out = train.skip_nonfinite > 0 or accelerator.scaler is not None
+        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size, leaves_out)
         self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
@@ -140,6 +141,7 @@ class Trainer:
             self.progress,
             self._log,
             beginning.replaced_images,
+            accelerator.scaler is not None,
         )
         for line in (
             *beginning.notes,
@@ -148,6 +150,8 @@ class Trainer:
             ),
         ):
             self.progress.say(line)
+        # Of all groups: those that an engine has made for itself have a timeout of torch's.
+        process_group.set_timeouts(recipe.run.start_timeout, but=self.checkpointer.groups())
 
     def run(self) -> Evaluation:
         """Train to the end, evaluating on the way; leaves the finished student in the run directory.
@@ -232,7 +236,7 @@ class Trainer:
         """End the run on all ranks, behind the checkpoint that is being written of this step."""
         self.checkpointer.wait()
         self._tell_of_checkpoints()
-        asked = [by for by in all_gather_objects(self.stop.asked_by()) if by is not None]
+        asked = [by for by in all_gather_objects(self.stop.asked_by(look=True)) if by is not None]
         by = STOP_FILE if STOP_FILE in asked else asked[0]
         error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
         if error is not None:
@@ -283,7 +287,7 @@ class Trainer:
 
     def _update(self) -> bool:
         """After a micro-batch: the optimizer's step, when it was the last of its step. Returns whether that was left out, on every rank,
-        because the gradient is not finite."""
+        because the gradient is not finite. A gradient scaler's is so now and then."""
         last = self.accelerator.sync_gradients
         if last and self.recipe.train.clip_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
@@ -294,7 +298,7 @@ class Trainer:
             return True
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return last and not checked and self.accelerator.scaler is None and self.accelerator.optimizer_step_was_skipped
+        return last and not checked and self.accelerator.optimizer_step_was_skipped
 
     def _reach(self, step: int, micro_step: int, phase: int) -> None:
         """Leave word for the other ranks how far this one is."""

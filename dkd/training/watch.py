@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ BEAT = 1.0  # seconds
 _READ_LIMIT = 6.0  # seconds that a description takes at most
 _MOST_SHOWN = 8
 _GAVE_UP = "gave up waiting"
+_ENDED = "ended"
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,16 @@ class Watch:
         self._address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         try:
             self._store = self._connect()
-        except (RuntimeError, KeyError) as error:
+            self._beat()
+        except (RuntimeError, OSError, KeyError) as error:
             print(f"dkd: rank {rank}: signs of life cannot be left at {self._address}: {error}", file=sys.stderr, flush=True)
             return
-        self._beat()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _connect(self) -> dist.Store:
-        # A client of its own: calls over one connection wait for each other.
+        """A client of its own: calls over one connection wait for each other. Raises RuntimeError or OSError."""
+        # Asked first, since torch's client says at length that it cannot connect.
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=_READ_LIMIT / 2).close()
         timeout = timedelta(seconds=_READ_LIMIT)
         return dist.PrefixStore(
             self._name, dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
@@ -101,7 +105,11 @@ class Watch:
         others; what all ranks raise together goes through."""
         try:
             yield
-        except (TrainingError, Stopped, RecipeError):
+        except (TrainingError, Stopped):
+            raise
+        except RecipeError as error:
+            # Mostly of all ranks together; if not, the others hear why this one leaves.
+            self.leave_word("; ".join(map(str, error.problems)))
             raise
         except BatchMismatchError as error:
             raise TrainingError(str(error)) from error
@@ -116,6 +124,7 @@ class Watch:
         """This rank ends: for that reason, or because another is lost."""
         self._end = reason or _GAVE_UP
         _within(_READ_LIMIT, self._beat)
+        self.close()
 
     def close(self) -> None:
         """Leave no more signs."""
@@ -141,11 +150,13 @@ class Watch:
 
     def _read(self) -> dict[int, Sign]:
         store = self._connect()  # the thread's may be stuck
+        keys = [str(rank) for rank in range(self._world_size)]
+        if not store.check(keys):  # some rank never came; reading its key would wait for it
+            keys = [key for key in keys if store.check([key])]
         signs = {}
-        for rank in range(self._world_size):
-            if store.check([str(rank)]):
-                values = json.loads(store.get(str(rank)))
-                signs[rank] = Sign(**{**values, "place": tuple(values["place"])})
+        for key, text in zip(keys, store.multi_get(keys), strict=True):
+            values = json.loads(text)
+            signs[int(key)] = Sign(**{**values, "place": tuple(values["place"])})
         return signs
 
     def _beat(self) -> None:
@@ -155,28 +166,35 @@ class Watch:
             if self._store is not None:
                 sign = Sign(self._count, self._host, place, what, self._end)
                 self._store.set(str(self._rank), json.dumps(asdict(sign)))
+                if self._end:
+                    self._store.set(_ENDED, "")
 
     def _watch(self) -> None:
         warned: tuple[int, ...] = ()
         while not self._stopped.wait(BEAT):
             try:
                 self._beat()
+                self._end_with_the_launch()
             except RuntimeError:
                 return  # the store is gone, and with it the launch; whoever waits for this rank hears that from its own connection
-            self._end_with_the_launch()
             place, what, since = self._place
             waited = time.monotonic() - since
             if self.warn_after is not None and waited > self.warn_after and place != warned:
                 warned = place
-                print(f"dkd: rank {self._rank} has been at {what} for {waited:.0f} s | {self.describe()}", file=sys.stderr, flush=True)
+                # In a thread of its own: this one has to go on giving signs of life to the others, which read them now too.
+                threading.Thread(target=self._warn, args=(what, waited), name="warning", daemon=True).start()
+
+    def _warn(self, what: str, waited: float) -> None:
+        print(f"dkd: rank {self._rank} has been at {what} for {waited:.0f} s | {self.describe()}", file=sys.stderr, flush=True)
 
     def _end_with_the_launch(self) -> None:
         """A launcher that has lost a rank asks the others to end by SIGTERM, which alone asks for a checkpoint. Where another rank has left
-        word that it cannot go on, there will be none, and a rank that hangs somewhere is not to be waited for."""
-        if not stopping.is_signalled():
+        word that it cannot go on, there will be none, and a rank that hangs somewhere is not to be waited for. One that has left word
+        itself is about to end."""
+        if self._end or stopping.signalled() is None or self._store is None or not self._store.check([_ENDED]):
             return
-        signs = _within(_READ_LIMIT, self._read) or {}
-        if any(sign.end for rank, sign in signs.items() if rank != self._rank):
+        time.sleep(_READ_LIMIT)  # it may be about to say so, too
+        if not self._end:
             print(f"dkd: rank {self._rank} ends at {self._place[1]}, since another rank cannot go on", file=sys.stderr, flush=True)
             os._exit(1)
 
@@ -216,7 +234,7 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
     def run() -> None:
         try:
             results.append(action())
-        except (RuntimeError, ValueError):
+        except (RuntimeError, OSError, ValueError):
             return  # as a result that does not come
 
     thread = threading.Thread(target=run, daemon=True)

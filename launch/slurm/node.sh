@@ -4,8 +4,12 @@
 #
 #   node.sh train|launch-check RECIPE [key=value ...]     on this node, as one of SLURM_NNODES
 #   node.sh status ...                                    one process, no launcher
-set -euo pipefail
+stopping=
+trap 'stopping=1' USR1 TERM
+# What the environment's own scripts print is not what this script is asked for.
+exec 3>&1 1>&2
 
+# They are not written for `set -eu`.
 if [ -n "$SETUP" ]; then
     # shellcheck source=/dev/null
     source "$SETUP"
@@ -17,37 +21,34 @@ elif [ -n "$CONDA_ENV" ]; then
     eval "$(conda shell.bash hook)"
     conda activate "$CONDA_ENV"
 fi
+set -euo pipefail
+
 read -r -a prefix <<<"$CONTAINER"
 if [ "$1" = status ]; then
-    exec ${prefix[@]+"${prefix[@]}"} python3 -m dkd "$@"
+    exec ${prefix[@]+"${prefix[@]}"} python3 -m dkd "$@" 1>&3
 fi
+exec 1>&3
 
-# gloo connects ranks at the address that the node's own name has, which is often the loopback. NCCL chooses among all networks. Both are told
-# the one that leads to the first node: on that node itself, the one that has its address.
-interface_to_first_node() {
+# gloo connects ranks at the address that the node's own name has, which is often the loopback. NCCL chooses among all networks. gloo is told
+# the interface that leads from here to the first node, or from there to the last.
+interface_to_the_others() {
     command -v ip >/dev/null || return 0
-    local address
-    address=$(getent ahostsv4 "$MASTER_ADDR" | awk 'NR == 1 { print $1 }')
-    [ -n "$address" ] || return 0
-    local own
-    own=$(ip -o -4 addr show | awk -v address="$address" 'index($4, address "/") == 1 { print $2; exit }')
-    if [ -n "$own" ]; then
-        echo "$own"
-    else
-        ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p'
-    fi
+    local other=$MASTER_ADDR address
+    if [ "$SLURM_NODEID" -eq 0 ]; then other=$LAST_NODE; fi
+    address=$(getent ahostsv4 "$other" | sed -n '1s/ .*//p') || return 0
+    ip -o route get "$address" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' || return 0
 }
 if [ "$SLURM_NNODES" -gt 1 ] && [ -z "$DRY_RUN" ]; then
-    interface=${NETWORK_INTERFACE:-$(interface_to_first_node)}
+    interface=${NETWORK_INTERFACE:-$(interface_to_the_others)}
     if [ -n "$interface" ] && [ "$interface" != lo ]; then
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
-        # Only when asked: NCCL finds InfiniBand by itself, and this name is of what it sets connections up over.
-        if [ -n "$NETWORK_INTERFACE" ]; then export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}; fi
     fi
+    # Only when asked: NCCL finds InfiniBand by itself, and this name is of what it sets connections up over.
+    if [ -n "$NETWORK_INTERFACE" ]; then export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$NETWORK_INTERFACE}; fi
 fi
 
 command=(
-    ${prefix[@]+"${prefix[@]}"} accelerate launch --config_file "$ENGINE"
+    accelerate launch --config_file "$ENGINE"
     --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$((SLURM_NNODES * PROCESSES_PER_NODE))"
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
 )
@@ -60,30 +61,39 @@ if [ "$1" = train ]; then
 fi
 command+=(-m dkd "$@")
 if [ -n "$DRY_RUN" ]; then
-    printf '%q ' "${command[@]}"
+    printf '%q ' ${prefix[@]+"${prefix[@]}"} "${command[@]}"
     echo
     exit
 fi
 
-# Slurm's signals reach this script alone, or every process below it, as its ProctrackType goes. The launcher, and the ranks as long as they
-# cannot handle it, ignore USR1, which would end them; a rank that trains takes it as the wish to stop behind a checkpoint.
+# Slurm's signals reach this script alone, or every process below it, as its ProctrackType goes. The launcher, which USR1 would end, ignores it,
+# inside a container too; a rank takes it as the wish to stop behind a checkpoint.
 trap '' USR1
-"${command[@]}" &
+# shellcheck disable=SC2016
+${prefix[@]+"${prefix[@]}"} bash -c 'trap "" USR1; exec "$@"' bash "${command[@]}" &
 launcher=$!
-stopping=
 trap 'stopping=1' USR1 TERM
-below() { # all processes below one
-    local child
-    for child in $(pgrep -P "$1"); do
-        echo "$child"
-        below "$child"
+is_rank() { # of this job, on this node
+    local variables
+    variables=$(tr '\0' '\n' 2>/dev/null <"/proc/$1/environ") || return 1
+    [[ $'\n'$variables$'\n' == *$'\n'"SLURM_JOB_ID=$SLURM_JOB_ID"$'\n'* ]] || return 1
+    [[ $'\n'$variables$'\n' == *$'\n'"SLURM_NODEID=$SLURM_NODEID"$'\n'* ]] || return 1
+    [[ $'\n'$variables == *$'\n'LOCAL_RANK=* ]]
+}
+tell_ranks() {
+    local folder parent
+    for folder in /proc/[0-9]*; do
+        is_rank "${folder#/proc/}" || continue
+        # What a rank itself has started, such as its image loaders, does not train.
+        parent=$(sed -n 's/^PPid:[^0-9]*//p' "$folder/status" 2>/dev/null) || continue
+        if ! is_rank "$parent"; then kill -USR1 "${folder#/proc/}" 2>/dev/null || true; fi
     done
 }
 code=0
 while kill -0 "$launcher" 2>/dev/null; do
     if [ -n "$stopping" ]; then
         # Again and again: a rank that has only just started does not listen yet.
-        for process in $(below "$launcher"); do kill -USR1 "$process" 2>/dev/null || true; done
+        tell_ranks
         sleep 2 &
         wait $! || true
     else

@@ -30,8 +30,12 @@ if [ -z "$HEAD" ]; then
 fi
 # Ranks of different machines connect over the network that leads to HEAD; a machine's own name often stands for its loopback.
 if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ -z "$dry_run" ] && [ "$MACHINES" -gt 1 ] && command -v ip >/dev/null; then
-    address=$(getent ahostsv4 "$HEAD" | awk 'NR == 1 { print $1 }')
-    interface=$(ip -o -4 addr show | awk -v address="$address" 'index($4, address "/") == 1 { print $2; exit }')
+    address=$(getent ahostsv4 "$HEAD" | sed -n '1s/ .*//p') || true
+    if [ -z "$address" ]; then
+        echo "dkd: HEAD=$HEAD has no IPv4 address here" >&2
+        exit 2
+    fi
+    interface=$(ip -o -4 addr show | awk -v address="$address" 'index($4, address "/") == 1 { print $2 }' | sed -n 1p)
     interface=${interface:-$(ip -o route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')}
     if [ -n "$interface" ] && [ "$interface" != lo ]; then export GLOO_SOCKET_IFNAME=$interface; fi
 fi

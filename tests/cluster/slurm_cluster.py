@@ -89,8 +89,13 @@ class SlurmCluster:
         self.until_idle(60)
 
     def down(self):
-        subprocess.run(["scancel", "--full", "-u", "root"], env=self.environment, capture_output=True)
-        time.sleep(0.5)
+        try:
+            subprocess.run(["scancel", "--full", "-u", "root"], env=self.environment, capture_output=True, timeout=20)
+            end = time.monotonic() + 40  # longer than KillWait: what a node's daemon leaves behind when it ends would go on
+            while self._run("squeue", "-h", check=False).strip() and time.monotonic() < end:
+                time.sleep(0.5)
+        except subprocess.TimeoutExpired:
+            pass  # the controller did not come up, and there are no jobs
         for pid_file in (*(self.folder / f"{node}.pid" for node in NODES), self.folder / "ctld.pid", self.folder / "munge" / "pid"):
             self._stop(pid_file)
         for number, node in enumerate(NODES):
@@ -102,6 +107,7 @@ class SlurmCluster:
                 except OSError:
                     continue  # something in it is still ending
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def submit(self, *words, **variables):
         """The job's number. Variables become parameters of the script."""
@@ -110,6 +116,10 @@ class SlurmCluster:
 
     def scontrol(self, *words):
         return self._run("scontrol", *words)
+
+    def bring_back(self, node):
+        """A node that was set down. It may have come back by itself, which Slurm calls an invalid state for this."""
+        self._run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
 
     def cancel(self, job):
         self._run("scancel", job)

@@ -125,14 +125,14 @@ def start_on(hosts, host, how, recipe, run, folder):
         where = ["--num_machines", 2, "--machine_rank", host, "--main_process_ip", head, "--main_process_port", 29511]
         launcher = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 4, *where]
         command = [*launcher, "-m", "dkd", "train", recipe, f"run.dir={run.folder}"]
-    return Launch(hosts.on(host, *map(str, command)), folder / f"log{host}", GLOO_SOCKET_IFNAME="eth0")
+    return Launch(hosts.on(host, *map(str, command)), folder / f"log{host}")
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("how", [pytest.param("torchrun", marks=pytest.mark.short), "accelerate"])
 def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, recipe, undisturbed, tmp_path):
     run = Run(tmp_path / "run")
-    with TwoHosts() as hosts:
+    with TwoHosts(tmp_path) as hosts:
         with start_on(hosts, 0, how, recipe, run, tmp_path) as first, start_on(hosts, 1, how, recipe, run, tmp_path) as second:
             run.until_step(15, first)
             assert sorted(ranks(run.folder)) == [0, 1, 2, 3]
@@ -140,9 +140,7 @@ def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, reci
             cut = time.monotonic()
             until(lambda: not ranks(run.folder), TIMEOUT + 10 + 5)
             took = time.monotonic() - cut
-            first.wait(30)
-            # A launcher of torchrun that has lost its peers says so for a while before it ends.
-            second.wait(120)
+            # The launchers end later: torchrun's on the second host waits a minute or more for its own store.
         assert took < TIMEOUT + 10
         for launch, own, other in ((first, 0, 1), (second, 1, 0)):
             said = launch.said()
@@ -166,7 +164,7 @@ def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, reci
 def test_two_machines_restart_by_themselves_when_a_rank_of_one_is_killed(recipe, undisturbed, tmp_path):
     run = Run(tmp_path / "run")
     script = ROOT / "launch" / "torchrun" / "machines.sh"
-    with TwoHosts() as hosts:
+    with TwoHosts(tmp_path) as hosts:
         words = ["env", f"HEAD={hosts.address(0)}", "MACHINES=2", "PROCESSES=2", "MAX_RESTARTS=3", str(script), str(recipe)]
         launches = [Launch(hosts.on(host, *words, f"run.dir={run.folder}"), tmp_path / f"log{host}") for host in (0, 1)]
         with launches[0] as first, launches[1] as second:
@@ -183,12 +181,12 @@ def test_launch_check_says_in_under_a_minute_what_is_wrong(recipe, tmp_path):
     """Two hosts of which one has another recipe; then one that does not come at all."""
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text().replace("lr: 0.05", "lr: 0.1"))
-    with TwoHosts() as hosts:
+    with TwoHosts(tmp_path) as hosts:
 
         def check(host, words):
             where = ["--num_machines", 2, "--machine_rank", host, "--main_process_ip", hosts.address(0), "--main_process_port", 29512]
             command = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 4, *where, "-m", "dkd", "launch-check", *words]
-            return Launch(hosts.on(host, *map(str, command)), tmp_path / f"log{host}", GLOO_SOCKET_IFNAME="eth0")
+            return Launch(hosts.on(host, *map(str, command)), tmp_path / f"log{host}")
 
         place = f"run.dir={tmp_path / 'run'}"
         begun = time.monotonic()

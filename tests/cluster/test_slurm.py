@@ -168,7 +168,7 @@ def test_a_node_that_is_set_down_does_not_end_the_run(cluster, recipe, undisturb
     job.until_step(15)
     cluster.scontrol("update", "nodename=node2", "state=down", "reason=test")
     job.until(lambda: cluster.state(job.number)[0] == "PENDING", 90)
-    cluster.scontrol("update", "nodename=node2", "state=resume")
+    cluster.bring_back("node2")
     job.until_finished()
     assert job.starts()[1] >= 10
     assert job.student() == undisturbed

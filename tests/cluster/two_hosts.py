@@ -12,14 +12,23 @@ def missing():
     """Why there can be none here, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if shutil.which("ip") is None:
-        return "ip is not installed; make test-cluster installs Debian's iproute2"
+    absent = [command for command in ("ip", "unshare", "nsenter") if shutil.which(command) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed; make test-cluster installs Debian's packages"
     trial = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
     return None if trial.returncode == 0 else f"network namespaces cannot be made: {trial.stderr.strip()}"
 
 
 class TwoHosts:
-    """Hosts 0 and 1, at `address(0)` and `address(1)`, with host names of their own."""
+    """Hosts 0 and 1, at `address(0)` and `address(1)`, with host names of their own that both know.
+
+    Args:
+        folder: for their /etc/hosts.
+    """
+
+    def __init__(self, folder):
+        self._hosts = folder / "hosts"
+        self._hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{self.address(host)} {self.name(host)}\n" for host in (0, 1)))
 
     def __enter__(self):
         try:
@@ -54,7 +63,8 @@ class TwoHosts:
 
     def on(self, host, *command):
         """The command that runs `command` on a host."""
-        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0"; exec "$@"', self.name(host)]
+        script = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
+        named = ["unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", script, self.name(host), str(self._hosts)]
         return ["nsenter", f"--net=/run/netns/{self._space(host)}", *named, *command]
 
     def cut(self):

@@ -207,6 +207,25 @@ def features_of_teachers(folder):
     return found
 
 
+def checks_of_sharded_gradients(folder):
+    """A NaN in one element of each shard in turn; a parameter with fewer rows than ranks leaves some without a part of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    from dkd.training.gradient_check import gradient_is_finite
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4 * size), torch.nn.Linear(4 * size, 1))
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (size,)))
+    answers = []
+    for broken in (None, *range(size)):
+        model.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        if rank == broken:
+            local_part(model[0].weight.grad)[-1, -1] = float("nan")
+        answers.append(gradient_is_finite(model))
+    return {"answers": answers}
+
+
 def another_engine_than_asked_for(folder):
     """FSDP2 is asked for, and Accelerate makes DDP of it, as it does on CPUs when left alone."""
     from contextlib import nullcontext
@@ -245,6 +264,8 @@ def main():
         try:
             if "evaluate" in case:
                 results[name_of(case)] = evaluate_export(str(folder / case["evaluate"]), trust_code=True).facts()
+            elif "gradients" in case:
+                results[name_of(case)] = checks_of_sharded_gradients(folder)
             elif "other" in case:
                 results[name_of(case)] = another_engine_than_asked_for(folder)
             elif "features" in case:

@@ -1,5 +1,6 @@
 """The trainer's own loop on this launch."""
 
+import dataclasses
 import json
 from unittest import mock
 
@@ -310,6 +311,41 @@ def an_unreadable_image_ends_all_ranks(folder):
     return found
 
 
+def an_image_of_another_size_ends_all_ranks(folder):
+    """Alone in its rank's micro-batch, if there are several ranks: nothing in that batch tells that it is not as the others'."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    path = images_on_disk(folder, "larger.parquet", 96, larger=[21])
+    transforms = {"transforms": [{"RandomHorizontalFlip": {}}], "validation_transforms": [{"RandomHorizontalFlip": {}}], "image_size": 16}
+    normal = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    data = {"train": path, "validation": path, "workers": 0, "in_memory": False, **transforms, **normal}
+    changes = {"data": data, "losses": {"sp": None, "kd": None}, "train": {"global_batch": world, "epochs": 1, "max_steps": 96 // world}}
+    try:
+        train(folder, "larger", changes)
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+def features_of_another_shape_on_one_rank_end_all_ranks(folder):
+    """The last rank's teacher yields maps of another size."""
+
+    def tamper(trainer):
+        outputs = trainer._teacher_outputs
+        last = trainer.order.rank == trainer.order.world_size - 1
+
+        def smaller(batch):
+            found = outputs(batch)
+            return dataclasses.replace(found, features={path: f[..., 1:] if last else f for path, f in found.features.items()})
+
+        trainer._teacher_outputs = smaller
+
+    try:
+        train(folder, "shapes", {"losses": {"at": None}}, tamper)
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
 def unreadable_images_are_replaced(folder):
     path = images_on_disk(folder, "three broken.parquet", 96, broken=UNREADABLE)
     data = {"train": path, "validation": path, "on_error": "skip", "workers": 1}
@@ -328,6 +364,8 @@ def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
 CASES = [
     streaming_from_three_files,
     an_unreadable_image_ends_all_ranks,
+    an_image_of_another_size_ends_all_ranks,
+    features_of_another_shape_on_one_rank_end_all_ranks,
     unreadable_images_are_replaced,
     an_unreadable_image_ends_an_evaluation_on_all_ranks,
     all_four_losses,
