@@ -165,7 +165,7 @@ class RunDirectory:
     def evaluations(self) -> dict[int, float]:
         """Steps -> top-1 of what metrics.jsonl holds."""
         path = self.path / "metrics.jsonl"
-        lines = map(_read_line, path.read_text(errors="replace").splitlines() if path.exists() else [])
+        lines = map(read_line, path.read_text(errors="replace").splitlines() if path.exists() else [])
         found = (line["evaluation"] for line in lines if isinstance(line.get("evaluation"), dict))
         return {evaluation["steps"]: evaluation["top1"] for evaluation in found if {"steps", "top1"} <= set(evaluation)}
 
@@ -267,7 +267,7 @@ def _git_revision() -> str | None:
 
 def _belongs_before(line: str, step: int) -> bool:
     """Whether a line of metrics stays when training goes on after `step` steps. An evaluation after that step is made again."""
-    values = _read_line(line)
+    values = read_line(line)
     try:
         if "evaluation" in values:
             return bool(values["evaluation"]["steps"] < step)
@@ -278,7 +278,7 @@ def _belongs_before(line: str, step: int) -> bool:
         return False
 
 
-def _read_line(line: str) -> dict[str, Any]:
+def read_line(line: str) -> dict[str, Any]:
     """A line of metrics; empty when a killed process wrote half of it."""
     try:
         values = json.loads(line)

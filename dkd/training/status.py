@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dkd.checkpoints import CheckpointFolder
-from dkd.training.run_directory import FINISHED, PREEMPTED, STOPPED, is_run
+from dkd.training.run_directory import FINISHED, PREEMPTED, STOPPED, is_run, read_line
 
 
 def describe(run_dir: Path) -> list[str]:
@@ -33,7 +32,7 @@ def _state(run_dir: Path) -> str:
         (STOPPED, "stopped by hand; the same command goes on"),
     ):
         if (run_dir / name).exists():
-            facts = _json((run_dir / name).read_text(errors="replace"))
+            facts = read_line((run_dir / name).read_text(errors="replace"))
             by = f" by {facts['by']} after step {facts.get('step')} of {facts.get('steps')}" if "by" in facts else ""
             return f"{said.replace(';', by + ';') if by else said} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
     return "running, or it was interrupted; the same command goes on"
@@ -43,19 +42,10 @@ def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     logged: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        values = _json(line)
+        values = read_line(line)
         if isinstance(values.get("step"), int) and "loss" in values:
             logged = values
         found = values.get("evaluation")
         if isinstance(found, dict) and {"steps", "top1"} <= set(found):
             evaluation = found
     return logged, evaluation
-
-
-def _json(text: str) -> dict[str, Any]:
-    """Empty for what is none: a killed process may leave half a line."""
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -1,7 +1,5 @@
 """Ranks and links that are lost in the middle of a training: who is left ends in time and says who is missing, and the run goes on."""
 
-import hashlib
-import json
 import os
 import platform
 import signal
@@ -9,6 +7,7 @@ import time
 
 import pytest
 from processes import ROOT, Launch, ranks, until
+from small_run import Run, write_recipe
 from two_hosts import TwoHosts, missing
 
 pytestmark = pytest.mark.cluster
@@ -19,42 +18,7 @@ CPU = ROOT / "launch" / "accelerate" / "cpu.yaml"
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lost") / "recipe.yaml"
-    path.write_text(f"""
-run: {{name: lost, trackers: [], start_timeout: 60, collective_timeout: {TIMEOUT}}}
-data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8, workers: 1}}
-student: {{name: "small_models:Slow"}}
-train: {{global_batch: 32, epochs: 2, max_steps: {STEPS}, precision: fp32}}
-optimizer: {{name: sgd, lr: 0.05, momentum: 0.9}}
-schedule: {{name: cosine}}
-checkpoint: {{every_epochs: null, every_steps: 10}}
-evaluation: {{every_epochs: 10}}
-""")
-    return path
-
-
-class Run:
-    """A run directory, looked at while others train in it."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def step(self):
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
-
-    def until_step(self, step, launch, seconds=90):
-        until(lambda: self.step() >= step, seconds, launch)
-
-    def is_finished(self):
-        return (self.folder / "FINISHED").exists()
-
-    def student(self):
-        return hashlib.sha256((self.folder / "student.safetensors").read_bytes()).hexdigest()
-
-    def starts(self):
-        return [start["step"] for start in json.loads((self.folder / "provenance.json").read_text())]
+    return write_recipe(tmp_path_factory.mktemp("lost") / "recipe.yaml", STEPS, TIMEOUT)
 
 
 def two_processes(recipe, run, *options):

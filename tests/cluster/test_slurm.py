@@ -1,7 +1,6 @@
 """launch/slurm/ on a real Slurm cluster of two virtual nodes, 2 nodes × 2 processes: whatever ends a job, the run goes on, and its student
 is that of a run that nothing disturbed."""
 
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -9,15 +8,12 @@ from pathlib import Path
 import pytest
 from processes import ROOT, until
 from slurm_cluster import SlurmCluster, can_freeze, missing
+from small_run import Run, write_recipe
 
 STEPS = 80
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 pytestmark = pytest.mark.cluster
-KINDS = (
-    [pytest.param("cgroup", marks=pytest.mark.short), "linuxproc"] if can_freeze() else [pytest.param("linuxproc", marks=pytest.mark.short)]
-)
-if missing():
-    KINDS = ["cgroup", "linuxproc"] if can_freeze() else ["linuxproc"]
+KINDS = ["cgroup", "linuxproc"] if can_freeze() else ["linuxproc"]
 if missing():
     KINDS = [pytest.param("none", marks=pytest.mark.skip(reason=missing()))]
 
@@ -33,19 +29,7 @@ def cluster(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Steps of a quarter of a second, so that there is time to disturb them; BatchNorm, workers, momentum."""
-    path = tmp_path_factory.mktemp("slurm") / "recipe.yaml"
-    path.write_text(f"""
-run: {{name: slurm, trackers: [], collective_timeout: 60}}
-data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8, workers: 1}}
-student: {{name: "small_models:Slow"}}
-train: {{global_batch: 32, epochs: 2, max_steps: {STEPS}, precision: fp32}}
-optimizer: {{name: sgd, lr: 0.05, momentum: 0.9}}
-schedule: {{name: cosine}}
-checkpoint: {{every_epochs: null, every_steps: 10}}
-evaluation: {{every_epochs: 10}}
-""")
-    return path
+    return write_recipe(tmp_path_factory.mktemp("slurm") / "recipe.yaml", STEPS, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +43,7 @@ def undisturbed(cluster, recipe, tmp_path_factory):
     assert job.restarts() == 0
     logs = sorted(path.relative_to(job.run_dir / "logs").parts[0] for path in (job.run_dir / "logs").rglob("stdout.log"))
     assert logs == [f"job-{job.number}-start-0-node-{node}" for node in (0, 0, 1, 1)]
-    return job.student()
+    return job.run.student()
 
 
 class Job:
@@ -67,6 +51,7 @@ class Job:
 
     def __init__(self, cluster, recipe, folder, *options, script=SCRIPT, words=None, CHECK=0, **variables):
         self.cluster, self.run_dir, self.output = cluster, folder / "run", folder / "output"
+        self.run = Run(self.run_dir)
         words = [recipe, f"run.dir={self.run_dir}"] if words is None else words
         self.number = cluster.submit(
             "--nodes=2",
@@ -91,12 +76,6 @@ class Job:
     def restarts(self):
         return self.cluster.state(self.number)[1]
 
-    def steps(self):
-        """The last one logged."""
-        path = self.run_dir / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        return max((line["step"] for line in lines if "step" in line), default=0)
-
     def until(self, condition, seconds):
         try:
             return until(condition, seconds)
@@ -104,19 +83,12 @@ class Job:
             raise AssertionError(f"{error}; {self.cluster.state(self.number)}; {self.said()[-4000:]}; {self.cluster.logs()}") from None
 
     def until_step(self, step, seconds=90):
-        self.until(lambda: self.steps() >= step, seconds)
+        self.until(lambda: self.run.step() >= step, seconds)
 
     def until_finished(self, seconds=150):
         self.until(lambda: self.cluster.state(self.number)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
         assert self.cluster.state(self.number)[0] == "COMPLETED", self.said()[-4000:]
-        assert (self.run_dir / "FINISHED").exists(), self.said()[-4000:]
-
-    def student(self):
-        return hashlib.sha256((self.run_dir / "student.safetensors").read_bytes()).hexdigest()
-
-    def starts(self):
-        """After how many steps each start went on."""
-        return [start["step"] for start in json.loads((self.run_dir / "provenance.json").read_text())]
+        assert self.run.is_finished(), self.said()[-4000:]
 
 
 def start(cluster, recipe, folder, *options, **variables):
@@ -133,12 +105,12 @@ def test_near_its_time_limit_it_stops_behind_a_checkpoint_and_requeues_itself(cl
     cluster.scontrol("update", f"jobid={job.number}", "TimeLimit=20")
     job.until_finished()
     assert job.restarts() == 1
-    starts = job.starts()
+    starts = job.run.starts()
     assert starts[0] == 0
     assert starts[1] >= 15
     assert "stopped behind a checkpoint; going back into the queue" in job.said()
     assert "by SIGUSR1; the same command goes on" in job.said()
-    assert job.student() == undisturbed
+    assert job.run.student() == undisturbed
 
 
 @pytest.mark.short
@@ -148,8 +120,8 @@ def test_a_requeue_by_hand_goes_on(cluster, recipe, undisturbed, tmp_path):
     cluster.scontrol("requeue", job.number)
     job.until_finished()
     assert job.restarts() == 1
-    assert job.starts()[1] >= 10
-    assert job.student() == undisturbed
+    assert job.run.starts()[1] >= 10
+    assert job.run.student() == undisturbed
 
 
 def test_a_job_of_a_higher_partition_takes_its_place_for_a_while(cluster, recipe, undisturbed, tmp_path):
@@ -159,8 +131,8 @@ def test_a_job_of_a_higher_partition_takes_its_place_for_a_while(cluster, recipe
     job.until(lambda: cluster.state(other)[0] == "COMPLETED", 90)
     job.until_finished()
     assert job.restarts() == 1
-    assert job.starts()[1] >= 15  # not from the checkpoint after step 10: it stopped behind one of its own
-    assert job.student() == undisturbed
+    assert job.run.starts()[1] >= 15  # not from the checkpoint after step 10: it stopped behind one of its own
+    assert job.run.student() == undisturbed
 
 
 def test_a_node_that_is_set_down_does_not_end_the_run(cluster, recipe, undisturbed, tmp_path):
@@ -170,8 +142,8 @@ def test_a_node_that_is_set_down_does_not_end_the_run(cluster, recipe, undisturb
     job.until(lambda: cluster.state(job.number)[0] == "PENDING", 90)
     cluster.bring_back("node2")
     job.until_finished()
-    assert job.starts()[1] >= 10
-    assert job.student() == undisturbed
+    assert job.run.starts()[1] >= 10
+    assert job.run.student() == undisturbed
 
 
 @pytest.mark.short
@@ -196,8 +168,8 @@ def test_a_stop_file_ends_it_behind_a_checkpoint(cluster, recipe, undisturbed, t
     stopped_at = json.loads((job.run_dir / "STOPPED").read_text())["step"]
     again = start(cluster, recipe, tmp_path)
     again.until_finished()
-    assert again.starts() == [0, stopped_at]
-    assert again.student() == undisturbed
+    assert again.run.starts() == [0, stopped_at]
+    assert again.run.student() == undisturbed
 
 
 def test_one_task_of_an_array_is_requeued_alone(cluster, recipe, tmp_path):
