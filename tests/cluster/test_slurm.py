@@ -13,7 +13,7 @@ from small_run import Run, write_recipe
 STEPS = 80
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 pytestmark = pytest.mark.cluster
-KINDS = ["cgroup", "linuxproc"] if can_freeze() else ["linuxproc"]
+KINDS = ["cgroup", pytest.param("linuxproc", id="second-linuxproc")] if can_freeze() else ["linuxproc"]
 if missing():
     KINDS = [pytest.param("none", marks=pytest.mark.skip(reason=missing()))]
 
