@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dkd.training.run_directory import Existing
 
 BAD_INPUT = 2
+INTERRUPTED = 130  # by SIGINT, as shells say it
 
 _EXAMPLES = {
     "dkd": """
@@ -115,6 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for problem in error.problems:
                 print(f"dkd: {problem}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\ndkd: interrupted; what was written stays", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # at once, as was asked for
     except Exception as error:
         if not _is_data_error(error):
             raise
