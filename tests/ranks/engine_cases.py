@@ -134,7 +134,7 @@ def break_steps(trainer, steps):
     def step(number, batches):
         digest = hashlib.sha256()
         for name, tensor in sorted(trainer.checkpointer._state.collect().items()):
-            digest.update(name.encode() + local_part(tensor).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + local_part(tensor).contiguous().flatten().view(torch.uint8).numpy().tobytes())
         hashes[number] = digest.hexdigest()
         return take(number, batches)
 
