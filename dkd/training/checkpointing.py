@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -152,10 +153,13 @@ class Checkpointer:
         """gloo, since what is written lies on the CPU, and a group of its own, since its collectives must not mix with those of training.
         It is of no use after a failure in it, such as a rank that came too late once. All ranks call it."""
         if self._world_size > 1 and any(all_gather_objects(self._needs_group)):
+            if self._rank == 0:
+                # What another rank wrote after this one had given up. Here, where no rank writes: they wait for this one below. What cannot
+                # be removed now is removed at the next start.
+                with suppress(OSError):
+                    self._folder.remove_unfinished()
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._needs_group = False
-            if self._rank == 0:
-                self._folder.remove_unfinished()  # what another rank wrote after this one had given up
 
     def _write(self, step: int, tensors: Tensors, files: Callable[[Path], None], begun: float, stall: float | None = None) -> None:
         writing = time.monotonic()
