@@ -118,9 +118,8 @@ def noted():
     kept = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     stopping.note_signals()
     yield
-    stopping._asked = None
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    stopping.stop_noting()
+    assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == kept
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)

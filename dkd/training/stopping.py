@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "STOP"
@@ -22,6 +23,7 @@ _LOOK_EVERY = 1.0  # seconds between looks for the file, which may be far away
 
 _asked: int | None = None
 _wakeup: socket.socket | None = None
+_before: dict[int, Any] = {}
 
 
 def note_signals() -> None:
@@ -33,22 +35,27 @@ def note_signals() -> None:
     told.setblocking(False)
     signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, _note)
+        _before[number] = signal.signal(number, _note)
 
 
 def stop_noting() -> None:
-    """Training is over: this process ends by itself, with the exit code that it has, although a launcher may send it a SIGTERM because
-    another rank has ended before it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Training is over, and signals mean what they did before. Under a launcher, which may send a SIGTERM because another rank has ended
+    before this one, they mean nothing: this process ends by itself, with the exit code that it has."""
+    global _asked, _wakeup
+    launched = "LOCAL_RANK" in os.environ
+    for number, before in _before.items():
+        signal.signal(number, signal.SIG_IGN if launched else before)
+    signal.set_wakeup_fd(-1)
+    _asked, _wakeup = None, None
 
 
 def signalled() -> int | None:
     """The signal that has asked this process to stop. Of any thread."""
     global _asked
-    if _wakeup is not None:
+    wakeup = _wakeup
+    if wakeup is not None:
         with suppress(BlockingIOError):
-            for number in _wakeup.recv(4096):
+            for number in wakeup.recv(4096):
                 if number in SIGNALS:
                     _asked = number
     return _asked
