@@ -58,61 +58,63 @@ def check_launch(recipe: Recipe | None, seconds: float = 50.0) -> Findings:
         RecipeError: what is wrong with the recipe or the engine, on this rank or another.
         RuntimeError: a rank did not come, or cannot be talked to. Says so.
     """
-    with process_group.tells_refusals():
-        launch.engine()
-        if recipe is not None:
-            preflight.check(recipe, allow_recipe_change=True)
-    on_cpu = not engine.has_gpu() or launch.asks_for_cpu()
-    limit = _Limit(seconds)
-    limit.phase = "waiting for all ranks"
-    if not on_cpu and launch.local_world_size() > torch.accelerator.device_count():
+    with _Limit(seconds) as limit:
         with process_group.tells_refusals():
-            raise RecipeError.at(
-                "", f"{launch.local_world_size()} processes on {platform.node()}, which has {torch.accelerator.device_count()} GPUs"
-            )
-    try:
-        process_group.open_process_group(on_cpu, seconds - 5)
-    except Refused as refused:
-        raise RecipeError.at("", refused) from refused
-    except MeetingError:
-        raise
-    except dist.DistError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = f"nothing answers at {address}, where rank 0's launcher should be ({first_line(error)})"
-        raise RuntimeError(f"{platform.node()}: {reason}") from error
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{platform.node()}: the ranks meet at {os.environ.get('MASTER_ADDR')}, but cannot connect to each other "
-            f"({first_line(error)}); is a firewall between them? "
-            "Name the network that joins them in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
-        ) from error
-    limit.phase = "comparing ranks"
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator() or "cpu")
-    found = Findings()
-    facts = all_gather_objects(_facts(recipe, device))
-    _compare(facts, found)
-    if recipe is not None:
-        _look_for_run_dir(Path(recipe.run.dir), rank, facts, found)
-    if world_size > 1 and not found.problems:
-        limit.phase = "trying all-reduce and all-to-all"
-        _try_collectives(rank, world_size, device, found)
-    limit.phase = "comparing how fast ranks compute"
-    _compare_speed(device, facts, found)
-    limit.cancel()
-    return found
+            launch.engine()
+            if recipe is not None:
+                preflight.check(recipe, allow_recipe_change=True)
+        on_cpu = not engine.has_gpu() or launch.asks_for_cpu()
+        limit.phase = "waiting for all ranks"
+        if not on_cpu and launch.local_world_size() > torch.accelerator.device_count():
+            with process_group.tells_refusals():
+                raise RecipeError.at(
+                    "", f"{launch.local_world_size()} processes on {platform.node()}, which has {torch.accelerator.device_count()} GPUs"
+                )
+        try:
+            process_group.open_process_group(on_cpu, seconds - 5)
+        except Refused as refused:
+            raise RecipeError.at("", refused) from refused
+        except MeetingError:
+            raise
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = f"nothing answers at {address}, where rank 0's launcher should be ({first_line(error)})"
+            raise RuntimeError(f"{platform.node()}: {reason}") from error
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{platform.node()}: the ranks meet at {os.environ.get('MASTER_ADDR')}, but cannot connect to each other "
+                f"({first_line(error)}); is a firewall between them? "
+                "Name the network that joins them in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
+            ) from error
+        limit.phase = "comparing ranks"
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator() or "cpu")
+        found = Findings()
+        facts = all_gather_objects(_facts(recipe, device))
+        _compare(facts, found)
+        if recipe is not None:
+            _look_for_run_dir(Path(recipe.run.dir), rank, facts, found)
+        if world_size > 1 and not found.problems:
+            limit.phase = "trying all-reduce and all-to-all"
+            _try_collectives(rank, world_size, device, found)
+        limit.phase = "comparing how fast ranks compute"
+        _compare_speed(device, facts, found)
+        return found
 
 
 class _Limit:
     """Ends this process when its time is over. Some of what a library waits for knows no timeout."""
 
     def __init__(self, seconds: float) -> None:
-        self.phase, self._seconds = "starting", seconds
+        self.phase, self._seconds = "checking the recipe", seconds
         self._timer = threading.Timer(seconds, self._end)
         self._timer.daemon = True
         self._timer.start()
 
-    def cancel(self) -> None:
+    def __enter__(self) -> _Limit:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._timer.cancel()
 
     def _end(self) -> None:
