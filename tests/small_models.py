@@ -74,6 +74,33 @@ class Awkward(torch.nn.Module):
         return self.fc(self.second(self.first(x).relu()) + 0.001 * self.seen)
 
 
+class NotFinite(Regularized):
+    """On rank 0, the fourth forward in training yields a NaN."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training and x.device.type != "meta"
+        broken = self.calls == 4 and os.environ.get("RANK", "0") == "0" and self.training
+        return super().forward(x) * (float("nan") if broken else 1.0)
+
+
+class Late(Regularized):
+    """On rank 1, the first forward in training takes 8 seconds, as a compilation may."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training and x.device.type != "meta"
+        if self.calls == 1 and self.training and os.environ.get("RANK") == "1":
+            time.sleep(8)
+        return super().forward(x)
+
+
 class Slow(Regularized):
     """A step takes at least a quarter of a second: time for something to happen to it."""
 

@@ -63,3 +63,19 @@ schedule: {{name: constant}}
     host = platform.node()
     assert f"| rank 1 on {host}: step 5, forward; this is rank 0 on {host}: step 5, backward and update" in said, said
     assert "rank0]: Traceback" not in said
+
+
+def test_until_the_first_step_is_done_a_rank_may_be_later_than_the_others_wait_afterwards(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: 4}}
+data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8}}
+student: {{name: "small_models:Late"}}
+train: {{global_batch: 8, epochs: 1, max_steps: 4, precision: fp32}}
+optimizer: {{name: sgd, lr: 0.01}}
+schedule: {{name: constant}}
+""")
+    with start("-m", "dkd", "train", recipe, stderr=subprocess.STDOUT) as launch:
+        out, _ = launch.communicate(timeout=90)
+    assert launch.returncode == 0, out
+    assert (tmp_path / "run" / "FINISHED").exists()

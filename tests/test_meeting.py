@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from dkd.training import stopping
+from dkd.training.launch_check import Findings, compare
 from dkd.training.meeting import MeetingError, Refused, meet
 from dkd.training.stopping import StopRequests
 from dkd.training.watch import Sign, told
@@ -148,3 +149,24 @@ def test_the_exit_code_of_a_stop(monkeypatch, variables, code):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert stopping.exit_code() == code
+
+
+FACTS = {"host": "node1", "engine": "ddp", "device": "cuda", "device_name": "A", "memory": 80, "nccl": "2", "python": "3.11", "code": "c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems", "warnings"),
+    [
+        ({}, [], []),
+        ({"package torch": "2.13"}, ["torch differs: 2.14 on rank 0 (node1); 2.13 on rank 1 (node2)"], []),
+        ({"code": "d"}, ["the code of dkd differs: c on rank 0 (node1); d on rank 1 (node2)"], []),
+        ({"device_name": "B"}, [], ["the devices differ: A on rank 0 (node1); B on rank 1 (node2)"]),
+        ({"host": "node1", "device_id": "0"}, ["rank 0 and rank 1 have the same GPU of node1: give each process one of its own"], []),
+        ({"clock": 100.0}, [], ["clocks differ by 100 s, or ranks came so late; node1 is behind"]),
+    ],
+)
+def test_ranks_that_are_not_alike_are_told(changes, problems, warnings):
+    first = {**FACTS, "package torch": "2.14", "device_id": "0", "clock": 0.0}
+    found = Findings()
+    compare([first, {**first, "host": "node2", "device_id": "1", **changes}], found)
+    assert (found.problems, found.warnings) == (problems, warnings)

@@ -91,7 +91,7 @@ def check_launch(recipe: Recipe | None, seconds: float = 50.0) -> Findings:
         device = torch.device("cpu" if on_cpu else torch.accelerator.current_accelerator() or "cpu")
         found = Findings()
         facts = all_gather_objects(_facts(recipe, device))
-        _compare(facts, found)
+        compare(facts, found)
         if recipe is not None:
             _look_for_run_dir(Path(recipe.run.dir), rank, facts, found)
         if world_size > 1 and not found.problems:
@@ -165,8 +165,13 @@ _MUST_AGREE = ("engine", "device", "nccl", "python", "code", "recipe")
 _SHOULD_AGREE = ("device_name", "memory")
 
 
-def _compare(facts: Facts, found: Findings) -> None:
-    """Ranks that are not alike, devices that two ranks share."""
+def compare(facts: Facts, found: Findings) -> None:
+    """Ranks that are not alike, devices that two ranks share.
+
+    Args:
+        facts: `_facts` of every rank, in their order.
+        found: is added to.
+    """
     keys = [*_MUST_AGREE, *_SHOULD_AGREE, *(key for key in facts[0] if key.startswith("package "))]
     for key in keys:
         values: dict[Any, list[int]] = {}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from dkd.config import Recipe
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses import Objective
 from dkd.training.endings import TrainingError
-from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
+from dkd.training.run_log import RunLog
 
 LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout masks differ by more than 0.3
-Log = Callable[[Mapping[str, Any], Mapping[str, Any] | None, int], None]
 
 
 class StepReports:
@@ -25,7 +23,7 @@ class StepReports:
         objective: names and weights of what is logged.
         learning_rate: of a step.
         gram_rows: of one Gram matrix of SP.
-        log: takes a line of metrics.jsonl, what of it trackers get, and the steps done.
+        log: where it goes.
         replaced: images that could not be read, of earlier starts.
         overflows_by_design: updates are now and then left out by a gradient scaler.
     """
@@ -39,14 +37,13 @@ class StepReports:
         objective: Objective,
         learning_rate: Callable[[int], float],
         gram_rows: int,
-        progress: Progress,
-        log: Log,
+        log: RunLog,
         replaced: int,
         overflows_by_design: bool = False,
     ) -> None:
         self._recipe, self._steps_per_epoch, self._total_steps, self._world_size = recipe, steps_per_epoch, total_steps, world_size
         self._objective, self._learning_rate, self._gram_rows = objective, learning_rate, gram_rows
-        self._progress, self._log, self._overflows_by_design = progress, log, overflows_by_design
+        self._log, self._overflows_by_design = log, overflows_by_design
         self._loading_problems: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # step -> failures, unreadable images of this rank
         self._replaced_unlogged = 0
         self._skipped_in_a_row = 0
@@ -90,7 +87,7 @@ class StepReports:
             )
         step = means.step
         shown = {"loss": values["loss"], **{name: values[name] for name in self._objective.names}}
-        self._progress.step(step, shown)
+        self._log.progress.step(step, shown)
         if step % self._recipe.run.log_every == 0 or step + 1 == self._total_steps:
             line = {
                 **shown,
@@ -104,7 +101,7 @@ class StepReports:
             if "sp" in values:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
                 line["sp_row_difference"] = values["sp"] * self._gram_rows
-            self._log({"step": step + 1, "epoch": step // self._steps_per_epoch, **line}, line, step + 1)
+            self._log.write({"step": step + 1, "epoch": step // self._steps_per_epoch, **line}, line, step + 1)
 
     def _read_loading(self, step: int, failures: int, unreadable: int) -> None:
         """What went wrong in loading the images of a step: end the run on all ranks, or say which images were replaced."""
@@ -120,7 +117,7 @@ class StepReports:
             more = f" (and {unreadable - 1} more in that step)" if unreadable > 1 else ""
             raise TrainingError(f"step {step + 1}: {messages[0]}{more}; data.on_error=skip replaces such images and goes on")
         for message in messages:
-            self._progress.say(f"warning: step {step + 1}: {message}; another image was taken")
+            self._log.say(f"warning: step {step + 1}: {message}; another image was taken")
         self.replaced += unreadable
         self._replaced_unlogged += unreadable
 
@@ -145,6 +142,6 @@ class StepReports:
             raise TrainingError(
                 f"{found}{again}; try a lower optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32{more}"
             )
-        self._progress.say(f"warning: {found}; its update is left out, {self._skipped_in_a_row} of at most {allowed} in a row")
+        self._log.say(f"warning: {found}; its update is left out, {self._skipped_in_a_row} of at most {allowed} in a row")
         line = {"step": means.step + 1, "epoch": means.step // self._steps_per_epoch, "skipped": what, "ranks": broken}
-        self._log(line, None, means.step + 1)
+        self._log.write(line, None, means.step + 1)

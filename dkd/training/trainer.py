@@ -35,6 +35,7 @@ from dkd.training.progress import Progress
 from dkd.training.rank_means import RankMeans
 from dkd.training.resuming import begin
 from dkd.training.run_directory import Existing, RunDirectory
+from dkd.training.run_log import RunLog
 from dkd.training.schedules import learning_rate
 from dkd.training.sharded_weights import full_state, parameter_counts
 from dkd.training.step_reports import StepReports
@@ -129,7 +130,8 @@ class Trainer:
             accelerator.scaler.load_state_dict(beginning.scaler)
         engine.start_trackers(accelerator, recipe, *self.run_dir.identity(), self.first_step)
         self.stop = StopRequests(self.run_dir.path, looks=self.main)
-        self.progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
+        progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
+        self.log = RunLog(self.run_dir, accelerator, progress)
         self.reports = StepReports(
             recipe,
             self.order.steps_per_epoch,
@@ -138,8 +140,7 @@ class Trainer:
             self.objective,
             self.learning_rate,
             assembly.gram_rows(recipe, self.order),
-            self.progress,
-            self._log,
+            self.log,
             beginning.replaced_images,
             accelerator.scaler is not None,
         )
@@ -149,7 +150,7 @@ class Trainer:
                 recipe, self.order, training, self.workers, parameter_counts(prepared), self.teacher, self.device.type, self.total_steps
             ),
         ):
-            self.progress.say(line)
+            self.log.say(line)
         # Of all groups: those that an engine has made for itself have a timeout of torch's.
         process_group.set_timeouts(recipe.run.start_timeout, but=self.checkpointer.groups())
 
@@ -247,7 +248,7 @@ class Trainer:
             raise TrainingError(
                 f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: {reason}"
             )
-        self._close_trackers()
+        self.log.close()
         raise Stopped(steps_done, by)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor | float]:
@@ -390,27 +391,12 @@ class Trainer:
         if result is None:
             return None
         if result.unreadable:
-            self.progress.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
+            self.log.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.checkpointer.evaluations[steps_done] = result.top1
-        self._log({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
-        self.progress.say(
-            f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}"
-        )
+        self.log.write({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
+        self.log.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
         return result
-
-    def _log(self, line: Mapping[str, Any], tracked: Mapping[str, Any] | None = None, step: int = 0) -> None:
-        """To metrics.jsonl, and what is `tracked` to the trackers. A full disk does not end training."""
-        problem = self.run_dir.log(line)
-        if problem:
-            self.progress.say(f"warning: metrics.jsonl cannot be written ({problem}); its lines are kept until it can")
-        if tracked is None:
-            return
-        try:
-            self.accelerator.log(dict(tracked), step=step)
-        except OSError as error:
-            self.progress.say(f"warning: trackers cannot write ({error}); they get nothing more")
-            self.accelerator.trackers = []
 
     def _save_checkpoint(self, steps_done: int, seconds: float) -> None:
         """All ranks copy their part of the state; it is written while training goes on."""
@@ -434,10 +420,7 @@ class Trainer:
             (folder / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
             (folder / "recipe.yaml").write_text(recipe_to_yaml(self.recipe))
 
-        try:
-            self.run_dir.sync()  # going on from this checkpoint, lines up to it are not written again
-        except OSError as error:
-            self.progress.say(f"warning: metrics.jsonl cannot be written ({error})")
+        self.log.sync()  # going on from this checkpoint, lines up to it are not written again
         self.checkpointer.save(steps_done, write_beside, begun)
         self.reports.minutes_are_over = False
 
@@ -446,12 +429,12 @@ class Trainer:
         for written in self.checkpointer.finished():
             error = self._checkpoint_error = written.error
             if error is not None:
-                self.progress.say(
+                self.log.say(
                     f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes on, older ones stay"
                 )
             if written.warning is not None:
-                self.progress.say(f"warning: older checkpoints could not be removed ({written.warning})")
-            self._log({"checkpoint": asdict(written)})
+                self.log.say(f"warning: older checkpoints could not be removed ({written.warning})")
+            self.log.write({"checkpoint": asdict(written)})
 
     def _exported(self, facts: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The student's whole weights, on the main process, and what is to be said of them. All ranks gather them."""
@@ -491,20 +474,11 @@ class Trainer:
         checkpoint_error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
         if self.main:
             self.checkpointer.prune()  # now that the last evaluation is known
-        self._close_trackers()
+        self.log.close()
         if not_written is not None:
             raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
         if checkpoint_error is not None:
             raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
         if self.reports.replaced:
-            self.progress.say(f"{self.reports.replaced} images could not be read and were replaced by others")
-        self.progress.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
-
-    def _close_trackers(self) -> None:
-        self.progress.close()
-        # Not accelerator.end_training(): it would also destroy a process group that the caller may still use.
-        for tracker in self.accelerator.trackers:
-            try:
-                tracker.finish()
-            except OSError as error:
-                self.progress.say(f"warning: {tracker.name} cannot write ({error})")
+            self.log.say(f"{self.reports.replaced} images could not be read and were replaced by others")
+        self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
