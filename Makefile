@@ -36,9 +36,9 @@ test-cluster-short: $(VENV)/.test cluster-tools
 # Slurm, network namespaces and shellcheck. Where they cannot be installed, the tests that need them are skipped, and say so.
 cluster-tools:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  for tool in slurmctld slurmd sbatch munged ip pgrep shellcheck; do \
+	  for tool in slurmctld slurmd sbatch munged ip shellcheck; do \
 	    command -v $$tool >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	      slurmctld slurmd slurm-client munge iproute2 procps shellcheck >/dev/null; break; }; \
+	      slurmctld slurmd slurm-client munge iproute2 shellcheck >/dev/null; break; }; \
 	  done || echo "not all of Slurm, iproute2 and shellcheck could be installed"; \
 	else echo "Slurm, iproute2 and shellcheck are installed for root on Debian only; tests that miss them are skipped"; fi
 
