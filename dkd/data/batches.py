@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dkd.data.order import SampleOrder, StreamedOrder, mix
 from dkd.data.row_groups import RowGroups
-from dkd.data.sources import DataError, ImageSource
+from dkd.data.sources import DataError, ImageSource, pixels_in_memory
+from dkd.data.transforms import BatchTransform
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -66,6 +67,9 @@ class _Samples(Dataset[Batch]):
             generator.set_state(before)
 
     def _batch(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        pixels = pixels_in_memory(self.source)
+        if pixels is not None and isinstance(self.transform, BatchTransform):
+            return self._batch_in_memory(pixels, self.transform, keys)
         images: list[torch.Tensor | None] = []
         labels: list[int] = []
         unreadable: list[str] = []
@@ -97,6 +101,20 @@ class _Samples(Dataset[Batch]):
         counted[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
         return Batch(stacked, counted, len(images), tuple(unreadable))
 
+    def _batch_in_memory(self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]]) -> Batch:
+        """All at once; the same as one by one."""
+        samples = [(epoch, index) for epoch, index in keys if index >= 0]
+        indices = torch.tensor([index for _, index in samples], dtype=torch.int64)
+        images = transform.of_batch(pixels[indices], [self._seed_of(*sample) for sample in samples])
+        labels = torch.from_numpy(self.source.labels[indices.numpy()].astype("int64"))
+        if blank := len(keys) - len(samples):
+            images = torch.cat([images, images.new_zeros(blank, *images.shape[1:])])
+            labels = torch.cat([labels, labels.new_zeros(blank)])
+        return Batch(images, labels, len(samples))
+
+    def _seed_of(self, epoch: int, index: int) -> int:
+        return 0 if self.seed is None else mix(self.seed, epoch, index)
+
     def _image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
         """A sample's image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
         tried, reason = index, ""
@@ -115,6 +133,8 @@ class _Samples(Dataset[Batch]):
                 tried = nearby[mix(self.seed or 0, epoch, index, attempt) % len(nearby)]
         else:
             raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
+        if isinstance(self.transform, BatchTransform):
+            return self.transform.of_batch(decoded[None], [self._seed_of(epoch, tried)])[0], tried
         if self.seed is not None:
             torch.default_generator.manual_seed(mix(self.seed, epoch, tried))
         return self.transform(decoded), tried

@@ -183,6 +183,11 @@ def is_in_memory(source: ImageSource) -> bool:
     return isinstance(source, _InMemory)
 
 
+def pixels_in_memory(source: ImageSource) -> torch.Tensor | None:
+    """uint8 (N, 3, h, w), of a source whose images are all decoded; else None."""
+    return source.pixels if isinstance(source, _InMemory) else None
+
+
 class _Digits(_InMemory):
     """Every fourth digit is for validation: 1,348 for training, 449 to measure."""
 

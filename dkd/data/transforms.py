@@ -6,8 +6,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torchvision.transforms import v2
 
@@ -38,18 +39,68 @@ def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[torch.
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 
+@runtime_checkable
+class BatchTransform(Protocol):
+    """A transform of whole batches, several times as fast on small images as one image after the other."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """One image, or several of one shape; what is random is drawn from torch's default generator."""
+        ...
+
+    def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """uint8 (b, 3, h, w) -> (b, 3, H, W). What is random for an image depends on its seed alone, not on its neighbours."""
+        ...
+
+
+class CropAndFlip:
+    """Resize, pad with black, crop at a random place, flip at random.
+
+    Args:
+        size: side of what comes out, pixels; images of another size are resized to it first.
+        padding: pixels on each side; 0: no crop.
+        flip: whether half of the images are mirrored.
+    """
+
+    def __init__(self, size: int, padding: int = 0, flip: bool = False) -> None:
+        self.size, self.padding, self.flip = size, padding, flip
+        self._fit = _resize((size, size))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        several = images if images.dim() == 4 else images[None]
+        out = self.of_batch(several, torch.randint(2**62, (len(several),)).tolist())
+        return out if images.dim() == 4 else out[0]
+
+    def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """As BatchTransform."""
+        pixels = self._fit(images).numpy()
+        drawn = np.array(seeds, dtype=np.uint64)
+        if self.padding:
+            padded = np.pad(pixels, ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding)))
+            places = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
+            # Divisions, one after the other, take independent numbers out of one seed of 63 random bits.
+            drawn, top = np.divmod(drawn, 2 * self.padding + 1)
+            drawn, left = np.divmod(drawn, 2 * self.padding + 1)
+            pixels = places[np.arange(len(drawn)), :, top, left]
+        if self.flip:
+            mirrored = drawn % 2 == 1
+            pixels = pixels.copy() if not self.padding else pixels  # the caller's own otherwise
+            pixels[mirrored] = pixels[mirrored][..., ::-1]
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
 @dataclass(frozen=True)
 class ImagePipeline:
     """The transforms of a recipe, built.
 
     Args:
-        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator.
+        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator, or, by a
+            BatchTransform, from a seed for each image.
         image_size: pixels.
         normalize: to be applied to batches, on the device.
     """
 
-    train: v2.Transform
-    validation: v2.Transform
+    train: v2.Transform | BatchTransform
+    validation: v2.Transform | BatchTransform
     image_size: int
     normalize: Normalize
 
@@ -86,10 +137,9 @@ def _resize(size: int | Sequence[int]) -> v2.Transform:
     return v2.Resize(size, antialias=True)
 
 
-def _cifar(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
-    """Four pixels of padding at 32, a random crop, a random flip."""
-    fit = _resize((size, size))  # nothing to do for CIFAR's own 32 pixels
-    return v2.Compose([fit, v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]), v2.Compose([fit]), CIFAR
+def _cifar(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
+    """Four pixels of padding at 32, a random crop, a random flip. Nothing is resized of CIFAR's own 32 pixels."""
+    return CropAndFlip(size, size // 8, flip=True), CropAndFlip(size), CIFAR
 
 
 def _imagenet(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
@@ -98,10 +148,9 @@ def _imagenet(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
     return train, v2.Compose([_resize(round(size * 256 / 224)), v2.CenterCrop(size)]), IMAGENET
 
 
-def _digits(size: int) -> tuple[v2.Transform, v2.Transform, Normalize]:
+def _digits(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
     """8×8 digits enlarged, then a random crop; no flip, a digit is not its mirror image."""
-    fit = _resize((size, size))
-    return v2.Compose([fit, v2.RandomCrop(size, padding=size // 8)]), v2.Compose([fit]), DIGITS
+    return CropAndFlip(size, size // 8), CropAndFlip(size), DIGITS
 
 
 def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
