@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,8 @@ ROWS = {
     "none": "no teacher",
     "kd": "KD",
     "at": "AT",
-    "sp_local": "SP, local (64 rows)",
-    "sp_global": "SP, global (256 rows)",
+    "sp_local": "SP, local (128 rows)",
+    "sp_global": "SP, global (512 rows)",
     "at_kd": "AT + KD, β decaying",
     "at_sp": "AT + SP, global",
 }
@@ -79,7 +80,9 @@ def train(training: Training, options: argparse.Namespace) -> None:
     log = training.folder.with_suffix(".log")
     started = time.monotonic()
     with log.open("a") as output:
-        code = subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False).returncode
+        threads = max(1, (os.cpu_count() or 1) // (options.jobs * options.processes))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=False).returncode
     result = training.result()
     if code or result is None:
         raise SystemExit(f"{training.folder.name} ended with exit code {code}; the end of {log}:\n{log.read_text()[-3000:]}")
@@ -163,11 +166,12 @@ def main() -> int:
     options = parser.parse_args()
     options.runs = options.runs.resolve()
     if not options.table:
-        train(Training("teacher", 0, options.runs), options)
-        # Seed by seed, so that an interrupted table is a smaller table.
+        # Seed by seed, so that an interrupted table is a smaller table; what needs no teacher does not wait for it.
         todo = [Training(row, seed, options.runs) for seed in range(options.seeds) for row in options.rows]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda training: train(training, options), todo))
+        alone = [training for training in todo if training.row == "none"]
+        for trainings in ([Training("teacher", 0, options.runs), *alone], [training for training in todo if training not in alone]):
+            with ThreadPoolExecutor(options.jobs) as pool:
+                list(pool.map(lambda training: train(training, options), trainings))
     text = table(options.runs, options.rows, options.seeds)
     print(f"\n{text}")
     if options.output is not None:
