@@ -5,8 +5,8 @@
     python -m benchmarks.cifar10_short --data DIR --rows none at --epochs 2    a part, shortened
     python -m benchmarks.cifar10_short --table                                 the table of what is finished so far
 
-Started again, it goes on: finished runs stay, interrupted ones resume. The folder of --data holds train-*.parquet and test-*.parquet. Students
-are compared with the student without a teacher of the same seed: same initial weights, same batches, same augmentation.
+Started again, it goes on: finished runs stay, interrupted ones resume. The folder of --data holds train-*.parquet and test-*.parquet.
+Students are compared with the student without a teacher of the same seed: same initial weights, same batches, same augmentation.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def write_results(options: argparse.Namespace, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/cifar10", metavar="FOLDER", help="train-*.parquet and test-*.parquet (default data/cifar10)")
+    parser.add_argument(
+        "--data", default="data/cifar10", metavar="FOLDER", help="train-*.parquet and test-*.parquet (default data/cifar10)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1 (default 3)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of the students (default: the recipes')")

@@ -335,7 +335,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="list the known names")
     parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)")
-    parser.add_argument("--norm", choices=("batch", "group"), help="normalisation of the CIFAR models")
+    parser.add_argument("--norm", choices=("batch", "group", "none"), help="normalisation of the CIFAR models (none: nin_* only)")
     return parser
 
 

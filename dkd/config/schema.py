@@ -167,7 +167,7 @@ class DataSection(Section):
 class StudentSection(Section):
     name: Text
     weights: Text | None = None
-    norm: Literal["batch", "group"] | None = None
+    norm: Literal["batch", "group", "none"] | None = None
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
 
@@ -183,7 +183,7 @@ class TeacherSection(Section):
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, which rounds
     them for every forward anyway."""
-    norm: Literal["batch", "group"] | None = None
+    norm: Literal["batch", "group", "none"] | None = None
     options: dict[str, Any] = {}
     classes: Count | None = None
     """Outputs of the teacher's head; default data.classes. `losses.kd` needs them equal."""

@@ -12,7 +12,8 @@ NORMS = ("batch", "group")
 
 
 def norm_layer(kind: str) -> NormLayer:
-    """`batch`: BatchNorm2d. `group`: GroupNorm of 8 channels a group, at least 2 groups; no batch statistics.
+    """`batch`: BatchNorm2d. `group`: GroupNorm of 8 channels a group, or a few more where 8 does not divide them, at least 2 groups; no
+    batch statistics.
 
     Raises:
         ValueError: another kind.
@@ -20,5 +21,9 @@ def norm_layer(kind: str) -> NormLayer:
     if kind == "batch":
         return nn.BatchNorm2d
     if kind == "group":
-        return lambda channels: nn.GroupNorm(max(2, channels // 8), channels)
+        return lambda channels: nn.GroupNorm(_groups(channels), channels)
     raise ValueError(f"norm={kind!r}: must be one of {', '.join(NORMS)}")
+
+
+def _groups(channels: int) -> int:
+    return next(groups for groups in range(max(2, channels // 8), 0, -1) if channels % groups == 0)

@@ -16,11 +16,12 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from dkd.models import cifar_resnet, wide_resnet
+from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
 from dkd.models.normalization_layers import NORMS
 
 
@@ -62,15 +63,15 @@ def runs_user_code(name: str) -> bool:
 
 
 def _zoo() -> dict[str, Callable[..., nn.Module]]:
-    def resnet(depth: int, widths: tuple[int, int, int, int]) -> Callable[..., nn.Module]:
-        return lambda **options: cifar_resnet.CifarResNet(depth, widths, **options)
-
-    def wide(depth: int, width: int) -> Callable[..., nn.Module]:
-        return lambda **options: wide_resnet.WideResNet(depth, width, **options)
-
     return {
-        **{name: resnet(*size) for name, size in cifar_resnet.DEPTHS_AND_WIDTHS.items()},
-        **{name: wide(*size) for name, size in wide_resnet.DEPTHS_AND_WIDTHS.items()},
+        **{name: partial(cifar_resnet.CifarResNet, *size) for name, size in cifar_resnet.DEPTHS_AND_WIDTHS.items()},
+        **{name: partial(wide_resnet.WideResNet, *size) for name, size in wide_resnet.DEPTHS_AND_WIDTHS.items()},
+        **{name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks) for name, blocks in cifar_bottleneck.BLOCKS.items()},
+        **{name: partial(vgg.CifarVgg, convolutions) for name, convolutions in vgg.CONVOLUTIONS.items()},
+        **{name: partial(mobilenet_v2.CifarMobileNetV2, width) for name, width in mobilenet_v2.WIDTHS.items()},
+        "shufflenetv1": shufflenet.CifarShuffleNetV1,
+        **{name: partial(shufflenet.CifarShuffleNetV2, widths) for name, widths in shufflenet.V2_WIDTHS.items()},
+        **{name: partial(network_in_network.NetworkInNetwork, widths) for name, widths in network_in_network.WIDTHS.items()},
     }
 
 
@@ -92,8 +93,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     if spec.norm is not None:
         if spec.name not in _zoo():
             raise UnknownModelError(f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options")
-        if spec.norm not in NORMS:
-            raise UnknownModelError(f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}")
+        if spec.norm not in NORMS and not (spec.norm == "none" and spec.name in network_in_network.WIDTHS):
+            raise UnknownModelError(f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}; none is for nin_wide and nin_thin")
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)

@@ -5,6 +5,7 @@ Files are read without running code: safetensors, or `torch.load(weights_only=Tr
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+from dkd.models.key_layouts import our_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
@@ -61,12 +64,12 @@ def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[
 
 def _stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-    for key in keys:
+        names = our_names(file.keys())
+    for key, ours in names.items():
         # Opened anew for each: what was read of a mapped file counts as memory of the process until it is closed.
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(key)
-        yield key, tensor
+        yield ours, tensor
         del tensor
 
 
@@ -99,7 +102,7 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     """The tensors of a weights file; on the `meta` device only their shapes are read.
 
-    A torch file may hold them under `state_dict` or `model`, and may prefix their names with `module.`
+    A torch file may hold them under `state_dict` or `model`. Names are those of our models (`key_layouts.py`).
 
     Raises:
         WeightsError: no such file, or one that cannot be read safely.
@@ -110,8 +113,10 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
-            return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
-        state = torch.load(path, map_location=device, weights_only=True)
+            return _in_our_names(_safetensors_shapes(path) if device == "meta" else load_file(path, device))
+        # A namespace of options, as RepDistiller puts beside the weights, is data like a dictionary.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling garbage raises anything; torch's own advice is to unpickle it unsafely
         raise WeightsError(
             f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another format, "
@@ -123,9 +128,11 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     if not named or not state:
         raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+    return _in_our_names(state)
+
+
+def _in_our_names(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return {ours: state[name] for name, ours in our_names(state).items()}
 
 
 def _safetensors_shapes(path: Path) -> Mapping[str, torch.Tensor]:
