@@ -10,7 +10,7 @@ import torch
 from dkd.models import ModelSpec, TappedModel, WeightsError, build_model, load_weights
 
 # name: parameters with 100 classes, tensors in its state, and the first three logits of `images()` under the weights of `fill`. Logits are
-# those of another implementation of the architectures of RepDistiller and mdistiller, in float64, whose names of tensors they depend on, too.
+# those of another implementation of the architectures of RepDistiller and mdistiller, in float64; they depend on its names of tensors, too.
 ZOO = {
     "vgg8_cifar": (3_965_028, 37, [-0.0363145, -0.0637956, -0.1534896]),
     "vgg13_cifar": (9_462_180, 72, [-0.0373315, -0.0961016, -0.10836]),

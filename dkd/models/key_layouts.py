@@ -1,8 +1,8 @@
 """Names of tensors in files that others have written, for the architectures that are theirs and ours.
 
 RepDistiller and mdistiller name the tensors of their networks alike. Ours are named so, too, but for Wide ResNets, whose blocks they keep
-one level deeper. Prefixes: DataParallel's `module.`; mdistiller's `latest` and `best` hold student and teacher, of which the student is what
-was trained.
+one level deeper. Prefixes: DataParallel's `module.`; mdistiller's `latest` and `best` hold student and teacher, of which the student is
+what was trained.
 """
 
 from __future__ import annotations
