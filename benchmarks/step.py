@@ -87,7 +87,7 @@ def forward_only(row: Row) -> list[float]:
     """Seconds of the teacher's forward alone."""
     trainer = row.trainer
     assert trainer.teacher is not None
-    images = trainer._as_input(trainer.normalize, next(row.batches))
+    images = trainer.forward.images(trainer._on_device(0, 0, next(row.batches)))
     seconds = []
     for _ in range(4):
         started = time.perf_counter()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dkd.losses import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+    from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
     from dkd.models import load_student
 
-__all__ = ["AttentionTransfer", "CrossEntropy", "SimilarityPreserving", "SoftTargets", "load_student"]
+__all__ = ["AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets", "load_student"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,21 @@ def similarity(student, teacher):
     return (gram(student) - gram(teacher)).pow(2).sum() / len(student) ** 2
 
 
+def gradient_attention(form, student, teacher, images, labels):
+    """½‖J_S − J_T‖₂, or ½‖J − flip J(flip x)‖₂, mean over samples."""
+
+    def by_pixels(model, pixels):
+        pixels = pixels.clone().requires_grad_()
+        loss = F.cross_entropy(model(pixels), labels, reduction="sum")
+        return torch.autograd.grad(loss, pixels, create_graph=True)[0]
+
+    if form == "transfer":
+        difference = by_pixels(student, images) - by_pixels(teacher, images).detach()
+    else:
+        difference = by_pixels(student, images) - by_pixels(student, images.flip(-1)).flip(-1)
+    return 0.5 * difference.flatten(1).norm(dim=1).mean()
+
+
 def mixed(images, labels, mixup, cutmix, seed):
     """Mixup or CutMix of neighbours, one of the two, with what torchvision's transforms draw from a generator of this seed."""
     probabilities = F.one_hot(labels, 10).float()
@@ -86,7 +101,7 @@ def train(recipe, steps, micro_batch):
         alpha = 0.9 + (0.1 - 0.9) * step / (epoch_steps - 1)
         old = [(n.running_mean, n.running_var) for n in norms]
         new = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in old]
-        terms = {"ce": [], "at": [], "kd": [], "sp": []}
+        terms = {"ce": [], "at": [], "kd": [], "sp": [], "gradient_at": []}
         students, teachers = [], []
         parts = batch // micro_batch
         for part in range(parts):
@@ -107,6 +122,8 @@ def train(recipe, steps, micro_batch):
             terms["ce"].append(F.cross_entropy(logits, labels))
             terms["at"].append(sum(maps))
             terms["kd"].append(16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean"))
+            if (own := losses.get("gradient_at")) is not None:
+                terms["gradient_at"].append(gradient_attention(own["form"], student, teacher, images, labels))
             students.append(student_features[-1])
             teachers.append(teacher_features[-1])
         if losses["sp"] and losses["sp"].get("batch") == "micro":
@@ -117,8 +134,10 @@ def train(recipe, steps, micro_batch):
             gamma = 3000 * batch / 128
         else:
             terms["sp"], gamma = [torch.zeros(())], 0.0
-        terms = {name: torch.stack(values).mean() for name, values in terms.items()}
+        terms = {name: torch.stack(values).mean() for name, values in terms.items() if values}
         total = terms["ce"] + losses["at"]["beta"] * terms["at"] + alpha * terms["kd"] + gamma * terms["sp"]
+        if "gradient_at" in terms:
+            total = total + losses["gradient_at"]["beta"] * terms["gradient_at"]
         gradients = torch.autograd.grad(total, parameters)
         for norm, (mean, var) in zip(norms, new, strict=True):
             norm.running_mean, norm.running_var = mean, var

@@ -137,6 +137,7 @@ def reference():
     regularized = {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}}
     with_norm = {**recipe, "student": {**recipe["student"], "norm": "batch"}}
     changed = {**with_norm, "losses": {**recipe["losses"], "sp": None}}
+    by_pixels = {form: {**recipe, "losses": {**recipe["losses"], **trainer_cases.GRADIENTS[form]}} for form in trainer_cases.GRADIENTS}
     with_micro = {**recipe, "losses": {**recipe["losses"], "sp": {"batch": "micro"}}}
     return {
         "all_four_losses": (four := plain_reference.train(recipe, 20, micro_batch=32)),
@@ -145,6 +146,8 @@ def reference():
         "batch_norm_dropout_mixup_and_cutmix_by_exchange": random,
         "all_four_losses_accumulated": four,
         "all_four_losses_accumulated_with_batch_norm": plain_reference.train(with_norm, 20, micro_batch=8),
+        "gradient_attention_accumulated": plain_reference.train(by_pixels["transfer"], 20, micro_batch=32),
+        "gradient_attention_of_mirror_images": plain_reference.train(by_pixels["symmetric"], 20, micro_batch=32),
         "gram_matrices_of_micro_steps": plain_reference.train(with_micro, 20, micro_batch=8),
         "gram_matrices_of_groups": plain_reference.train(with_micro, 20, micro_batch=16),
         "batch_norm_with_fixed_micro_batches": plain_reference.train(changed, 20, micro_batch=8),
@@ -160,6 +163,8 @@ def reference():
                 "all_four_losses_by_exchange",
                 "all_four_losses_accumulated",
                 "all_four_losses_accumulated_with_batch_norm",
+                "gradient_attention_accumulated",
+                "gradient_attention_of_mirror_images",
                 "batch_norm_with_fixed_micro_batches",
                 "batch_norm_dropout_mixup_and_cutmix",
                 "batch_norm_dropout_mixup_and_cutmix_by_exchange",

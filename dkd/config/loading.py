@@ -234,15 +234,26 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
     """What no single key shows: keys that do not go together."""
     problems = []
     losses, train = recipe.losses, recipe.train
-    for name in ("at", "sp", "kd"):
-        if getattr(losses, name) is not None and recipe.teacher is None:
-            problems.append(Problem(f"losses.{name}", f"needs a teacher; add `teacher`, or remove it with losses.{name}=null"))
-    if recipe.teacher is not None and losses.at is None and losses.sp is None and losses.kd is None:
+    for name in losses.needs_teacher if recipe.teacher is None else []:
+        removed = "" if "." in name else f", or remove it with losses.{name}=null"
+        problems.append(Problem(f"losses.{name}", f"needs a teacher; add `teacher`{removed}"))
+    if recipe.teacher is not None and not losses.needs_teacher:
         problems.append(Problem("teacher", "no loss uses it; add losses.at, losses.sp or losses.kd, or remove it with teacher=null"))
-    if recipe.teacher is not None and losses.kd is not None and recipe.teacher.classes not in (None, recipe.data.classes):
+    if recipe.teacher is not None and losses.needs_teacher_logits and recipe.teacher.classes not in (None, recipe.data.classes):
+        needs = losses.needs_teacher_logits[0]
         problems.append(
-            Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.kd needs")
+            Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs")
         )
+    if losses.gradient_at is not None:
+        for key, on in (("student", train.compile.student), ("teacher", train.compile.teacher)):
+            if on:
+                problems.append(
+                    Problem(
+                        f"train.compile.{key}", "losses.gradient_at differentiates twice, which a compiled model cannot; set it to false"
+                    )
+                )
+        if recipe.teacher is not None and recipe.teacher.placement != "replicated":
+            problems.append(Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated"))
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))
     if recipe.data.streaming and recipe.data.in_memory is True:

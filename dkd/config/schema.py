@@ -207,12 +207,8 @@ class _PairsSection(Section):
 
     @model_validator(mode="after")
     def _pairs_are_pairs(self) -> _PairsSection:
-        for i, pair in enumerate(self.pairs):
-            paths_ok = len(pair) in (2, 3) and all(isinstance(p, str) and p for p in pair[:2])
-            weight = _number(pair[2]) if len(pair) == 3 else 1.0
-            weight_ok = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
-            if not (paths_ok and weight_ok):
-                raise ValueError(f"pair {i} is {pair!r}: must be [student path, teacher path] or [student path, teacher path, weight ≥ 0]")
+        if (problem := _pair_problem(self.pairs)) is not None:
+            raise ValueError(problem)
         return self
 
     @property
@@ -270,11 +266,89 @@ class SoftTargetsSection(Section):
     temperature: Positive = 4.0
 
 
+class GradientAttentionSection(Section):
+    """Needs a whole teacher, DDP or one process, and no compiled model: it differentiates a gradient."""
+
+    beta: Weight
+    form: Literal["transfer", "symmetric"] = "transfer"
+    """Against the teacher's gradient; or of the student alone against that of the mirrored image."""
+    squared: Switch = False
+    """½‖·‖² instead of ½‖·‖."""
+
+
+def _pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
+    """What the first pair that is none looks like; None: all are pairs."""
+    for i, pair in enumerate(pairs):
+        paths_ok = len(pair) in (2, 3) and all(isinstance(p, str) and p for p in pair[:2])
+        weight = _number(pair[2]) if len(pair) == 3 else 1.0
+        weight_ok = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        if not (paths_ok and weight_ok and (weighted or len(pair) == 2)):
+            more = " or [student path, teacher path, weight ≥ 0]" if weighted else ""
+            return f"pair {i} is {pair!r}: must be [student path, teacher path]{more}"
+    return None
+
+
+class CustomLossSection(Section):
+    """A loss of your own: a callable made of `loss` with `options`. See docs/add_a_loss.md."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """What it is called in metrics.jsonl."""
+    loss: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """module:attribute, a class or a function that returns the loss."""
+    weight: Weight
+    of: Literal["features", "logits", "labels"] = "features"
+    """What it is called with: lists of tapped features of student and teacher, their logits, or the student's logits and the labels."""
+    pairs: list[Pair] = []
+    """of: features. [student path, teacher path], one a pair."""
+    options: dict[str, Any] = {}
+    """Keyword arguments that `loss` is made with."""
+
+    @model_validator(mode="after")
+    def _pairs_belong_to_features(self) -> CustomLossSection:
+        if self.name in _OWN_TERMS:
+            raise ValueError(f"name {self.name!r} is taken; other names are {', '.join(_OWN_TERMS)}")
+        if (self.of == "features") != bool(self.pairs):
+            raise ValueError("of: features needs pairs" if self.of == "features" else f"of: {self.of} has no pairs")
+        if (problem := _pair_problem(self.pairs, weighted=False)) is not None:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        return [(pair[0], pair[1]) for pair in self.pairs]
+
+
+_OWN_TERMS = ("loss", "ce", "at", "gradient_at", "sp", "kd")
+
+
 class LossesSection(Section):
     ce: CrossEntropySection = CrossEntropySection()
     at: AttentionTransferSection | None = None
+    gradient_at: GradientAttentionSection | None = None
     sp: SimilarityPreservingSection | None = None
     kd: SoftTargetsSection | None = None
+    custom: list[CustomLossSection] = []
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> LossesSection:
+        names = [section.name for section in self.custom]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two losses of one name: {', '.join(names)}")
+        return self
+
+    @property
+    def needs_teacher(self) -> list[str]:
+        """Keys of the losses that compare with a teacher."""
+        found = [name for name in ("at", "sp", "kd") if getattr(self, name) is not None]
+        if self.gradient_at is not None and self.gradient_at.form == "transfer":
+            found.append("gradient_at")
+        return found + [f"custom.{i}" for i, section in enumerate(self.custom) if section.of != "labels"]
+
+    @property
+    def needs_teacher_logits(self) -> list[str]:
+        """Keys of the losses that read the teacher's logits."""
+        by_logits = [f"custom.{i}" for i, section in enumerate(self.custom) if section.of == "logits"]
+        return [key for key in self.needs_teacher if key in ("kd", "gradient_at")] + by_logits
 
 
 class CompileSection(Section):

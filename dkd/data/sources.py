@@ -6,6 +6,7 @@
     disk:PATH                  what `save_to_disk` of `datasets` wrote
     folder:PATH                PATH/CLASS/*.jpg
     torchvision:NAME           torchvision.datasets.NAME
+    python:MODULE:CALLABLE     what your own callable returns for training=True or False
     digits                     scikit-learn's 1,797 handwritten digits
 
 Images of every source are turned by their EXIF orientation and made RGB.
@@ -24,6 +25,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
 class DataError(ValueError):
@@ -76,6 +79,8 @@ def open_source(
         return _Torchvision(rest, training, root)
     if kind == "disk":
         return _saved_to_disk(rest, training, image_column, label_column)
+    if kind == "python":
+        return _UserData(rest, training)
     if kind == "hub":
         return _hub(rest, training, image_column, label_column)
     return _data_files(kind, rest, image_column, label_column)
@@ -95,14 +100,14 @@ def split_spec(spec: str) -> tuple[str, str]:
     if spec == "digits":
         return "digits", ""
     kind, colon, rest = spec.partition(":")
-    if colon and rest and kind in ("folder", "torchvision", "hub", "disk"):
+    if colon and rest and kind in ("folder", "torchvision", "hub", "disk", "python"):
         return kind, rest
     for suffix, files in ((".parquet", "parquet"), (".tar", "webdataset")):
         if spec.endswith(suffix):
             return files, spec
     raise DataError(
         f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, folder:PATH, "
-        "torchvision:NAME or digits"
+        "torchvision:NAME, python:MODULE:CALLABLE or digits"
     )
 
 
@@ -429,3 +434,39 @@ class _Torchvision(_Files):
         if labels is None:
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
         super().__init__(dataset, np.asarray(labels).tolist(), f"torchvision:{name}")
+
+
+class _UserData(_Indexed):
+    """What the user's own callable returns for `training`: an object with `labels` (or `targets`), a whole number for each image, and
+    `data[i]` that is an image, or a tuple that begins with one: a PIL image, or uint8 pixels (3, H, W) of torch or (H, W, 3) of numpy."""
+
+    def __init__(self, name: str, training: bool) -> None:
+        try:
+            self._data = load_callable(name)(training=training)
+        except UserCodeError as error:
+            raise DataError(str(error)) from error
+        except Exception as error:  # the user's code may raise anything
+            raise DataError(f"{name!r} cannot be opened with training={training}: {describe_error(error)}") from error
+        self._name = name
+        labels = getattr(self._data, "labels", getattr(self._data, "targets", None))
+        if labels is None or not hasattr(self._data, "__getitem__"):
+            raise DataError(f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index")
+        try:
+            self.labels = np.asarray(labels, dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name!r}: its labels are no whole numbers: {error}") from error
+        names = getattr(self._data, "classes", None)
+        self.class_names = None if names is None else list(names)
+
+    def image(self, index: int) -> torch.Tensor:
+        try:
+            item = self._data[index]
+            found = item[0] if isinstance(item, tuple | list) else item
+            if isinstance(found, Image.Image):
+                return to_rgb_tensor(found)
+            pixels = found if isinstance(found, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1)
+        except Exception as error:  # the user's code may raise anything
+            raise DataError(f"image {index} of {self._name} cannot be read: {describe_error(error)}") from error
+        if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
+            raise DataError(f"image {index} of {self._name} is {pixels.dtype} {tuple(pixels.shape)}, not uint8 (3, H, W)")
+        return pixels

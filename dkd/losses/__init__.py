@@ -2,7 +2,8 @@
 
 from dkd.losses.attention_transfer import AttentionTransfer
 from dkd.losses.cross_entropy import CrossEntropy
-from dkd.losses.objective import FeatureTerm, LabelTerm, LogitTerm, Objective
+from dkd.losses.gradient_attention import GradientAttention
+from dkd.losses.objective import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective
 from dkd.losses.similarity_preserving import SimilarityPreserving
 from dkd.losses.soft_targets import SoftTargets
 
@@ -10,6 +11,8 @@ __all__ = [
     "AttentionTransfer",
     "CrossEntropy",
     "FeatureTerm",
+    "GradientAttention",
+    "InputGradientTerm",
     "LabelTerm",
     "LogitTerm",
     "Objective",

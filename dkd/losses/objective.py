@@ -23,6 +23,10 @@ class Outputs:
 
     logits: torch.Tensor | None
     features: Mapping[str, torch.Tensor]
+    images: torch.Tensor | None = None
+    """The student's input (b, 3, H, W), where a term differentiates by it."""
+    mirrored_logits: torch.Tensor | None = None
+    """Logits (b, K) of the mirrored images, where a term compares with them."""
 
 
 class Term(Protocol):
@@ -78,6 +82,23 @@ class FeatureTerm:
     def value(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         assert teacher is not None
         return self.loss([student.features[s] for s, _ in self.pairs], [teacher.features[t] for _, t in self.pairs], layout=layout)
+
+
+@dataclass(frozen=True)
+class InputGradientTerm:
+    """A loss of gradients with respect to the images: of the student and the teacher, or of the student on the images and their mirror
+    images."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+    mirrored: bool = False
+
+    def value(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        if self.mirrored:
+            return self.loss(student.logits, student.mirrored_logits, student.images, labels, layout=layout)
+        assert teacher is not None
+        return self.loss(student.logits, teacher.logits, student.images, labels, layout=layout)
 
 
 class Objective:

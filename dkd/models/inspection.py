@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dkd.models.registry import ModelSpec, UnknownModelError, build_model, describe_error
+from dkd.models.registry import ModelSpec, UnknownModelError, build_model
 from dkd.models.tapped import TapError, TappedModel
+from dkd.user_code import describe_error
 
 
 @dataclass(frozen=True)

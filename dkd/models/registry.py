@@ -9,11 +9,6 @@ my_package.nets:build      your own callable, called with num_classes=... and th
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +18,7 @@ from torch import nn
 
 from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
 from dkd.models.normalization_layers import NORMS
+from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
 class UnknownModelError(ValueError):
@@ -44,17 +40,6 @@ class ModelSpec:
     classes: int
     norm: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def describe_error(error: BaseException) -> str:
-    """One line: the error, and where in its own code a model raised it."""
-    lines = str(error).strip().splitlines()
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
-    where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}{where}"
-
-
-_OWN_FILES = (os.path.dirname(os.path.dirname(__file__)), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), "<")
 
 
 def runs_user_code(name: str) -> bool:
@@ -141,18 +126,10 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
 
 
 def _user_builder(name: str) -> Callable[..., nn.Module]:
-    module_name, _, attribute = name.partition(":")
-    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is found.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
-        raise UnknownModelError(f"{name!r}: cannot import {module_name!r}: {describe_error(error)}") from error
-    builder = getattr(module, attribute, None)
-    if not callable(builder):
-        raise UnknownModelError(f"{name!r}: {module_name!r} has no callable {attribute!r}")
-    return builder
+        return load_callable(name)
+    except UserCodeError as error:
+        raise UnknownModelError(str(error)) from error
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -47,8 +47,8 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Normalised images (b, 3, H, W) -> logits (b, K) or None, {tap: feature}. Without gradient."""
-        with torch.no_grad():
+        """Normalised images (b, 3, H, W) -> logits (b, K) or None, {tap: feature}. Without gradient, but for images that require one."""
+        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
             if self.input_size is not None and images.shape[-1] != self.input_size:
                 images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear", antialias=True)
             return self.tapped(images)

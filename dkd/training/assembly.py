@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from dkd.config import Recipe, RecipeError
-from dkd.config.schema import DataSection, StudentSection, TeacherSection
+from dkd.config.schema import CustomLossSection, DataSection, StudentSection, TeacherSection
 from dkd.data import (
     BatchMixing,
     DataError,
@@ -29,7 +30,18 @@ from dkd.data import (
 )
 from dkd.data.sources import split_spec
 from dkd.global_batch import ranks_per_group
-from dkd.losses import AttentionTransfer, CrossEntropy, FeatureTerm, LabelTerm, LogitTerm, Objective, SimilarityPreserving, SoftTargets
+from dkd.losses import (
+    AttentionTransfer,
+    CrossEntropy,
+    FeatureTerm,
+    GradientAttention,
+    InputGradientTerm,
+    LabelTerm,
+    LogitTerm,
+    Objective,
+    SimilarityPreserving,
+    SoftTargets,
+)
 from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
 from dkd.models import (
@@ -47,6 +59,7 @@ from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
 from dkd.training import engine, launch
 from dkd.training.schedules import Schedule, loss_weight
 from dkd.training.sharded_weights import parameter_counts
+from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
 def student_spec(recipe: Recipe) -> ModelSpec:
@@ -64,7 +77,8 @@ def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
 
 def pairs(recipe: Recipe) -> list[tuple[str, str]]:
     """(student path, teacher path) of all feature losses."""
-    return [pair for section in (recipe.losses.at, recipe.losses.sp) if section is not None for pair in section.paths]
+    losses = recipe.losses
+    return [pair for section in (losses.at, losses.sp, *losses.custom) if section is not None for pair in section.paths]
 
 
 def build_models(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
@@ -98,7 +112,7 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
         return None
     spec = teacher_spec(recipe)
     taps = [teacher for _, teacher in pairs(recipe)]
-    needs_logits = recipe.losses.kd is not None
+    needs_logits = bool(recipe.losses.needs_teacher_logits)
     sharded = section.placement if world_size > 1 else "replicated"
 
     def wrapped(model: nn.Module, fingerprint: str = "") -> FrozenTeacher:
@@ -161,6 +175,20 @@ def comm_dtype(recipe: Recipe) -> torch.dtype | None:
     return torch.bfloat16 if recipe.losses.sp and recipe.losses.sp.comm_dtype == "bf16" else None
 
 
+def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
+    """The user's own loss. Raises UserCodeError."""
+    make = load_callable(section.loss)
+    try:
+        loss = make(**section.options)
+    except Exception as error:  # the user's code may raise anything
+        raise UserCodeError(f"{section.loss!r} cannot be made with options {section.options}: {describe_error(error)}") from error
+    if not callable(loss):
+        raise UserCodeError(f"{section.loss!r} returned {type(loss).__name__}, which cannot be called")
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        raise UserCodeError(f"{section.loss!r} has parameters of its own, which nothing would train; put them into the student")
+    return loss
+
+
 def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Objective:
     """The recipe's losses, on the batches of `order`.
 
@@ -182,8 +210,18 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
         scale = effective_gamma(1.0, sp.reference_batch, gram_rows(recipe, order))
         sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe))
         terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=True))
+    if losses.gradient_at is not None:
+        section = losses.gradient_at
+        gradient_loss = GradientAttention(section.form, section.squared)
+        terms.append(InputGradientTerm("gradient_at", weight(section.beta), gradient_loss, section.form == "symmetric"))
     if losses.kd is not None:
         terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
+    for custom in losses.custom:
+        loss, share = custom_loss(custom), weight(custom.weight)
+        if custom.of == "features":
+            terms.append(FeatureTerm(custom.name, share, loss, custom.paths, getattr(loss, "relational", False)))
+        else:
+            terms.append((LogitTerm if custom.of == "logits" else LabelTerm)(custom.name, share, loss))
     return Objective(terms)
 
 

@@ -108,6 +108,10 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
         recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size)
     )
     train = recipe.train
+    if recipe.losses.gradient_at is not None and _engine_or_none() in launch.SHARDING_ENGINES:
+        problems.append(
+            Problem("losses.gradient_at", "differentiates twice, which FSDP2 and DeepSpeed cannot; use launch/accelerate/ddp.yaml")
+        )
     if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
         problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))
     if train.precision == "fp16" and not has_gpu():

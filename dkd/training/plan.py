@@ -129,7 +129,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
     student = model_cost(assembly.student_spec(recipe), [s for s, _ in pairs], size)
     teacher = None
     if recipe.teacher is not None:
-        needs_logits = recipe.losses.kd is not None
+        needs_logits = bool(recipe.losses.needs_teacher_logits)
         teacher = model_cost(
             assembly.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits, training=False
         )
@@ -197,7 +197,7 @@ def describe(planned: Plan) -> str:
         )
     gradients = 2 * (world - 1) * planned.student.parameters * number_bytes // world
     lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
-    shares = [name for name in ("ce", "at", "kd") if getattr(recipe.losses, name) is not None]
+    shares = [name for name in ("ce", "at", "gradient_at", "kd") if getattr(recipe.losses, name) is not None]
     lines.append((", ".join(shares), "means over samples: no features move"))
     if planned.gram is not None:
         lines += _gram_lines(planned, planned.gram)

@@ -184,6 +184,9 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
     teacher = None
     if recipe.teacher is not None:
         teacher = _shapes(recipe, "teacher", recipe.teacher.input_size or image_size, micro_batch, with_weights, problems)
+    for i, custom in enumerate(recipe.losses.custom):
+        with _collect(problems, f"losses.custom.{i}.loss"):
+            assembly.custom_loss(custom)
     if student is not None and teacher is not None:
         problems += _pair_problems(recipe, student, teacher)
     return problems
@@ -207,8 +210,9 @@ def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_w
         with _collect(problems, f"{role}.weights"):
             check_weights(build_on_meta(spec), spec.name, section.weights)
     shapes: Shapes = {}
-    for key in ("at", "sp"):
-        loss = getattr(recipe.losses, key)
+    losses = recipe.losses
+    tapping = [("at", losses.at), ("sp", losses.sp), *((f"custom.{i}", section) for i, section in enumerate(losses.custom))]
+    for key, loss in tapping:
         for i, pair in enumerate(loss.paths if loss is not None else []):
             tap = pair[0 if role == "student" else 1]
             if tap not in shapes:

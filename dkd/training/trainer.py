@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 import torch
 
 from dkd.config import Recipe, recipe_to_yaml
-from dkd.data import DataError, EvaluationBatches, Normalize, TrainingBatches
+from dkd.data import DataError, EvaluationBatches, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
 from dkd.data.sources import ImageSource
-from dkd.global_batch import BatchLayout, full_precision
+from dkd.global_batch import BatchLayout
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import save_student
@@ -28,6 +28,7 @@ from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpo
 from dkd.training.ema import WeightAverage
 from dkd.training.endings import Stopped, TrainingError
 from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.forward import Forward
 from dkd.training.gradient_check import gradient_is_finite
 from dkd.training.main_process import on_main_process
 from dkd.training.optimizers import build_optimizer
@@ -84,7 +85,7 @@ class Trainer:
         pipeline = assembly.build_image_pipeline(recipe)
         self.normalize = pipeline.normalize
         self.mixing = assembly.build_mixing(recipe)
-        self.teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
+        teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
         self.workers = assembly.loader_workers(recipe.data, training, local)
         self.batches = TrainingBatches(
@@ -97,7 +98,6 @@ class Trainer:
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_models(recipe, self.device)
-        self.dtype, self.memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
         student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
@@ -112,8 +112,18 @@ class Trainer:
         self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
+        self.forward = Forward(
+            self.student,
+            self.teacher,
+            self.normalize,
+            teacher_normalize,
+            engine.model_dtype(recipe),
+            engine.model_memory_format(recipe),
+            self.objective,
+        )
         sp = recipe.losses.sp
-        self.two_passes = sp is not None and sp.batch == "step" and self.order.micro_steps > 1
+        whole = bool(self.relational.terms) and (sp is None or sp.batch == "step")
+        self.two_passes = whole and self.order.micro_steps > 1
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
         self.run_dir.writes = self.main
@@ -312,8 +322,11 @@ class Trainer:
         """Forward of one micro-batch through teacher and student. Returns what to back-propagate, and what to log."""
         batch = self._on_device(step, micro_step, batch)
         labels = batch.labels
-        teacher = self._teacher_outputs(batch) if cached is None else cached.teachers[micro_step]
-        student = self._student_outputs(step, micro_step, batch)
+        images = self.forward.images(batch)
+        # What pass 1 has of the teacher is no function of the images any more.
+        again = cached is None or images.requires_grad
+        teacher = self.forward.teacher(batch, images) if again else cached.teachers[micro_step]  # type: ignore[union-attr]
+        student = self._student_outputs(step, micro_step, images)
         objective = self.objective if cached is None else self.separable
         # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything they will exchange.
         layout = BatchLayout.even(len(labels))
@@ -334,10 +347,11 @@ class Trainer:
         for micro_step, loaded in enumerate(micro_batches):
             batch = self._on_device(step, micro_step, loaded)
             labels.append(batch.labels)
-            teacher = self._teacher_outputs(batch)
+            images = self.forward.images(batch)
+            teacher = self.forward.teacher(batch, images)
             assert teacher is not None
             teachers.append(teacher)
-            features = self._student_outputs(step, micro_step, batch).features
+            features = self._student_outputs(step, micro_step, images).features
             students.append({path: features[path] for path in self.relational.student_taps})
             self.statistics.forget_micro_batch()
         if step == self.first_step:
@@ -357,22 +371,11 @@ class Trainer:
         return mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank, purpose)
 
     def _logits(self, batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = self.student(self._as_input(self.normalize, batch))[0]
-        return logits
+        return self.forward.logits(self.forward.images(batch._replace(images=batch.images.to(self.device, non_blocking=True))))
 
-    def _student_outputs(self, step: int, micro_step: int, batch: Batch) -> Outputs:
+    def _student_outputs(self, step: int, micro_step: int, images: torch.Tensor) -> Outputs:
         torch.manual_seed(self._seed(step, micro_step, _FORWARD))
-        logits, features = self.student(self._as_input(self.normalize, batch))
-        # Promoted here, once: the gradients of several losses then add up in float32 and are rounded to half precision once.
-        return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()})
-
-    def _teacher_outputs(self, batch: Batch) -> Outputs | None:
-        if self.teacher is None:
-            return None
-        return Outputs(*self.teacher(self._as_input(self.teacher_normalize, batch)))
-
-    def _as_input(self, normalize: Normalize, batch: Batch) -> torch.Tensor:
-        return normalize(batch.images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.memory_format)
+        return self.forward.student(images)
 
     def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation | None:
         """On the average of the weights, if one is kept. None: the run was asked to stop meanwhile."""

@@ -88,6 +88,18 @@ def all_four_losses_accumulated_with_batch_norm(folder):
     return train(folder, "accumulated_batch_norm", {"student": {"norm": "batch"}, "train": {"micro_batch": 8}})
 
 
+def gradient_attention_accumulated(folder):
+    """Beside SP, whose two passes run teacher and student once more."""
+    return train(folder, "gradients", {"losses": GRADIENTS["transfer"], "train": {"micro_batch": 8}})
+
+
+def gradient_attention_of_mirror_images(folder):
+    return train(folder, "mirrored", {"losses": GRADIENTS["symmetric"], "train": {"micro_batch": 8}})
+
+
+GRADIENTS = {form: {"gradient_at": {"beta": 0.3, "form": form}} for form in ("transfer", "symmetric")}
+
+
 def gram_matrices_of_micro_steps(folder):
     losses = {"sp": {**RECIPE["losses"]["sp"], "batch": "micro"}}
     return train(folder, "micro", {"losses": losses, "train": {"micro_batch": 8}})
@@ -330,14 +342,14 @@ def features_of_another_shape_on_one_rank_end_all_ranks(folder):
     """The last rank's teacher yields maps of another size."""
 
     def tamper(trainer):
-        outputs = trainer._teacher_outputs
+        outputs = trainer.forward.teacher
         last = trainer.order.rank == trainer.order.world_size - 1
 
-        def smaller(batch):
-            found = outputs(batch)
+        def smaller(batch, images):
+            found = outputs(batch, images)
             return dataclasses.replace(found, features={path: f[..., 1:] if last else f for path, f in found.features.items()})
 
-        trainer._teacher_outputs = smaller
+        trainer.forward.teacher = smaller
 
     try:
         train(folder, "shapes", {"losses": {"at": None}}, tamper)
@@ -372,6 +384,8 @@ CASES = [
     all_four_losses_by_exchange,
     all_four_losses_accumulated,
     all_four_losses_accumulated_with_batch_norm,
+    gradient_attention_accumulated,
+    gradient_attention_of_mirror_images,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
     second_forwards_repeat_the_first,

@@ -1,0 +1,88 @@
+"""From a loaded micro-batch to what student and teacher yield for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dkd.data import Normalize
+from dkd.data.batches import Batch
+from dkd.global_batch import full_precision
+from dkd.losses import InputGradientTerm, Objective
+from dkd.losses.objective import Outputs
+from dkd.teacher import FrozenTeacher
+
+
+class Forward:
+    """Both models' forwards on micro-batches that are on this rank's device.
+
+    Args:
+        student: wrapped by its engine.
+        teacher: or None.
+        normalize, teacher_normalize: of their inputs.
+        dtype, memory_format: of their inputs.
+        objective: whose terms say whether images need a gradient, and mirror images a forward.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: FrozenTeacher | None,
+        normalize: Normalize,
+        teacher_normalize: Normalize,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        objective: Objective,
+    ) -> None:
+        self.model, self.teacher_model = student, teacher
+        self.normalize, self.teacher_normalize = normalize, teacher_normalize
+        self.dtype, self.memory_format = dtype, memory_format
+        by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
+        self.differentiates_images = bool(by_images)
+        self.mirrors = any(term.mirrored for term in by_images)
+
+    def images(self, batch: Batch) -> torch.Tensor:
+        """The student's input; it requires gradient where a loss differentiates by it."""
+        images = self._as_input(self.normalize(batch.images))
+        return images.requires_grad_() if self.differentiates_images and torch.is_grad_enabled() else images
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """The student's alone."""
+        logits: torch.Tensor = self.model(images)[0]
+        return logits
+
+    def student(self, images: torch.Tensor) -> Outputs:
+        mirrored = None
+        if self.mirrors:
+            # Images and their mirror images in one forward: engines expect one for each backward.
+            (logits, mirrored), features = _halves(*self.model(torch.cat([images, images.flip(-1)])))
+        else:
+            logits, features = self.model(images)
+        # Promoted here, once: the gradients of several losses then add up in float32 and are rounded to half precision once.
+        return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()}, images, mirrored)
+
+    def teacher(self, batch: Batch, images: torch.Tensor) -> Outputs | None:
+        """None without a teacher.
+
+        Args:
+            batch: where the teacher's own normalisation starts.
+            images: the student's input, which the teacher takes over where both are normalised alike, or where gradients are to reach it.
+        """
+        if self.teacher_model is None:
+            return None
+        if self.teacher_normalize != self.normalize:
+            pixels = self.normalize.undo(images) if images.requires_grad else batch.images
+            images = self._as_input(self.teacher_normalize(pixels))
+        return Outputs(*self.teacher_model(images))
+
+    def _as_input(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(self.dtype, memory_format=self.memory_format)
+
+
+def _halves(
+    logits: torch.Tensor, features: Mapping[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits of the first and of the second half of the rows; the features of the first."""
+    rows = len(logits) // 2
+    return (logits[:rows], logits[rows:]), {path: feature[:rows] for path, feature in features.items()}

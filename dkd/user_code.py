@@ -1,0 +1,48 @@
+"""Code of the user's own, named in a recipe as `module:attribute`: models, losses, data sets.
+
+A leaf that every room may import: it knows nothing of dkd.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_OWN_FILES = (os.path.dirname(__file__), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), "<")
+
+
+class UserCodeError(ValueError):
+    """A name that leads to nothing, or a module that cannot be imported."""
+
+
+def load_callable(name: str) -> Callable[..., Any]:
+    """The callable that `module:attribute` names. Importing runs the module.
+
+    Raises:
+        UserCodeError: with the user's own error, and where in their code it was raised.
+    """
+    module_name, _, attribute = name.partition(":")
+    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+        raise UserCodeError(f"{name!r}: cannot import {module_name!r}: {describe_error(error)}") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserCodeError(f"{name!r}: {module_name!r} has no callable {attribute!r}")
+    return found
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: the error, and where in the user's own code it was raised."""
+    lines = str(error).strip().splitlines()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
+    where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}{where}"
