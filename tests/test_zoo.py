@@ -28,6 +28,7 @@ TAPS = {
     "shufflenetv1": (["layer1", "layer2", "layer3"], [(240, 16), (480, 8), (960, 4)]),
     "shufflenetv2": (["layer1", "layer2", "layer3"], [(116, 16), (232, 8), (464, 4)]),
     "resnet50_cifar": (["layer1", "layer2", "layer3", "layer4"], [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
+    "mobilenetv1": (["stage1", "stage2", "stage3", "stage4"], [(128, 8), (256, 4), (512, 2), (1024, 1)]),
     "nin_wide": (["block1", "block2", "block3"], [(96, 32), (192, 16), (192, 8)]),
     "nin_thin": (["block1", "block2", "block3"], [(48, 32), (96, 16), (96, 8)]),
 }
@@ -77,6 +78,11 @@ def test_architectures_are_the_literatures(name):
 def test_nin_has_the_size_of_the_papers(name, parameters):
     """1 M and 0.2 M, as table 1 of the AT paper rounds them."""
     assert sum(p.numel() for p in build_model(ModelSpec(name, 10)).parameters()) == parameters
+
+
+def test_mobilenet_v1_has_the_size_of_the_paper():
+    """4.2 M in its table 8; the sum of its table 1."""
+    assert sum(p.numel() for p in build_model(ModelSpec("mobilenetv1", 1000)).parameters()) == 4_231_976
 
 
 @pytest.mark.parametrize("name", TAPS)

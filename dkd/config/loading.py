@@ -205,7 +205,7 @@ class _Union:
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) is Annotated:
+    if get_origin(annotation) in (Annotated, list):
         return _sections(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         return [section for member in get_args(annotation) for section in _sections(member)]

@@ -220,7 +220,33 @@ class _PairsSection(Section):
         return [float(_number(pair[2])) if len(pair) == 3 else 1.0 for pair in self.pairs]
 
 
+def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any]:
+    """What is not written in the section is taken from its preset."""
+
+    def fill(values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in presets:
+            return values
+        return {**presets[values["preset"]], **values}
+
+    return fill
+
+
+# How implementations differ. Every key can still be written beside the preset.
+AT_PRESETS: dict[str, dict[str, Any]] = {
+    "authors": {"beta": 1000, "reduction": "mean_squared", "map": "sum_p", "p": 2, "resize": "error"},
+    "paper": {"reduction": "paper", "norm": 2, "map": "sum_p", "p": 2, "resize": "map"},
+    "repdistiller": {"beta": 1000, "reduction": "mean_squared", "map": "sum_p", "p": 2, "resize": "features"},
+    "torchdistill": {"beta": 1000, "reduction": "mean_squared", "map": "sum_p", "p": 2, "resize": "error"},
+}
+SP_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"gamma": 3000, "reference_batch": 128},
+    "repdistiller": {"gamma": 3000, "reference_batch": 64},
+}
+
+
 class AttentionTransferSection(_PairsSection):
+    preset: Literal["authors", "paper", "repdistiller", "torchdistill"] | None = None
+    """Defaults of the other keys as an implementation has them; see docs/losses.md. paper has no beta."""
     beta: Weight
     map: Literal["sum", "sum_p", "max_p"] = "sum_p"
     p: Annotated[Number, Field(ge=1)] = 2.0
@@ -229,6 +255,8 @@ class AttentionTransferSection(_PairsSection):
     resize: Literal["error", "map", "features"] = "error"
     class_tokens: CountFromZero | None = None
     """Features of tokens (N, C), as transformers have: how many at the front are left out; the others make a square grid. null: refused."""
+
+    _from_preset = model_validator(mode="before")(_fill_from_preset(AT_PRESETS))
 
     @model_validator(mode="after")
     def _keys_fit_the_map_and_reduction(self) -> AttentionTransferSection:
@@ -240,6 +268,8 @@ class AttentionTransferSection(_PairsSection):
 
 
 class SimilarityPreservingSection(_PairsSection):
+    preset: Literal["paper", "repdistiller"] | None = None
+    """gamma and reference_batch as published, or as the public implementation has them."""
     gamma: Weight
     reference_batch: Count
     """The batch `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
@@ -259,6 +289,8 @@ class SimilarityPreservingSection(_PairsSection):
     """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
     comm_dtype: Literal["bf16"] | None = None
     """Features and their gradients are rounded to this type on their way between ranks; null: they travel in their own."""
+
+    _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
 
 class SoftTargetsSection(Section):

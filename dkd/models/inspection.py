@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dkd.models.registry import ModelSpec, UnknownModelError, build_model
+from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.tapped import TapError, TappedModel
 from dkd.user_code import describe_error
 
@@ -95,12 +95,23 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
         UnknownModelError, TapError: no such model or tap.
     """
 
+    key = (spec.name, spec.classes, spec.norm, repr(spec.options), tuple(taps), image_size)
+    if key in _KNOWN_SHAPES:
+        return _KNOWN_SHAPES[key]
+
     def run() -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         logits, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return tuple(logits.shape[1:]), {tap: tuple(feature.shape[1:]) for tap, feature in features.items()}
 
     with _named(spec, f"one image of {image_size}×{image_size}"):
-        return _on_meta(run)
+        found = _on_meta(run)
+    if not runs_user_code(spec.name):  # which may change
+        _KNOWN_SHAPES[key] = found
+    return found
+
+
+# A check, a plan and a tap table ask for the same shapes again and again.
+_KNOWN_SHAPES: dict[tuple[Any, ...], tuple[tuple[int, ...], dict[str, tuple[int, ...]]]] = {}
 
 
 class _CudaAutocast(TorchFunctionMode):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
+from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v1, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
 from dkd.models.normalization_layers import NORMS
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
@@ -54,6 +54,7 @@ def _zoo() -> dict[str, Callable[..., nn.Module]]:
         **{name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks) for name, blocks in cifar_bottleneck.BLOCKS.items()},
         **{name: partial(vgg.CifarVgg, convolutions) for name, convolutions in vgg.CONVOLUTIONS.items()},
         **{name: partial(mobilenet_v2.CifarMobileNetV2, width) for name, width in mobilenet_v2.WIDTHS.items()},
+        "mobilenetv1": mobilenet_v1.MobileNetV1,
         "shufflenetv1": shufflenet.CifarShuffleNetV1,
         **{name: partial(shufflenet.CifarShuffleNetV2, widths) for name, widths in shufflenet.V2_WIDTHS.items()},
         **{name: partial(network_in_network.NetworkInNetwork, widths) for name, widths in network_in_network.WIDTHS.items()},

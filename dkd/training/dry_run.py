@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dkd.config import Recipe
-from dkd.models import build_on_meta, output_shapes
+from dkd.models import build_on_meta
 from dkd.training import assembly, engine, launch, preflight
+from dkd.training.tap_table import tap_table
 
 
 def describe(recipe: Recipe) -> str:
@@ -27,10 +28,7 @@ def describe(recipe: Recipe) -> str:
     if recipe.teacher is not None:
         teacher = recipe.teacher
         lines.append(f"teacher     {teacher.name}, {_parameters(assembly.teacher_spec(recipe)):,} parameters, weights {teacher.weights}")
-        pairs = list(dict.fromkeys(assembly.pairs(recipe)))
-        student_shapes = output_shapes(assembly.student_spec(recipe), [s for s, _ in pairs], size)[1]
-        teacher_shapes = output_shapes(assembly.teacher_spec(recipe), [t for _, t in pairs], teacher.input_size or size)[1]
-        lines += [f"pair        {s} {student_shapes[s]}  ←  {t} {teacher_shapes[t]}" for s, t in pairs]
+        lines += [f"{name:<12}{what}" for name, what in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
     objective = assembly.build_objective(recipe, order, steps * train.epochs)
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")

@@ -11,6 +11,7 @@ from dkd.global_batch import STRATEGIES, GramTensor, cheapest_strategies, ranks_
 from dkd.global_batch.strategy import Held, collectives, held, received
 from dkd.models import ModelCost, model_cost, output_shapes, tap_dtypes
 from dkd.training import assembly, engine, preflight
+from dkd.training.tap_table import tap_table
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,9 @@ def describe(planned: Plan) -> str:
     lines.append((", ".join(shares), "means over samples: no features move"))
     if planned.gram is not None:
         lines += _gram_lines(planned, planned.gram)
+    taps = tap_table(recipe, planned.image_size, planned.gram.batch if planned.gram is not None else 0)
+    if taps:
+        lines += [("taps", "student  ←  teacher, and what a sample weighs"), *taps]
     return "\n".join(f"{name:12}{text}".rstrip() for name, text in lines)
 
 
