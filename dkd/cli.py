@@ -1,4 +1,4 @@
-"""The command line: `dkd train · evaluate · status · inspect · plan · launch-check`.
+"""The command line: `dkd train · evaluate · status · report · export · inspect · plan · launch-check`.
 
 Nothing heavy is imported before a command needs it.
 """
@@ -29,6 +29,8 @@ examples:
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
   dkd status runs/quickstart
+  dkd report runs/quickstart
+  dkd export runs/quickstart --format onnx
 
 exit codes: 0 done; 2 wrong input, nothing was started; 75 stopped when asked, the same command goes on; 1 anything else
 """,
@@ -72,6 +74,11 @@ examples:
   dkd inspect wrn_40_2 --image-size 32 --classes 100
   dkd inspect --list                                      names of models
 """,
+    "report": """
+examples:
+  dkd report runs/quickstart                              writes runs/quickstart/report.html
+  dkd report runs/a runs/b runs/c --output compared.html  several runs, compared
+""",
     "plan": """
 examples:
   dkd plan recipe.yaml --gpus-per-node 8                  one machine with 8 GPUs
@@ -90,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "status": (_status_parser, _status),
         "inspect": (_inspect_parser, _inspect),
         "plan": (_plan_parser, _plan),
+        "report": (_report_parser, _report),
         "launch-check": (_launch_check_parser, _launch_check),
     }
     if not arguments or arguments[0] not in commands:
@@ -285,6 +293,29 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dkd.config import RecipeError
+
+    output = Path(options.output) if options.output else Path(options.runs[0]) / "report.html"
+    if output.suffix not in (".html", ".htm"):
+        raise RecipeError.at("", f"--output {str(output)!r} must end in .html")
+    try:
+        from dkd.report import write_report
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        raise RecipeError.at("", "dkd report draws with matplotlib: pip install 'dkd[report]'") from None
+
+    def say(message: str) -> None:
+        print(f"{message} ...", file=sys.stderr, flush=True)
+
+    written = write_report([Path(run) for run in options.runs], output, options.images, options.trust_code, say)
+    print(f"{written[0]}, and {len(written) - 1} pictures in {written[0].stem}_pictures/")
+    return 0
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = _parser("train", "Train a student from a recipe; a run that is in run.dir already goes on behind its newest checkpoint.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
@@ -336,6 +367,15 @@ def _inspect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
     parser.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)")
     parser.add_argument("--norm", choices=("batch", "group", "none"), help="normalisation of the CIFAR models (none: nin_* only)")
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = _parser("report", "One self-contained HTML page, and PNGs, of one or several runs: curves, attention maps, Gram matrices.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
+    parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first run's folder")
+    parser.add_argument("--images", type=_positive, default=1000, metavar="N", help="validation images to classify (default 1000)")
+    parser.add_argument("--trust-code", action="store_true", help="import what recipes and student.json name as module:callable")
     return parser
 
 

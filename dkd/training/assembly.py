@@ -11,24 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from dkd import recipe_objects
 from dkd.config import Recipe, RecipeError
-from dkd.config.schema import CustomLossSection, DataSection, StudentSection, TeacherSection
+from dkd.config.schema import CustomLossSection, DataSection
 from dkd.data import (
     BatchMixing,
     DataError,
-    ImagePipeline,
     ImageSource,
-    Normalize,
     RowGroups,
     SampleOrder,
     StreamedOrder,
-    build_pipeline,
     in_memory,
     is_in_memory,
-    open_row_groups,
-    open_source,
 )
-from dkd.data.sources import split_spec
 from dkd.global_batch import ranks_per_group
 from dkd.losses import (
     AttentionTransfer,
@@ -46,7 +41,6 @@ from dkd.losses.objective import Term
 from dkd.losses.similarity_preserving import effective_gamma
 from dkd.models import (
     Fingerprint,
-    ModelSpec,
     TappedModel,
     WeightsError,
     build_model,
@@ -62,25 +56,6 @@ from dkd.training.sharded_weights import parameter_counts
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-def student_spec(recipe: Recipe) -> ModelSpec:
-    return _spec(recipe.student, recipe.data.classes)
-
-
-def teacher_spec(recipe: Recipe) -> ModelSpec:
-    assert recipe.teacher is not None
-    return _spec(recipe.teacher, recipe.teacher.classes or recipe.data.classes)
-
-
-def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
-    return ModelSpec(section.name, classes, section.norm, section.options)
-
-
-def pairs(recipe: Recipe) -> list[tuple[str, str]]:
-    """(student path, teacher path) of all feature losses."""
-    losses = recipe.losses
-    return [pair for section in (losses.at, losses.sp, *losses.custom) if section is not None for pair in section.paths]
-
-
 def build_models(recipe: Recipe, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
     """The student on the CPU and the teacher on its device, with their weights, which may have to be downloaded. Raises RecipeError."""
     role = "student"
@@ -94,14 +69,14 @@ def build_models(recipe: Recipe, device: torch.device) -> tuple[TappedModel, Fro
 def build_student(recipe: Recipe) -> TappedModel:
     """The student, on the CPU, its initial weights drawn from the run's seed: the same on every rank."""
     torch.manual_seed(recipe.run.seed)
-    model = build_model(student_spec(recipe))
+    model = build_model(recipe_objects.student_spec(recipe))
     if recipe.student.weights is not None and recipe.student.weights != "random":
         load_weights(model, recipe.student.name, recipe.student.weights)
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
-    return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)
+    return TappedModel(model, [student for student, _ in recipe_objects.pairs(recipe)], autocast=autocast)
 
 
 def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, local_world_size: int = 1) -> FrozenTeacher | None:
@@ -110,8 +85,8 @@ def build_teacher(recipe: Recipe, device: torch.device, world_size: int = 1, loc
     section = recipe.teacher
     if section is None:
         return None
-    spec = teacher_spec(recipe)
-    taps = [teacher for _, teacher in pairs(recipe)]
+    spec = recipe_objects.teacher_spec(recipe)
+    taps = [teacher for _, teacher in recipe_objects.pairs(recipe)]
     needs_logits = bool(recipe.losses.needs_teacher_logits)
     sharded = section.placement if world_size > 1 else "replicated"
 
@@ -225,35 +200,10 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
     return Objective(terms)
 
 
-def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
-    """Transforms and the student's normalisation."""
-    data = recipe.data
-    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, _normalize(data.normalization))
-
-
 def build_mixing(recipe: Recipe) -> BatchMixing | None:
     """Mixup and CutMix of micro-batches, or None for a recipe without them."""
     data = recipe.data
     return BatchMixing(data.classes, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
-
-
-def teacher_normalize(recipe: Recipe, student: Normalize) -> Normalize:
-    """The teacher's own normalisation, or the student's."""
-    own = None if recipe.teacher is None else _normalize(recipe.teacher.normalization)
-    return own or student
-
-
-def _normalize(section: object) -> Normalize | None:
-    return None if section is None else Normalize(tuple(section.mean), tuple(section.std))  # type: ignore[attr-defined]
-
-
-def open_part(data: DataSection, part: str) -> ImageSource:
-    """Open data.train or data.validation. Raises DataError."""
-    spec = data.train if part == "train" else data.validation
-    # What is validated on may be of another kind.
-    if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
-        return open_row_groups(spec, training=part == "train", image_column=data.image_column, label_column=data.label_column)
-    return open_source(spec, training=part == "train", root=data.root, image_column=data.image_column, label_column=data.label_column)
 
 
 def build_order(recipe: Recipe, source: ImageSource, rank: int, world_size: int) -> SampleOrder:
@@ -277,7 +227,11 @@ def teacher_facts(recipe: Recipe, teacher: FrozenTeacher | None) -> dict[str, An
     """Name, fingerprint and taps, or None for a recipe without a teacher."""
     if teacher is None or recipe.teacher is None:
         return None
-    return {"name": recipe.teacher.name, "fingerprint": teacher.fingerprint, "taps": sorted({teacher for _, teacher in pairs(recipe)})}
+    return {
+        "name": recipe.teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "taps": sorted({teacher for _, teacher in recipe_objects.pairs(recipe)}),
+    }
 
 
 def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dkd import recipe_objects
 from dkd.config import Recipe
-from dkd.models import build_on_meta
+from dkd.models import ModelSpec, build_on_meta
 from dkd.training import assembly, engine, launch, preflight
 from dkd.training.tap_table import tap_table
 
@@ -12,7 +13,7 @@ def describe(recipe: Recipe) -> str:
     """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
     world_size = launch.world_size()
     training, validation = preflight.open_sources(recipe)
-    size = assembly.build_image_pipeline(recipe).image_size
+    size = recipe_objects.build_image_pipeline(recipe).image_size
     train = recipe.train
     steps = len(training) // train.global_batch
     order = assembly.build_order(recipe, training, 0, world_size)
@@ -23,11 +24,13 @@ def describe(recipe: Recipe) -> str:
         f"batch       {train.global_batch} = {engine.micro_batch(recipe, world_size)} × {world_size} processes × "
         f"{engine.micro_steps(recipe, world_size)} micro-steps",
         f"steps       {steps} an epoch, {total} in all",
-        f"student     {recipe.student.name}, {_parameters(assembly.student_spec(recipe)):,} parameters",
+        f"student     {recipe.student.name}, {_parameters(recipe_objects.student_spec(recipe)):,} parameters",
     ]
     if recipe.teacher is not None:
         teacher = recipe.teacher
-        lines.append(f"teacher     {teacher.name}, {_parameters(assembly.teacher_spec(recipe)):,} parameters, weights {teacher.weights}")
+        lines.append(
+            f"teacher     {teacher.name}, {_parameters(recipe_objects.teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
+        )
         lines += [f"{name:<12}{what}" for name, what in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
     objective = assembly.build_objective(recipe, order, steps * train.epochs)
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
@@ -35,5 +38,5 @@ def describe(recipe: Recipe) -> str:
     return "\n".join([*lines, "nothing was trained"])
 
 
-def _parameters(spec: assembly.ModelSpec) -> int:
+def _parameters(spec: ModelSpec) -> int:
     return sum(p.numel() for p in build_on_meta(spec).parameters())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dkd import recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
 from dkd.data.batches import Batch
@@ -46,7 +47,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     accelerator = engine.build_accelerator(
         recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent
     )
-    pipeline = assembly.build_image_pipeline(recipe)
+    pipeline = recipe_objects.build_image_pipeline(recipe)
     dtype, memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
     autocast = engine.autocast_dtype(recipe)
     student = engine.place(student, recipe, accelerator.device)

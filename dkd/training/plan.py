@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dkd import recipe_objects
 from dkd.config import Recipe, RecipeError
 from dkd.global_batch import STRATEGIES, GramTensor, cheapest_strategies, ranks_per_group, received_bytes
 from dkd.global_batch.strategy import Held, collectives, held, received
@@ -126,13 +127,13 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
     if problems or pipeline is None:
         raise RecipeError(problems)
     size = pipeline.image_size
-    pairs = assembly.pairs(recipe)
-    student = model_cost(assembly.student_spec(recipe), [s for s, _ in pairs], size)
+    pairs = recipe_objects.pairs(recipe)
+    student = model_cost(recipe_objects.student_spec(recipe), [s for s, _ in pairs], size)
     teacher = None
     if recipe.teacher is not None:
         needs_logits = bool(recipe.losses.needs_teacher_logits)
         teacher = model_cost(
-            assembly.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits, training=False
+            recipe_objects.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits, training=False
         )
     gram = _planned_gram(recipe, world_size, gpus_per_node, size, device_type) if recipe.losses.sp else None
     return Plan(recipe, nodes, gpus_per_node, size, student, teacher, gram)
@@ -147,8 +148,8 @@ def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_siz
     per_step = sp.batch == "step"
     rows = engine.micro_batch(recipe, world_size) * (micro_steps if per_step else 1)
 
-    spec, taps = assembly.student_spec(recipe), [s for s, _ in sp.paths]
-    teacher_spec, teacher_taps = assembly.teacher_spec(recipe), [t for _, t in sp.paths]
+    spec, taps = recipe_objects.student_spec(recipe), [s for s, _ in sp.paths]
+    teacher_spec, teacher_taps = recipe_objects.teacher_spec(recipe), [t for _, t in sp.paths]
     teacher_size = recipe.teacher.input_size or image_size
     shapes = output_shapes(spec, taps, image_size)[1]
     teacher_shapes = output_shapes(teacher_spec, teacher_taps, teacher_size)[1]

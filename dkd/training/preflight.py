@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dkd import recipe_objects
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
@@ -58,11 +59,11 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     """
     problems: list[Problem] = []
     opened: dict[str, ImageSource] = {}
-    pipeline = assembly.build_image_pipeline(recipe)
+    pipeline = recipe_objects.build_image_pipeline(recipe)
     validation_key = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
     for part, transform, key in (("train", pipeline.train, "transforms"), ("validation", pipeline.validation, validation_key)):
         with _collect(problems, f"data.{part}"):
-            opened[part] = assembly.open_part(recipe.data, part)
+            opened[part] = recipe_objects.open_part(recipe.data, part)
             check_labels(opened[part], recipe.data.classes)
             image = _first_image(opened[part], recipe.data.on_error == "skip")
             with _collect(problems, f"data.{key}"):
@@ -104,7 +105,7 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
     pipeline = image_pipeline(recipe, problems)
     with _collect(problems, "data.validation"):
         check_spec(recipe.data.validation)
-        source = assembly.open_part(recipe.data, "validation")
+        source = recipe_objects.open_part(recipe.data, "validation")
         check_labels(source, classes)
         if pipeline is not None:
             _check_transformed(_first_image(source, recipe.data.on_error == "skip"), pipeline.validation, pipeline.image_size)
@@ -131,7 +132,7 @@ def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | N
         if isinstance(stages, list):
             with _collect(problems, f"data.{key}"):
                 transforms_by_name(stages)
-    return assembly.build_image_pipeline(recipe) if len(problems) == found else None
+    return recipe_objects.build_image_pipeline(recipe) if len(problems) == found else None
 
 
 def _check_transformed(image: torch.Tensor, transform: Callable, size: int) -> None:
@@ -195,7 +196,7 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
 def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_weights: bool, problems: list[Problem]) -> Shapes | None:
     """Shapes of the taps of one model that exist, or None when the model itself cannot be had."""
     section = getattr(recipe, role)
-    spec = assembly.student_spec(recipe) if role == "student" else assembly.teacher_spec(recipe)
+    spec = recipe_objects.student_spec(recipe) if role == "student" else recipe_objects.teacher_spec(recipe)
     logits: tuple[int, ...] = ()
     found = len(problems)
     with _collect(problems, f"{role}.name"):

@@ -18,11 +18,15 @@ def describe(run_dir: Path) -> list[str]:
     lines.append(f"checkpoints  {', '.join(f'step {step}' for step in steps) or 'none yet'}")
     logged, evaluation = _last_lines(run_dir / "metrics.jsonl")
     if logged:
-        terms = " ".join(f"{key} {logged[key]:.4g}" for key in ("loss", "ce", "at", "sp", "kd") if isinstance(logged.get(key), float))
+        terms = " ".join(f"{key} {logged[key]:.4g}" for key in ("loss", *_terms(logged)) if isinstance(logged.get(key), float))
         lines.append(f"last logged  step {logged['step']}, epoch {logged.get('epoch')}: {terms}")
     if evaluation:
         lines.append(f"evaluation   after step {evaluation['steps']}: top-1 {evaluation['top1']:.4f}")
     return lines
+
+
+def _terms(logged: dict[str, Any]) -> list[str]:
+    return [key.removeprefix("weight/") for key in logged if key.startswith("weight/")]
 
 
 def _state(run_dir: Path) -> str:

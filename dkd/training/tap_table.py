@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dkd import recipe_objects
 from dkd.config import Recipe
 from dkd.config.schema import AttentionTransferSection, WeightSchedule
 from dkd.losses.attention_transfer import token_grid
 from dkd.losses.similarity_preserving import effective_gamma
-from dkd.models import output_shapes
-from dkd.training import assembly
+from dkd.models import ModelSpec, output_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,10 +22,12 @@ def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str
         gram_rows: of SP's Gram matrices; 0 without SP.
     """
     losses = recipe.losses
-    if recipe.teacher is None or not assembly.pairs(recipe):
+    if recipe.teacher is None or not recipe_objects.pairs(recipe):
         return []
-    student = _shapes(assembly.student_spec(recipe), [s for s, _ in assembly.pairs(recipe)], image_size)
-    teacher = _shapes(assembly.teacher_spec(recipe), [t for _, t in assembly.pairs(recipe)], recipe.teacher.input_size or image_size)
+    student = _shapes(recipe_objects.student_spec(recipe), [s for s, _ in recipe_objects.pairs(recipe)], image_size)
+    teacher = _shapes(
+        recipe_objects.teacher_spec(recipe), [t for _, t in recipe_objects.pairs(recipe)], recipe.teacher.input_size or image_size
+    )
 
     def compared(s: str, t: str) -> str:
         return f"{s} {_dimensions(student[s])}  ←  {t} {_dimensions(teacher[t])}"
@@ -61,7 +63,7 @@ def _first(weight: float | WeightSchedule) -> float:
     return weight.start if isinstance(weight, WeightSchedule) else weight
 
 
-def _shapes(spec: assembly.ModelSpec, taps: list[str], image_size: int) -> Shapes:
+def _shapes(spec: ModelSpec, taps: list[str], image_size: int) -> Shapes:
     return output_shapes(spec, list(dict.fromkeys(taps)), image_size)[1]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dkd import recipe_objects
 from dkd.config import Recipe, recipe_to_yaml
 from dkd.data import DataError, EvaluationBatches, TrainingBatches
 from dkd.data.batches import Batch
@@ -82,10 +83,10 @@ class Trainer:
         self.order = assembly.build_order(recipe, training, rank, world_size)
         self.planned_steps = self.order.steps_per_epoch * train.epochs
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
-        pipeline = assembly.build_image_pipeline(recipe)
+        pipeline = recipe_objects.build_image_pipeline(recipe)
         self.normalize = pipeline.normalize
         self.mixing = assembly.build_mixing(recipe)
-        teacher_normalize = assembly.teacher_normalize(recipe, pipeline.normalize)
+        teacher_normalize = recipe_objects.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
         self.workers = assembly.loader_workers(recipe.data, training, local)
         self.batches = TrainingBatches(
@@ -385,6 +386,7 @@ class Trainer:
             return self.stop.asked_by() is not None
 
         self.student.eval()
+        begun = time.monotonic()
         skip = self.recipe.data.on_error == "skip"
         try:
             with self.average.applied() if self.average else nullcontext():
@@ -396,6 +398,7 @@ class Trainer:
         if result.unreadable:
             self.log.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
+        facts["seconds"] = round(time.monotonic() - begun, 3)
         self.checkpointer.evaluations[steps_done] = result.top1
         self.log.write({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
         self.log.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
@@ -452,7 +455,7 @@ class Trainer:
         return state if self.main else {}, description
 
     def _write_student(self, folder: Path, exported: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
-        save_student(folder, assembly.student_spec(self.recipe), *exported)
+        save_student(folder, recipe_objects.student_spec(self.recipe), *exported)
 
     def _finish(self, result: Evaluation, seconds: float) -> None:
         facts = {

@@ -1,0 +1,309 @@
+"""Figures of a report. Colours are Okabe and Ito's, told apart by all kinds of colour vision; lines differ in style too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dkd.report.observations import ModelView, Observation
+from dkd.report.run_files import RunFiles
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradient_at": "gradient AT"}
+_MAP, _DIFFERENCE = "cividis", "PuOr"
+_IMAGES_SHOWN = 6
+_MANY_CLASSES = 40
+_HATCHES = (None, "//", "..", "xx")
+
+
+def loss_terms(run: RunFiles) -> Figure | None:
+    """Each term before its weight, and their weighted sum, over steps."""
+    names = ["loss", *run.terms]
+    if not run.steps:
+        return None
+    columns = min(3, len(names))
+    figure, axes = _grid(-(-len(names) // columns), columns, 4.2, 2.8)
+    for axis, name in zip(axes, names, strict=False):
+        steps, values = _series(run, name)
+        axis.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+        axis.plot(steps, _smooth(values), color=COLOURS[0], linewidth=1.6)
+        axis.set_title("weighted sum" if name == "loss" else f"{TERM_NAMES.get(name, name)}, before its weight")
+        axis.set_xlabel("step")
+        if len(values) and np.all(values > 0):
+            axis.set_yscale("log")
+    _hide(axes[len(names) :])
+    return figure
+
+
+def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
+    """Top-1 over epochs, of all runs."""
+    if not any(run.evaluations for run in runs):
+        return None
+    figure, (axis,) = _grid(1, 1, 7.5, 3.6)
+    for number, run in enumerate(runs):
+        epochs = [line["epoch"] for line in run.evaluations]
+        axis.plot(
+            epochs, [100 * line["top1"] for line in run.evaluations], label=run.label, marker="o", markersize=3, **_line_style(number)
+        )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("top-1, % of validation images")
+    axis.set_title("Accuracy of the student")
+    axis.legend(loc="lower right", fontsize="small")
+    return figure
+
+
+def schedules(run: RunFiles) -> Figure | None:
+    """Learning rate and loss weights over steps."""
+    if not run.steps:
+        return None
+    figure, (left, right) = _grid(1, 2, 4.8, 2.8)
+    left.plot(*_series(run, "lr"), color=COLOURS[0])
+    left.set_title("Learning rate")
+    for number, term in enumerate(run.terms):
+        right.plot(*_series(run, f"weight/{term}"), label=TERM_NAMES.get(term, term), **_line_style(number))
+    right.set_title("Weights of the loss terms")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.legend(fontsize="small")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+    return figure
+
+
+def throughput(runs: Sequence[RunFiles]) -> Figure | None:
+    """Images a second over steps, and the share of each run's time by what it went into."""
+    with_steps = [run for run in runs if run.steps]
+    if not with_steps:
+        return None
+    figure, (left, right) = _grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
+    for number, run in enumerate(with_steps):
+        steps, values = _series(run, "images_per_second")
+        left.plot(steps, _smooth(values), label=run.label, **_line_style(number))
+    left.set_title("Throughput, all ranks together")
+    left.set_xlabel("step")
+    left.set_ylabel("images a second")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize="small")
+    parts = [seconds_by_part(run) for run in with_steps]
+    ends = np.zeros(len(with_steps))
+    for number, part in enumerate(parts[0]):
+        widths = np.array([100 * times[part] / max(sum(times.values()), 1e-9) for times in parts])
+        right.barh(np.arange(len(with_steps)), widths, left=ends, label=part, color=COLOURS[number], edgecolor="white")
+        ends += widths
+    right.set_yticks(np.arange(len(with_steps)), [run.label for run in with_steps])
+    right.invert_yaxis()
+    right.set_title("Where the time went")
+    right.set_xlabel("% of the logged time")
+    right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+    return figure
+
+
+def seconds_by_part(run: RunFiles) -> dict[str, float]:
+    """Seconds of a run, as far as its log tells: steps between two logged ones are taken to last as long as the later one."""
+    training = waiting = 0.0
+    before = 0
+    for line in run.steps:
+        seconds = (line["step"] - before) * run.recipe.train.global_batch / line["images_per_second"] if line["images_per_second"] else 0.0
+        waiting += seconds * line.get("data_wait", 0.0)
+        training += seconds * (1 - line.get("data_wait", 0.0))
+        before = line["step"]
+    return {
+        "forward, backward, update": training,
+        "waiting for images": waiting,
+        "evaluation": sum(line.get("seconds", 0.0) for line in run.evaluations),
+        "standing still for checkpoints": sum(line.get("stall", 0.0) for line in run.checkpoints),
+    }
+
+
+def attention(seen: Observation) -> Figure | None:
+    """The same images, and the attention maps of teacher and student laid over them, a row for each pair of taps."""
+    assert seen.student is not None
+    assert seen.images is not None
+    assert seen.shown_labels is not None
+    pairs = [(s, t) for s, t in seen.pairs if s in seen.student.attention]
+    if not pairs:
+        return None
+    chosen = _one_of_each_class(seen.shown_labels)
+    views = [(view, role) for view, role in ((seen.teacher, "teacher"), (seen.student, "student")) if view is not None]
+    rows = [(view, role, tap) for s, t in pairs for view, role in views for tap in [t if role == "teacher" else s] if tap in view.attention]
+    figure, axes = _grid(1 + len(rows), len(chosen), 1.45, 1.45, frame=False)
+    table = np.array(axes).reshape(1 + len(rows), len(chosen))
+    for column, index in enumerate(chosen):
+        image = seen.images[index].transpose(1, 2, 0)
+        table[0, column].imshow(image)
+        table[0, column].set_title(_short(seen.class_names[seen.shown_labels[index]]), fontsize=8)
+        gray = image.mean(2)
+        for row, (view, _role, tap) in enumerate(rows, start=1):
+            axis = table[row, column]
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
+            extent = (-0.5, gray.shape[1] - 0.5, gray.shape[0] - 0.5, -0.5)
+            axis.imshow(view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=extent, interpolation="bilinear")
+    for row, label in enumerate(["image", *(f"{role}\n{tap}" for _, role, tap in rows)]):
+        table[row, 0].text(-0.12, 0.5, label, transform=table[row, 0].transAxes, ha="right", va="center", fontsize=8)
+    figure.suptitle("Attention maps Σ|A|² of the same images; bright is where the activation is")
+    return figure
+
+
+def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
+    """Row-normalised Gram matrices of teacher and student, and their difference; samples sorted by class."""
+    assert seen.student is not None
+    assert seen.shown_labels is not None
+    student, teacher = pair
+    own = seen.student.gram.get(student)
+    if own is None:
+        return None
+    theirs = None if seen.teacher is None else seen.teacher.gram.get(teacher)
+    panels = [(f"student {student}", own, _MAP)]
+    if theirs is not None:
+        panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
+    figure, axes = _grid(1, len(panels), 3.9, 3.6)
+    names, ticks, edges = _class_ticks(seen)
+    for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
+        limit = float(np.abs(matrix).max())
+        low = -limit if colours == _DIFFERENCE else min(0.0, float(matrix.min()))
+        shown = axis.imshow(matrix, cmap=colours, vmin=low, vmax=limit, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xticks(ticks, names, rotation=90, fontsize=7)
+        axis.set_yticks(ticks, names if axis is axes[0] else [""] * len(ticks), fontsize=7)
+        for edge in edges:
+            axis.axhline(edge, color="white", linewidth=0.4)
+            axis.axvline(edge, color="white", linewidth=0.4)
+        figure.colorbar(shown, ax=axis, fraction=0.046)
+    axes[0].set_ylabel("images, sorted by class")
+    return figure
+
+
+def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | None:
+    """Mean activation of each channel for the images of each class, of teacher and student."""
+    assert seen.student is not None
+    panels = [(f"student {pair[0]}", _class_means(seen, seen.student, pair[0]))]
+    if seen.teacher is not None:
+        panels.insert(0, (f"teacher {pair[1]}", _class_means(seen, seen.teacher, pair[1])))
+    panels = [(title, means) for title, means in panels if means is not None]
+    if not panels:
+        return None
+    figure, axes = _grid(1, len(panels), 5.6, 3.2)
+    names = _class_ticks(seen)[0]
+    for axis, (title, means) in zip(axes, panels, strict=True):
+        assert means is not None
+        shown = axis.imshow(means, aspect="auto", cmap=_MAP, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xlabel("channel")
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [""] * len(names), fontsize=7)
+        figure.colorbar(shown, ax=axis, fraction=0.046)
+    axes[0].set_ylabel("class")
+    return figure
+
+
+def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
+    """Accuracy of each class, of the students and their teacher."""
+    series: dict[str, np.ndarray] = {}
+    names: Sequence[str] = ()
+    for label, seen in observed.items():
+        if seen.student is None:
+            continue
+        names = seen.class_names
+        series[label] = accuracy_by_class(seen, seen.student)
+        if seen.teacher is not None:
+            series.setdefault(f"teacher {seen.teacher.name}", accuracy_by_class(seen, seen.teacher))
+    series = {label: values for label, values in series.items() if len(values) == len(names)}
+    if not series:
+        return None
+    many = len(names) > _MANY_CLASSES
+    figure, (axis,) = _grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
+    for number, (label, values) in enumerate(series.items()):
+        if many:
+            axis.plot(np.sort(values), label=label, **_line_style(number))
+        else:
+            width = 0.8 / len(series)
+            places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * width
+            axis.bar(
+                places, values, width, label=label, color=COLOURS[number % len(COLOURS)], hatch=(None, "//", "..", "xx")[number // 7 % 4]
+            )
+    if many:
+        axis.set_xlabel("classes, each model's sorted by its accuracy")
+    else:
+        axis.set_xticks(range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right")
+        axis.set_ylim(max(0.0, float(np.nanmin([np.nanmin(v) for v in series.values()])) - 10), 100)
+    axis.set_ylabel("accuracy, %")
+    axis.set_title("Accuracy by class")
+    axis.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def accuracy_by_class(seen: Observation, view: ModelView) -> np.ndarray:
+    """(K,) per cent; nan for a class without an image."""
+    assert seen.labels is not None
+    right = np.bincount(seen.labels, weights=view.predictions == seen.labels, minlength=len(seen.class_names))
+    total = np.bincount(seen.labels, minlength=len(seen.class_names))
+    return 100 * right / np.where(total == 0, np.nan, total)
+
+
+def _series(run: RunFiles, key: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(line["step"], line[key]) for line in run.steps if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+    return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a fiftieth of the run, shorter at its ends."""
+    half = len(values) // 100
+    if half == 0:
+        return values
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    smoothed: np.ndarray = (sums[last] - sums[first]) / (last - first)
+    return smoothed
+
+
+def _grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
+    """`width`, `height`: inches of one panel."""
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    axes = list(np.array(figure.subplots(rows, columns, squeeze=False)).ravel())
+    for axis in axes:
+        if frame:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.title.set_fontsize(10)
+        else:
+            axis.set_axis_off()
+    return figure, axes
+
+
+def _hide(axes: Sequence[Axes]) -> None:
+    for axis in axes:
+        axis.set_axis_off()
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+
+
+def _one_of_each_class(labels: np.ndarray) -> list[int]:
+    first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
+    return first[:_IMAGES_SHOWN]
+
+
+def _class_ticks(seen: Observation) -> tuple[list[str], list[float], list[float]]:
+    """Names of the shown classes, where their labels go, and the lines between them."""
+    assert seen.shown_labels is not None
+    classes, starts, counts = np.unique(seen.shown_labels, return_index=True, return_counts=True)
+    names = [_short(seen.class_names[label]) for label in classes]
+    return names, list(starts + counts / 2 - 0.5), list(starts[1:] - 0.5)
+
+
+def _class_means(seen: Observation, view: ModelView, tap: str) -> np.ndarray | None:
+    if tap not in view.channels:
+        return None
+    assert seen.shown_labels is not None
+    return np.stack([view.channels[tap][seen.shown_labels == label].mean(0) for label in np.unique(seen.shown_labels)])
+
+
+def _short(name: str) -> str:
+    first = name.split(",")[0]
+    return first if len(first) <= 16 else f"{first[:15]}…"

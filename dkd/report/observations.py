@@ -1,0 +1,201 @@
+"""What student and teacher of a finished run yield for the same validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkd import recipe_objects
+from dkd.config import Recipe
+from dkd.data import DataError, ImageSource, Normalize
+from dkd.data.sources import split_spec
+from dkd.data.transforms import BatchTransform
+from dkd.losses.attention_transfer import attention_map, token_grid
+from dkd.models import (
+    ModelSpec,
+    TapError,
+    TappedModel,
+    UnknownModelError,
+    WeightsError,
+    build_model,
+    load_student,
+    load_weights,
+    read_description,
+    student_spec,
+)
+from dkd.report.run_files import RunFiles
+
+CLASSES_SHOWN = 10
+IMAGES_OF_A_CLASS = 20
+_BATCH = 50
+_GRAM_BYTES = 2**29  # of one tap's features, in float32
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model on the images of an `Observation`.
+
+    Args:
+        predictions: (n,) classes, of all images.
+        channels: by tap, (n, C) activation of each channel, averaged over positions, of the shown images.
+        attention: by tap, (s, h, w) attention maps Σ_c A_c² of the shown images; taps without positions have none.
+        gram: by tap, (s, s) row-normalised Gram matrices of the shown images, as SP compares them.
+    """
+
+    name: str
+    predictions: np.ndarray
+    channels: Mapping[str, np.ndarray]
+    attention: Mapping[str, np.ndarray]
+    gram: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Both models of a run on the same validation images.
+
+    Args:
+        pairs: (student path, teacher path), shown one after the other.
+        images: (s, 3, H, W) uint8, the shown ones, sorted by class.
+        shown_labels: (s,).
+        labels: (n,), of all images that were classified.
+        class_names: of all classes.
+        notes: what could not be shown, and why.
+    """
+
+    pairs: Sequence[tuple[str, str]] = ()
+    images: np.ndarray | None = None
+    shown_labels: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    class_names: Sequence[str] = ()
+    student: ModelView | None = None
+    teacher: ModelView | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: bool = False) -> Observation:
+    """Run the models of a run on its validation images.
+
+    Args:
+        run: whose student.
+        others: runs of the same report; a run without taps or without a teacher is looked at with theirs where the students are alike.
+        count: images to classify, spread over the validation set.
+        trust_code: import what recipe and student.json name as `module:callable`.
+    """
+    notes: list[str] = []
+    if not run.weights.is_file():
+        return Observation(notes=["there is no finished student yet: no attention maps, Gram matrices or accuracies of classes"])
+    recipe = _with_taps(run, others, notes)
+    try:
+        if split_spec(recipe.data.validation)[0] == "python" and not trust_code:
+            raise DataError(f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code")
+        source = recipe_objects.open_part(recipe.data, "validation")
+        shown, classified = _chosen(source, count)
+        spec = student_spec(read_description(run.weights))
+        student = load_student(run.weights, trust_code)
+    except (DataError, UnknownModelError, WeightsError, OSError) as error:
+        return Observation(notes=[*notes, f"no pictures of features: {error}"])
+    pipeline = recipe_objects.build_image_pipeline(recipe)
+    pairs = list(dict.fromkeys(recipe_objects.pairs(recipe)))
+
+    def images_at(indices: np.ndarray) -> Iterator[torch.Tensor]:
+        for start in range(0, len(indices), _BATCH):
+            decoded = [source.image(int(index)) for index in indices[start : start + _BATCH]]
+            if isinstance(pipeline.validation, BatchTransform) and len({image.shape for image in decoded}) == 1:
+                yield pipeline.validation(torch.stack(decoded))
+            else:
+                yield torch.stack([pipeline.validation(image) for image in decoded])
+
+    def view(spec: ModelSpec, model: nn.Module, taps: list[str], normalize: Normalize, input_size: int | None) -> ModelView:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tapped = TappedModel(model, taps).to(device).eval()
+
+        @torch.no_grad()
+        def run_on(images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            normalized = normalize(images.to(device))
+            if input_size is not None and input_size != normalized.shape[-1]:
+                normalized = F.interpolate(normalized, (input_size, input_size), mode="bilinear", antialias=True)
+            logits, features = tapped(normalized)
+            assert logits is not None
+            return logits, {tap: feature.float().cpu() for tap, feature in features.items()}
+
+        predictions = np.concatenate([run_on(images)[0].argmax(1).cpu().numpy() for images in images_at(classified)])
+        parts: dict[str, list[torch.Tensor]] = {tap: [] for tap in taps}
+        for images in images_at(shown):
+            for tap, feature in run_on(images)[1].items():
+                parts[tap].append(feature)
+        return _view(spec.name, predictions, {tap: torch.cat(found) for tap, found in parts.items() if found}, notes)
+
+    try:
+        seen = view(spec, student, [s for s, _ in pairs], pipeline.normalize, None)
+        teacher = None
+        if recipe.teacher is not None:
+            section, teacher_spec = recipe.teacher, recipe_objects.teacher_spec(recipe)
+            if ":" in section.name and not trust_code:
+                raise UnknownModelError(f"the teacher {section.name!r} is code to be imported; allow it with --trust-code")
+            model = build_model(teacher_spec)
+            if section.weights == "random":
+                raise WeightsError("the teacher's weights were random")
+            load_weights(model, section.name, section.weights)
+            normalize = recipe_objects.teacher_normalize(recipe, pipeline.normalize)
+            teacher = view(teacher_spec, model, [t for _, t in pairs], normalize, section.input_size)
+    except (DataError, UnknownModelError, WeightsError, TapError, RuntimeError, OSError) as error:
+        notes.append(f"pictures are missing: {error}")
+        if "seen" not in locals():
+            return Observation(notes=notes)
+        teacher = None
+    names = source.class_names or [str(label) for label in range(recipe.data.classes)]
+    shown_images = np.concatenate([images.numpy() for images in images_at(shown)])
+    return Observation(pairs, shown_images, source.labels[shown], source.labels[classified], names, seen, teacher, notes)
+
+
+def _with_taps(run: RunFiles, others: Sequence[RunFiles], notes: list[str]) -> Recipe:
+    """The run's recipe, with taps and teacher of a run of the same student where it has none."""
+    if recipe_objects.pairs(run.recipe):
+        return run.recipe
+    for other in others:
+        if other.recipe.student == run.recipe.student and recipe_objects.pairs(other.recipe):
+            notes.append(f"this run taps no features; those of {other.label} are shown, with its teacher")
+            return run.recipe.model_copy(update={"teacher": other.recipe.teacher, "losses": other.recipe.losses})
+    notes.append("the recipe taps no features: no attention maps and no Gram matrices")
+    return run.recipe
+
+
+def _chosen(source: ImageSource, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images to show, a few of each of several classes, sorted by class; and of those to classify."""
+    present = np.unique(source.labels)
+    classes = present[np.linspace(0, len(present) - 1, min(CLASSES_SHOWN, len(present))).round().astype(int)]
+    shown = np.concatenate([np.flatnonzero(source.labels == label)[:IMAGES_OF_A_CLASS] for label in classes])
+    return shown, np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+
+
+def _view(name: str, predictions: np.ndarray, features: Mapping[str, torch.Tensor], notes: list[str]) -> ModelView:
+    channels, attention, gram = {}, {}, {}
+    for tap, feature in features.items():
+        # (s, C, h, w) of maps; tokens (s, N, C) of transformers have their channels last; (s, C) as it is.
+        channels[tap] = (feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1) if feature.dim() == 3 else feature).numpy()
+        if (as_map := _as_map(feature)) is not None:
+            attention[tap] = attention_map(as_map).numpy()
+        if feature.numel() * 4 <= _GRAM_BYTES:
+            rows = feature.flatten(1)
+            gram[tap] = F.normalize(rows @ rows.T).numpy()
+        else:
+            notes.append(f"{name} {tap}: {feature[0].numel():,} features an image are too many for a Gram matrix here")
+    return ModelView(name, predictions, channels, attention, gram)
+
+
+def _as_map(feature: torch.Tensor) -> torch.Tensor | None:
+    """(s, C, h, w), of tokens without or with one class token too; None: no positions."""
+    if feature.dim() == 4:
+        return feature
+    for class_tokens in (0, 1) if feature.dim() == 3 else ():
+        try:
+            shape = token_grid(tuple(feature.shape[1:]), class_tokens)
+        except ValueError:
+            continue
+        return feature[:, class_tokens:].transpose(1, 2).reshape(len(feature), *shape)
+    return None

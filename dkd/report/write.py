@@ -1,0 +1,172 @@
+"""`dkd report`: from run directories to a page and its pictures."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dkd.config import RecipeError
+from dkd.config.schema import WeightSchedule
+from dkd.report import figures
+from dkd.report.observations import Observation, observe
+from dkd.report.page import Page
+from dkd.report.run_files import RunFiles, labels_of, read_run
+
+
+def write_report(
+    paths: Sequence[Path], output: Path, images: int = 1000, trust_code: bool = False, say: Callable[[str], None] = print
+) -> list[Path]:
+    """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
+
+    Args:
+        paths: run directories; finished or not, of any number of processes.
+        output: an .html file; replaced when it is there.
+        images: validation images to classify for the accuracies of classes.
+        trust_code: import what recipes and student.json name as `module:callable`.
+        say: where progress goes.
+
+    Returns:
+        The page and the pictures.
+
+    Raises:
+        RecipeError: a path that is no run, or an output that cannot be written.
+    """
+    runs = [read_run(path, label) for path, label in zip(paths, labels_of(list(paths)), strict=True)]
+    title = runs[0].recipe.run.name if len(runs) == 1 else f"{len(runs)} runs"
+    gallery = _Gallery(Page(f"Distillation report: {title}"))
+    page = gallery.page
+    page.section("Runs")
+    page.table(*_comparison(runs))
+    observed: dict[str, Observation] = {}
+    for run in runs:
+        say(f"looking at {run.label}")
+        observed[run.label] = observe(run, [other for other in runs if other is not run], images, trust_code)
+    gallery.add(figures.accuracy(runs), "accuracy", "Each evaluation counts every validation image once.")
+    classified = next((len(seen.labels) for seen in observed.values() if seen.labels is not None), 0)
+    caption = f"Of {classified:,} validation images, spread over the set."
+    gallery.add(figures.class_accuracies(observed), "accuracy by class", caption)
+    gallery.add(
+        figures.throughput(runs),
+        "throughput",
+        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; start-up is not in it.",
+    )
+    for run in runs:
+        page.section(run.label)
+        for note in observed[run.label].notes:
+            page.note(note)
+        say(f"drawing {run.label}")
+        _pictures_of_run(gallery, run, observed[run.label], several=len(runs) > 1)
+    try:
+        return gallery.write(output)
+    except OSError as error:
+        raise RecipeError.at("", f"the report cannot be written to {str(output)!r}: {error}") from error
+
+
+def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, several: bool) -> None:
+    prefix = f"{run.label} " if several else ""
+    gallery.add(figures.loss_terms(run), f"{prefix}loss terms", "Thin: each logged step. Thick: mean over a fiftieth of the run.")
+    gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
+    if seen.student is None:
+        return
+    gallery.add(
+        figures.attention(seen),
+        f"{prefix}attention maps",
+        "What attention transfer compares: for each position the sum over channels of the squared activation. Teacher and student "
+        "see the same validation images; each map has its own scale.",
+    )
+    for pair in seen.pairs:
+        gallery.add(
+            figures.gram_matrices(seen, pair),
+            f"{prefix}Gram matrices {pair[0]}",
+            "What SP compares: inner products of the images' features, each row divided by its norm. A bright square on the diagonal "
+            "is a class whose images activate the layer alike.",
+        )
+        gallery.add(
+            figures.channel_activations(seen, pair),
+            f"{prefix}channel activations {pair[0]}",
+            "Activation of each channel, averaged over positions and over the images of a class.",
+        )
+
+
+class _Gallery:
+    """Puts figures on the page, and keeps their PNGs."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self._pictures: dict[str, bytes] = {}
+
+    def add(self, figure: Figure | None, title: str, caption: str) -> None:
+        if figure is None:
+            return
+        buffer = io.BytesIO()
+        figure.set_dpi(110)
+        FigureCanvasAgg(figure).print_png(buffer)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("_")
+        assert name not in self._pictures, name
+        self._pictures[name] = buffer.getvalue()
+        self.page.picture(buffer.getvalue(), title, caption)
+
+    def write(self, output: Path) -> list[Path]:
+        folder = output.with_name(f"{output.stem}_pictures")
+        folder.mkdir(parents=True, exist_ok=True)
+        written = [output]
+        for name, png in self._pictures.items():
+            (folder / f"{name}.png").write_bytes(png)
+            written.append(folder / f"{name}.png")
+        output.write_text(self.page.html(), encoding="utf-8")
+        return written
+
+
+def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
+    head = ["run", "student", "teacher", "losses", "top-1", "top-5", "parameters", "epochs", "global batch", "ranks", "images/s", "seconds"]
+    return head, [_row(run) for run in runs]
+
+
+def _row(run: RunFiles) -> list[str]:
+    recipe, description = run.recipe, run.description
+    evaluation = run.evaluations[-1] if run.evaluations else {}
+    speeds = [line["images_per_second"] for line in run.steps if line.get("images_per_second")]
+    return [
+        run.label,
+        recipe.student.name,
+        recipe.teacher.name if recipe.teacher else "none",
+        ", ".join(_losses(run)),
+        _percent(evaluation.get("top1")),
+        _percent(evaluation.get("top5")),
+        f"{description['parameters']:,}" if "parameters" in description else "",
+        f"{evaluation['epoch']:g} of {recipe.train.epochs}" if "epoch" in evaluation else f"0 of {recipe.train.epochs}",
+        str(recipe.train.global_batch),
+        str(description.get("world_size", "")),
+        f"{median(speeds):,.0f}" if speeds else "",
+        f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
+    ]
+
+
+def _losses(run: RunFiles) -> list[str]:
+    losses = run.recipe.losses
+    found = []
+    if losses.at is not None:
+        found.append(f"AT β {_weight(losses.at.beta)}")
+    if losses.gradient_at is not None:
+        found.append(f"gradient AT β {_weight(losses.gradient_at.beta)}")
+    if losses.sp is not None:
+        scope = "" if losses.sp.scope == "global" else f", {losses.sp.scope}"
+        found.append(f"SP γ {_weight(losses.sp.gamma)} at {losses.sp.reference_batch}{scope}")
+    if losses.kd is not None:
+        found.append(f"KD α {_weight(losses.kd.alpha)}, T {losses.kd.temperature:g}")
+    found += [f"{custom.name} {_weight(custom.weight)}" for custom in losses.custom]
+    return [f"CE {_weight(losses.ce.weight)}", *found]
+
+
+def _weight(weight: float | WeightSchedule) -> str:
+    return f"{weight.start:g} → {weight.end:g}" if isinstance(weight, WeightSchedule) else f"{weight:g}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f} %"
