@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
+.PHONY: browser help quickstart test test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
 
 help:
 	@echo "make quickstart   install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
@@ -18,7 +18,7 @@ help:
 quickstart: $(VENV)/.digits
 	$(BIN)/python -m benchmarks.quickstart
 
-test: $(VENV)/.test
+test: $(VENV)/.test browser
 	$(BIN)/python -m pytest
 
 test-matrix: $(VENV)/.test
@@ -42,6 +42,13 @@ cluster-tools:
 	  done || echo "not all of Slurm, iproute2 and shellcheck could be installed"; \
 	else echo "Slurm, iproute2 and shellcheck are installed for root on Debian only; tests that miss them are skipped"; fi
 
+# The report's pages are opened in a real browser. Where there is none, those tests are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "chromium could not be installed"; \
+	else echo "chromium is installed for root on Debian only; tests that miss it are skipped"; fi
+
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu -rs
 
@@ -56,7 +63,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.digits: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[digits]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[digits,report]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

@@ -161,11 +161,14 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
     panels = [(f"student {student}", own, _MAP)]
     if theirs is not None:
         panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
+    matrices = [matrix for _, matrix, colours in panels if colours == _MAP]
+    largest, smallest = max(float(m.max()) for m in matrices), min(0.0, *(float(m.min()) for m in matrices))
     figure, axes = _grid(1, len(panels), 3.9, 3.6)
     names, ticks, edges = _class_ticks(seen)
     for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
-        limit = float(np.abs(matrix).max())
-        low = -limit if colours == _DIFFERENCE else min(0.0, float(matrix.min()))
+        # One scale for teacher and student, so that they can be compared.
+        limit = float(np.abs(matrix).max()) if colours == _DIFFERENCE else largest
+        low = -limit if colours == _DIFFERENCE else smallest
         shown = axis.imshow(matrix, cmap=colours, vmin=low, vmax=limit, interpolation="nearest")
         axis.set_title(title)
         axis.set_xticks(ticks, names, rotation=90, fontsize=7)
@@ -232,7 +235,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
         axis.set_ylim(max(0.0, float(np.nanmin([np.nanmin(v) for v in series.values()])) - 10), 100)
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
-    axis.legend(fontsize="small", loc="lower right")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 

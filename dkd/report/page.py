@@ -40,6 +40,7 @@ class Page:
         self.body.append(f'<p class="note">{escape(text)}</p>')
 
     def picture(self, png: bytes, title: str, caption: str) -> None:
+        """`title` is what is read where the picture cannot be seen."""
         data = base64.b64encode(png).decode()
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(title, quote=True)}">'
         self.body.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")

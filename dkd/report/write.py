@@ -169,4 +169,4 @@ def _weight(weight: float | WeightSchedule) -> str:
 
 
 def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f} %"
+    return "" if fraction is None else f"{100 * fraction:.2f}\N{NO-BREAK SPACE}%"
