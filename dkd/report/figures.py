@@ -162,7 +162,8 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
     if theirs is not None:
         panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
     matrices = [matrix for _, matrix, colours in panels if colours == _MAP]
-    largest, smallest = max(float(m.max()) for m in matrices), min(0.0, *(float(m.min()) for m in matrices))
+    # The diagonal, an image with itself, would leave the rest of an early layer dark.
+    largest, smallest = max(float(np.quantile(m, 0.99)) for m in matrices), min(0.0, *(float(m.min()) for m in matrices))
     figure, axes = _grid(1, len(panels), 3.9, 3.6)
     names, ticks, edges = _class_ticks(seen)
     for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
