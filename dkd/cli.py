@@ -79,6 +79,13 @@ examples:
   dkd report runs/quickstart                              writes runs/quickstart/report.html
   dkd report runs/a runs/b runs/c --output compared.html  several runs, compared
 """,
+    "export": """
+examples:
+  dkd export runs/quickstart --format onnx                runs/quickstart/student.onnx
+  dkd export runs/quickstart --format onnx --normalization --output digits.onnx
+  dkd export runs/r34_r18 --format torchvision            for torchvision.models.resnet18().load_state_dict(torch.load(...))
+  dkd export runs/quickstart/checkpoints/step_00000100 --format safetensors --output step100.safetensors
+""",
     "plan": """
 examples:
   dkd plan recipe.yaml --gpus-per-node 8                  one machine with 8 GPUs
@@ -98,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "inspect": (_inspect_parser, _inspect),
         "plan": (_plan_parser, _plan),
         "report": (_report_parser, _report),
+        "export": (_export_parser, _export),
         "launch-check": (_launch_check_parser, _launch_check),
     }
     if not arguments or arguments[0] not in commands:
@@ -316,6 +324,24 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from dkd.config import RecipeError
+    from dkd.export import ExportError, OtherLogitsError, export_student
+
+    output = Path(options.output) if options.output else None
+    try:
+        path, difference = export_student(Path(options.run), options.format, output, options.normalization, options.trust_code)
+    except ExportError as error:
+        raise RecipeError.at("", error) from error
+    except OtherLogitsError as error:
+        print(f"dkd: {error}; nothing was written", file=sys.stderr)
+        return 1
+    print(f"{path}: {path.stat().st_size:,} bytes; logits differ by at most {difference:.1e} of the largest")
+    return 0
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = _parser("train", "Train a student from a recipe; a run that is in run.dir already goes on behind its newest checkpoint.")
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
@@ -376,6 +402,16 @@ def _report_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first run's folder")
     parser.add_argument("--images", type=_positive, default=1000, metavar="N", help="validation images to classify (default 1000)")
     parser.add_argument("--trust-code", action="store_true", help="import what recipes and student.json name as module:callable")
+    return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser("export", "Write a finished student in another format, and check that it gives the same logits.")
+    parser.add_argument("run", metavar="RUN", help="a run directory, a checkpoint in it, or a student.safetensors")
+    parser.add_argument("--format", choices=("safetensors", "torchvision", "onnx"), required=True)
+    parser.add_argument("--output", metavar="FILE", help="default: exported.safetensors, student.pth or student.onnx, beside the student")
+    parser.add_argument("--normalization", action="store_true", help="onnx: take images on the scale 0 to 255 and normalise them inside")
+    parser.add_argument("--trust-code", action="store_true", help="import the module:callable that a student.json names")
     return parser
 
 

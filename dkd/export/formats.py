@@ -1,0 +1,213 @@
+"""`dkd export`: one writer a format, and one reader, which knows nothing of dkd, to check what was written.
+
+safetensors    the plain model's tensors, their names those of the architecture; what it is of is in the file's metadata
+torchvision    a state dict for torchvision.models.NAME(num_classes=K), read with torch.load(weights_only=True)
+onnx           the whole model, any batch, for onnxruntime and others
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
+
+LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
+_BATCHES = (1, 3)
+
+
+class ExportError(ValueError):
+    """A student that is not there, or that a format does not fit."""
+
+
+class OtherLogitsError(RuntimeError):
+    """What was written does not give the student's logits."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is exported.
+
+    Args:
+        model: in eval mode, on the CPU; expects normalised images (b, 3, H, W).
+        image_size: pixels.
+        mean, std: of the normalisation, on the scale 0 to 1.
+    """
+
+    spec: ModelSpec
+    model: nn.Module
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+
+class _WithNormalization(nn.Module):
+    """Takes images on the scale 0 to 255."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.model = student.model
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in student.std]).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(images * self.scale + self.shift)
+        return logits
+
+
+def export_student(
+    run: Path, form: str, output: Path | None = None, normalization: bool = False, trust_code: bool = False
+) -> tuple[Path, float]:
+    """Write the student of a run in another format, and check that it gives the same logits.
+
+    Args:
+        run: a run directory, a checkpoint in it, or a student.safetensors.
+        form: one of FORMATS.
+        output: the file; default: beside the student, exported.safetensors, student.pth or student.onnx.
+        normalization: onnx only: the file takes images on the scale 0 to 255 and normalises them itself.
+        trust_code: as `load_student`.
+
+    Returns:
+        The file, and the largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        ExportError: with what does not fit.
+        OtherLogitsError: after which the file is not there.
+    """
+    try:
+        student = _read(run, trust_code)
+    except (WeightsError, UnknownModelError) as error:
+        raise ExportError(str(error)) from error
+    write, read, suffix = FORMATS[form]
+    if normalization and form != "onnx":
+        raise ExportError(f"--normalization belongs to onnx: a file of {form} holds tensors, and no operations")
+    folder = run if run.is_dir() else run.parent
+    path = output or folder / (f"exported{suffix}" if suffix == ".safetensors" else f"student{suffix}")
+    if path.exists() and path.resolve() == (folder / "student.safetensors").resolve():
+        raise ExportError(f"{str(path)!r} is the run's own student; name another --output")
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exported = _WithNormalization(student).eval() if normalization else student.model
+        write(partial, student, exported)
+        difference = _largest_difference(exported, read(partial, student), student.image_size, 255.0 if normalization else 1.0)
+        if not difference <= LARGEST_DIFFERENCE:
+            raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
+        partial.replace(path)
+    except OSError as error:
+        raise ExportError(f"{str(path)!r} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path, difference
+
+
+def _read(run: Path, trust_code: bool) -> Student:
+    weights = run / "student.safetensors" if run.is_dir() else run
+    if not weights.is_file():
+        raise WeightsError(f"no finished student: {str(weights)!r} is not there")
+    description = read_description(weights)
+    normalization: Mapping[str, Any] = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
+    size = description.get("image_size")
+    if not isinstance(size, int):
+        raise WeightsError(f"{str(weights.with_suffix('.json'))!r} does not say image_size")
+    return Student(
+        student_spec(description), load_student(weights, trust_code), size, list(normalization["mean"]), list(normalization["std"])
+    )
+
+
+@torch.no_grad()
+def _largest_difference(model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], image_size: int, scale: float) -> float:
+    """On random images, in batches of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    found = 0.0
+    for batch in _BATCHES:
+        images = torch.rand(batch, 3, image_size, image_size, generator=generator) * scale
+        wanted, given = model(images), exported(images)
+        if given.shape != wanted.shape:
+            raise OtherLogitsError(f"the file yields {tuple(given.shape)}, the student {tuple(wanted.shape)}")
+        found = max(found, ((given - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item())
+    return found
+
+
+def _write_safetensors(path: Path, student: Student, exported: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    facts = {
+        "architecture": {**vars(student.spec), "options": dict(student.spec.options)},
+        "image_size": student.image_size,
+        "normalization": {"mean": student.mean, "std": student.std},
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in student.model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", "student": json.dumps(facts)})
+
+
+def _read_safetensors(path: Path, student: Student) -> Callable[[torch.Tensor], torch.Tensor]:
+    from safetensors.torch import load_file
+
+    model = build_model(student.spec)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def _write_torchvision(path: Path, student: Student, exported: nn.Module) -> None:
+    if not student.spec.name.startswith("torchvision/"):
+        raise ExportError(f"the student is {student.spec.name!r}, which torchvision does not have; take safetensors or onnx")
+    torch.save(student.model.state_dict(), path)
+
+
+def _read_torchvision(path: Path, student: Student) -> Callable[[torch.Tensor], torch.Tensor]:
+    import torchvision
+
+    name = student.spec.name.removeprefix("torchvision/")
+    model = torchvision.models.get_model(name, weights=None, num_classes=student.spec.classes, **student.spec.options)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"onnx needs {', '.join(missing)}: pip install 'dkd[onnx]'")
+    images = torch.zeros(2, 3, student.image_size, student.image_size)
+    program = torch.onnx.export(
+        exported,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images" if exported is not student.model else _first_argument(exported): {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path), external_data=False)
+
+
+def _first_argument(model: nn.Module) -> str:
+    return next(iter(inspect.signature(model.forward).parameters))
+
+
+def _read_onnx(path: Path, student: Student) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+_Write = Callable[[Path, Student, nn.Module], None]
+_Read = Callable[[Path, Student], Callable[[torch.Tensor], torch.Tensor]]
+FORMATS: dict[str, tuple[_Write, _Read, str]] = {
+    "safetensors": (_write_safetensors, _read_safetensors, ".safetensors"),
+    "torchvision": (_write_torchvision, _read_torchvision, ".pth"),
+    "onnx": (_write_onnx, _read_onnx, ".onnx"),
+}
