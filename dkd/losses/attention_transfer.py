@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,4 +143,18 @@ def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> t
         return features.abs().sum(1)
     if map == "max_p":
         return features.abs().amax(1).pow(p)
-    return features.square().sum(1) if p == 2 else features.abs().pow(p).sum(1)
+    return _SumOfSquares.apply(features) if p == 2 else features.abs().pow(p).sum(1)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Σ_c A_c², whose backward 2·A·∂ is one pass over A instead of three."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(features)
+        return features.square().sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (features,) = ctx.saved_tensors
+        return features * (2 * gradients[0])[:, None]

@@ -34,6 +34,7 @@ from dkd.training.gradient_check import gradient_is_finite
 from dkd.training.main_process import on_main_process
 from dkd.training.optimizers import build_optimizer
 from dkd.training.progress import Progress
+from dkd.training.random_state import seed_device
 from dkd.training.rank_means import RankMeans
 from dkd.training.resuming import begin
 from dkd.training.run_directory import Existing, RunDirectory
@@ -267,7 +268,8 @@ class Trainer:
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.student.train()
+        if not self.student.training:  # evaluation has left it so; setting every module anew takes its time
+            self.student.train()
         self.statistics.start_step()
         sums: dict[str, torch.Tensor] = {}
         asked = time.monotonic()
@@ -375,7 +377,7 @@ class Trainer:
         return self.forward.logits(self.forward.images(batch._replace(images=batch.images.to(self.device, non_blocking=True))))
 
     def _student_outputs(self, step: int, micro_step: int, images: torch.Tensor) -> Outputs:
-        torch.manual_seed(self._seed(step, micro_step, _FORWARD))
+        seed_device(self.device, self._seed(step, micro_step, _FORWARD))
         return self.forward.student(images)
 
     def _evaluate(self, steps_done: int, loading: Iterator[Batch]) -> Evaluation | None:
