@@ -88,6 +88,75 @@ def test_augmentation_does_not_depend_on_workers_ranks_or_position(preset):
     assert not torch.equal(images(1, 0, 4)[:16], reference[:16])
 
 
+@pytest.mark.parametrize("preset", ["digits", "cifar"])
+def test_images_in_memory_and_on_disk_are_augmented_alike(preset):
+    """A batch at a time where all are decoded, one by one elsewhere."""
+    source = open_source("digits", training=True)
+
+    class OnDisk:
+        labels, class_names, image, images, neighbours = source.labels, None, source.image, source.images, source.neighbours
+
+        def __len__(self):
+            return len(source)
+
+    pipeline, order = build_pipeline(preset, image_size=32), SampleOrder(len(source), 1, 16, 16)
+    for a, b in zip(*(TrainingBatches(s, pipeline.train, order).steps(3, 6) for s in (source, OnDisk())), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+    for a, b in zip(*(EvaluationBatches(s, pipeline.validation, 100, 1, 3) for s in (source, OnDisk())), strict=True):
+        assert torch.equal(a.images[: a.valid], b.images[: b.valid])
+        assert (a.valid, a.labels.tolist()) == (b.valid, b.labels.tolist())
+
+
+def test_crops_and_flips_are_all_equally_likely():
+    """81 places and 2 directions, found by comparing with every one of them; chi-square with 161 degrees of freedom."""
+    from dkd.data.transforms import CropAndFlip
+
+    image = torch.arange(1, 3 * 32 * 32 + 1).view(3, 32, 32).remainder(251).add(1).to(torch.uint8)
+    padded = torch.nn.functional.pad(image, [4] * 4)
+    seen = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[:, top : top + 32, left : left + 32]
+            seen[crop.contiguous().numpy().tobytes()] = [top, left, False]
+            seen[crop.flip(-1).contiguous().numpy().tobytes()] = [top, left, True]
+    assert len(seen) == 162
+    count = 16200
+    drawn = CropAndFlip(32, 4, flip=True).of_batch(image.expand(count, -1, -1, -1), [mix(0, 0, index) for index in range(count)])
+    found = [tuple(seen[made.numpy().tobytes()]) for made in drawn]
+    chi_square = sum((found.count(tuple(place)) - 100) ** 2 / 100 for place in seen.values())
+    assert 100 < chi_square < 230  # beyond either once in thousands of seeds; these are fixed
+
+
+def test_one_image_is_augmented_too_and_its_own_pixels_stay():
+    from dkd.data.transforms import CropAndFlip
+
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    before = image.clone()
+    for padding in (0, 4):
+        transform = CropAndFlip(32, padding, flip=True)
+        torch.manual_seed(1)
+        made = [transform(image) for _ in range(8)]
+        assert {tuple(m.shape) for m in made} == {(3, 32, 32)}
+        assert len({m.numpy().tobytes() for m in made}) > 1
+    assert torch.equal(image, before)
+
+
+def test_rand_augment_and_random_erasing_are_there_and_repeat():
+    stages = [{"RandomCrop": {"size": 16, "padding": 2}}, {"RandAugment": {"num_ops": 2}}, {"RandomErasing": {"p": 1.0, "value": 125}}]
+    pipeline = build_pipeline(stages, ["Identity"], 16, Normalize((0.5,) * 3, (0.5,) * 3))
+    source = open_source("digits", training=True)
+    pixels = torch.nn.functional.interpolate(source.pixels.float(), 16).to(torch.uint8)
+    source.pixels = pixels
+    once, again = (
+        next(iter(TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 32, 32), workers).steps(0, 1))) for workers in (0, 1)
+    )
+    assert torch.equal(once.images, again.images)
+    assert all((image == 125).any() for image in once.images)  # an erased place in each
+    plain = pixels[torch.tensor([0])]
+    assert not torch.equal(once.images[:1], plain)
+
+
 def test_loading_leaves_the_random_state_of_training_alone():
     source = open_source("digits", training=True)
     batches = TrainingBatches(source, build_pipeline("digits").train, SampleOrder(len(source), 1, 16, 16)).steps(0, 3)

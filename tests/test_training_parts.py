@@ -119,9 +119,13 @@ def test_a_teacher_never_trains_and_never_changes():
     before = weights_fingerprint(teacher)
     teacher.train()
     assert not any(module.training for module in teacher.modules())
-    logits, features = teacher(torch.randn(2, 3, 16, 16, requires_grad=True))
+    logits, features = teacher(torch.randn(2, 3, 16, 16))
     assert not logits.requires_grad
     assert features["block2"].shape == (2, 32, 16, 16)  # the images were resized to 32
+    images = torch.randn(2, 3, 16, 16, requires_grad=True)  # as gradient-based attention transfer asks for it
+    teacher(images)[0].sum().backward()
+    assert images.grad is not None
+    assert all(p.grad is None for p in teacher.parameters())
     assert weights_fingerprint(teacher) == before
 
 

@@ -111,6 +111,11 @@ def split_spec(spec: str) -> tuple[str, str]:
     )
 
 
+def runs_user_code(spec: str) -> bool:
+    """Whether opening `spec` imports a module that it names."""
+    return spec.startswith("python:")
+
+
 def check_class_names(train: ImageSource, validation: ImageSource) -> None:
     """Where both sources name their classes, a label must mean the same in both. Raises DataError."""
     ours, theirs = train.class_names, validation.class_names

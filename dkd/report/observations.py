@@ -13,7 +13,7 @@ from torch import nn
 from dkd import recipe_objects
 from dkd.config import Recipe
 from dkd.data import DataError, ImageSource, Normalize
-from dkd.data.sources import split_spec
+from dkd.data.sources import runs_user_code
 from dkd.data.transforms import BatchTransform
 from dkd.losses.attention_transfer import attention_map, token_grid
 from dkd.models import (
@@ -91,7 +91,7 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: b
         return Observation(notes=["there is no finished student yet: no attention maps, Gram matrices or accuracies of classes"])
     recipe = _with_taps(run, others, notes)
     try:
-        if split_spec(recipe.data.validation)[0] == "python" and not trust_code:
+        if runs_user_code(recipe.data.validation) and not trust_code:
             raise DataError(f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code")
         source = recipe_objects.open_part(recipe.data, "validation")
         shown, classified = _chosen(source, count)

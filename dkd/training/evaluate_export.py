@@ -12,6 +12,7 @@ from dkd import recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
 from dkd.data.batches import Batch
+from dkd.data.sources import runs_user_code
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
 from dkd.training import assembly, engine, launch, preflight
 from dkd.training.evaluation import Evaluation, evaluate
@@ -42,6 +43,8 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         student = load_student(weights, trust_code)
     except (WeightsError, UnknownModelError) as error:
         raise RecipeError.at("", error) from error
+    if runs_user_code(recipe.data.validation) and not trust_code:
+        raise RecipeError.at("data.validation", f"{recipe.data.validation!r} is code to be imported and run; allow it with --trust-code")
     validation = preflight.open_validation(recipe, spec.classes)
 
     accelerator = engine.build_accelerator(
