@@ -15,6 +15,10 @@ PARITY = [
 ]
 PARITY += [case(engine, 8, "zero3", strategy="exchange") for engine in ("zero2", "zero3")]
 SHORT = {"max_steps": 3}
+PARITY.append({**case("ddp", 16), "precision": "fp32"})
+# cuDNN's float32 convolutions round more than a CPU's: against float64, AT at step 5 is off by 3.9e-5 on an H100, by the same digits under all
+# stages of ZeRO and placements of the teacher. It is the only term beyond 2e-5 in these steps.
+GPU_FLOAT32 = 1e-4
 FLOAT32 = {**case("ddp", 8), "precision": "fp32", "train": SHORT}
 FAST = [
     {**FLOAT32, "precision": "bf16", "train": {**SHORT, "channels_last": True}},
@@ -37,7 +41,7 @@ def reference():
 
 @pytest.mark.parametrize("tried", PARITY, ids=name_of)
 def test_training_is_that_of_a_plain_loop(results, reference, tried):
-    assert_same_training(returned(results, tried), tried, reference, WORLD)
+    assert_same_training(returned(results, tried), tried, reference, WORLD, first_steps=GPU_FLOAT32)
 
 
 @pytest.mark.parametrize("tried", FAST, ids=name_of)
@@ -50,4 +54,4 @@ def test_half_precision_and_compilation_stay_near_float32(results, tried):
 
 def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(results):
     for rank in returned(results, FEATURES):
-        assert all(found["equal"] for found in rank.values()), rank
+        assert not {name: found for name, found in rank.items() if not found["equal"]}
