@@ -16,8 +16,8 @@ PARITY = [
 PARITY += [case(engine, 8, "zero3", strategy="exchange") for engine in ("zero2", "zero3")]
 SHORT = {"max_steps": 3}
 PARITY.append({**case("ddp", 16), "precision": "fp32"})
-# cuDNN's float32 convolutions round more than a CPU's: against float64, AT at step 5 is off by 3.9e-5 on an H100, to the same digits under all
-# stages of ZeRO and placements of the teacher.
+# cuDNN's float32 convolutions round more than a CPU's: against float64, AT at step 5 is off by 3.9e-5 on an H100, to the same digits under
+# all stages of ZeRO and placements of the teacher.
 GPU_FLOAT32 = 1e-4
 FLOAT32 = {**case("ddp", 8), "precision": "fp32", "train": SHORT}
 FAST = [
