@@ -28,7 +28,7 @@ RECIPE = [
     "configs/quickstart.yaml", "teacher.weights=random", "train.precision=fp32", "run.trackers=[]", "train.max_steps=60",
     "checkpoint.every_steps=3", "train.ema={decay: 0.9}",
 ]  # fmt: skip
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "data_wait", "seconds")
 
 
 def start(run: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -72,6 +72,7 @@ def read_run(path: Path, label: str) -> RunFiles:
         for kind, found in (("evaluation", evaluations), ("checkpoint", checkpoints)):
             value = line.get(kind)
             if isinstance(value, dict):
+                value = {"seconds": line.get("seconds", 0.0), **value}
                 found[int(value.get("steps") or value.get("step") or 0)] = value
         if isinstance(line.get("step"), int) and "loss" in line:
             steps[line["step"]] = line

@@ -400,9 +400,9 @@ class Trainer:
         if result.unreadable:
             self.log.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
-        facts["seconds"] = round(time.monotonic() - begun, 3)
         self.checkpointer.evaluations[steps_done] = result.top1
-        self.log.write({"evaluation": facts}, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
+        line = {"evaluation": facts, "seconds": round(time.monotonic() - begun, 3)}
+        self.log.write(line, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
         self.log.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
         return result
 

@@ -26,7 +26,7 @@ from dkd.training.engine import leave_process_group
 from dkd.training.sharded_weights import local_part
 from dkd.training.trainer import Trainer
 
-TIMINGS = ("images_per_second", "data_wait")
+TIMINGS = ("images_per_second", "data_wait", "seconds")
 MIXED = {"mixup": 0.4, "cutmix": 1.0}
 MODELS = {
     "plain": {},
