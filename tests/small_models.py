@@ -6,6 +6,14 @@ from datetime import timedelta
 
 import torch
 
+from dkd import SimilarityPreserving
+
+
+class Relational(SimilarityPreserving):
+    """A loss as a user would write it, of which a recipe knows nothing but that it compares samples."""
+
+    relational = True
+
 
 class Regularized(torch.nn.Module):
     """A small network with BatchNorm and dropout."""

@@ -41,6 +41,7 @@ TOO_BROKEN = {engine: {**BROKEN[engine], "nonfinite": [3, 4, 5]} for engine in E
 GRADIENTS = {"gradients": "sharded"}
 OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
+MODES = {engine: {"modes": engine} for engine in ENGINES}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folders):
     """world size -> case -> what each rank returned."""
-    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER, GRADIENTS, *BROKEN.values(), *TOO_BROKEN.values()]}
+    more = {2: [*AVERAGED, *BF16, *FEW, *VIT, FEATURES, OTHER, *MODES.values(), GRADIENTS, *BROKEN.values(), *TOO_BROKEN.values()]}
     return {world: launch(world, folders[world], [*cases, *more.get(world, [])]) for world, cases in PARITY.items()}
 
 
@@ -134,6 +135,12 @@ def test_an_update_whose_gradient_is_not_finite_leaves_no_trace(results, engine)
     assert len(ended) == 1
     assert "the loss is not finite at step 6 (on rank 1; " in (message := ended.pop())
     assert "3 steps in a row" in message
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_student_trains_again_after_an_evaluation(results, engine):
+    for modes in returned(results[2], MODES[engine]):
+        assert modes == {"training": [True], "evaluation": [False]}
 
 
 def test_a_gradient_that_is_not_finite_in_one_shard_is_found_on_all_ranks(results):

@@ -188,6 +188,22 @@ def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, refere
         assert many[0]["state"][f"model.{key}"] == pytest.approx(values.double().flatten()[:64].tolist(), rel=1e-7, abs=1e-9), key
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_relational_loss_of_ones_own_is_computed_on_the_global_batch(results, reference, world):
+    wanted, lines = reference["all_four_losses"][0], returned(results, world, "a_relational_loss_of_ones_own")[0]["lines"]
+    for ours, plain in zip(lines, wanted, strict=True):
+        assert math.isclose(ours["loss"], plain["loss"], rel_tol=1e-9)
+        assert math.isclose(ours["mine"], plain["sp"], rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gradient_attention_with_batch_norm_is_the_same_on_any_number_of_ranks(results, world):
+    (alone, *_), (ours, *_) = (returned(results, w, "gradient_attention_with_batch_norm") for w in (1, world))
+    for a, b in zip(alone["lines"], ours["lines"], strict=True):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
+        assert math.isclose(a["gradient_at"], b["gradient_at"], rel_tol=1e-9)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_mistakes_in_the_arithmetic_would_be_noticed(results, reference, world):
     """The check above, on trainers that each have one mistake: after two steps the losses are off by far more than its tolerance."""

@@ -57,6 +57,11 @@ WRONG = [
     ("optimizer.lr=.nan", ["optimizer.lr: must be a finite number, not nan"]),
     ("losses.ce.label_smoothing=1", ["losses.ce.label_smoothing: must be less than 1, not 1"]),
     ("data.normalization={mean: [0, 0], std: [1, 1, 0]}", ["data.normalization.mean: must have at least 3 items", "data.normalization.std.2: must be greater than 0"]),
+    ("losses.at.preset=[authors]", ["losses.at.preset: "]),
+    ("losses.sp.preset=mdistiller", ["losses.sp.preset: 'mdistiller' is not allowed; allowed: paper, repdistiller"]),
+    ("losses.custom=[{name: step, loss: 'a:b', weight: 1, of: labels}]", ["losses.custom.0: name 'step' is taken"]),
+    ("losses.custom=[{name: My Loss, loss: 'a:b', weight: 1, of: labels}]", ["losses.custom.0.name: must be a word of small letters"]),
+    ("losses.custom=[{name: a, loss: ab, weight: 1, of: labels}]", ["losses.custom.0.loss: must be module:attribute, not 'ab'"]),
     # choices
     ("optimizer.name=sdg", ["optimizer.name: 'sdg' is not allowed; allowed: sgd, adamw; did you mean sgd?"]),
     ("schedule.name=polynomial", ["schedule.name: 'polynomial' is not allowed; allowed: constant, step, cosine, one_cycle"]),
@@ -153,6 +158,47 @@ def test_options_and_overrides_come_in_any_order(recipe_file, capsys):
         code = main(["train", *arguments])
         assert code == (0 if arguments[0] == str(recipe_file) else 2), arguments  # the recipe comes before the overrides
     assert "epochs: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.compile.student=true", "train.compile.student: losses.gradient_at differentiates twice"),
+        ("train.compile.teacher=true", "train.compile.teacher: losses.gradient_at differentiates twice"),
+        ("teacher.placement=fsdp2", "teacher.placement: losses.gradient_at needs a whole teacher"),
+        ("train.precision=fp16", "train.precision: losses.gradient_at: gradients of images vanish in fp16"),
+        ("train.sync_batch_norm=true", "train.sync_batch_norm: losses.gradient_at differentiates twice"),
+        ("teacher=null", "losses.gradient_at: needs a teacher"),
+    ],
+)
+def test_what_cannot_differentiate_twice_is_refused(recipe_file, capsys, override, message):
+    assert main(["train", str(recipe_file), "losses={gradient_at: {beta: 1}}", override]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_gradient_attention_is_refused_under_engines_that_shard(recipe_file, capsys, monkeypatch, engine):
+    from dkd.training import engine as engines
+
+    monkeypatch.setattr(engines, "_engine_or_none", lambda: engine)
+    assert main(["train", str(recipe_file), "losses.gradient_at={beta: 1}"]) == 2
+    assert "losses.gradient_at: differentiates twice, which FSDP2 and DeepSpeed cannot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "wanted"),
+    [
+        ("authors", {}, {"beta": 1000.0, "reduction": "mean_squared", "resize": "error"}),
+        ("repdistiller", {"beta": 7, "resize": "map"}, {"beta": 7.0, "resize": "map"}),
+        ("paper", {"beta": 3}, {"reduction": "paper", "norm": 2.0, "resize": "map"}),
+    ],
+)
+def test_a_preset_fills_what_is_left_out_and_survives_being_written(tmp_path, preset, override, wanted):
+    values = {**BASE, "losses": {"at": {"preset": preset, "pairs": [["layer1", "block1"]], **override}}}
+    recipe = validate(values)
+    assert {key: getattr(recipe.losses.at, key) for key in wanted} == wanted
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
 
 @pytest.mark.parametrize(

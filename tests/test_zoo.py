@@ -113,9 +113,8 @@ def test_nin_without_norms():
 def test_files_of_other_projects_load(tmp_path, written):
     """Names and nesting as RepDistiller (.pth) and mdistiller write them."""
     source, target = (fill(build_model(ModelSpec("wrn_16_1", 10))) for _ in range(2))
-    with torch.no_grad():
-        for p in target.parameters():
-            p.zero_()
+    for value in target.state_dict().values():
+        value.zero_()
     state = {theirs(name): value for name, value in source.state_dict().items()}
     path = tmp_path / written
     if written.endswith(".safetensors"):
@@ -138,6 +137,30 @@ def test_files_of_other_projects_load(tmp_path, written):
         torch.save(content[written], path)
     load_weights(target, "wrn_16_1", str(path))
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_names_of_ones_own_model_stay_though_they_look_like_those_of_others(tmp_path, suffix):
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block1 = Layers()
+
+    for source, target in ((Own(), Own()), (torch.nn.ModuleDict({"module": Own()}), torch.nn.ModuleDict({"module": Own()}))):
+        path = tmp_path / f"weights{suffix}"
+        if suffix == ".pth":
+            torch.save(source.state_dict(), path)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(source.state_dict(), path)
+        load_weights(target, "my:Own", str(path))
+        assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
 
 
 def test_names_of_others_do_not_hide_what_does_not_fit(tmp_path):

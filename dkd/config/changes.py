@@ -8,7 +8,8 @@ from typing import Any
 from dkd.config.problems import Problem
 from dkd.config.schema import Recipe
 
-_WHERE_NOT_WHAT = {"run.dir"}  # a run may be moved
+# A run may be moved; a preset is only where other keys had their values from.
+_WHERE_NOT_WHAT = {"run.dir", "losses.at.preset", "losses.sp.preset"}
 
 
 def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:

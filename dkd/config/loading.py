@@ -238,21 +238,34 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
         removed = "" if "." in name else f", or remove it with losses.{name}=null"
         problems.append(Problem(f"losses.{name}", f"needs a teacher; add `teacher`{removed}"))
     if recipe.teacher is not None and not losses.needs_teacher:
-        problems.append(Problem("teacher", "no loss uses it; add losses.at, losses.sp or losses.kd, or remove it with teacher=null"))
+        problems.append(
+            Problem(
+                "teacher", "no loss uses it; add one that does, such as losses.at, losses.sp or losses.kd, or remove it with teacher=null"
+            )
+        )
     if recipe.teacher is not None and losses.needs_teacher_logits and recipe.teacher.classes not in (None, recipe.data.classes):
         needs = losses.needs_teacher_logits[0]
         problems.append(
             Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs")
         )
     if losses.gradient_at is not None:
-        for key, on in (("student", train.compile.student), ("teacher", train.compile.teacher)):
+        transfers = losses.gradient_at.form == "transfer"
+        for key, on in (("student", train.compile.student), ("teacher", train.compile.teacher and transfers)):
             if on:
                 problems.append(
                     Problem(
                         f"train.compile.{key}", "losses.gradient_at differentiates twice, which a compiled model cannot; set it to false"
                     )
                 )
-        if recipe.teacher is not None and recipe.teacher.placement != "replicated":
+        if train.sync_batch_norm:
+            problems.append(Problem("train.sync_batch_norm", "losses.gradient_at differentiates twice, which SyncBatchNorm cannot"))
+        if train.precision == "fp16":
+            problems.append(
+                Problem(
+                    "train.precision", "losses.gradient_at: gradients of images vanish in fp16, without its loss scaling; use bf16 or fp32"
+                )
+            )
+        if transfers and recipe.teacher is not None and recipe.teacher.placement != "replicated":
             problems.append(Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated"))
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -44,6 +45,10 @@ def _allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def _matches(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _is_file_name(value: Any) -> bool:
@@ -224,9 +229,10 @@ def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any
     """What is not written in the section is taken from its preset."""
 
     def fill(values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset") not in presets:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(preset, str) or preset not in presets:
             return values
-        return {**presets[values["preset"]], **values}
+        return {**presets[preset], **values}
 
     return fill
 
@@ -323,9 +329,9 @@ def _pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 class CustomLossSection(Section):
     """A loss of your own: a callable made of `loss` with `options`. See docs/add_a_loss.md."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, _allow(lambda v: _matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
     """What it is called in metrics.jsonl."""
-    loss: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    loss: Annotated[str, _allow(lambda v: _matches(r"[\w.]+:\w+", v), "module:attribute")]
     """module:attribute, a class or a function that returns the loss."""
     weight: Weight
     of: Literal["features", "logits", "labels"] = "features"
@@ -337,8 +343,8 @@ class CustomLossSection(Section):
 
     @model_validator(mode="after")
     def _pairs_belong_to_features(self) -> CustomLossSection:
-        if self.name in _OWN_TERMS:
-            raise ValueError(f"name {self.name!r} is taken; other names are {', '.join(_OWN_TERMS)}")
+        if self.name in (*_OWN_TERMS, *_LOGGED):
+            raise ValueError(f"name {self.name!r} is taken: it means something else in metrics.jsonl")
         if (self.of == "features") != bool(self.pairs):
             raise ValueError("of: features needs pairs" if self.of == "features" else f"of: {self.of} has no pairs")
         if (problem := _pair_problem(self.pairs, weighted=False)) is not None:
@@ -351,6 +357,11 @@ class CustomLossSection(Section):
 
 
 _OWN_TERMS = ("loss", "ce", "at", "gradient_at", "sp", "kd")
+# Keys that a line of metrics.jsonl or a step's numbers have beside the terms.
+_LOGGED = (
+    "step", "epoch", "lr", "images_per_second", "data_wait", "seconds", "seconds_waited", "sp_row_difference", "pass_difference", "skipped",
+    "ranks", "stop", "minutes_over", "unreadable", "load_failures", "replaced_images", "evaluation", "checkpoint",
+)  # fmt: skip
 
 
 class LossesSection(Section):

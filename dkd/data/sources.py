@@ -450,18 +450,20 @@ class _UserData(_Indexed):
             self._data = load_callable(name)(training=training)
         except UserCodeError as error:
             raise DataError(str(error)) from error
-        except Exception as error:  # the user's code may raise anything
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise DataError(f"{name!r} cannot be opened with training={training}: {describe_error(error)}") from error
         self._name = name
         labels = getattr(self._data, "labels", getattr(self._data, "targets", None))
         if labels is None or not hasattr(self._data, "__getitem__"):
             raise DataError(f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index")
-        try:
-            self.labels = np.asarray(labels, dtype=np.int64)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name!r}: its labels are no whole numbers: {error}") from error
+        found = np.asarray(labels)
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            raise DataError(f"{name!r}: its labels are {found.dtype} of shape {found.shape}, not a whole number for each image")
+        if hasattr(self._data, "__len__") and len(self._data) != len(found):
+            raise DataError(f"{name!r} has {len(found)} labels for {len(self._data)} images")
+        self.labels = found.astype(np.int64)
         names = getattr(self._data, "classes", None)
-        self.class_names = None if names is None else list(names)
+        self.class_names = [str(each) for each in names] if isinstance(names, list | tuple) else None
 
     def image(self, index: int) -> torch.Tensor:
         try:

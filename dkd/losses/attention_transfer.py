@@ -149,10 +149,15 @@ def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> t
 class _SumOfSquares(torch.autograd.Function):
     """Σ_c A_c², whose backward 2·A·∂ is one pass over A instead of three."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(features)
+    def forward(features: torch.Tensor) -> torch.Tensor:
         return features.square().sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:

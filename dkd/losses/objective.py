@@ -134,5 +134,9 @@ class Objective:
         Each is a share of this rank times W: its mean over ranks is the value on the global batch.
         """
         values = {term.name: term.value(student, teacher, labels, layout) for term in self.terms}
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"the loss {name!r} returned {what}, not a scalar tensor")
         total = torch.stack([term.weight(step) * values[term.name] for term in self.terms]).sum()
         return total, {name: value.detach() for name, value in values.items()}

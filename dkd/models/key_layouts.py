@@ -13,9 +13,17 @@ from collections.abc import Iterable
 _WIDE_RESNET = re.compile(r"^(block[123])\.layer\.(\d+\.)")
 
 
-def our_names(names: Iterable[str]) -> dict[str, str]:
-    """name in the file -> name in our model, for the tensors that are the model's."""
+def our_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """name in the file -> name in the model, for the tensors that are the model's. Where the file's own names are the model's, they stay.
+
+    Args:
+        names: in the file.
+        wanted: of the model's state.
+    """
     found = {name: name for name in names}
+    # Old files lack BatchNorm's counters.
+    if all(name in found for name in wanted if not name.endswith("num_batches_tracked")):
+        return found
     for prefix in ("module.", "student."):
         if all(ours.startswith(prefix) for ours in found.values()):
             found = {name: ours.removeprefix(prefix) for name, ours in found.items()}

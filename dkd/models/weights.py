@@ -55,16 +55,16 @@ def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[
     if path.is_dir() and (path / "student.safetensors").is_file():
         path = path / "student.safetensors"
     if not is_file_name(weights) or path.suffix != ".safetensors":
-        state = read_file(path) if is_file_name(weights) else _torchvision_set(name, weights)
+        state = _in_our_names(read_file(path) if is_file_name(weights) else _torchvision_set(name, weights), model)
         _check_fit(model, name, weights, state)
         return iter(state.items())
-    _check_fit(model, name, weights, read_file(path, device="meta"))
-    return _stream_safetensors(path)
+    _check_fit(model, name, weights, _in_our_names(read_file(path, device="meta"), model))
+    return _stream_safetensors(path, list(model.state_dict()))
 
 
-def _stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        names = our_names(file.keys())
+        names = our_names(file.keys(), wanted)
     for key, ours in names.items():
         # Opened anew for each: what was read of a mapped file counts as memory of the process until it is closed.
         with safe_open(path, framework="pt") as file:
@@ -76,7 +76,7 @@ def _stream_safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def check_weights(model: nn.Module, name: str, weights: str) -> None:
     """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises WeightsError."""
     if is_file_name(weights):
-        _check_fit(model, name, weights, read_file(Path(weights), device="meta"))
+        _check_fit(model, name, weights, _in_our_names(read_file(Path(weights), device="meta"), model))
         return
     categories = _torchvision_weight_set(name, weights).meta.get("categories", [])
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
@@ -102,7 +102,7 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     """The tensors of a weights file; on the `meta` device only their shapes are read.
 
-    A torch file may hold them under `state_dict` or `model`. Names are those of our models (`key_layouts.py`).
+    A torch file may hold them under `state_dict` or `model`.
 
     Raises:
         WeightsError: no such file, or one that cannot be read safely.
@@ -113,7 +113,7 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
         if path.suffix == ".safetensors":
-            return _in_our_names(_safetensors_shapes(path) if device == "meta" else load_file(path, device))
+            return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
         # A namespace of options, as RepDistiller puts beside the weights, is data like a dictionary.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location=device, weights_only=True)
@@ -128,11 +128,11 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     if not named or not state:
         raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
-    return _in_our_names(state)
+    return state
 
 
-def _in_our_names(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    return {ours: state[name] for name, ours in our_names(state).items()}
+def _in_our_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    return {ours: state[name] for name, ours in our_names(state, model.state_dict()).items()}
 
 
 def _safetensors_shapes(path: Path) -> Mapping[str, torch.Tensor]:

@@ -155,12 +155,14 @@ def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
     make = load_callable(section.loss)
     try:
         loss = make(**section.options)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserCodeError(f"{section.loss!r} cannot be made with options {section.options}: {describe_error(error)}") from error
     if not callable(loss):
         raise UserCodeError(f"{section.loss!r} returned {type(loss).__name__}, which cannot be called")
     if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
         raise UserCodeError(f"{section.loss!r} has parameters of its own, which nothing would train; put them into the student")
+    if getattr(loss, "relational", False) and section.of != "features":
+        raise UserCodeError(f"{section.loss!r} is relational: it compares samples, and so takes features (with pairs), not {section.of}")
     return loss
 
 
@@ -184,7 +186,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
         sp = losses.sp
         scale = effective_gamma(1.0, sp.reference_batch, gram_rows(recipe, order))
         sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe))
-        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=True))
+        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=sp.batch == "step"))
     if losses.gradient_at is not None:
         section = losses.gradient_at
         gradient_loss = GradientAttention(section.form, section.squared)

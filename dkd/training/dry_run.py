@@ -31,7 +31,7 @@ def describe(recipe: Recipe) -> str:
         lines.append(
             f"teacher     {teacher.name}, {_parameters(recipe_objects.teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
         )
-        lines += [f"{name:<12}{what}" for name, what in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
+        lines += [f"{name:<11} {what}" for name, what in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
     objective = assembly.build_objective(recipe, order, steps * train.epochs)
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")

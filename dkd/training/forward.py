@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dkd.data import Normalize
 from dkd.data.batches import Batch
@@ -41,6 +43,7 @@ class Forward:
         by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
         self.differentiates_images = bool(by_images)
         self.mirrors = any(term.mirrored for term in by_images)
+        self._teacher_differentiates = any(not term.mirrored for term in by_images)
 
     def images(self, batch: Batch) -> torch.Tensor:
         """The student's input; it requires gradient where a loss differentiates by it."""
@@ -53,6 +56,10 @@ class Forward:
         return logits
 
     def student(self, images: torch.Tensor) -> Outputs:
+        with self._twice_differentiable():
+            return self._student(images)
+
+    def _student(self, images: torch.Tensor) -> Outputs:
         mirrored = None
         if self.mirrors:
             # Images and their mirror images in one forward: engines expect one for each backward.
@@ -71,10 +78,17 @@ class Forward:
         """
         if self.teacher_model is None:
             return None
+        if not self._teacher_differentiates:
+            images = images.detach()
         if self.teacher_normalize != self.normalize:
             pixels = self.normalize.undo(images) if images.requires_grad else batch.images
             images = self._as_input(self.teacher_normalize(pixels))
-        return Outputs(*self.teacher_model(images))
+        with self._twice_differentiable():
+            return Outputs(*self.teacher_model(images))
+
+    def _twice_differentiable(self) -> AbstractContextManager[None]:
+        """Fused attention has no second derivative."""
+        return sdpa_kernel(SDPBackend.MATH) if self.differentiates_images else nullcontext()
 
     def _as_input(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self.dtype, memory_format=self.memory_format)

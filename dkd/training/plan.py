@@ -104,8 +104,11 @@ class Plan:
     @property
     def two_passes(self) -> bool:
         """Whether every image goes through the student's forward twice."""
-        sp = self.recipe.losses.sp
-        return sp is not None and sp.batch == "step" and self.micro_steps > 1
+        losses = self.recipe.losses
+        relational = (losses.sp is not None and losses.sp.batch == "step") or any(
+            getattr(assembly.custom_loss(custom), "relational", False) for custom in losses.custom
+        )
+        return relational and self.micro_steps > 1
 
 
 def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cuda") -> Plan:
@@ -206,7 +209,7 @@ def describe(planned: Plan) -> str:
     taps = tap_table(recipe, planned.image_size, planned.gram.batch if planned.gram is not None else 0)
     if taps:
         lines += [("taps", "student  ←  teacher, and what a sample weighs"), *taps]
-    return "\n".join(f"{name:12}{text}".rstrip() for name, text in lines)
+    return "\n".join(f"{name:<11} {text}".rstrip() for name, text in lines)
 
 
 def _gram_lines(planned: Plan, gram: PlannedGram) -> list[tuple[str, str]]:

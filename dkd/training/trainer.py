@@ -114,6 +114,9 @@ class Trainer:
         self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
+        for term in self.objective.terms:  # a loss of the user's own may have buffers
+            if isinstance(loss := getattr(term, "loss", None), torch.nn.Module):
+                loss.to(self.device)
         self.forward = Forward(
             self.student,
             self.teacher,
@@ -123,9 +126,7 @@ class Trainer:
             engine.model_memory_format(recipe),
             self.objective,
         )
-        sp = recipe.losses.sp
-        whole = bool(self.relational.terms) and (sp is None or sp.batch == "step")
-        self.two_passes = whole and self.order.micro_steps > 1
+        self.two_passes = bool(self.relational.terms) and self.order.micro_steps > 1
         self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
 
         self.run_dir.writes = self.main
@@ -192,6 +193,9 @@ class Trainer:
             result = self._evaluate(self.first_step, iter(self.validation))
             if result is None:
                 self._stop(self.first_step)
+        # Here and behind each evaluation, not in every step: with many modules it takes its time. What an engine says of its own mode need
+        # not be the model's.
+        self.student.train()
         batches = self.batches.steps(self.first_step, self.total_steps)
         clock = time.monotonic()
         pending: RankMeans | None = None
@@ -268,8 +272,6 @@ class Trainer:
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not self.student.training:  # evaluation has left it so; setting every module anew takes its time
-            self.student.train()
         self.statistics.start_step()
         sums: dict[str, torch.Tensor] = {}
         asked = time.monotonic()
@@ -395,6 +397,8 @@ class Trainer:
                 result = evaluate(self._logits, self.validation, self.device, skip, loading, is_asked_to_stop)
         except DataError as error:
             raise TrainingError(f"evaluation after step {steps_done}: {error}") from error
+        finally:
+            self.student.train()
         if result is None:
             return None
         if result.unreadable:

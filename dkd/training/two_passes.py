@@ -69,7 +69,8 @@ def relational_gradient(
     teacher = Outputs(None, {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths})
     layout = BatchLayout.even(len(labels))
     total, terms = objective(Outputs(None, joined), teacher, labels, step=step, layout=layout)
-    gradients = torch.autograd.grad(total, list(joined.values()))
+    # A term need not use all of its pairs.
+    gradients = torch.autograd.grad(total, list(joined.values()), materialize_grads=True)
     rows = [len(features[paths[0]]) for features in kept]
     split = {path: gradient.split(rows) for path, gradient in zip(paths, gradients, strict=True)}
     return CachedGradient(total.detach(), terms, kept, [{path: split[path][i] for path in paths} for i in range(len(kept))], teachers)

@@ -226,6 +226,31 @@ def checks_of_sharded_gradients(folder):
     return {"answers": answers}
 
 
+def modes_of_the_student(folder, engine):
+    """Whether BatchNorm trains, in training steps and in evaluations, across several evaluations."""
+    seen = {"training": set(), "evaluation": set()}
+
+    def tamper(trainer):
+        (norm, *_) = [m for m in trainer.student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        where = ["training"]
+        norm.register_forward_pre_hook(lambda module, inputs: seen[where[0]].add(module.training))
+        evaluate = trainer._evaluate
+
+        def evaluating(*arguments):
+            where[0] = "evaluation"
+            try:
+                return evaluate(*arguments)
+            finally:
+                where[0] = "training"
+
+        trainer._evaluate = evaluating
+
+    with launched_as(engine):
+        changes = {"student": {"norm": "batch"}, "train": {"global_batch": 448, "epochs": 3, "max_steps": None, "precision": "fp32"}}
+        trainer_cases.train(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}}, tamper)
+    return {key: sorted(values) for key, values in seen.items()}
+
+
 def another_engine_than_asked_for(folder):
     """FSDP2 is asked for, and Accelerate makes DDP of it, as it does on CPUs when left alone."""
     from contextlib import nullcontext
@@ -266,6 +291,8 @@ def main():
                 results[name_of(case)] = evaluate_export(str(folder / case["evaluate"]), trust_code=True).facts()
             elif "gradients" in case:
                 results[name_of(case)] = checks_of_sharded_gradients(folder)
+            elif "modes" in case:
+                results[name_of(case)] = modes_of_the_student(folder, case["modes"])
             elif "other" in case:
                 results[name_of(case)] = another_engine_than_asked_for(folder)
             elif "features" in case:

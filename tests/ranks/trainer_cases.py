@@ -93,6 +93,19 @@ def gradient_attention_accumulated(folder):
     return train(folder, "gradients", {"losses": GRADIENTS["transfer"], "train": {"micro_batch": 8}})
 
 
+def a_relational_loss_of_ones_own(folder):
+    """SP as if it were somebody's: the same training as with `losses.sp`, accumulated, in two passes."""
+    own = {"name": "mine", "loss": "small_models:Relational", "weight": 3000 * 32 / 128, "pairs": [["layer3", "block3"]]}
+    return train(folder, "own", {"losses": {**RECIPE["losses"], "sp": None, "custom": [own]}, "train": {"micro_batch": 8}})
+
+
+def gradient_attention_with_batch_norm(folder):
+    """A teacher with a normalisation of its own; micro-batches of 8, the unit of BatchNorm."""
+    normal = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    changes = {"student": {"norm": "batch"}, "teacher": {"normalization": normal}, "losses": GRADIENTS["transfer"]}
+    return train(folder, "gradients_batch_norm", {**changes, "train": {"micro_batch": 8}})
+
+
 def gradient_attention_of_mirror_images(folder):
     return train(folder, "mirrored", {"losses": GRADIENTS["symmetric"], "train": {"micro_batch": 8}})
 
@@ -386,6 +399,8 @@ CASES = [
     all_four_losses_accumulated_with_batch_norm,
     gradient_attention_accumulated,
     gradient_attention_of_mirror_images,
+    gradient_attention_with_batch_norm,
+    a_relational_loss_of_ones_own,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
     second_forwards_repeat_the_first,
