@@ -116,6 +116,10 @@ def table(runs: Path, rows: list[str], seeds: int) -> str:
             half = _T95.get(len(differences) - 1, 1.96) * stdev(differences) / len(differences) ** 0.5
             interval = f"{mean(differences) - half:+.2f} … {mean(differences) + half:+.2f}"
         lines.append(f"| {ROWS[row]} | {len(values)} | {mean(values):.2f} % | {spread} | {against} | {interval} |")
+    lines += [
+        "",
+        "Means are over a row's own seeds, differences over those it shares with the student without a teacher; top-1 of the last epoch.",
+    ]
     both = [(top1[a][s], top1[b][s]) for a, b in [("sp_global", "sp_local")] if a in top1 and b in top1 for s in top1[a] if s in top1[b]]
     if len(both) > 1:
         differences = [a - b for a, b in both]
@@ -143,7 +147,7 @@ def write_results(options: argparse.Namespace, text: str) -> None:
         starts = json.loads((training.folder / "provenance.json").read_text())
         facts[training.folder.name] = {
             **{key: result[key] for key in ("evaluation", "steps", "seconds", "global_batch", "world_size", "parameters")},
-            **{key: starts[-1][key] for key in ("python", "packages", "git_revision")},
+            **{key: starts[-1][key] for key in ("python", "packages")},
         }
     (options.output / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     (options.output / "results.md").write_text(text + "\n")
@@ -166,7 +170,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="further keys of the recipes")
     parser.add_argument("--table", action="store_true", help="train nothing")
     options = parser.parse_args()
-    options.runs = options.runs.resolve()
+    options.runs, options.data = options.runs.resolve(), Path(options.data).resolve()
     if not options.table:
         # Seed by seed, so that an interrupted table is a smaller table; what needs no teacher does not wait for it.
         todo = [Training(row, seed, options.runs) for seed in range(options.seeds) for row in options.rows]

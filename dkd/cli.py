@@ -400,7 +400,7 @@ def _report_parser() -> argparse.ArgumentParser:
     parser = _parser("report", "One self-contained HTML page, and PNGs, of one or several runs: curves, attention maps, Gram matrices.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
     parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first run's folder")
-    parser.add_argument("--images", type=_positive, default=1000, metavar="N", help="validation images to classify (default 1000)")
+    parser.add_argument("--images", type=_positive, metavar="N", help="validation images to classify (default 2000, or 20 a class)")
     parser.add_argument("--trust-code", action="store_true", help="import what recipes and student.json name as module:callable")
     return parser
 

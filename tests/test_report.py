@@ -46,11 +46,27 @@ def test_the_page_holds_every_picture_and_loads_nothing(page):
     assert html.count('<img src="data:image/png;base64,') == len(pictures) == html.count("<img")
     for wanted in ("accuracy", "accuracy_by_class", "throughput", "taught_loss_terms", "taught_schedules", "taught_attention_maps"):
         assert wanted in pictures
-    for pair in ("layer1", "layer2", "layer3"):
+    for pair in ("layer1_block1", "layer2_block2", "layer3_block3"):
         assert f"taught_Gram_matrices_{pair}" in pictures
         assert f"alone_channel_activations_{pair}" in pictures
     # Nothing that a browser would fetch: no scripts, style sheets, or addresses.
     assert not re.search(r"<script|<link rel=.stylesheet|https?://|url\(", html)
+
+
+def test_pictures_of_two_pairs_of_one_tap_and_of_names_alike_do_not_collide(runs, tmp_path):
+    twice = tmp_path / "é a"
+    shutil.copytree(runs / "taught", twice)
+    recipe = (twice / "recipe.yaml").read_text()
+    at = "    - - layer1\n      - block1\n    - - layer2\n      - block2\n"
+    assert at in recipe
+    (twice / "recipe.yaml").write_text(recipe.replace(at, at + "    - - layer2\n      - block3\n"))
+    (tmp_path / "x_pictures").mkdir()
+    (tmp_path / "x_pictures" / "old.png").write_bytes(b"")
+    assert main(["report", str(twice), str(runs / "taught"), "--output", str(tmp_path / "x.html"), "--images", "50"]) == 0
+    pictures = {path.stem for path in (tmp_path / "x_pictures").iterdir()}
+    assert {"é_a_Gram_matrices_layer2_block2", "é_a_Gram_matrices_layer2_block3"} <= pictures
+    assert "old" not in pictures
+    assert main(["report", str(twice), str(twice)]) == 2
 
 
 def test_the_table_compares_runs_of_any_number_of_ranks(page):

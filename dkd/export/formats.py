@@ -93,8 +93,12 @@ def export_student(
     if normalization and form != "onnx":
         raise ExportError(f"--normalization belongs to onnx: a file of {form} holds tensors, and no operations")
     folder = run if run.is_dir() else run.parent
+    if output is None and folder.parent.name == "checkpoints":
+        raise ExportError(f"{str(folder)!r} is a checkpoint, which a run may remove; name an --output")
     path = output or folder / (f"exported{suffix}" if suffix == ".safetensors" else f"student{suffix}")
-    if path.exists() and path.resolve() == (folder / "student.safetensors").resolve():
+    if path.suffix != suffix or path.is_dir():
+        raise ExportError(f"{str(path)!r} is no name of a file of {form}, which ends in {suffix}")
+    if path.resolve() in ((folder / "student.safetensors").resolve(), run.resolve()):
         raise ExportError(f"{str(path)!r} is the run's own student; name another --output")
     partial = path.with_name(f".partial_{path.name}")
     try:
@@ -180,15 +184,20 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     if missing:
         raise ExportError(f"onnx needs {', '.join(missing)}: pip install 'dkd[onnx]'")
     images = torch.zeros(2, 3, student.image_size, student.image_size)
-    program = torch.onnx.export(
-        exported,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images" if exported is not student.model else _first_argument(exported): {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
+    argument = "images" if exported is not student.model else _first_argument(exported)
+    try:
+        program = torch.onnx.export(
+            exported,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    except Exception as error:  # of torch.export, for a model that it cannot follow
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}") from error
     assert program is not None
     program.save(str(path), external_data=False)
 

@@ -79,7 +79,9 @@ def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
     weights = path / "student.safetensors" if path.is_dir() else path
     spec = student_spec(read_description(weights))
     if runs_user_code(spec.name) and not trust_code:
-        raise UnknownModelError(f"{str(weights)!r} is of {spec.name!r}, which is code to be imported and run; say that you trust it")
+        raise UnknownModelError(
+            f"{str(weights)!r} is of {spec.name!r}, which is code to be imported and run; trust it by trust_code=True, --trust-code"
+        )
     model = build_model(spec)
     load_weights(model, spec.name, str(weights))
     return model.eval()

@@ -19,7 +19,7 @@ TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradie
 _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
 _MANY_CLASSES = 40
-_HATCHES = (None, "//", "..", "xx")
+_MARKERS = "osD^vPX*"
 
 
 def loss_terms(run: RunFiles) -> Figure | None:
@@ -93,31 +93,35 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
     ends = np.zeros(len(with_steps))
     for number, part in enumerate(parts[0]):
         widths = np.array([100 * times[part] / max(sum(times.values()), 1e-9) for times in parts])
-        right.barh(np.arange(len(with_steps)), widths, left=ends, label=part, color=COLOURS[number], edgecolor="white")
+        colour = "#999999" if part == "not logged" else COLOURS[number]
+        right.barh(np.arange(len(with_steps)), widths, left=ends, label=part, color=colour, edgecolor="white")
         ends += widths
     right.set_yticks(np.arange(len(with_steps)), [run.label for run in with_steps])
     right.invert_yaxis()
     right.set_title("Where the time went")
-    right.set_xlabel("% of the logged time")
+    right.set_xlabel("% of the run's time")
     right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     return figure
 
 
 def seconds_by_part(run: RunFiles) -> dict[str, float]:
-    """Seconds of a run, as far as its log tells: steps between two logged ones are taken to last as long as the later one."""
+    """Seconds of a run, as far as its log tells. A logged line speaks for all steps since the one before."""
     training = waiting = 0.0
     before = 0
     for line in run.steps:
-        seconds = (line["step"] - before) * run.recipe.train.global_batch / line["images_per_second"] if line["images_per_second"] else 0.0
-        waiting += seconds * line.get("data_wait", 0.0)
-        training += seconds * (1 - line.get("data_wait", 0.0))
+        speed, waited = line.get("images_per_second") or math.inf, line.get("data_wait") or 0.0
+        seconds = (line["step"] - before) * run.recipe.train.global_batch / speed
+        waiting += seconds * waited
+        training += seconds * (1 - waited)
         before = line["step"]
-    return {
+    parts = {
         "forward, backward, update": training,
         "waiting for images": waiting,
         "evaluation": sum(line.get("seconds", 0.0) for line in run.evaluations),
         "standing still for checkpoints": sum(line.get("stall", 0.0) for line in run.checkpoints),
     }
+    whole = run.description.get("seconds")
+    return {**parts, "not logged": max(0.0, whole - sum(parts.values())) if isinstance(whole, int | float) else 0.0}
 
 
 def attention(seen: Observation) -> Figure | None:
@@ -177,7 +181,7 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
         for edge in edges:
             axis.axhline(edge, color="white", linewidth=0.4)
             axis.axvline(edge, color="white", linewidth=0.4)
-        figure.colorbar(shown, ax=axis, fraction=0.046)
+        figure.colorbar(shown, ax=axis, fraction=0.046, extend="neither" if colours == _DIFFERENCE else "max")
     axes[0].set_ylabel("images, sorted by class")
     return figure
 
@@ -213,8 +217,12 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
             continue
         names = seen.class_names
         series[label] = accuracy_by_class(seen, seen.student)
-        if seen.teacher is not None:
-            series.setdefault(f"teacher {seen.teacher.name}", accuracy_by_class(seen, seen.teacher))
+        if seen.teacher is not None and seen.teacher.classifies:
+            values = accuracy_by_class(seen, seen.teacher)
+            name = f"teacher {seen.teacher.name}"
+            if name in series and not np.array_equal(series[name], values, equal_nan=True):
+                name = f"teacher {seen.teacher.name} of {label}"
+            series[name] = values
     series = {label: values for label, values in series.items() if len(values) == len(names)}
     if not series:
         return None
@@ -224,16 +232,15 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
         if many:
             axis.plot(np.sort(values), label=label, **_line_style(number))
         else:
-            width = 0.8 / len(series)
-            places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * width
-            axis.bar(
-                places, values, width, label=label, color=COLOURS[number % len(COLOURS)], hatch=(None, "//", "..", "xx")[number // 7 % 4]
-            )
+            # Dots, since the axis does not begin at 0.
+            places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * 0.6 / len(series)
+            marker = _MARKERS[number % len(_MARKERS)]
+            axis.plot(places, values, label=label, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6)
     if many:
         axis.set_xlabel("classes, each model's sorted by its accuracy")
     else:
         axis.set_xticks(range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right")
-        axis.set_ylim(max(0.0, float(np.nanmin([np.nanmin(v) for v in series.values()])) - 10), 100)
+        axis.grid(axis="y", color="#dddddd")
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -41,6 +41,7 @@ class ModelView:
     """One model on the images of an `Observation`.
 
     Args:
+        classifies: whether its outputs are the classes of the data.
         predictions: (n,) classes, of all images.
         channels: by tap, (n, C) activation of each channel, averaged over positions, of the shown images.
         attention: by tap, (s, h, w) attention maps Σ_c A_c² of the shown images; taps without positions have none.
@@ -48,6 +49,7 @@ class ModelView:
     """
 
     name: str
+    classifies: bool
     predictions: np.ndarray
     channels: Mapping[str, np.ndarray]
     attention: Mapping[str, np.ndarray]
@@ -77,13 +79,13 @@ class Observation:
     notes: list[str] = field(default_factory=list)
 
 
-def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: bool = False) -> Observation:
+def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None, trust_code: bool = False) -> Observation:
     """Run the models of a run on its validation images.
 
     Args:
         run: whose student.
         others: runs of the same report; a run without taps or without a teacher is looked at with theirs where the students are alike.
-        count: images to classify, spread over the validation set.
+        count: images to classify, spread over the validation set; None: 2,000, or 20 a class where that is more.
         trust_code: import what recipe and student.json name as `module:callable`.
     """
     notes: list[str] = []
@@ -94,7 +96,8 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: b
         if runs_user_code(recipe.data.validation) and not trust_code:
             raise DataError(f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code")
         source = recipe_objects.open_part(recipe.data, "validation")
-        shown, classified = _chosen(source, count)
+        wanted = count or max(2000, 20 * recipe.data.classes)
+        shown, classified = (_readable(source, chosen, recipe, notes) for chosen in _chosen(source, wanted))
         spec = student_spec(read_description(run.weights))
         student = load_student(run.weights, trust_code)
     except (DataError, UnknownModelError, WeightsError, OSError) as error:
@@ -128,7 +131,9 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: b
         for images in images_at(shown):
             for tap, feature in run_on(images)[1].items():
                 parts[tap].append(feature)
-        return _view(spec.name, predictions, {tap: torch.cat(found) for tap, found in parts.items() if found}, notes)
+        class_tokens = recipe.losses.at.class_tokens if recipe.losses.at else None
+        found = {tap: torch.cat(features) for tap, features in parts.items() if features}
+        return _view(spec.name, spec.classes == recipe.data.classes, predictions, found, class_tokens, notes)
 
     try:
         seen = view(spec, student, [s for s, _ in pairs], pipeline.normalize, None)
@@ -144,7 +149,7 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int, trust_code: b
             normalize = recipe_objects.teacher_normalize(recipe, pipeline.normalize)
             teacher = view(teacher_spec, model, [t for _, t in pairs], normalize, section.input_size)
     except (DataError, UnknownModelError, WeightsError, TapError, RuntimeError, OSError) as error:
-        notes.append(f"pictures are missing: {error}")
+        notes.append(f"pictures are missing: {error} (paths of a recipe are relative to where the command is started)")
         if "seen" not in locals():
             return Observation(notes=notes)
         teacher = None
@@ -158,7 +163,8 @@ def _with_taps(run: RunFiles, others: Sequence[RunFiles], notes: list[str]) -> R
     if recipe_objects.pairs(run.recipe):
         return run.recipe
     for other in others:
-        if other.recipe.student == run.recipe.student and recipe_objects.pairs(other.recipe):
+        alike = other.recipe.student == run.recipe.student and run.recipe.teacher in (None, other.recipe.teacher)
+        if alike and recipe_objects.pairs(other.recipe):
             notes.append(f"this run taps no features; those of {other.label} are shown, with its teacher")
             return run.recipe.model_copy(update={"teacher": other.recipe.teacher, "losses": other.recipe.losses})
     notes.append("the recipe taps no features: no attention maps and no Gram matrices")
@@ -173,29 +179,45 @@ def _chosen(source: ImageSource, count: int) -> tuple[np.ndarray, np.ndarray]:
     return shown, np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
 
 
-def _view(name: str, predictions: np.ndarray, features: Mapping[str, torch.Tensor], notes: list[str]) -> ModelView:
+def _readable(source: ImageSource, indices: np.ndarray, recipe: Recipe, notes: list[str]) -> np.ndarray:
+    """Where the recipe skips images that cannot be read, those that can."""
+    if recipe.data.on_error != "skip":
+        return indices
+    kept = []
+    for index in indices:
+        try:
+            source.image(int(index))
+            kept.append(index)
+        except DataError as error:
+            notes.append(f"left out: {error}")
+    return np.array(kept, dtype=int)
+
+
+def _view(
+    name: str, classifies: bool, predictions: np.ndarray, features: Mapping[str, torch.Tensor], class_tokens: int | None, notes: list[str]
+) -> ModelView:
     channels, attention, gram = {}, {}, {}
     for tap, feature in features.items():
         # (s, C, h, w) of maps; tokens (s, N, C) of transformers have their channels last; (s, C) as it is.
         channels[tap] = (feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1) if feature.dim() == 3 else feature).numpy()
-        if (as_map := _as_map(feature)) is not None:
+        if (as_map := _as_map(feature, class_tokens)) is not None:
             attention[tap] = attention_map(as_map).numpy()
         if feature.numel() * 4 <= _GRAM_BYTES:
             rows = feature.flatten(1)
             gram[tap] = F.normalize(rows @ rows.T).numpy()
         else:
             notes.append(f"{name} {tap}: {feature[0].numel():,} features an image are too many for a Gram matrix here")
-    return ModelView(name, predictions, channels, attention, gram)
+    return ModelView(name, classifies, predictions, channels, attention, gram)
 
 
-def _as_map(feature: torch.Tensor) -> torch.Tensor | None:
-    """(s, C, h, w), of tokens without or with one class token too; None: no positions."""
+def _as_map(feature: torch.Tensor, class_tokens: int | None) -> torch.Tensor | None:
+    """(s, C, h, w), of tokens with as many class tokens as the recipe says, or none or one, too; None: no positions."""
     if feature.dim() == 4:
         return feature
-    for class_tokens in (0, 1) if feature.dim() == 3 else ():
+    for count in ((0, 1) if class_tokens is None else (class_tokens,)) if feature.dim() == 3 else ():
         try:
-            shape = token_grid(tuple(feature.shape[1:]), class_tokens)
+            shape = token_grid(tuple(feature.shape[1:]), count)
         except ValueError:
             continue
-        return feature[:, class_tokens:].transpose(1, 2).reshape(len(feature), *shape)
+        return feature[:, count:].transpose(1, 2).reshape(len(feature), *shape)
     return None

@@ -41,12 +41,6 @@ class RunFiles:
         found = dict.fromkeys(key.removeprefix("weight/") for line in self.steps for key in line if key.startswith("weight/"))
         return list(found)
 
-    @property
-    def steps_per_epoch(self) -> float | None:
-        """As the evaluations have it, each of which names its step and its epoch."""
-        last = next((line for line in reversed(self.evaluations) if line.get("epoch")), None)
-        return None if last is None else float(last["steps"]) / float(last["epoch"])
-
 
 def read_run(path: Path, label: str) -> RunFiles:
     """Read a run directory; the run may still be going on.
@@ -71,9 +65,9 @@ def read_run(path: Path, label: str) -> RunFiles:
         # A run that went on behind a checkpoint may have logged a step twice: the later line counts.
         for kind, found in (("evaluation", evaluations), ("checkpoint", checkpoints)):
             value = line.get(kind)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and all(_is_number(value.get(key)) for key in _NEEDED[kind]):
                 value = {"seconds": line.get("seconds", 0.0), **value}
-                found[int(value.get("steps") or value.get("step") or 0)] = value
+                found[value[_NEEDED[kind][0]]] = value
         if isinstance(line.get("step"), int) and "loss" in line:
             steps[line["step"]] = line
     description = path / "student.json"
@@ -81,8 +75,17 @@ def read_run(path: Path, label: str) -> RunFiles:
         described = json.loads(description.read_text()) if description.is_file() else {}
     except ValueError as error:
         raise RecipeError.at("", f"{str(description)!r} cannot be read: {error}") from error
+    if not isinstance(described, dict):
+        raise RecipeError.at("", f"{str(description)!r} does not describe a student")
     in_order = [[found[key] for key in sorted(found)] for found in (steps, evaluations, checkpoints)]
     return RunFiles(path, label, recipe, in_order[0], in_order[1], in_order[2], described)
+
+
+_NEEDED = {"evaluation": ("steps", "epoch", "top1"), "checkpoint": ("step",)}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def labels_of(paths: list[Path]) -> list[str]:

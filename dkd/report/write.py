@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +21,14 @@ from dkd.report.run_files import RunFiles, labels_of, read_run
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, images: int = 1000, trust_code: bool = False, say: Callable[[str], None] = print
+    paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = print
 ) -> list[Path]:
     """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
 
     Args:
         paths: run directories; finished or not, of any number of processes.
         output: an .html file; replaced when it is there.
-        images: validation images to classify for the accuracies of classes.
+        images: validation images to classify for the accuracies of classes; default 2,000, or 20 a class where that is more.
         trust_code: import what recipes and student.json name as `module:callable`.
         say: where progress goes.
 
@@ -37,6 +38,10 @@ def write_report(
     Raises:
         RecipeError: a path that is no run, or an output that cannot be written.
     """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise RecipeError.at("", "one run is given twice")
+    if output.is_dir() or not os.access(next(p for p in output.resolve().parents if p.exists()), os.W_OK):
+        raise RecipeError.at("", f"the report cannot be written to {str(output)!r}: it is a folder, or may not be written")
     runs = [read_run(path, label) for path, label in zip(paths, labels_of(list(paths)), strict=True)]
     title = runs[0].recipe.run.name if len(runs) == 1 else f"{len(runs)} runs"
     gallery = _Gallery(Page(f"Distillation report: {title}"))
@@ -49,12 +54,12 @@ def write_report(
         observed[run.label] = observe(run, [other for other in runs if other is not run], images, trust_code)
     gallery.add(figures.accuracy(runs), "accuracy", "Each evaluation counts every validation image once.")
     classified = next((len(seen.labels) for seen in observed.values() if seen.labels is not None), 0)
-    caption = f"Of {classified:,} validation images, spread over the set."
+    caption = f"Of up to {classified:,} validation images of each run, spread over the set."
     gallery.add(figures.class_accuracies(observed), "accuracy by class", caption)
     gallery.add(
         figures.throughput(runs),
         "throughput",
-        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; start-up is not in it.",
+        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; the rest of a finished run's time is not logged.",
     )
     for run in runs:
         page.section(run.label)
@@ -77,21 +82,26 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
     gallery.add(
         figures.attention(seen),
         f"{prefix}attention maps",
-        "What attention transfer compares: for each position the sum over channels of the squared activation. Teacher and student "
-        "see the same validation images; each map has its own scale.",
+        "For each position the sum over channels of the squared activation, which attention transfer compares unless its recipe names "
+        "another map. Teacher and student see the same validation images; each map has its own scale.",
     )
     for pair in seen.pairs:
         gallery.add(
             figures.gram_matrices(seen, pair),
-            f"{prefix}Gram matrices {pair[0]}",
+            f"{prefix}Gram matrices {_named(pair)}",
             "What SP compares: inner products of the images' features, each row divided by its norm. A bright square on the diagonal "
-            "is a class whose images activate the layer alike.",
+            "is a class whose images activate the layer alike. Rows are those of the shown images; the brightest hundredth, "
+            "mostly the diagonal, has one colour.",
         )
         gallery.add(
             figures.channel_activations(seen, pair),
-            f"{prefix}channel activations {pair[0]}",
+            f"{prefix}channel activations {_named(pair)}",
             "Activation of each channel, averaged over positions and over the images of a class.",
         )
+
+
+def _named(pair: tuple[str, str]) -> str:
+    return pair[0] if pair[0] == pair[1] else f"{pair[0]} {pair[1]}"
 
 
 class _Gallery:
@@ -107,14 +117,19 @@ class _Gallery:
         buffer = io.BytesIO()
         figure.set_dpi(110)
         FigureCanvasAgg(figure).print_png(buffer)
-        name = re.sub(r"[^A-Za-z0-9._-]+", "_", title).strip("_")
-        assert name not in self._pictures, name
+        name = plain = re.sub(r"[^\w.-]+", "_", title).strip("_")
+        for number in range(2, 10**6):
+            if name not in self._pictures:
+                break
+            name = f"{plain}_{number}"
         self._pictures[name] = buffer.getvalue()
         self.page.picture(buffer.getvalue(), title, caption)
 
     def write(self, output: Path) -> list[Path]:
         folder = output.with_name(f"{output.stem}_pictures")
         folder.mkdir(parents=True, exist_ok=True)
+        for earlier in folder.glob("*.png"):
+            earlier.unlink()
         written = [output]
         for name, png in self._pictures.items():
             (folder / f"{name}.png").write_bytes(png)
@@ -140,7 +155,7 @@ def _row(run: RunFiles) -> list[str]:
         _percent(evaluation.get("top1")),
         _percent(evaluation.get("top5")),
         f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{evaluation['epoch']:g} of {recipe.train.epochs}" if "epoch" in evaluation else f"0 of {recipe.train.epochs}",
+        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}" if "epoch" in evaluation else f"0 of {recipe.train.epochs}",
         str(recipe.train.global_batch),
         str(description.get("world_size", "")),
         f"{median(speeds):,.0f}" if speeds else "",

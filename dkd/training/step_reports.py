@@ -46,6 +46,7 @@ class StepReports:
         self._log, self._overflows_by_design = log, overflows_by_design
         self._loading_problems: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # step -> failures, unreadable images of this rank
         self._replaced_unlogged = 0
+        self._steps_unlogged, self._seconds_unlogged, self._waited_unlogged = 0, 0.0, 0.0
         self._skipped_in_a_row = 0
         self.replaced = replaced
         """Images that could not be read, and were replaced by others."""
@@ -86,6 +87,9 @@ class StepReports:
                 "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
         step = means.step
+        self._steps_unlogged += 1
+        self._seconds_unlogged += values["seconds"]
+        self._waited_unlogged += values["seconds_waited"]
         shown = {"loss": values["loss"], **{name: values[name] for name in self._objective.names}}
         self._log.progress.step(step, shown)
         if step % self._recipe.run.log_every == 0 or step + 1 == self._total_steps:
@@ -93,9 +97,11 @@ class StepReports:
                 **shown,
                 "lr": self._learning_rate(step),
                 **{f"weight/{term.name}": term.weight(step) for term in self._objective.terms},
-                "images_per_second": self._recipe.train.global_batch / values["seconds"],
-                "data_wait": values["seconds_waited"] / values["seconds"],
+                # Of all steps since the last logged one.
+                "images_per_second": self._recipe.train.global_batch * self._steps_unlogged / self._seconds_unlogged,
+                "data_wait": self._waited_unlogged / self._seconds_unlogged,
             }
+            self._steps_unlogged, self._seconds_unlogged, self._waited_unlogged = 0, 0.0, 0.0
             if self._replaced_unlogged:
                 line["replaced_images"], self._replaced_unlogged = self._replaced_unlogged, 0
             if "sp" in values:
