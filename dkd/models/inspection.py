@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class ModuleRow:
     calls: int
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -59,6 +61,24 @@ def _named(spec: ModelSpec, images: str) -> Iterator[None]:
         raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
 
 
+def _remembered(function: Callable[P, T]) -> Callable[P, T]:
+    """A check, a plan and a tap table ask the same of a model again and again. Code of the user's own may change, and is asked anew."""
+    known: dict[str, T] = {}
+
+    @functools.wraps(function)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> T:
+        spec = args[0]
+        if not isinstance(spec, ModelSpec) or runs_user_code(spec.name):
+            return function(*args, **kwargs)
+        key = repr((args, kwargs))
+        if key not in known:
+            known[key] = function(*args, **kwargs)
+        return known[key]
+
+    return asked
+
+
+@_remembered
 def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
     """Forward and backward in training mode, on meta tensors: what only a model in training shows.
 
@@ -88,6 +108,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
         )
 
 
+@_remembered
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     """Shapes for one image: of the logits, and of each tapped feature, batch dimension left out. Checks the taps as TappedModel does.
 
@@ -95,23 +116,12 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
         UnknownModelError, TapError: no such model or tap.
     """
 
-    key = (spec.name, spec.classes, spec.norm, repr(spec.options), tuple(taps), image_size)
-    if key in _KNOWN_SHAPES:
-        return _KNOWN_SHAPES[key]
-
     def run() -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
         logits, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return tuple(logits.shape[1:]), {tap: tuple(feature.shape[1:]) for tap, feature in features.items()}
 
     with _named(spec, f"one image of {image_size}×{image_size}"):
-        found = _on_meta(run)
-    if not runs_user_code(spec.name):  # which may change
-        _KNOWN_SHAPES[key] = found
-    return found
-
-
-# A check, a plan and a tap table ask for the same shapes again and again.
-_KNOWN_SHAPES: dict[tuple[Any, ...], tuple[tuple[int, ...], dict[str, tuple[int, ...]]]] = {}
+        return _on_meta(run)
 
 
 class _CudaAutocast(TorchFunctionMode):
@@ -172,6 +182,7 @@ class ModelCost:
     backward: int
 
 
+@_remembered
 def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True) -> ModelCost:
     """Counted on meta tensors, for two images. Of a model that cannot run on those, no operations are counted.
 
