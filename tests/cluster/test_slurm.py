@@ -97,11 +97,13 @@ def start(cluster, recipe, folder, *options, **variables):
 
 
 def test_near_its_time_limit_it_stops_behind_a_checkpoint_and_requeues_itself(cluster, recipe, undisturbed, tmp_path):
-    job = start(cluster, recipe, tmp_path, "--time=20", "--signal=B:USR1@120")
+    # Slurm looks at time limits now and then: the run must not be done before it does.
+    job = start(cluster, recipe, tmp_path, "--time=20", "--signal=B:USR1@120", SLOWER_UNTIL=tmp_path / "requeued")
     job.until_step(15)
     # Two minutes or less before the new limit, which it must not reach.
     cluster.scontrol("update", f"jobid={job.number}", f"TimeLimit={1 + (cluster.seconds(job.number) + 30) // 60}")
     job.until(lambda: cluster.state(job.number)[0] == "PENDING", 60)
+    (tmp_path / "requeued").touch()
     cluster.scontrol("update", f"jobid={job.number}", "TimeLimit=20")
     job.until_finished()
     assert job.restarts() == 1
