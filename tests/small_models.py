@@ -110,8 +110,8 @@ class Late(Regularized):
 
 
 class Slow(Regularized):
-    """A step takes at least a quarter of a second: time for something to happen to it. From the 20th step of a start on it takes two seconds
-    more, until the file of SLOWER_UNTIL is there."""
+    """A step takes at least a quarter of a second: time for something to happen to it. From the 20th step of a start on it takes two
+    seconds more, until the file of SLOWER_UNTIL is there."""
 
     steps = 0
 
