@@ -247,7 +247,11 @@ def modes_of_the_student(folder, engine):
 
     with launched_as(engine):
         changes = {"student": {"norm": "batch"}, "train": {"global_batch": 448, "epochs": 3, "max_steps": None, "precision": "fp32"}}
-        trainer_cases.train(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}}, tamper)
+        recipe = trainer_cases.recipe_of(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}})
+        preflight.check(recipe)
+        trainer = Trainer(recipe)
+        tamper(trainer)
+        trainer.run()
     return {key: sorted(values) for key, values in seen.items()}
 
 
