@@ -161,6 +161,8 @@ class SlurmCluster:
         return [*namespaces, "bash", "-c", script, node, str(self.folder / "etc")]
 
     def _lay_network(self):
+        for left in (["link", "del", BRIDGE], *(["netns", "del", f"dkd-{node}"] for node in NODES)):
+            self._run("ip", *left, check=False)  # by a run that was killed
         self._run("ip", "link", "add", BRIDGE, "type", "bridge")
         self._run("ip", "addr", "add", f"{NETWORK}.254/24", "dev", BRIDGE)
         self._run("ip", "link", "set", BRIDGE, "up")

@@ -31,6 +31,7 @@ class TwoHosts:
         self._hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{self.address(host)} {self.name(host)}\n" for host in (0, 1)))
 
     def __enter__(self):
+        self.__exit__()  # what a run that was killed has left
         try:
             self._ip("link", "add", BRIDGE, "type", "bridge")
             self._ip("link", "set", BRIDGE, "up")
