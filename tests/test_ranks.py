@@ -198,11 +198,11 @@ def test_a_relational_loss_of_ones_own_is_computed_on_the_global_batch(results, 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradient_attention_with_batch_norm_is_the_same_on_any_number_of_ranks(results, world):
-    """The second derivative of BatchNorm divides by small variances: 20 steps bring rounding to 1.1e-9 of the loss on 4 ranks."""
+    """With a teacher that has a normalisation of its own; on 4 ranks there is one pass, on fewer there are two."""
     (alone, *_), (ours, *_) = (returned(results, w, "gradient_attention_with_batch_norm") for w in (1, world))
-    for step, (a, b) in enumerate(zip(alone["lines"], ours["lines"], strict=True)):
-        for key in ("loss", "gradient_at"):
-            assert math.isclose(a[key], b[key], rel_tol=1e-12 if step < 3 else 1e-7), (step, key, a[key], b[key])
+    for a, b in zip(alone["lines"], ours["lines"], strict=True):
+        for key in ("loss", "at", "sp", "gradient_at"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-9), (a["step"], key, a[key], b[key])
 
 
 @pytest.mark.parametrize("world", [2, 4])

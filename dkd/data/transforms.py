@@ -30,11 +30,6 @@ class Normalize:
         scale, shift = _scale_and_shift(self, images.device)
         return torch.addcmul(shift, images.float(), scale)
 
-    def undo(self, normalized: torch.Tensor) -> torch.Tensor:
-        """(b, 3, H, W), normalised -> float32 on the scale 0 to 255."""
-        scale, shift = _scale_and_shift(self, normalized.device)
-        return (normalized.float() - shift) / scale
-
 
 @functools.cache
 def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

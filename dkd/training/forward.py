@@ -81,14 +81,21 @@ class Forward:
         if not self._teacher_differentiates:
             images = images.detach()
         if self.teacher_normalize != self.normalize:
-            pixels = self.normalize.undo(images) if images.requires_grad else batch.images
-            images = self._as_input(self.teacher_normalize(pixels))
+            # From the pixels, whether gradients are to reach the student's input or not: the same features to the last bit. What is
+            # added is 0, and its derivative that of one normalisation by the other.
+            own = self._as_input(self.teacher_normalize(batch.images))
+            images = own + (images - images.detach()) * self._slope(images) if images.requires_grad else own
         with self._twice_differentiable():
             return Outputs(*self.teacher_model(images))
 
     def _twice_differentiable(self) -> AbstractContextManager[None]:
         """Fused attention has no second derivative."""
         return sdpa_kernel(SDPBackend.MATH) if self.differentiates_images else nullcontext()
+
+    def _slope(self, images: torch.Tensor) -> torch.Tensor:
+        """(1, 3, 1, 1): ∂ of the teacher's input by the student's, std_S / std_T."""
+        ratios = [s / t for s, t in zip(self.normalize.std, self.teacher_normalize.std, strict=True)]
+        return torch.tensor(ratios, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
 
     def _as_input(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(self.dtype, memory_format=self.memory_format)
