@@ -99,8 +99,7 @@ def test_what_cannot_be_streamed_is_said(tmp_path, spec, message):
 
 
 def augmented(source, transform, index):
-    torch.manual_seed(mix(0, 0, index))
-    return transform(source.image(index))
+    return transform.of_batch(source.image(index)[None], [mix(0, 0, index)])[0]
 
 
 def test_a_batch_that_cannot_be_made_tells_why_where_the_trainer_asks_for_that(tmp_path):
