@@ -244,10 +244,11 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank: gloo raises plain RuntimeErrors that name its own files."""
+    """Whether a collective failed because of another rank: gloo raises plain RuntimeErrors that name its own files, or its pairs."""
     if isinstance(error, dist.DistError | AbsentRankError):
         return True
-    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in ("gloo/transport", "connection closed by peer"))
+    marks = ("gloo/transport", "connection closed by peer", "pair closure")
+    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in marks)
 
 
 def first_line(error: BaseException) -> str:
