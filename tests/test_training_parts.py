@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dkd.config.schema import AdamWSection, ConstantSchedule, CosineSchedule, OneCycleSchedule, SgdSection, StepSchedule, WeightSchedule
+from dkd.config.loss_sections import WeightSchedule
+from dkd.config.schema import AdamWSection, ConstantSchedule, CosineSchedule, OneCycleSchedule, SgdSection, StepSchedule
 from dkd.models import ModelSpec, build_model, weights_fingerprint
 from dkd.teacher import FrozenTeacher
 from dkd.training.batch_statistics import RunningStatistics

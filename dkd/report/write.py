@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dkd.config import RecipeError
-from dkd.config.schema import WeightSchedule
+from dkd.config.loss_sections import WeightSchedule
 from dkd.report import figures
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page

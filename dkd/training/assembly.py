@@ -13,7 +13,8 @@ from torch import nn
 
 from dkd import recipe_objects
 from dkd.config import Recipe, RecipeError
-from dkd.config.schema import CustomLossSection, DataSection
+from dkd.config.loss_sections import CustomLossSection
+from dkd.config.schema import DataSection
 from dkd.data import (
     BatchMixing,
     DataError,

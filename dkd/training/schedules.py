@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from dkd.config.loss_sections import WeightSchedule
 from dkd.config.schema import (
     ConstantSchedule,
     CosineSchedule,
     OneCycleSchedule,
     StepSchedule,
-    WeightSchedule,
 )
 
 Schedule = Callable[[int], float]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dkd import recipe_objects
 from dkd.config import Recipe
-from dkd.config.schema import AttentionTransferSection, WeightSchedule
+from dkd.config.loss_sections import AttentionTransferSection, WeightSchedule
 from dkd.losses.attention_transfer import token_grid
 from dkd.losses.similarity_preserving import effective_gamma
 from dkd.models import ModelSpec, output_shapes
