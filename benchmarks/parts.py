@@ -1,0 +1,122 @@
+"""What single parts of a step cost, each beside the way it is not done: the numbers of docs/speed.md's second table.
+
+python -m benchmarks.parts                 2 CPU threads, about a minute
+python -m benchmarks.parts --threads 4
+
+Medians; the ways of a row in turn, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from dkd.data.transforms import CropAndFlip
+from dkd.losses.attention_transfer import attention_map
+from dkd.models import ModelSpec, build_model
+
+ROUNDS = 15
+
+
+def milliseconds(*ways: Callable[[], Any]) -> list[float]:
+    """The median of each, in turn within each round, after two rounds that do not count."""
+    taken: list[list[float]] = [[] for _ in ways]
+    for _ in range(ROUNDS + 2):
+        for seconds, way in zip(taken, ways, strict=True):
+            started = time.perf_counter()
+            way()
+            seconds.append(time.perf_counter() - started)
+    return [1e3 * median(seconds[2:]) for seconds in taken]
+
+
+def augmentation() -> str:
+    images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+    one_by_one = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+    batch, single = milliseconds(
+        lambda: CropAndFlip(32, 4, flip=True).of_batch(images, range(len(images))),
+        lambda: torch.stack([one_by_one(image) for image in images]),
+    )
+    return f"crop and flip, 256 images of 32×32: {1e3 * batch / 256:.1f} µs an image as a batch, {1e3 * single / 256:.0f} one by one"
+
+
+def attention_backward() -> str:
+    features = torch.randn(64, 32, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(64, 32, 32)
+
+    def backward(map_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        features.grad = None
+        map_of(features).backward(gradient)
+
+    own, plain = milliseconds(lambda: backward(attention_map), lambda: backward(lambda f: f.square().sum(1)))
+    return f"attention map of 64 × 32 × 32 × 32, forward and backward: {own:.1f} ms, {plain:.1f} as autograd writes it"
+
+
+def around_a_step() -> str:
+    """A training step of a student alone on two tiny images: nearly all of it is what Python and torch do around the arithmetic."""
+    from benchmarks.step import Row
+
+    options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=2)
+    alone: dict[str, Any] = {"teacher": None, "losses": {}, "data.image_size": 8, "train.precision": "fp32"}
+    with tempfile.TemporaryDirectory() as folder:
+        row = Row("alone", options, Path(folder), alone)
+        model = copy.deepcopy(row.trainer.accelerator.unwrap_model(row.trainer.student).model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+        images, labels = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2, dtype=torch.long)
+
+        def plain() -> None:
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        row.take(10)
+
+        def five() -> None:
+            for _ in range(5):
+                plain()
+
+        ours, theirs = milliseconds(lambda: row.take(5), five)
+    return f"a step of wrn_16_1 on 2 images of 8×8: {ours / 5:.1f} ms in the trainer, {theirs / 5:.1f} in a plain loop of four lines"
+
+
+def folded_teacher() -> str:
+    from torch.fx.experimental.optimization import fuse
+
+    model = build_model(ModelSpec("wrn_40_2", 10)).eval()
+    folded = fuse(copy.deepcopy(model)).eval()
+    images = torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
+    model, folded = (m.to(memory_format=torch.channels_last) for m in (model, folded))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, fused = milliseconds(lambda: model(images), lambda: folded(images))
+    return f"forward of a wrn_40_2 teacher, 64 images, bf16: {plain:.0f} ms, {fused:.0f} with BatchNorm folded into convolutions"
+
+
+def optimizers() -> str:
+    parameters = [torch.nn.Parameter(p.detach().clone()) for p in build_model(ModelSpec("wrn_40_2", 10)).parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    ways: list[dict[str, bool]] = [{}, {"foreach": True}, {"fused": True}]
+    made = [torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, **way) for way in ways]
+    single, foreach, fused = milliseconds(*(optimizer.step for optimizer in made))
+    return f"SGD on wrn_40_2: {single:.1f} ms, {foreach:.1f} foreach, {fused:.1f} fused"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    torch.set_num_threads(parser.parse_args().threads)
+    for part in (augmentation, attention_backward, around_a_step, folded_teacher, optimizers):
+        print(part(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
