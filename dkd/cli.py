@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dkd import __version__
+from dkd import __version__, console
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
@@ -130,18 +130,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # One process of each machine speaks; what is wrong is the same for its neighbours.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             for problem in error.problems:
-                print(f"dkd: {problem}", file=sys.stderr)
+                console.say(f"dkd: {problem}")
         return BAD_INPUT
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("\ndkd: interrupted; what was written stays", file=sys.stderr, flush=True)
+            console.say("\ndkd: interrupted; what was written stays")
         os._exit(INTERRUPTED)  # at once, as was asked for
     except Exception as error:
         if not _is_data_error(error):
             raise
         # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the others.
-        print(f"dkd: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        console.say(f"dkd: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}")
         return 1
+    finally:
+        console.settle()
 
 
 def _load(options: argparse.Namespace) -> Recipe:
@@ -160,6 +162,7 @@ def _load(options: argparse.Namespace) -> Recipe:
 
 
 def _train(options: argparse.Namespace) -> int:
+    console.never_fail()  # whatever happens to the log, training goes on
     recipe = _load(options)
 
     from dkd.training import preflight, process_group, stopping
@@ -188,7 +191,7 @@ def _train(options: argparse.Namespace) -> int:
         _say_once(str(error))
         code = stopping.exit_code() if isinstance(error, Stopped) else 1
     except LostRankError as error:
-        print(f"dkd: rank {os.environ.get('RANK', '0')} cannot go on: {error}", file=sys.stderr, flush=True)
+        console.say(f"dkd: rank {os.environ.get('RANK', '0')} cannot go on: {error}")
         # At once: what waits for the others at exit would wait for a rank that is gone.
         os._exit(1)
     finally:
@@ -200,7 +203,7 @@ def _train(options: argparse.Namespace) -> int:
 def _say_once(message: str) -> None:
     """On the first rank; it is the same on all."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"dkd: {message}", file=sys.stderr, flush=True)
+        console.say(f"dkd: {message}")
 
 
 def _is_data_error(error: BaseException) -> bool:
@@ -255,14 +258,14 @@ def _launch_check(options: argparse.Namespace) -> int:
     try:
         found = check_launch(recipe, options.seconds)
     except RuntimeError as error:
-        print(f"dkd: launch-check: rank {rank}: {error}", file=sys.stderr, flush=True)
+        console.say(f"dkd: launch-check: rank {rank}: {error}")
         os._exit(1)  # the others may be out of reach: nothing is to wait for them
     if rank == "0":
         print("\n".join(found.lines))
         for warning in found.warnings:
-            print(f"dkd: warning: {warning}", file=sys.stderr)
+            console.say(f"dkd: warning: {warning}")
         for problem in found.problems:
-            print(f"dkd: launch-check: {problem}", file=sys.stderr)
+            console.say(f"dkd: launch-check: {problem}")
         print("launch-check: this launch cannot train" if found.problems else "launch-check: all is well", flush=True)
     leave_process_group()
     return 1 if found.problems else 0
@@ -317,7 +320,7 @@ def _report(options: argparse.Namespace) -> int:
         raise RecipeError.at("", "dkd report draws with matplotlib: pip install 'dkd[report]'") from None
 
     def say(message: str) -> None:
-        print(f"{message} ...", file=sys.stderr, flush=True)
+        console.say(f"{message} ...")
 
     written = write_report([Path(run) for run in options.runs], output, options.images, options.trust_code, say)
     print(f"{written[0]}, and {len(written) - 1} pictures in {written[0].stem}_pictures/")
@@ -336,7 +339,7 @@ def _export(options: argparse.Namespace) -> int:
     except ExportError as error:
         raise RecipeError.at("", error) from error
     except OtherLogitsError as error:
-        print(f"dkd: {error}; nothing was written", file=sys.stderr)
+        console.say(f"dkd: {error}; nothing was written")
         return 1
     print(f"{path}: {path.stat().st_size:,} bytes; logits differ by at most {difference:.1e} of the largest")
     return 0

@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import dkd
+from dkd import console
 from dkd.config import Recipe, RecipeError
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.training import engine, launch, preflight, process_group
@@ -120,7 +120,7 @@ class _Limit:
     def _end(self) -> None:
         rank = os.environ.get("RANK", "0")
         said = f"rank {rank} on {platform.node()} was still {self.phase} after {self._seconds:g} s"
-        print(f"dkd: launch-check: {said}", file=sys.stderr, flush=True)
+        console.say(f"dkd: launch-check: {said}")
         os._exit(1)
 
 

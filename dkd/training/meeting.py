@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 import uuid
 from collections.abc import Iterator
 
 import torch.distributed as dist
+
+from dkd import console
 
 _POLL = 0.05  # seconds
 _SAY_AFTER = 60.0  # seconds, that rank 0 waits before it says for whom
@@ -116,7 +117,7 @@ def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
             absent += f" and {len(missing) - _MOST_SHOWN} more"
         if not said and time.monotonic() - begun > _SAY_AFTER:
             said = True
-            print(f"dkd: rank 0 waits for {absent} of {world_size} ranks, {timeout:g} s at most", file=sys.stderr, flush=True)
+            console.say(f"dkd: rank 0 waits for {absent} of {world_size} ranks, {timeout:g} s at most")
         yield absent
 
 

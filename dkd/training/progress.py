@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from dkd import console
+
 
 class Progress:
     """Loss terms, images a second and time left.
@@ -24,7 +26,7 @@ class Progress:
         self._total, self._first, self._images, self._shown, self._line_every = total_steps, first_step, images_per_step, shown, line_every
         self._start = self._last_line = time.monotonic()
         self._bar = None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
@@ -47,8 +49,12 @@ class Progress:
     def say(self, message: str) -> None:
         """A line that stays."""
         if self._shown:
-            tqdm.write(message, file=sys.stderr)
-            sys.stderr.flush()
+            if self._bar is None:
+                console.say(message)
+            else:  # above the bar
+                self._bar.clear()
+                console.say(message)
+                self._bar.refresh()
 
     def close(self) -> None:
         if self._bar is not None:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -22,6 +21,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from dkd import console
 from dkd.config import RecipeError
 from dkd.global_batch import AbsentRankError, BatchMismatchError
 from dkd.global_batch.collectives import all_gather_objects
@@ -77,7 +77,7 @@ class Watch:
             self._store = self._connect()
             self._beat()
         except (RuntimeError, OSError, KeyError) as error:
-            print(f"dkd: rank {rank}: signs of life cannot be left at {self._address}: {error}", file=sys.stderr, flush=True)
+            console.say(f"dkd: rank {rank}: signs of life cannot be left at {self._address}: {error}")
             return
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -185,7 +185,7 @@ class Watch:
                 threading.Thread(target=self._warn, args=(what, waited), name="warning", daemon=True).start()
 
     def _warn(self, what: str, waited: float) -> None:
-        print(f"dkd: rank {self._rank} has been at {what} for {waited:.0f} s | {self.describe()}", file=sys.stderr, flush=True)
+        console.say(f"dkd: rank {self._rank} has been at {what} for {waited:.0f} s | {self.describe()}")
 
     def _end_with_the_launch(self) -> None:
         """A launcher that has lost a rank asks the others to end by SIGTERM, which alone asks for a checkpoint. Where another rank has left
@@ -195,7 +195,7 @@ class Watch:
             return
         time.sleep(_READ_LIMIT)  # it may be about to say so, too
         if not self._end:
-            print(f"dkd: rank {self._rank} ends at {self._place[1]}, since another rank cannot go on", file=sys.stderr, flush=True)
+            console.say(f"dkd: rank {self._rank} ends at {self._place[1]}, since another rank cannot go on")
             os._exit(1)
 
 
