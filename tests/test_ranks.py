@@ -246,6 +246,16 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_ranks_and_names_it(resul
     assert f"the loss is not finite at step 3 (on rank {world - 1};" in messages.pop()
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_choose_the_precision_that_each_is_fast_in(results, world):
+    ranks = returned(results, world, "ranks_whose_hardware_differs")
+    assert all(rank == ranks[0] for rank in ranks)
+    where = f"slow of rank {world - 1}" if world > 1 else "slow"
+    reason = f"precision fp32: {where} has no bfloat16 units; a convolution takes 10.0 times as long as in float32"
+    assert ranks[0]["one differs"] == ["fp32", "fp32", reason]
+    assert ranks[0]["all alike"][:2] == ["bf16", "bf16"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_that_skips_a_step_ends_all_ranks_and_is_named(results, world):
     messages = set(returned(results, world, "a_rank_that_skips_a_step_ends_all_ranks"))

@@ -65,7 +65,7 @@ WRONG = [
     # choices
     ("optimizer.name=sdg", ["optimizer.name: 'sdg' is not allowed; allowed: sgd, adamw; did you mean sgd?"]),
     ("schedule.name=polynomial", ["schedule.name: 'polynomial' is not allowed; allowed: constant, step, cosine, one_cycle"]),
-    ("train.precision=float32", ["train.precision: 'float32' is not allowed; allowed: fp32, bf16, fp16"]),
+    ("train.precision=float32", ["train.precision: 'float32' is not allowed; allowed: auto, fp32, tf32, bf16, fp16"]),
     ("losses.at.map=sum_q", ["losses.at.map: 'sum_q' is not allowed; allowed: sum, sum_p, max_p; did you mean"]),
     ("data.transforms=imagnet", ["data.transforms: must be imagenet, cifar, digits or a list of transforms"]),
     # models and taps
@@ -263,7 +263,7 @@ def test_the_resolved_recipe_reads_back_to_itself(recipe_file):
 
 @pytest.mark.parametrize(("variable", "value", "message"), [
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launch asks for 4 accumulation steps"),
-    ("ACCELERATE_MIXED_PRECISION", "fp16", "the launch asks for mixed_precision fp16, the recipe for bf16"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "the launch asks for mixed_precision fp16, the recipe for auto"),
     ("ACCELERATE_USE_FSDP", "true", "the launch asks for FSDP version 1"),
     ("WORLD_SIZE", "3", "train.global_batch=64 is not a multiple of 63 = micro_batch 21 × 3 processes"),
 ])  # fmt: skip

@@ -10,6 +10,8 @@ from dkd.config.schema import Recipe
 
 # A run may be moved; a preset is only where other keys had their values from.
 _WHERE_NOT_WHAT = {"run.dir", "losses.at.preset", "losses.sp.preset"}
+# A run keeps what these meant at its first start; see dkd/training/hardware.py.
+_LEFT_TO_HARDWARE = {"train.precision", "train.channels_last", "teacher.weights_dtype"}
 
 
 def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
@@ -17,7 +19,7 @@ def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
     return [
         Problem(path, f"{_shown(old)} before, {_shown(new)} now")
         for path, old, new in _differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
-        if path not in _WHERE_NOT_WHAT
+        if path not in _WHERE_NOT_WHAT and not (path in _LEFT_TO_HARDWARE and new == "auto")
     ]
 
 

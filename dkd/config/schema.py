@@ -45,6 +45,9 @@ class RunSection(Section):
     later, for those that write a checkpoint."""
     collective_timeout: Positive = 300.0
     """Seconds that a rank waits for another from then on, before the run ends."""
+    deterministic: Switch = False
+    """GPUs: only algorithms that give the same bits each time, in torch, cuDNN, cuBLAS and the compiler; slower. Without it a GPU's sums
+    may differ in their last bits from one start to the next. CPUs repeat their bits either way."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl and the trackers."""
 
@@ -114,9 +117,9 @@ class TeacherSection(Section):
     """Whole on every rank; or in shards, by FSDP2 (with any engine of the student) or by ZeRO-3 (with a student under DeepSpeed)."""
     mesh: Literal["world", "node"] = "world"
     """fsdp2: the ranks that share one teacher."""
-    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    weights_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, which rounds
-    them for every forward anyway."""
+    them for every forward anyway. auto: bf16 with that precision (but under ZeRO-3, which keeps float32), else fp32."""
     norm: Literal["batch", "group", "none"] | None = None
     options: dict[str, Any] = {}
     classes: Count | None = None
@@ -143,10 +146,12 @@ class TrainSection(Section):
     epochs: Count
     max_steps: Count | None = None
     """Ends the run earlier."""
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "bf16"
-    """Autocast of student and teacher; weights and losses stay float32. fp16 needs a GPU. fp64 is no autocast, but
-    everything in float64: slow, for telling rounding from error."""
-    channels_last: Switch = True
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
+    """bf16 and fp16 are autocast of student and teacher; weights and losses stay float32. auto: what the hardware of all ranks is fast in,
+    chosen at the run's first start and kept by its resumes. fp32 is IEEE arithmetic on GPUs too; tf32 lets their convolutions and matrix
+    products round to TF32. fp16 and tf32 need a GPU. fp64 is everything in float64: slow, for telling rounding from error."""
+    channels_last: AutoSwitch = "auto"
+    """The memory format of images and convolution weights. auto: true, unless the hardware is far slower with it; kept by resumes."""
     sync_batch_norm: Switch = False
     """BatchNorm's batch is that of all ranks in a micro-step, not the micro-batch: dependent on the number of ranks. Needs DDP on GPUs."""
     clip_grad_norm: Positive | None = None

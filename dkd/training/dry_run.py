@@ -5,13 +5,14 @@ from __future__ import annotations
 from dkd import recipe_objects
 from dkd.config import Recipe
 from dkd.models import ModelSpec, build_on_meta
-from dkd.training import assembly, engine, launch, preflight
+from dkd.training import assembly, engine, hardware, launch, preflight
 from dkd.training.tap_table import tap_table
 
 
 def describe(recipe: Recipe) -> str:
     """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
     world_size = launch.world_size()
+    recipe, chosen = hardware.settled_here(recipe)
     training, validation = preflight.open_sources(recipe)
     size = recipe_objects.build_image_pipeline(recipe).image_size
     train = recipe.train
@@ -24,6 +25,7 @@ def describe(recipe: Recipe) -> str:
         f"batch       {train.global_batch} = {engine.micro_batch(recipe, world_size)} × {world_size} processes × "
         f"{engine.micro_steps(recipe, world_size)} micro-steps",
         f"steps       {steps} an epoch, {total} in all",
+        *(f"hardware    {line}" for line in chosen),
         f"student     {recipe.student.name}, {_parameters(recipe_objects.student_spec(recipe)):,} parameters",
     ]
     if recipe.teacher is not None:

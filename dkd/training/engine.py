@@ -3,6 +3,7 @@ speak they must agree."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import warnings
@@ -46,6 +47,40 @@ def has_gpu() -> bool:
     return torch.accelerator.is_available() and getattr(torch.accelerator.current_accelerator(), "type", "") != "mps"
 
 
+def device_type() -> str:
+    """Torch's type of the device that this process trains on."""
+    accelerator = torch.accelerator.current_accelerator() if has_gpu() and not launch.asks_for_cpu() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def can_scale_losses(name: str) -> bool:
+    """Whether an engine trains in fp16, with a scaled loss."""
+    return name not in launch.SHARDING_ENGINES
+
+
+def join(recipe: Recipe) -> None:
+    """Open the process group of the launch. A collective: the first thing that the ranks of a start do together.
+
+    Before Accelerate would: its way does not connect again when a launcher restarts its workers.
+    """
+    open_process_group(device_type() == "cpu", recipe.run.start_timeout)
+
+
+def set_arithmetic(recipe: Recipe) -> None:
+    """Tell torch what float32 means on GPUs, and whether they must repeat their bits. For the whole process."""
+    # torch's older switches: mixed with the newer ones they raise, and Inductor reads these.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.train.precision == "tf32"
+    if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # What torch would do beside, for finding bugs, costs a pass over every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+        inductor = importlib.import_module("torch._inductor.config")
+        if hasattr(inductor, "deterministic"):  # not in torch 2.9
+            inductor.deterministic = True  # type: ignore[attr-defined]
+
+
 def micro_batch(recipe: Recipe, world_size: int) -> int:
     """b: as the recipe says, or B/W."""
     return recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size)
@@ -67,7 +102,9 @@ def model_memory_format(recipe: Recipe) -> torch.memory_format:
 
 
 def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
-    """What models compute in where torch.autocast allows; None: their own type."""
+    """What models compute in where torch.autocast allows; None: their own type. `auto` must have been settled."""
+    if recipe.train.precision == "auto":
+        raise ValueError("train.precision is auto: call hardware.settle first")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
 
 
@@ -114,8 +151,8 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
         )
     if train.sync_batch_norm and (not has_gpu() or "ddp" not in _engine_or_none()):
         problems.append(Problem("train.sync_batch_norm", "needs DDP on GPUs: launch/accelerate/ddp.yaml"))
-    if train.precision == "fp16" and not has_gpu():
-        problems.append(Problem("train.precision", "fp16 needs a GPU; use bf16 or fp32"))
+    if train.precision in ("fp16", "tf32") and device_type() == "cpu":
+        problems.append(Problem("train.precision", f"{train.precision} needs a GPU; use auto, bf16 or fp32"))
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if accumulation not in (None, "auto", str(micro_steps(recipe, world_size))) and not problems:
         problems.append(
@@ -126,11 +163,12 @@ def launch_problems(recipe: Recipe, world_size: int) -> list[Problem]:
             )
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", train.precision):
+    if precision not in ("no", train.precision):  # auto is the hardware's choice, not the launch's
         problems.append(
             Problem(
                 "train.precision",
-                f"the launch asks for mixed_precision {precision}, the recipe for {train.precision}; leave it out of the launch",
+                f"the launch asks for mixed_precision {precision}, the recipe for {train.precision}; leave it out of the launch, or write "
+                f"train.precision={precision}",
             )
         )
     return problems
@@ -248,8 +286,8 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             without_shared_memory_op()
         settings = launch.filled_deepspeed_settings(recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size))
         deepspeed = DeepSpeedPlugin(hf_ds_config=settings)
-    # Before Accelerate would: its way does not connect again when a launcher restarts its workers.
-    open_process_group(on_cpu or launch.asks_for_cpu(), recipe.run.start_timeout)
+    set_arithmetic(recipe)
+    join(recipe)
     with sharding_on_cpu() if on_cpu and name in _TYPES else nullcontext():
         accelerator = Accelerator(
             # Without this flag, Accelerate makes of N processes on CPUs N trainings that know nothing of each other.
@@ -275,9 +313,10 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
             f"{accelerator.num_processes}; launch with: accelerate launch --config_file launch/accelerate/{what} --num_processes N "
             "-m dkd train RECIPE",
         )
-    if recipe.train.precision == "fp16" and accelerator.device.type == "cpu":
+    if recipe.train.precision in ("fp16", "tf32") and accelerator.device.type == "cpu":
         raise RecipeError.at(
-            "train.precision", "fp16 needs a GPU, and the launch asks for CPUs; use bf16 or fp32, or launch/accelerate/ddp.yaml"
+            "train.precision",
+            f"{recipe.train.precision} needs a GPU, and this launch trains on CPUs; use auto, bf16 or fp32, or launch/accelerate/ddp.yaml",
         )
     if recipe.train.sync_batch_norm and accelerator.device.type == "cpu":
         raise RecipeError.at("train.sync_batch_norm", "needs GPUs, and the launch asks for CPUs; take launch/accelerate/ddp.yaml")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from dkd import recipe_objects
+from dkd import console, recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
 from dkd.data.batches import Batch
 from dkd.data.sources import runs_user_code
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
-from dkd.training import assembly, engine, launch, preflight
+from dkd.training import assembly, engine, hardware, launch, preflight
 from dkd.training.evaluation import Evaluation, evaluate
 
 ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
@@ -47,6 +47,8 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         raise RecipeError.at("data.validation", f"{recipe.data.validation!r} is code to be imported and run; allow it with --trust-code")
     validation = preflight.open_validation(recipe, spec.classes)
 
+    engine.join(recipe)
+    recipe, notes = hardware.settle(recipe)
     accelerator = engine.build_accelerator(
         recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})}), weights.parent
     )
@@ -72,6 +74,8 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     result = evaluate(logits_of, batches, accelerator.device, recipe.data.on_error == "skip")
     assert result is not None
     if accelerator.is_main_process:
+        for note in notes:
+            console.say(f"dkd: {note}")
         print(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
     return result
 

@@ -162,9 +162,9 @@ def problems(recipe: Recipe, micro_batch: int, micro_steps: int) -> list[Problem
             found.append(Problem("teacher.mesh", f"belongs to teacher.placement=fsdp2, not {teacher.placement}"))
         if teacher.mesh == "node" and world_size() % local_world_size():
             found.append(Problem("teacher.mesh", f"{world_size()} processes are not {local_world_size()} on every machine"))
-        if teacher.weights_dtype == "bf16" and recipe.train.precision != "bf16":
+        if teacher.weights_dtype == "bf16" and recipe.train.precision not in ("bf16", "auto"):
             found.append(Problem("teacher.weights_dtype", f"bf16 needs train.precision=bf16, not {recipe.train.precision}"))
-        if teacher.placement == "zero3" and teacher.weights_dtype != "fp32":
+        if teacher.placement == "zero3" and teacher.weights_dtype == "bf16":
             found.append(Problem("teacher.weights_dtype", "is fp32 under ZeRO-3; take teacher.placement=fsdp2"))
     if name in SHARDING_ENGINES:
         if recipe.train.compile.student:

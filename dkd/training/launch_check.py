@@ -22,7 +22,7 @@ import dkd
 from dkd import console
 from dkd.config import Recipe, RecipeError
 from dkd.global_batch.collectives import all_gather_objects
-from dkd.training import engine, launch, preflight, process_group
+from dkd.training import engine, hardware, launch, preflight, process_group
 from dkd.training.checkpointing import recipe_hash
 from dkd.training.meeting import MeetingError, Refused
 from dkd.training.run_directory import packages
@@ -92,6 +92,7 @@ def check_launch(recipe: Recipe | None, seconds: float = 50.0) -> Findings:
         found = Findings()
         facts = all_gather_objects(_facts(recipe, device))
         compare(facts, found)
+        found.lines += _precision(device, recipe)
         if recipe is not None:
             _look_for_run_dir(Path(recipe.run.dir), rank, facts, found)
         if world_size > 1 and not found.problems:
@@ -100,6 +101,16 @@ def check_launch(recipe: Recipe | None, seconds: float = 50.0) -> Findings:
         limit.phase = "comparing how fast ranks compute"
         _compare_speed(device, facts, found)
         return found
+
+
+def _precision(device: torch.device, recipe: Recipe | None) -> list[str]:
+    """What train.precision=auto means on these ranks, or what is wrong with the one asked for. A collective."""
+    ranks = all_gather_objects(hardware.probe(device.type))
+    if recipe is not None and recipe.train.precision != "auto":
+        _, lines = hardware.settled(recipe, ranks)
+        return [f"precision   {recipe.train.precision}, as the recipe says", *(f"precision   {line}" for line in lines)]
+    choice = hardware.choose(ranks, engine.can_scale_losses(launch.engine()))
+    return [f"precision   auto is {choice.precision} here: {choice.reason}"]
 
 
 class _Limit:

@@ -11,7 +11,7 @@ from dkd.config import Recipe, RecipeError
 from dkd.global_batch import STRATEGIES, GramTensor, cheapest_strategies, ranks_per_group, received_bytes
 from dkd.global_batch.strategy import Held, collectives, held, received
 from dkd.models import ModelCost, model_cost, output_shapes, tap_dtypes
-from dkd.training import assembly, engine, preflight
+from dkd.training import assembly, engine, hardware, preflight
 from dkd.training.tap_table import tap_table
 
 
@@ -88,6 +88,8 @@ class Plan:
     student: ModelCost
     teacher: ModelCost | None
     gram: PlannedGram | None
+    assumed: str = ""
+    """What was assumed of the GPUs, for `auto`."""
 
     @property
     def world_size(self) -> int:
@@ -123,6 +125,11 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         RecipeError: with every problem of recipe, models, taps and batches on that many processes.
     """
     world_size = nodes * gpus_per_node
+    # Of GPUs that are not here: what each supported one with tensor cores of this decade would choose.
+    assumed = (
+        "" if recipe.train.precision != "auto" else ": assumes GPUs with bfloat16 units; on others train.precision=auto is fp16 or fp32"
+    )
+    recipe, _ = hardware.settled(recipe, [hardware.Hardware(device_type, "GPUs", bf16=True)])
     problems = engine.batch_problems(recipe, world_size, gpus_per_node)
     pipeline = preflight.image_pipeline(recipe, problems)
     if pipeline is not None:
@@ -139,7 +146,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
             recipe_objects.teacher_spec(recipe), [t for _, t in pairs], recipe.teacher.input_size or size, needs_logits, training=False
         )
     gram = _planned_gram(recipe, world_size, gpus_per_node, size, device_type) if recipe.losses.sp else None
-    return Plan(recipe, nodes, gpus_per_node, size, student, teacher, gram)
+    return Plan(recipe, nodes, gpus_per_node, size, student, teacher, gram, assumed)
 
 
 def _planned_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_size: int, device_type: str) -> PlannedGram:
@@ -181,6 +188,7 @@ def describe(planned: Plan) -> str:
     number, number_bytes = ("float64", 8) if recipe.train.precision == "fp64" else ("float32", 4)
     lines = [
         ("launch", f"{planned.nodes} × {planned.gpus_per_node} GPUs = {world} ranks"),
+        ("precision", f"{recipe.train.precision}{planned.assumed}"),
         (
             "batch",
             f"{recipe.train.global_batch:,} = {planned.micro_batch} × {world} ranks × {planned.micro_steps} micro-step"

@@ -22,7 +22,7 @@ from dkd.global_batch import BatchLayout
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.objective import Outputs
 from dkd.models import save_student
-from dkd.training import assembly, engine, launch, preflight, process_group
+from dkd.training import assembly, engine, hardware, launch, preflight, process_group
 from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
 from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts
@@ -67,6 +67,12 @@ class Trainer:
         world_size = launch.world_size()
         training, validation = preflight.open_sources(recipe)
         self.run_dir = RunDirectory(recipe.run.dir, writes=False)
+        # Read once: the file of DeepSpeed's settings may move or change while training runs.
+        self.engine = launch.engine()
+        engine.join(recipe)
+        # From here on, the recipe leaves nothing to the hardware.
+        self.recipe, self.notes = hardware.settle(recipe, resumes=existing == "resume")
+        recipe = self.recipe
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
         self.watch = Watch(accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout))
         with self.watch.names_lost_ranks():
@@ -100,7 +106,7 @@ class Trainer:
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_models(recipe, self.device)
-        student = engine.place(student, recipe, self.device, to_be_sharded=launch.engine() in launch.SHARDING_ENGINES)
+        student = engine.place(student, recipe, self.device, to_be_sharded=self.engine in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
         self.student, self.optimizer = engine.prepare(accelerator, student, build_optimizer(recipe.optimizer, student))
@@ -159,6 +165,7 @@ class Trainer:
         )
         for line in (
             *beginning.notes,
+            *self.notes,
             *announcement(
                 recipe, self.order, training, self.workers, parameter_counts(prepared), self.teacher, self.device.type, self.total_steps
             ),
@@ -308,7 +315,7 @@ class Trainer:
         if last and self.recipe.train.clip_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
         # DeepSpeed has stepped in `backward`, or not, by a check of its own; a gradient scaler makes its own, and overflows by design.
-        checked = launch.engine() not in launch.ZERO_ENGINES and self.accelerator.scaler is None
+        checked = self.engine not in launch.ZERO_ENGINES and self.accelerator.scaler is None
         if last and checked and self.recipe.train.skip_nonfinite > 0 and not gradient_is_finite(self.student):
             self.optimizer.zero_grad()
             return True
@@ -420,7 +427,7 @@ class Trainer:
             steps_done,
             self.recipe,
             self.order.world_size,
-            launch.engine(),
+            self.engine,
             self.run_facts,
             seconds=round(seconds, 1),
             replaced_images=self.reports.replaced,

@@ -12,7 +12,7 @@ from dkd.config.loading import validate
 from dkd.global_batch import BatchLayout, collectives, gram
 from dkd.losses import similarity_preserving
 from dkd.models import weights_fingerprint
-from dkd.training import assembly, preflight, two_passes
+from dkd.training import assembly, hardware, preflight, two_passes
 from dkd.training import trainer as trainer_module
 from dkd.training.endings import TrainingError
 from dkd.training.plan import plan
@@ -140,6 +140,22 @@ def batch_norm_dropout_mixup_and_cutmix(folder):
 
 def batch_norm_dropout_mixup_and_cutmix_by_exchange(folder):
     return train(folder, "regularized_exchange", {**REGULARIZED, "losses": with_strategy("exchange")})
+
+
+def ranks_whose_hardware_differs(folder):
+    """The last rank has no bfloat16 units, or all have; then the same run on ranks that all have them."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    fast, slow = hardware.Hardware("cpu", "fast", True, 2.0), hardware.Hardware("cpu", "slow", False, 0.1)
+    changes = {"train": {"global_batch": 448, "max_steps": 1, "precision": "auto", "channels_last": "auto"}}
+    found = {}
+    for name, own in (("one differs", slow if rank == size - 1 else fast), ("all alike", fast)):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        with mock.patch.object(hardware, "probe", lambda device, own=own: own):
+            trainer = Trainer(recipe_of(folder, name, changes))
+            trainer.run()
+            found[name] = [trainer.recipe.train.precision, trainer.recipe.teacher.weights_dtype, *trainer.notes]
+    return found
 
 
 def a_rank_that_skips_a_step_ends_all_ranks(folder):
@@ -387,6 +403,7 @@ def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
 
 
 CASES = [
+    ranks_whose_hardware_differs,
     streaming_from_three_files,
     an_unreadable_image_ends_all_ranks,
     an_image_of_another_size_ends_all_ranks,
