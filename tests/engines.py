@@ -4,15 +4,12 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launched import SCRIPTS, STEPS, child_environment, read_ranks, torchrun
 
-TESTS = Path(__file__).resolve().parent
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-STEPS = 20
 LEARNING_RATE = 0.002
 
 
@@ -38,19 +35,18 @@ def matrix(world):
     return cases
 
 
-def launch(world, folder, cases, time_limit=900, gpus=False):
+def launch(world, folder, cases, seconds=600, gpus=False):
     """Run the cases in `folder` on `world` processes, on CPUs or a GPU each. Returns, for each, what the ranks returned."""
     listed = Path(folder) / f"cases_{len(os.listdir(folder))}.json"
     listed.write_text(json.dumps(cases))
-    script = TESTS / "ranks" / "engine_cases.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), script, folder, listed]
-    paths = os.pathsep.join([str(TESTS), str(TESTS / "ranks"), *map(str, sys.path)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    if not gpus:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=time_limit, env=environment, cwd=TESTS.parent)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    ranks = [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(world)]
+    environment = child_environment(DS_ACCELERATOR="cpu")
+    if gpus:
+        for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+            environment[name] = os.environ.get(name, "")
+            if name not in os.environ:
+                del environment[name]
+    torchrun(world, SCRIPTS / "engine_cases.py", folder, listed, seconds=seconds, environment=environment)
+    ranks = read_ranks(folder, world)
     return {name_of(case): [rank[name_of(case)] for rank in ranks] for case in cases}
 
 
@@ -74,29 +70,32 @@ def references():
     }
 
 
-def assert_same_training(ranks, case, reference, world, first_steps=2e-5):
-    """Loss terms of every step and the final weights are those of the plain loop.
-
-    `first_steps` is the tolerance of a float32 term in the first 5 steps.
+def assert_same_training(ranks, case, reference, world, ddp=None):
+    """Loss terms of every step and the final weights are those of the plain loop in float64.
 
     float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order.
 
-    float32: 2e-5 of a term in the first 5 steps (measured: up to 8e-6, under DDP as under ZeRO), in which a wrong factor anywhere in a
-    gradient would show by far more. Then 2e-3 of a term, and at the end 5e-3 of a tensor's largest weight: training amplifies rounding, a
-    ReLU on the other side of 0 at a time. Measured: up to 6e-4 and 2.4e-3, in biases that began at 0, and to the last digit the same under
-    DDP in float32 as under ZeRO.
+    float32: training amplifies rounding, and by how much depends on the machine (a ReLU on the other side of 0 at a time: AT was off by
+    8e-6 after 5 steps on one CPU, by 4e-5 on another and on a GPU, to the same digits under every engine). So an engine is held to `ddp`,
+    the same training under DDP in float32 in the same launch: 1e-5 of a term in the first 5 steps (measured: up to 2.1e-6, since
+    engines sum gradients in another order), in which a wrong factor anywhere in a gradient would show by far more. Later steps and weights, in which the order of an engine's sums is amplified too: 2e-3 of a term and
+    5e-3 of a tensor's largest weight. DDP itself is held to the plain loop: 2e-4 of a term in the first 5 steps, 2e-3 later.
     """
     lines, state = reference[case["model"]]
     exact = case["precision"] == "fp64"
-    weight = 1e-7 if exact else 5e-3
     assert len(ranks[0]["lines"]) == len(lines) == STEPS
     for step, (ours, plain) in enumerate(zip(ranks[0]["lines"], lines, strict=True)):
-        term = 1e-9 if exact else first_steps if step < 5 else 2e-3
         for key, value in plain.items():
-            assert math.isclose(ours[key], value, rel_tol=term), (ours["step"], key, ours[key], value)
+            if exact:
+                assert math.isclose(ours[key], value, rel_tol=1e-9), (ours["step"], key, ours[key], value)
+                continue
+            other = ddp[0]["lines"][step][key]
+            assert math.isclose(other, value, rel_tol=2e-4 if step < 5 else 2e-3), (ours["step"], key, other, value)
+            assert math.isclose(ours[key], other, rel_tol=1e-5 if step < 5 else 2e-3), (ours["step"], key, ours[key], other)
     assert set(ranks[0]["state"]) == set(state)
     for key, values in state.items():
-        wanted = values.double().flatten()[:64].tolist()
+        wanted = values.double().flatten()[:64].tolist() if exact else ddp[0]["state"][key]
+        weight = 1e-7 if exact else 5e-3
         assert ranks[0]["state"][key] == pytest.approx(wanted, rel=weight, abs=weight * max(map(abs, wanted)) + 1e-12), key
     # BatchNorm's running statistics are on every rank, and the same.
     for rank in ranks:

@@ -1,19 +1,41 @@
 """What must be the same on 1, 2 and 4 ranks, under a real launch."""
 
+import functools
 import itertools
 import math
 import re
 
+import plain_reference
 import pytest
-from launched import launch
+from launched import STEPS, launch, names_in, parameters
+from ranks import evaluation_cases, loss_cases, trainer_cases
 
 WORLDS = (1, 2, 4)
 
 
-@pytest.fixture(scope="session")
-def results(tmp_path_factory):
-    """world size -> case -> what each rank returned."""
-    return {world: launch(world, tmp_path_factory.mktemp(f"world{world}")) for world in WORLDS}
+class Launches:
+    """world size -> case -> what each rank returned. A launch runs the cases that the selected tests speak of, once one of them asks."""
+
+    def __init__(self, items, folders):
+        known = {case.__name__ for case in (*loss_cases.CASES, *evaluation_cases.CASES, *trainer_cases.CASES)}
+        self.cases = {world: set() for world in WORLDS}
+        for item in items:
+            values = parameters(item)
+            names = names_in(item.function, known) | {value for value in values.values() if isinstance(value, str) and value in known}
+            # What several ranks return is often compared with what one returns.
+            for world in {1, values["world"]} if "world" in values else WORLDS:
+                self.cases[world] |= names
+        self.folders, self.found = folders, {}
+
+    def __getitem__(self, world):
+        if world not in self.found:
+            self.found[world] = launch(world, self.folders.mktemp(f"world{world}"), self.cases[world])
+        return self.found[world]
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory):
+    return Launches([item for item in request.session.items if item.path == request.path], tmp_path_factory)
 
 
 def returned(results, world, case):
@@ -107,8 +129,6 @@ def test_rows_that_differ_within_one_rank_end_all_ranks(results, world):
 
 def test_evaluation_counts_are_right(results):
     """Against counts taken by hand, on all images at once."""
-    from ranks import evaluation_cases
-
     for samples in (1, 7, 64, 1000):
         plain = evaluation_cases.plain_counts(samples)
         ours = returned(results, 1, "evaluation_counts")[0][f"{samples} samples, batch 64"]
@@ -127,31 +147,37 @@ def test_evaluation_counts_do_not_depend_on_batch_or_ranks(results):
                 assert math.isclose(loss, reference[same_data][3], rel_tol=1e-6), (world, key)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """case -> (lines, state) of the plain loop."""
-    import plain_reference
-    from ranks import trainer_cases
-
+@functools.cache
+def plain_loop(changes, micro_batch):
+    """(lines, state) of the plain loop for a training that several cases share, named by what differs in its recipe."""
     recipe = trainer_cases.RECIPE
-    regularized = {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}}
-    with_norm = {**recipe, "student": {**recipe["student"], "norm": "batch"}}
-    changed = {**with_norm, "losses": {**recipe["losses"], "sp": None}}
-    by_pixels = {form: {**recipe, "losses": {**recipe["losses"], **trainer_cases.GRADIENTS[form]}} for form in trainer_cases.GRADIENTS}
-    with_micro = {**recipe, "losses": {**recipe["losses"], "sp": {"batch": "micro"}}}
-    return {
-        "all_four_losses": (four := plain_reference.train(recipe, 20, micro_batch=32)),
-        "all_four_losses_by_exchange": four,
-        "batch_norm_dropout_mixup_and_cutmix": (random := plain_reference.train(regularized, 20, micro_batch=8)),
-        "batch_norm_dropout_mixup_and_cutmix_by_exchange": random,
-        "all_four_losses_accumulated": four,
-        "all_four_losses_accumulated_with_batch_norm": plain_reference.train(with_norm, 20, micro_batch=8),
-        "gradient_attention_accumulated": plain_reference.train(by_pixels["transfer"], 20, micro_batch=32),
-        "gradient_attention_of_mirror_images": plain_reference.train(by_pixels["symmetric"], 20, micro_batch=32),
-        "gram_matrices_of_micro_steps": plain_reference.train(with_micro, 20, micro_batch=8),
-        "gram_matrices_of_groups": plain_reference.train(with_micro, 20, micro_batch=16),
-        "batch_norm_with_fixed_micro_batches": plain_reference.train(changed, 20, micro_batch=8),
+    sp = {**recipe["losses"], "sp": {"batch": "micro"}}
+    by_pixels = {form: {**recipe["losses"], **losses} for form, losses in trainer_cases.GRADIENTS.items()}
+    changed = {
+        "nothing": recipe,
+        "batch norm": (with_norm := {**recipe, "student": {**recipe["student"], "norm": "batch"}}),
+        "batch norm, no sp": {**with_norm, "losses": {**recipe["losses"], "sp": None}},
+        "regularized": {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}},
+        "gradients": {**recipe, "losses": by_pixels["transfer"]},
+        "mirrored": {**recipe, "losses": by_pixels["symmetric"]},
+        "sp of micro-batches": {**recipe, "losses": sp},
     }
+    return plain_reference.train(changed[changes], STEPS, micro_batch=micro_batch)
+
+
+REFERENCES = {
+    "all_four_losses": ("nothing", 32),
+    "all_four_losses_by_exchange": ("nothing", 32),
+    "all_four_losses_accumulated": ("nothing", 32),
+    "all_four_losses_accumulated_with_batch_norm": ("batch norm", 8),
+    "batch_norm_with_fixed_micro_batches": ("batch norm, no sp", 8),
+    "batch_norm_dropout_mixup_and_cutmix": ("regularized", 8),
+    "batch_norm_dropout_mixup_and_cutmix_by_exchange": ("regularized", 8),
+    "gradient_attention_accumulated": ("gradients", 32),
+    "gradient_attention_of_mirror_images": ("mirrored", 32),
+    "gram_matrices_of_micro_steps": ("sp of micro-batches", 8),
+    "gram_matrices_of_groups": ("sp of micro-batches", 16),
+}
 
 
 @pytest.mark.parametrize(
@@ -176,10 +202,10 @@ def reference():
         ("gram_matrices_of_groups", 4),
     ],
 )
-def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, reference, case, world):
-    """In float64. Sums are taken in another order on every number of ranks, and 20 steps of momentum amplify that from 1e-16."""
-    (wanted, state), many = reference[case], returned(results, world, case)
-    assert len(many[0]["lines"]) == len(wanted) == 20
+def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, case, world):
+    """In float64. Sums are taken in another order on every number of ranks, and steps of momentum amplify that from 1e-16."""
+    (wanted, state), many = plain_loop(*REFERENCES[case]), returned(results, world, case)
+    assert len(many[0]["lines"]) == len(wanted) == STEPS
     for ours, plain in zip(many[0]["lines"], wanted, strict=True):
         for name, value in plain.items():
             assert math.isclose(ours[name], value, rel_tol=1e-9), (ours["step"], name, ours[name], value)
@@ -189,8 +215,8 @@ def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, refere
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_relational_loss_of_ones_own_is_computed_on_the_global_batch(results, reference, world):
-    wanted, lines = reference["all_four_losses"][0], returned(results, world, "a_relational_loss_of_ones_own")[0]["lines"]
+def test_a_relational_loss_of_ones_own_is_computed_on_the_global_batch(results, world):
+    wanted, lines = plain_loop("nothing", 32)[0], returned(results, world, "a_relational_loss_of_ones_own")[0]["lines"]
     for ours, plain in zip(lines, wanted, strict=True):
         assert math.isclose(ours["loss"], plain["loss"], rel_tol=1e-9)
         assert math.isclose(ours["mine"], plain["sp"], rel_tol=1e-9)
@@ -206,9 +232,9 @@ def test_gradient_attention_with_batch_norm_is_the_same_on_any_number_of_ranks(r
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_mistakes_in_the_arithmetic_would_be_noticed(results, reference, world):
+def test_mistakes_in_the_arithmetic_would_be_noticed(results, world):
     """The check above, on trainers that each have one mistake: after two steps the losses are off by far more than its tolerance."""
-    wanted = reference["all_four_losses"][0]
+    wanted = plain_loop("nothing", 32)[0]
     for mistake, lines in returned(results, world, "mutated_trainings")[0].items():
         if "divisor" in mistake and world == 4:
             continue  # one micro-step: no divisor

@@ -5,16 +5,12 @@ An interruption here ends the trainer between two steps; tests/test_crash.py kil
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from engines import ENGINES
 from few_images import write_images
+from launched import LONG, SCRIPTS, parameters, read_ranks, torchrun
 
-TESTS = Path(__file__).resolve().parent
 SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias": False}
 # 12 steps in epochs of 5, a checkpoint every 3 steps and at the end of each epoch.
@@ -56,6 +52,12 @@ def variants(world):
     return found
 
 
+def tried(world):
+    """Names of the variants that run: each engine on several processes, where it differs; on one, where all are alike, two of them."""
+    sharding = ("fsdp2", "zero1", "zero2")
+    return [name for name in variants(world) if LONG or world > 1 or not name.startswith(sharding)]
+
+
 def pair(name, variant):
     variant = {"interruptions": MID_EPOCH, **variant}
     return case(f"{name}, whole", **{**variant, "interruptions": [None]}), case(f"{name}, interrupted", **variant)
@@ -65,13 +67,8 @@ def launch(world, folder, cases):
     if not (folder / "few.parquet").exists():
         write_images(folder / "few.parquet", 170)  # 5 steps of 32, and 10 left over
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", world]
-    command += [TESTS / "ranks" / "resume_cases.py", folder, folder / "cases.json"]
-    paths = os.pathsep.join([str(TESTS), str(TESTS / "ranks"), *map(str, sys.path)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=420, env=environment, cwd=TESTS.parent)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+    torchrun(world, SCRIPTS / "resume_cases.py", folder, folder / "cases.json", seconds=600)
+    ranks = read_ranks(folder, world)
     errors = {name: rank[name]["error"] for name in ranks[0] for rank in ranks if "error" in rank[name]}
     return {name: {"error": errors[name]} if name in errors else ranks[0][name] for name in ranks[0]}
 
@@ -82,15 +79,39 @@ def returned(results, name):
     return results[name]
 
 
+class Launches:
+    """world size -> training -> what it returned. A launch runs what the selected tests ask for, once one of them does."""
+
+    def __init__(self, items, folders):
+        self.folders, self.found, self.cases = folders, {}, {1: {}, 2: {}}
+        for item in items:
+            for world, name in getattr(item.function, "uses", lambda **values: [])(**parameters(item)):
+                self.cases[world][name] = pair(name, variants(world)[name])
+
+    def __getitem__(self, world):
+        if world not in self.found:
+            cases = [case for both in self.cases[world].values() for case in both]
+            self.found[world] = launch(world, self.folders.mktemp(f"resume{world}"), cases)
+        return self.found[world]
+
+
+def uses(trainings):
+    """Which trainings a test wants: a function from its parameters to (world size, name)."""
+
+    def mark(function):
+        function.uses = trainings
+        return function
+
+    return mark
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return {
-        world: launch(world, tmp_path_factory.mktemp(f"resume{world}"), [c for v in variants(world).items() for c in pair(*v)])
-        for world in (1, 2)
-    }
+def results(request, tmp_path_factory):
+    return Launches([item for item in request.session.items if item.path == request.path], tmp_path_factory)
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (1, 2) for name in variants(world)])
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in (1, 2) for name in tried(world)])
+@uses(lambda world, name: [(world, name)])
 def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, world, name):
     whole, interrupted = (returned(results[world], f"{name}, {which}") for which in ("whole", "interrupted"))
     assert interrupted["finished"]
@@ -106,6 +127,7 @@ def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, w
 
 
 @pytest.mark.parametrize(("world", "rank"), [(1, 0), (2, 0), (2, 1)])
+@uses(lambda world, rank: [(world, f"full disk of rank {rank}")])
 def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world, rank):
     """Nor does it harm the one before, from which the interrupted run goes on."""
     whole, interrupted = (returned(results[world], f"full disk of rank {rank}, {which}") for which in ("whole", "interrupted"))
@@ -117,6 +139,7 @@ def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world
     assert interrupted["starts"] == [0, 5, 10]
 
 
+@uses(lambda: [(2, "a rank stays away")])
 def test_checkpoints_after_one_that_a_rank_stayed_away_from_are_written(results):
     """Its process group is of no use any more: another takes its place."""
     whole = returned(results[2], "a rank stays away, whole")

@@ -206,17 +206,10 @@ def settle(recipe: Recipe, resumes: bool = False) -> tuple[Recipe, list[str]]:
 
     Args:
         resumes: whether a run that is in `run.dir` is to be resumed, and so to keep what it was begun with.
-
-    Raises:
-        RecipeError: on every rank: what was settled does not go with this launch, such as a run in fp16 that is resumed on CPUs.
     """
     stored = stored_choice(Path(recipe.run.dir)) if resumes else None
     ranks = all_gather_objects((_own(recipe), stored))
-    found, lines = settled(recipe, [hardware for hardware, _ in ranks], ranks[0][1], engine.can_scale_losses(launch.engine()))
-    problems = engine.launch_problems(found, launch.world_size())
-    if problems:
-        raise RecipeError(problems)
-    return found, lines
+    return settled(recipe, [hardware for hardware, _ in ranks], ranks[0][1], engine.can_scale_losses(launch.engine()))
 
 
 def settled_here(recipe: Recipe, resumes: bool = True) -> tuple[Recipe, list[str]]:

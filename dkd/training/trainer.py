@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from dkd import recipe_objects
-from dkd.config import Recipe, recipe_to_yaml
+from dkd.config import Recipe, RecipeError, recipe_to_yaml
 from dkd.data import DataError, EvaluationBatches, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
@@ -73,6 +73,9 @@ class Trainer:
         # From here on, the recipe leaves nothing to the hardware.
         self.recipe, self.notes = hardware.settle(recipe, resumes=existing == "resume")
         recipe = self.recipe
+        # Such as a run in fp16 that is resumed on CPUs: the same on every rank, since the recipe now is.
+        if problems := engine.launch_problems(recipe, world_size):
+            raise RecipeError(problems)
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
         self.watch = Watch(accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout))
         with self.watch.names_lost_ranks():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import trainer_cases
 from accelerate.state import AcceleratorState, GradientState
 from engines import name_of
+from launched import LONG
 from torch.utils.data import Subset
 
 from dkd.data import EvaluationBatches
@@ -20,7 +21,8 @@ from dkd.training.evaluate_export import evaluate_export
 from dkd.training.sharded_weights import full_state, local_part, parameter_counts
 from dkd.training.trainer import Trainer
 
-VIT_BLOCK = "encoder.layers.encoder_layer_11"
+VIT = "torchvision/vit_b_32" if LONG else "small_models:Transformer"
+VIT_BLOCK = f"encoder.layers.encoder_layer_{11 if LONG else 3}"
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -68,7 +70,7 @@ def train(folder, case):
     }
     changes["train"] |= case.get("train", {})
     if case["model"] == "vit":
-        # A vision transformer of 86 million parameters; its 7×7 tokens of 32 pixels are the resolution of a ResNet's layer4.
+        # A vision transformer; its 7×7 tokens of 32 pixels are the resolution of a ResNet's layer4.
         changes |= {
             "student": {"name": "torchvision/resnet18", "norm": None},
             "data": {"image_size": 224},
@@ -79,8 +81,11 @@ def train(folder, case):
         }
     changes["checkpoint"] = case.get("checkpoint", {})
     changes["optimizer"] = {**trainer_cases.RECIPE["optimizer"], "lr": case["lr"]}
-    changes["teacher"] = {"placement": case["teacher"], **({"name": "torchvision/vit_b_32"} if case["model"] == "vit" else {})}
+    changes["teacher"] = {"placement": case["teacher"], **({"name": VIT} if case["model"] == "vit" else {})}
     name = name_of(case)
+    if "images" in case:
+        path = trainer_cases.images_on_disk(folder, "few.parquet", case["images"])
+        changes["data"] = {**changes.get("data", {}), "train": path, "validation": path}
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
         preflight.check(recipe)
@@ -164,10 +169,10 @@ def features_of_teachers(folder):
     for name, taps, options in (
         ("wrn_16_2", ["block1", "block2"], {}),
         ("torchvision/resnet18", ["layer2", "layer3"], {}),
-        ("torchvision/vit_b_32", ["encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_3"], {}),
+        (VIT, ["encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_3"], {}),
     ):
         torch.manual_seed(1)
-        pixels = 32 if "vit" not in name else 224
+        pixels = 32 if name != VIT else 224
         path = folder / (name.replace("/", "_") + ".safetensors")
         if dist.get_rank() == 0:
             save_file(build_model(ModelSpec(name, 10)).state_dict(), path)
@@ -200,6 +205,7 @@ def features_of_teachers(folder):
             ((halved["bf16"][t].float() - halved["fp32"][t].float()).norm() / halved["fp32"][t].float().norm()).item() for t in taps
         )
         found[f"{name}, weights in bfloat16"] = {
+            "attends": name == VIT,
             "equal": difference == 0,
             "difference": difference,
             "kept": (kept, 4 * parameter_counts(teacher)[1]),
@@ -246,7 +252,9 @@ def modes_of_the_student(folder, engine):
         trainer._evaluate = evaluating
 
     with launched_as(engine):
-        changes = {"student": {"norm": "batch"}, "train": {"global_batch": 448, "epochs": 3, "max_steps": None, "precision": "fp32"}}
+        path = trainer_cases.images_on_disk(folder, "few.parquet", 96)
+        changes = {"student": {"norm": "batch"}, "train": {"epochs": 3, "max_steps": None, "precision": "fp32"}}
+        changes["data"] = {"train": path, "validation": path}
         recipe = trainer_cases.recipe_of(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}})
         preflight.check(recipe)
         trainer = Trainer(recipe)
@@ -286,7 +294,7 @@ def main():
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         dist.init_process_group("nccl", timeout=timedelta(seconds=300))
     else:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     results = {}
     for case in cases:
         torch.manual_seed(0)

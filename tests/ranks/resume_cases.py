@@ -184,7 +184,7 @@ def described(folder, case, finished):
 def main():
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     rank = dist.get_rank() if dist.is_initialized() else 0
     results = {}
     for case in cases:

@@ -7,6 +7,7 @@ from unittest import mock
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from few_images import write_images
+from launched import STEPS
 
 from dkd.config.loading import validate
 from dkd.global_batch import BatchLayout, collectives, gram
@@ -19,7 +20,6 @@ from dkd.training.plan import plan
 from dkd.training.rank_means import RankMeans
 from dkd.training.trainer import Trainer
 
-STEPS = 20
 RECIPE = {
     "run": {"name": "parity", "seed": 3, "trackers": []},
     "data": {"train": "digits", "validation": "digits", "classes": 10, "transforms": "digits", "image_size": 16},
