@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: browser help quickstart test test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
+.PHONY: browser help quickstart test test-all test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
 
 help:
 	@echo "make quickstart   install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
-	@echo "make test         install with the test tools, run all tests"
+	@echo "make test         install with the test tools, run the tests (10 minutes on 2 cores); PYTEST='-k words' chooses some of them"
+	@echo "make test-all     the slow ones too, and longer trainings (half an hour on 2 cores): before a release"
 	@echo "make test-matrix  every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
 	@echo "make test-cluster a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes); -short: a part, 8 minutes"
 	@echo "make test-gpu     the checks that need a GPU; says so and runs nothing where there is none"
@@ -18,8 +19,15 @@ help:
 quickstart: $(VENV)/.digits
 	$(BIN)/python -m benchmarks.quickstart
 
+# As many workers as cores, at most 4: several ranks are started by a test, and each file's tests share their launches.
+PARALLEL := -n auto --maxprocesses=4 --dist=loadfile
+PYTEST ?=
+
 test: $(VENV)/.test browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) --durations=25 $(PYTEST)
+
+test-all: $(VENV)/.test browser
+	DKD_TEST_LONG=1 $(BIN)/python -m pytest $(PARALLEL) --durations=25 -m "not matrix and not gpu and not cluster" $(PYTEST)
 
 test-matrix: $(VENV)/.test
 	$(BIN)/python -m pytest -m matrix -s
@@ -62,12 +70,17 @@ environment: $(VENV)/.test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# pip reports each package that it collects and installs: gigabytes, minutes.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+
 $(VENV)/.digits: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[digits,report]'
+	@echo "installing dkd and what it needs into $(VENV): torch alone has gigabytes, so this takes minutes"
+	$(PIP) -e '.[digits,report]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[digits,test]'
+	@echo "installing dkd, what it needs and the test tools into $(VENV): torch alone has gigabytes, so this takes minutes"
+	$(PIP) -e '.[digits,test]'
 	@touch $@ $(VENV)/.digits
 
 clean:

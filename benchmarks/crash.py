@@ -80,7 +80,7 @@ class Trial:
     equal: bool
 
 
-def wait_for(launcher: subprocess.Popen[bytes], condition: Any, seconds: float = 120) -> bool:
+def wait_for(launcher: subprocess.Popen[bytes], condition: Any, seconds: float = 600) -> bool:
     """Until `condition()` holds; False when the launcher ends before."""
     until = time.monotonic() + seconds
     while not condition():
@@ -110,10 +110,10 @@ def trial(folder: Path, number: int, inside: bool, undisturbed: dict[str, Any], 
     os.kill(process, signal.SIGKILL)
     was_inside = was_inside and is_writing(run)
     step = steps_logged(run)
-    if launcher.wait(timeout=120) == 0:
+    if launcher.wait(timeout=600) == 0:
         return None
     launcher = start(run, log)
-    code = launcher.wait(timeout=300)
+    code = launcher.wait(timeout=900)
     said = [line for line in log.read_text().splitlines() if line.startswith("resumed from")]
     resumed = said[-1].rpartition("/step_")[2].partition(",")[0].lstrip("0") if said else "nothing"
     return Trial(rank, step, was_inside, resumed, code == 0 and bool(said) and result(run) == undisturbed)
@@ -132,7 +132,7 @@ def main() -> int:
         launcher = start(folder / "undisturbed", folder / "undisturbed.log")
         wait_for(launcher, lambda: steps_logged(folder / "undisturbed") > 3)
         begun = time.monotonic()
-        if launcher.wait(timeout=300) != 0:
+        if launcher.wait(timeout=900) != 0:
             print((folder / "undisturbed.log").read_text()[-3000:], file=sys.stderr)
             return 1
         duration = time.monotonic() - begun

@@ -21,7 +21,12 @@ SCRIPTS = TESTS / "ranks"
 
 @functools.cache
 def slowness():
-    """How many times as long as on an idle machine of 2020 something takes here and now: other work on the machine counts, too."""
+    """How many times as long as on an idle machine of 2020 something takes here and now: other work on the machine counts, too.
+
+    Measured once, at the start of a session; the processes that tests start are given the number.
+    """
+    if "DKD_TEST_SLOWNESS" in os.environ:
+        return float(os.environ["DKD_TEST_SLOWNESS"])
     begun = time.perf_counter()
     total = 0
     for number in range(1_000_000):
@@ -34,10 +39,16 @@ def limit(seconds):
     return seconds * max(2.0, 2 * slowness())
 
 
+def pause(seconds):
+    """Seconds for what tests wait for on purpose, such as a rank that is to be given up: longer where everything else takes longer."""
+    return seconds * slowness()
+
+
 def child_environment(**more):
     """Of a process that a test starts: one thread, no GPU, this checkout's modules."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), str(SCRIPTS), *filter(None, map(str, sys.path))])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, **more}
+    given = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, "DKD_TEST_SLOWNESS": f"{slowness():.3g}"}
+    return {**os.environ, **given, **more}
 
 
 def torchrun(world_size, script, *arguments, seconds=300, environment=None):

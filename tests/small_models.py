@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 
 import torch
+from launched import pause
 
 from dkd import SimilarityPreserving
 
@@ -56,7 +57,7 @@ class Stopping(torch.nn.Module):
         # Not on the meta device, on which models are checked before they train.
         self.calls += self.training and x.device.type != "meta"
         if self.calls == 5:
-            torch.distributed.group.WORLD.set_timeout(timedelta(seconds=5))
+            torch.distributed.group.WORLD.set_timeout(timedelta(seconds=pause(5)))
             if os.environ.get("RANK") == "1":
                 time.sleep(3600)
         return self.fc(self.layer3(x).mean((2, 3)))
@@ -96,7 +97,7 @@ class NotFinite(Regularized):
 
 
 class Late(Regularized):
-    """On rank 1, the first forward in training takes 8 seconds, as a compilation may."""
+    """On rank 1, the first forward in training takes twice as long as the others would wait later, as a compilation may."""
 
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -105,7 +106,7 @@ class Late(Regularized):
     def forward(self, x):
         self.calls += self.training and x.device.type != "meta"
         if self.calls == 1 and self.training and os.environ.get("RANK") == "1":
-            time.sleep(8)
+            time.sleep(pause(8))
         return super().forward(x)
 
 

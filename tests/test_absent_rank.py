@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+from launched import child_environment, limit, pause
+
 TESTS = Path(__file__).resolve().parent
-AT_MOST = 20  # seconds from the moment that both ranks are at work; the groups' timeouts are 4 and 5
+AT_MOST = limit(20)  # seconds from the moment that both ranks are at work; the groups' timeouts are 4 and 5 on an idle machine
 
 
 def start(*arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    environment = child_environment()
     # A session of its own, so that no rank outlives a test that fails.
     return subprocess.Popen(
         command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, **options
@@ -68,7 +70,7 @@ schedule: {{name: constant}}
 def test_until_the_first_step_is_done_a_rank_may_be_later_than_the_others_wait_afterwards(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"""
-run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: 4}}
+run: {{dir: {tmp_path / "run"}, trackers: [], collective_timeout: {pause(4)}}}
 data: {{train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8}}
 student: {{name: "small_models:Late"}}
 train: {{global_batch: 8, epochs: 1, max_steps: 4, precision: fp32}}
@@ -76,6 +78,6 @@ optimizer: {{name: sgd, lr: 0.01}}
 schedule: {{name: constant}}
 """)
     with start("-m", "dkd", "train", recipe, stderr=subprocess.STDOUT) as launch:
-        out, _ = launch.communicate(timeout=90)
+        out, _ = launch.communicate(timeout=limit(90))
     assert launch.returncode == 0, out
     assert (tmp_path / "run" / "FINISHED").exists()

@@ -4,20 +4,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from launched import limit
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(module, *arguments):
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(300))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
 
-def test_the_step_benchmark_prints_its_table():
-    out = run("step", "--student", "resnet8", "--teacher", "resnet8", "--batch", 4, "--rounds", 1, "--steps", 1)
-    assert "both (the defaults)" in out
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_step_benchmark_prints_its_table(compiled):
+    flag = "--compile" if compiled else "--no-compile"
+    out = run("step", "--student", "resnet8", "--teacher", "resnet8", "--batch", 4, "--rounds", 1, "--steps", 1, flag)
+    assert "the defaults: precision " in out
     assert "share of the step, defaults: data" in out
+    assert ("compiled teacher and student" in out) == compiled
 
 
 def test_the_global_batch_benchmark_counts_the_bytes_of_the_formulas():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launched import limit
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["train.epochs=1", "train.max_steps=2", "run.trackers=[]", "teacher.weights=random", "data.workers=0"]
@@ -29,7 +30,7 @@ def example(request, tmp_path):
 
 def run(folder, *arguments):
     command = [sys.executable, "-m", "dkd", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=limit(300))
 
 
 def test_the_example_trains_and_is_used(example):

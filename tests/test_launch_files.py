@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from launched import child_environment, limit
 from reference_material import FOLDER
 
 from dkd.cli import main
+from dkd.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
@@ -18,9 +20,32 @@ RECIPE = "configs/examples/cifar10_wrn16-2_wrn16-1.yaml"
 
 def accelerate_launch(*arguments):
     """The environment of a user's shell: nothing of this test's own launch."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(300), env=child_environment())
+
+
+ONE_OF_EACH = ("cpu", "zero2")  # started for real by `make test`; all of them by `make test-all`
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monkeypatch):
+    """What `accelerate launch` would tell its ranks; tests/test_engines.py trains under just that environment, for each engine."""
+    import torch.distributed.run as torchrun
+    from accelerate.commands import launch as command
+    from engines import environment
+
+    told = {}
+    monkeypatch.setattr(torchrun, "run", lambda arguments: told.update(os.environ, processes=arguments.nproc_per_node))
+    monkeypatch.chdir(ROOT)
+    words = ["--config_file", str(file.relative_to(ROOT)), "--num_processes", "2", "--main_process_port", "0", "-m", "dkd", "train", "x"]
+    command.launch_command(command.launch_command_parser().parse_args(words))
+    assert told.pop("processes") == "2"
+    engine = {"cpu": "ddp"}.get(file.stem, file.stem)
+    for variable, value in environment(engine).items():
+        assert told.get(variable) == value, variable
+    for variable, value in {**told, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, str(value))
+    assert launch.engine() == engine
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +67,10 @@ def losses():
     return []
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in ONE_OF_EACH else pytest.mark.slow) for path in FILES],
+)
 def test_a_launch_file_starts_the_engine_of_its_name(file, data, losses, tmp_path):
     """2 processes, 3 steps. The same training under each, in float32: sums in another order."""
     result = accelerate_launch(

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from launched import limit, pause
 
 from dkd.training import stopping
 from dkd.training.launch_check import Findings, compare
@@ -20,17 +21,17 @@ from dkd.training.watch import Sign, told
 def store():
     """A server, and a client for each rank, as in a launch: clients of one connection wait for each other."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=10))
+    return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=limit(10)))
 
 
-def together(store, ranks, timeout=10.0, refusals=None, delays=None):
+def together(store, ranks, timeout=None, refusals=None, delays=None):
     """What each rank's `meet` returned or raised."""
     found = {}
 
     def run(rank):
         time.sleep((delays or {}).get(rank, 0))
         try:
-            found[rank] = meet(store(), rank, 3, timeout, (refusals or {}).get(rank))
+            found[rank] = meet(store(), rank, 3, limit(10) if timeout is None else timeout, (refusals or {}).get(rank))
         except (MeetingError, Refused) as error:
             found[rank] = error
 
@@ -50,7 +51,7 @@ def test_every_start_has_a_name_of_its_own_whatever_earlier_ones_left(store):
 
 def test_ranks_of_a_start_that_died_before_it_met_do_not_take_part(store):
     """Ranks 0 and 2 came, and were killed; then all three come, rank 2 long after the others."""
-    assert all(isinstance(found, MeetingError) for found in together(store, (0, 2), timeout=0.5).values())
+    assert all(isinstance(found, MeetingError) for found in together(store, (0, 2), timeout=pause(0.5)).values())
     found = together(store, (0, 1, 2), delays={2: 1.0})
     assert len(set(found.values())) == 1
     assert isinstance(found[0], str)
@@ -58,7 +59,7 @@ def test_ranks_of_a_start_that_died_before_it_met_do_not_take_part(store):
 
 def test_a_first_rank_that_comes_again_starts_those_that_waited_for_the_one_before(store):
     found = {}
-    waiting = threading.Thread(target=lambda: found.update(together(store, (1, 2), timeout=10)))
+    waiting = threading.Thread(target=lambda: found.update(together(store, (1, 2), timeout=limit(10))))
     waiting.start()
     time.sleep(0.3)  # they are there, and rank 0 offers them its name before it ends
     assert isinstance(together(store, (0,), timeout=0)[0], MeetingError)
@@ -68,7 +69,7 @@ def test_a_first_rank_that_comes_again_starts_those_that_waited_for_the_one_befo
 
 
 def test_who_did_not_come_is_named(store):
-    found = together(store, (0, 1), timeout=0.5)
+    found = together(store, (0, 1), timeout=pause(0.5))
     assert "rank 2 did not come within 0.5 s; this is rank 0 on " in str(found[0])
     assert "rank 0 did not start this rank within 0.5 s" in str(found[1])
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launched import limit
 
 ROOT = Path(__file__).resolve().parent.parent
 SRUN = """#!/bin/bash
@@ -50,7 +51,7 @@ class Batch:
         )
 
     def finish(self):
-        said, _ = self.process.communicate(timeout=60)
+        said, _ = self.process.communicate(timeout=limit(60))
         return self.process.returncode, said
 
     def steps(self):
@@ -121,7 +122,7 @@ def test_a_failed_check_trains_nothing(tmp_path):
 
 def test_a_warning_while_the_launch_is_checked_requeues_the_job(tmp_path):
     batch = Batch(tmp_path, FAKE_CHECK='trap "" USR1; sleep 3', CHECK="1")
-    end = time.monotonic() + 30
+    end = time.monotonic() + limit(30)
     while not batch.steps() and time.monotonic() < end:
         time.sleep(0.1)
     batch.process.send_signal(signal.SIGUSR1)
@@ -133,7 +134,7 @@ def test_a_warning_while_the_launch_is_checked_requeues_the_job(tmp_path):
 def test_the_warning_reaches_the_training_and_its_exit_code_the_job(tmp_path):
     train = 'trap "asked=1" USR1; while [ -z "$asked" ]; do sleep 0.1; done; exit 3'
     batch = Batch(tmp_path, FAKE_TRAIN=train)
-    end = time.monotonic() + 30
+    end = time.monotonic() + limit(30)
     while not batch.steps() and time.monotonic() < end:
         time.sleep(0.1)
     batch.process.send_signal(signal.SIGUSR1)

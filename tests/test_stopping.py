@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launched import child_environment, limit
 
 TESTS = Path(__file__).resolve().parent
 RECIPE = """
@@ -31,7 +32,7 @@ def recipe(tmp_path):
 
 
 def start(*words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    environment = child_environment()
     command = [sys.executable, "-m", "dkd", *map(str, words)]
     return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -39,14 +40,14 @@ def start(*words):
 def finish(process, action=lambda: None, run=None, step=0):
     """Act behind a step; returns the exit code and what was said."""
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + limit(60)
         while run is not None and time.monotonic() < end and process.poll() is None:
             path = run / "metrics.jsonl"
             if path.exists() and f'"step": {step},' in path.read_text():
                 action()
                 break
             time.sleep(0.1)
-        said, _ = process.communicate(timeout=90)
+        said, _ = process.communicate(timeout=limit(90))
         return process.returncode, said
     finally:
         if process.poll() is None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import trainer_cases
 from accelerate.state import AcceleratorState, GradientState
-from engines import name_of
+from engines import environment, name_of
 from launched import LONG
 from torch.utils.data import Subset
 
@@ -23,23 +23,6 @@ from dkd.training.trainer import Trainer
 
 VIT = "torchvision/vit_b_32" if LONG else "small_models:Transformer"
 VIT_BLOCK = f"encoder.layers.encoder_layer_{11 if LONG else 3}"
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-}
-
-
-def environment(engine):
-    """What `accelerate launch` says with the project's own files."""
-    if engine == "fsdp2":
-        return FSDP2
-    if engine.startswith("zero"):
-        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"launch/deepspeed/{engine}.json"}
-    return {}
 
 
 @contextmanager

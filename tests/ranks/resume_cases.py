@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import trainer_cases
 from engine_cases import launched_as
+from launched import pause
 
 from dkd.checkpoints import CheckpointError
 from dkd.models.weights import read_file
@@ -95,7 +96,7 @@ def recipe_of(folder, case):
     changes["data"]["in_memory"] = False
     changes["train"]["epochs"] = 3
     if "absent" in case:
-        changes["run"] = {"start_timeout": 3}
+        changes["run"] = {"start_timeout": pause(3)}
     return trainer_cases.recipe_of(folder, case["run"], changes)
 
 
