@@ -112,6 +112,7 @@ def assert_same_training(ranks, case, reference, world, ddp=None):
             assert math.isclose(other, value, rel_tol=2e-4 if step < 5 else 2e-3), (ours["step"], key, other, value)
             assert math.isclose(ours[key], other, rel_tol=1e-5 if step < 3 else 2e-3), (ours["step"], key, ours[key], other)
     assert set(ranks[0]["state"]) == set(state)
+    assert not any(rank["state"] for rank in ranks[1:])  # only the main process copies the whole weights
     for key, values in state.items():
         wanted = values.double().flatten()[:64].tolist() if exact else ddp[0]["state"][key]
         weight = 1e-7 if exact else 5e-3

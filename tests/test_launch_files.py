@@ -107,6 +107,26 @@ def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_deepspeeds_buffers_fit_the_student(tmp_path, monkeypatch):
+    """Left alone, DeepSpeed would take 2 GB of each GPU for gradients under way, and not overlap them with the backward."""
+    from dkd.config import load_recipe
+
+    file = tmp_path / "deepspeed.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")
+
+    def zero(parameters, on_gpu, **said):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2, **said}}))
+        found = launch.filled_deepspeed_settings(recipe, 32, 2, parameters, on_gpu)["zero_optimization"]
+        return found.get("reduce_bucket_size"), found.get("overlap_comm")
+
+    assert zero(78_042, True) == (78_042, True)
+    assert zero(78_042, False, reduce_bucket_size="auto") == (78_042, False)
+    assert zero(7_000_000_000, True) == (500_000_000, True)
+    assert zero(78_042, True, reduce_bucket_size=1000, overlap_comm=False) == (1000, False)
+    assert zero(None, True) == (None, None)
+
+
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LOCAL_RANK": "0"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
 

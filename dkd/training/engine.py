@@ -23,10 +23,11 @@ from accelerate.utils import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from dkd import recipe_objects
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.changes import flat
 from dkd.global_batch import ranks_per_group
-from dkd.models import TappedModel, block_classes
+from dkd.models import TappedModel, block_classes, build_on_meta
 from dkd.teacher import FrozenTeacher
 from dkd.training import launch
 from dkd.training.cpu_engines import sharding_on_cpu, without_shared_memory_op
@@ -284,7 +285,10 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     if name.startswith("zero"):
         if on_cpu:
             without_shared_memory_op()
-        settings = launch.filled_deepspeed_settings(recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size))
+        parameters = sum(parameter.numel() for parameter in build_on_meta(recipe_objects.student_spec(recipe)).parameters())
+        settings = launch.filled_deepspeed_settings(
+            recipe, micro_batch(recipe, world_size), micro_steps(recipe, world_size), parameters, on_gpu=not on_cpu
+        )
         deepspeed = DeepSpeedPlugin(hf_ds_config=settings)
     set_arithmetic(recipe)
     join(recipe)

@@ -102,8 +102,19 @@ def deepspeed_settings() -> dict[str, Any]:
     return settings
 
 
-def filled_deepspeed_settings(recipe: Recipe, micro_batch: int, micro_steps: int) -> dict[str, Any]:
-    """The DeepSpeed file with what the recipe says of batches and clipping.
+LARGEST_BUCKET = 500_000_000
+"""Elements of DeepSpeed's buffers for gradients on their way, its own default: 2 GB in float32, whatever the size of the model."""
+
+
+def filled_deepspeed_settings(
+    recipe: Recipe, micro_batch: int, micro_steps: int, parameters: int | None = None, on_gpu: bool = False
+) -> dict[str, Any]:
+    """The DeepSpeed file with what the recipe says of batches and clipping, and with buffers that fit the student where the file leaves
+    them open.
+
+    Args:
+        parameters: of the student; None: not known yet, nothing is said of buffers.
+        on_gpu: where gradients can travel while the backward computes.
 
     Raises:
         RecipeError: where the file says something else, or turns on half-precision weights.
@@ -129,6 +140,11 @@ def filled_deepspeed_settings(recipe: Recipe, micro_batch: int, micro_steps: int
         if key in settings:
             raise RecipeError.at("", f"the launch's DeepSpeed file holds {key!r}; leave it out: the recipe says it")
     zero = {**settings.get("zero_optimization", {})}
+    if parameters is not None:
+        if zero.get("reduce_bucket_size", "auto") == "auto":
+            zero["reduce_bucket_size"] = min(LARGEST_BUCKET, max(1, parameters))
+        if zero.get("overlap_comm", "auto") == "auto":
+            zero["overlap_comm"] = on_gpu
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the name of old: it gathers the whole weights, of whatever type
     return {

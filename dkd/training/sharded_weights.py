@@ -48,8 +48,10 @@ def plain_name(name: str) -> str:
 
 
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of the student's model, on the CPU. A collective under sharding: all ranks call it; the main process gets it all,
-    the others whatever the engine gives them."""
+    """The whole state of the student's model, on the CPU of the main process; the others, which write none of it, get nothing and copy
+    nothing. A collective under sharding: all ranks call it."""
     state = accelerator.get_state_dict(wrapped) or {}
+    if not accelerator.is_main_process:
+        return {}
     # Copies on CPUs too: the weights may be swapped before they are written.
     return {plain_name(name): value.detach().to("cpu", copy=True) for name, value in state.items()}

@@ -468,7 +468,7 @@ class Trainer:
             "weights": "average" if self.average else "last",
             **facts,
         }
-        return state if self.main else {}, description
+        return state, description
 
     def _write_student(self, folder: Path, exported: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
         save_student(folder, recipe_objects.student_spec(self.recipe), *exported)

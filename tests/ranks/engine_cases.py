@@ -91,7 +91,7 @@ def train(folder, case):
     return {
         "lines": [line for line in lines if "step" in line],
         "evaluation": result.facts(),
-        "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()} if trainer.main else {},
+        "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()},
         "buffers": {key: value.double().flatten()[:64].tolist() for key, value in buffers.named_buffers()},
         "parameters": [trainer.local_parameters, trainer.parameters],
         "teacher": parameter_counts(trainer.teacher),
