@@ -1,0 +1,79 @@
+"""A log that cannot be written never ends a training, nor does it change its exit code."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launched import child_environment, limit
+
+from dkd import console
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "teacher=null", "losses={}", "run.trackers=[]", "train.precision=fp32", "train.global_batch=448", "data.image_size=8", "train.max_steps=2",
+]  # fmt: skip
+
+
+class Full(io.StringIO):
+    def write(self, text=""):
+        raise OSError(28, "No space left on device")
+
+    flush = write
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, Full(), closed()], ids=["none", "on a full disk", "closed"])
+def test_a_line_that_cannot_be_written_is_dropped(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.say("a line")
+
+
+def test_what_other_code_prints_cannot_fail_either(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(sys, "stdout", None)
+    console.never_fail()
+    console.never_fail()  # a second training of the same process
+    print("to nobody")
+    print("to a full disk", file=sys.stderr, flush=True)
+    sys.stderr.writelines(["two", "lines"])
+    assert not sys.stderr.closed
+
+
+def test_letters_that_a_terminal_does_not_know_are_written_otherwise(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, encoding="ascii"))
+    console.never_fail()
+    console.say("γ → 3")
+    assert raw.getvalue() == b"\\u03b3 \\u2192 3\n"
+
+
+def train(run, ranks=1, **streams):
+    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={run}", *TINY]
+    command = [
+        sys.executable,
+        "-m",
+        *(["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []),
+    ]
+    return subprocess.Popen([*command, "dkd", *words], cwd=ROOT, env=child_environment(), **streams)
+
+
+def test_a_training_goes_to_its_end_while_its_log_is_on_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert train(tmp_path / "run", stdout=full, stderr=full).wait(limit(120)) == 0
+    assert (tmp_path / "run" / "FINISHED").exists()
+
+
+def test_two_ranks_go_to_their_end_when_the_reader_of_their_log_leaves(tmp_path):
+    """As `dkd train ... |& head -1` does."""
+    process = train(tmp_path / "run", ranks=2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(limit(180)) == 0
+    assert (tmp_path / "run" / "FINISHED").exists()
