@@ -11,9 +11,8 @@ from launched import child_environment, limit
 from dkd import console
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "teacher=null", "losses={}", "run.trackers=[]", "train.precision=fp32", "train.global_batch=448", "data.image_size=8", "train.max_steps=2",
-]  # fmt: skip
+ALONE = ["teacher=null", "losses={}", "run.trackers=[]"]
+TINY = [*ALONE, "train.precision=fp32", "train.global_batch=448", "data.image_size=8", "train.max_steps=2"]
 
 
 class Full(io.StringIO):
