@@ -133,6 +133,9 @@ class SimilarityPreservingSection(_PairsSection):
     """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
     comm_dtype: Literal["bf16"] | None = None
     """Features and their gradients are rounded to this type on their way between ranks; null: they travel in their own."""
+    floor: Annotated[Number, Field(ge=0, lt=1)] = 0.01
+    """Rows of a Gram matrix shorter than this share of the mean row are divided by that share, not by their own norm. 0: the published
+    formula, in which a sample of zero features has a gradient without bound."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
