@@ -206,7 +206,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
 def build_mixing(recipe: Recipe) -> BatchMixing | None:
     """Mixup and CutMix of micro-batches, or None for a recipe without them."""
     data = recipe.data
-    return BatchMixing(data.classes, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+    return BatchMixing(data.classes, data.mixup, data.cutmix, engine.model_dtype(recipe)) if data.mixup or data.cutmix else None
 
 
 def build_order(recipe: Recipe, source: ImageSource, rank: int, world_size: int) -> SampleOrder:
