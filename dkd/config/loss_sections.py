@@ -197,11 +197,11 @@ class CustomLossSection(Section):
         return [(pair[0], pair[1]) for pair in self.pairs]
 
 
-_OWN_TERMS = ("loss", "ce", "at", "gradient_at", "sp", "kd")
-# Keys that a line of metrics.jsonl or a step's numbers have beside the terms.
+_OWN_TERMS = ("ce", "at", "gradient_at", "sp", "kd")
+# What else a line of metrics.jsonl with loss terms holds, and the keys by which its other lines are told from it.
 _LOGGED = (
-    "step", "epoch", "lr", "images_per_second", "data_wait", "seconds", "seconds_waited", "sp_row_difference", "pass_difference", "skipped",
-    "ranks", "stop", "minutes_over", "unreadable", "load_failures", "replaced_images", "evaluation", "checkpoint",
+    "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "sp_row_difference", "replaced_images",
+    "skipped", "evaluation", "checkpoint",
 )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def a_rank_that_skips_a_step_ends_all_ranks(folder):
     def ahead(step):
         return step + (rank == size - 1 and step >= 2)
 
-    with mock.patch.object(trainer_module, "RankMeans", lambda step, values: RankMeans(ahead(step), values)):
+    with mock.patch.object(trainer_module, "RankMeans", lambda step, *numbers: RankMeans(ahead(step), *numbers)):
         try:
             train(folder, "skipped", {}, tamper)
         except TrainingError as error:
@@ -172,7 +172,7 @@ def second_forwards_repeat_the_first(folder):
         trainer.reports.read = lambda means: (seen.append(means.read()) if means else None, read(means))[1]
 
     result = train(folder, "dropout", changes, tamper)
-    return {"differences": [values.get("pass_difference") for values in seen], "lines": result["lines"]}
+    return {"differences": [numbers.counts.get("pass_difference") for numbers in seen], "lines": result["lines"]}
 
 
 def mutated_trainings(folder):
