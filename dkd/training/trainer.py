@@ -406,6 +406,8 @@ class Trainer:
             return None
         if result.unreadable:
             self.log.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
+        if result.problem:
+            self.log.say(f"warning: evaluation after step {steps_done}: {result.problem}")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.checkpointer.evaluations[steps_done] = result.top1
         line = {"evaluation": facts, "seconds": round(time.monotonic() - begun, 3)}
@@ -494,6 +496,11 @@ class Trainer:
             raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
         if checkpoint_error is not None:
             raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
+        if result.problem:
+            raise TrainingError(
+                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower optimizer.lr, "
+                "a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
+            )
         if self.reports.replaced:
             self.log.say(f"{self.reports.replaced} images could not be read and were replaced by others")
         self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
