@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from unittest import mock
 
 import torch.distributed as dist
@@ -123,6 +124,14 @@ def gram_matrices_of_groups(folder):
     size = dist.get_world_size() if dist.is_initialized() else 1
     losses = {"sp": {**RECIPE["losses"]["sp"], "scope": 2 if size == 4 else "local"}}
     return train(folder, "groups", {"losses": losses})
+
+
+def gram_matrices_of_nodes(folder):
+    """As on two machines with half of the ranks each: the same groups as above."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    losses = {"sp": {**RECIPE["losses"]["sp"], "scope": "node"}}
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(max(1, size // 2))}):
+        return train(folder, "nodes", {"losses": losses, "train": {"max_steps": 5}})
 
 
 REGULARIZED = {
@@ -403,6 +412,7 @@ CASES = [
     a_relational_loss_of_ones_own,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
+    gram_matrices_of_nodes,
     second_forwards_repeat_the_first,
     mutated_trainings,
     batch_norm_with_fixed_micro_batches,
