@@ -185,6 +185,15 @@ def test_forward_mode_derivatives_are_those_of_reverse_mode(loss):
     assert tangent.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("loss", [AttentionTransfer(), AttentionTransfer(p=3), SimilarityPreserving()], ids=repr)
+def test_a_loss_compiles_into_one_graph(loss):
+    student, teacher = randn(3, 4, 3, 3, seed=9), randn(3, 5, 3, 3, seed=10)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda s: loss(s, teacher), fullgraph=True, backend="aot_eager")
+    wanted, found = (value_and_gradient(function, student) for function in (lambda s: loss(s, teacher), compiled))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
 def test_a_loss_can_be_copied_and_pickled():
     """With process groups, too: test_ranks.py."""
     sp = SimilarityPreserving(scope=1, weights=[2.0], floor=0.1)

@@ -89,25 +89,27 @@ class BatchLayout:
         return cls((rows,) * collectives.world_size(group), collectives.rank(group), group)
 
     @classmethod
-    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: str = "") -> BatchLayout:
+    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = "") -> BatchLayout:
         """Ask all ranks how many rows they hold, and check that they agree on all else: the loss, shapes, dtypes, gradient or none. One
         small all-gather.
 
         Args:
             features: tensors of shape (b, ...), the same number on every rank; b may differ between ranks.
             group: the process group of the ranks whose rows make one batch; None is the default one, all ranks.
-            loss: the loss that is called, with its settings, such as `repr(self)` of a module; ranks that name different ones are told so.
+            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and settings, must be the
+                same on every rank.
 
         Raises:
             BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within one.
             ValueError: on every rank, when `features` is empty.
             AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
         """
-        kinds = (_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features)
-        call = _Call(loss, tuple(kinds))
+        kinds = tuple(_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features)
         if not collectives.is_distributed():
-            table = [(call.rows, call.signature)]
+            call = _Call("", kinds)
+            table = [(call.rows, 0)]
         else:
+            call = _Call(str(loss), kinds)
             # Everything travels as one number; only when the numbers differ, which all ranks see alike, is it itself sent.
             device = features[0].device if len(features) else collectives.message_device(group)
             row = torch.tensor([[call.rows, call.signature]], dtype=torch.int64, device=device)

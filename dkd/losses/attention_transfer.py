@@ -92,7 +92,7 @@ class AttentionTransfer(nn.Module):
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
-        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=repr(self))
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = [(self._as_map(s), self._as_map(t), w) for s, t, w in as_pairs(student, teacher, self.weights)]
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
@@ -132,7 +132,7 @@ class AttentionTransfer(nn.Module):
 
 def _scaled(samples: torch.Tensor) -> torch.Tensor:
     """(b, ...) with every sample divided by its largest absolute value, a constant to the gradient."""
-    largest = torch.linalg.vector_norm(samples.detach(), ord=math.inf, dim=tuple(range(1, samples.dim())), keepdim=True)
+    largest = samples.detach().abs().amax(tuple(range(1, samples.dim())), keepdim=True)
     return samples / largest.clamp_min(_SMALLEST)
 
 
@@ -162,7 +162,10 @@ def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> t
         return features.abs().sum(1)
     if map == "max_p":
         return features.abs().amax(1).pow(p)
-    return _SumOfSquares.apply(features) if p == 2 else features.abs().pow(p).sum(1)
+    if p != 2:
+        return features.abs().pow(p).sum(1)
+    # torch.compile writes the short backward by itself, and traces no function that has a derivative of its own in forward mode.
+    return features.square().sum(1) if torch.compiler.is_compiling() else _SumOfSquares.apply(features)
 
 
 class _SumOfSquares(torch.autograd.Function):

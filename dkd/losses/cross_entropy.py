@@ -32,7 +32,7 @@ class CrossEntropy(nn.Module):
         return f"label_smoothing={self.label_smoothing}"
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([logits, labels], loss=repr(self))
+        layout = layout or BatchLayout.agree([logits, labels], loss=self)
         check_logits(logits)
         check_labels(labels, logits)
         with no_autocast(logits.device):

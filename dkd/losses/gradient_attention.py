@@ -54,7 +54,7 @@ class GradientAttention(nn.Module):
     def forward(
         self, student: torch.Tensor, other: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None
     ) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([student, other, images, labels], loss=repr(self))
+        layout = layout or BatchLayout.agree([student, other, images, labels], loss=self)
         for logits in (student, other):
             check_logits(logits)
             check_labels(labels, logits)

@@ -15,7 +15,6 @@ whose second part is a constant to the gradient. A row above it is not touched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +82,7 @@ class SimilarityPreserving(nn.Module):
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
-        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=repr(self))
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = as_pairs(student, teacher, self.weights)
         layout = self.scope.within(layout)
         with no_autocast(pairs[0][0].device):
@@ -109,7 +108,7 @@ class SimilarityPreserving(nn.Module):
 def _row_norms(rows: torch.Tensor) -> torch.Tensor:
     """(b, B) -> (b, 1), L2 norms, whatever the scale: the squares of float32 end at 1e19 and begin at 1e-19, so a row is divided by its
     largest element first."""
-    largest = torch.linalg.vector_norm(rows.detach(), ord=math.inf, dim=1, keepdim=True).clamp_min(_SMALLEST)
+    largest = rows.detach().abs().amax(1, keepdim=True).clamp_min(_SMALLEST)
     return torch.linalg.vector_norm(rows / largest, dim=1, keepdim=True) * largest
 
 

@@ -37,7 +37,7 @@ class SoftTargets(nn.Module):
         return f"temperature={self.temperature}"
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([student, teacher], loss=repr(self))
+        layout = layout or BatchLayout.agree([student, teacher], loss=self)
         check_logits(student, "student ")
         if student.shape != teacher.shape:
             raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
