@@ -224,9 +224,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dkd.training.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
-    evaluate_export(options.target, options.overrides, options.trust_code)
+    result = evaluate_export(options.target, options.overrides, options.trust_code)
     leave_process_group()
-    return 0
+    if result.problem:
+        _say_once(result.problem)
+    return 1 if result.problem else 0
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def gradient_attention(form, student, teacher, images, labels):
 
 def mixed(images, labels, mixup, cutmix, seed):
     """Mixup or CutMix of neighbours, one of the two, with what torchvision's transforms draw from a generator of this seed."""
-    probabilities = F.one_hot(labels, 10).float()
+    probabilities = F.one_hot(labels, 10).double()
     torch.manual_seed(seed)
     cut = int(torch.multinomial(torch.tensor([0.5, 0.5]), 1))
     share = float(torch.distributions.Beta(*[torch.tensor(float(cutmix if cut else mixup))] * 2).sample())
@@ -71,7 +71,13 @@ def mixed(images, labels, mixup, cutmix, seed):
         images = images.clone()
         images[:, :, top:bottom, left:right] = images.roll(1, 0)[:, :, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / (height * width)
-    return images, (share * probabilities + (1 - share) * probabilities.roll(1, 0)).double()
+    return images, share * probabilities + (1 - share) * probabilities.roll(1, 0)
+
+
+def normalised(images, mean, std):
+    """Pixels from 0 to 255, in float64 all the way."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))
+    return (images / 255 - mean) / std
 
 
 def train(recipe, steps, micro_batch):
@@ -108,10 +114,10 @@ def train(recipe, steps, micro_batch):
             rows = slice(part * micro_batch, (part + 1) * micro_batch)
             for norm, (mean, var) in zip(norms, old, strict=True):
                 norm.running_mean, norm.running_var = mean.clone(), var.clone()
-            images, labels = loaded.images[rows].float(), loaded.labels[rows]
+            images, labels = loaded.images[rows].double(), loaded.labels[rows]
             if recipe["data"].get("mixup"):
                 images, labels = mixed(images, labels, recipe["data"]["mixup"], recipe["data"]["cutmix"], mix(seed, step, part, 1))
-            images = pipeline.normalize(images).double()
+            images = normalised(images, pipeline.normalize.mean, pipeline.normalize.std)
             torch.manual_seed(mix(seed, step, part, 0))
             logits, student_features = features_of(student, STUDENT_TAPS, images)
             teacher_logits, teacher_features = features_of(teacher, TEACHER_TAPS, images)

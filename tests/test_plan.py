@@ -40,6 +40,14 @@ def test_features_of_one_size_share_collectives(capsys):
     assert "exchange    receives 54,286,848 elements, 208 MB a rank and step, in 4 collectives" in out
 
 
+def test_the_floor_of_rows_is_one_more_collective(capsys):
+    _, out, _ = planned(capsys)
+    assert "floor       one more collective once a step, of one number a tensor: the mean norm of the rows (losses.sp.floor)" in out
+    for without in ("losses.sp.floor=0", "losses.sp.scope=local"):
+        _, out, _ = planned(capsys, without)
+        assert "one more collective" not in out
+
+
 @pytest.mark.parametrize(
     ("teacher", "tap", "kind"),
     [

@@ -3,7 +3,12 @@
 import functools
 import itertools
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import plain_reference
 import pytest
@@ -116,6 +121,51 @@ def test_what_ranks_must_agree_on_beside_shapes(results, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_ranks_that_call_different_losses_all_end_and_both_losses_are_named(results, world):
+    ranks = returned(results, world, "losses_that_differ_end_all_ranks")
+    assert all(rank == ranks[0] for rank in ranks)
+    assert len(ranks[0]) == 8
+    for what, message in ranks[0].items():
+        assert message.startswith("losses differ between ranks: rank 0 calls "), (what, message)
+        assert f", rank {world - 1} calls " in message, (what, message)
+    assert re.search(r"calls SimilarityPreserving\(.*rank \d calls AttentionTransfer\(", ranks[0]["kinds"])
+    assert re.search(r"floor=0.01\), rank \d calls SimilarityPreserving\(.*floor=0.0\);", ranks[0]["floors"])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_features_that_one_rank_lacks_end_all_ranks(results, world):
+    ranks = returned(results, world, "features_that_are_missing_end_all_ranks")
+    assert all(rank == ranks[0] for rank in ranks)
+    assert ranks[0]["none"].endswith(f"rank {world - 1} has no tensors")
+    assert ranks[0]["scalar"].startswith(f"rank {world - 1}: a loss needs tensors of shape (b, ...)")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gram_matrices_of_machines_and_of_groups_whose_loss_was_copied(results, world):
+    for errors in returned(results, world, "gram_matrices_of_machines"):
+        assert max(errors) < 1e-12
+    for copies in returned(results, world, "copies_of_a_loss_with_groups"):
+        assert len(copies) == 3
+        assert max(map(max, copies)) < 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_machines_that_run_different_numbers_of_ranks_end_all_ranks(results, world):
+    ranks = returned(results, world, "machines_that_differ_end_all_ranks")
+    assert all(rank == ranks[0] for rank in ranks)
+    different, unknown = ranks[0]
+    assert f"LOCAL_WORLD_SIZE of the ranks is {[1] + [world] * (world - 1)}" in different
+    assert unknown.startswith(f"scope 'node': LOCAL_WORLD_SIZE is no number on rank {world - 1}")
+
+
+def test_each_replica_of_a_mesh_is_a_batch_of_its_own(results):
+    """By the layout that docs/losses.md shows."""
+    ranks = returned(results, 4, "replicas_of_a_mesh")
+    assert [found["ranks"] for found in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert all(len(found["errors"]) == 4 and max(map(max, found["errors"])) < 1e-12 for found in ranks), ranks
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_second_derivatives_are_refused(results, world):
     for messages in returned(results, world, "second_derivatives_are_refused"):
         assert all("once_differentiable" in message for message in messages), messages
@@ -212,6 +262,16 @@ def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, case, 
     assert set(many[0]["state"]) == {f"model.{key}" for key in state}
     for key, values in state.items():
         assert many[0]["state"][f"model.{key}"] == pytest.approx(values.double().flatten()[:64].tolist(), rel=1e-7, abs=1e-9), key
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_gram_matrices_of_nodes_are_those_of_their_ranks(results, reference, world):
+    """Two machines, said by LOCAL_WORLD_SIZE: the groups of `gram_matrices_of_groups`, for 5 steps."""
+    wanted, lines = reference["gram_matrices_of_groups"][0], returned(results, world, "gram_matrices_of_nodes")[0]["lines"]
+    assert len(lines) == 5
+    for ours, plain in zip(lines, wanted, strict=False):
+        for name, value in plain.items():
+            assert math.isclose(ours[name], value, rel_tol=1e-9), (ours["step"], name, ours[name], value)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -354,3 +414,20 @@ def test_an_image_that_cannot_be_read_ends_an_evaluation_on_all_ranks(results, w
     assert len(messages) == 1
     assert "evaluation after step 1: " in (message := messages.pop())
     assert "one broken.parquet: image 5 (no name) cannot be read: " in message
+
+
+def test_groups_within_process_groups_that_are_not_the_default_one(tmp_path):
+    """Two halves of a job of eight, each a batch of its own with `scope=2`: both make their groups at the same time."""
+    script = Path(__file__).parent / "ranks" / "eight_ranks.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    # A session of its own, so that no rank outlives a test that fails.
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment, start_new_session=True) as ranks:
+        try:
+            ranks.wait(120)
+        finally:
+            if ranks.poll() is None:
+                os.killpg(ranks.pid, signal.SIGKILL)
+    found = [(tmp_path / f"rank{rank}").read_text() for rank in range(8)]
+    for rank, text in enumerate(found):
+        assert re.fullmatch(r"\d\.\de[-+]\d+", text), f"rank {rank}: {text}"
+        assert float(text) < 1e-12

@@ -91,6 +91,8 @@ WRONG = [
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
     ("losses.sp.scope=rack", ["losses.sp.scope: must be global, node, local or a number of ranks, not 'rack'"]),
     ("losses.sp.comm_dtype=int8", ["losses.sp.comm_dtype: 'int8' is not allowed; allowed: bf16"]),
+    ("losses.sp.floor=1", ["losses.sp.floor: must be less than 1, not 1"]),
+    ("losses.sp.floor=-0.1", ["losses.sp.floor: must be greater than or equal to 0, not -0.1"]),
     ("train.sync_batch_norm=true", ["train.sync_batch_norm: needs DDP on GPUs"]),
     ("data.mixup=-1", ["data.mixup: must be greater than or equal to 0, not -1"]),
     ("run.collective_timeout=0", ["run.collective_timeout: must be greater than 0, not 0"]),

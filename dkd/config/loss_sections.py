@@ -133,6 +133,9 @@ class SimilarityPreservingSection(_PairsSection):
     """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
     comm_dtype: Literal["bf16"] | None = None
     """Features and their gradients are rounded to this type on their way between ranks; null: they travel in their own."""
+    floor: Annotated[Number, Field(ge=0, lt=1)] = 0.01
+    """Rows of a Gram matrix shorter than this share of the mean row are divided by that share, not by their own norm. 0: the published
+    formula, in which a sample of zero features has a gradient without bound."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
@@ -194,11 +197,11 @@ class CustomLossSection(Section):
         return [(pair[0], pair[1]) for pair in self.pairs]
 
 
-_OWN_TERMS = ("loss", "ce", "at", "gradient_at", "sp", "kd")
-# Keys that a line of metrics.jsonl or a step's numbers have beside the terms.
+_OWN_TERMS = ("ce", "at", "gradient_at", "sp", "kd")
+# What else a line of metrics.jsonl with loss terms holds, and the keys by which its other lines are told from it.
 _LOGGED = (
-    "step", "epoch", "lr", "images_per_second", "data_wait", "seconds", "seconds_waited", "sp_row_difference", "pass_difference", "skipped",
-    "ranks", "stop", "minutes_over", "unreadable", "load_failures", "replaced_images", "evaluation", "checkpoint",
+    "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "sp_row_difference", "replaced_images",
+    "skipped", "evaluation", "checkpoint",
 )  # fmt: skip
 
 

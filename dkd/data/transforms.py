@@ -17,7 +17,7 @@ Stages = str | Sequence[str | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Normalize:
-    """uint8 (b, 3, H, W) -> float32 (image/255 − mean) / std.
+    """uint8 (b, 3, H, W) -> (image/255 − mean) / std, in float32 unless another type is asked for.
 
     Args:
         mean, std: three numbers each, on the scale 0 to 1.
@@ -26,16 +26,16 @@ class Normalize:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        scale, shift = _scale_and_shift(self, images.device)
-        return torch.addcmul(shift, images.float(), scale)
+    def __call__(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        scale, shift = _scale_and_shift(self, images.device, dtype)
+        return torch.addcmul(shift, images.to(dtype), scale)
 
 
 @functools.cache
-def _scale_and_shift(normalize: Normalize, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_shift(normalize: Normalize, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     # Kept on the device: a copy from the host in every step would make the host wait for the device.
-    scale = torch.tensor([1 / (255 * s) for s in normalize.std], device=device)
-    shift = torch.tensor([-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], device=device)
+    scale = torch.tensor([1 / (255 * s) for s in normalize.std], dtype=dtype, device=device)
+    shift = torch.tensor([-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], dtype=dtype, device=device)
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 

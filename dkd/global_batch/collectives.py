@@ -80,6 +80,20 @@ def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = No
     return out
 
 
+def sum_over_ranks(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """A few numbers, summed over the ranks of a process group. Carries no gradient, and `count_received` leaves it out."""
+    total = numbers.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def message_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where a message of this rank that belongs to no tensor has to lie: NCCL takes it from the GPU alone."""
+    if is_distributed() and "nccl" in dist.get_backend_config(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Small Python values of all ranks, in rank order. Pickles between the ranks of one job: for messages, not for data."""
     if not is_distributed():

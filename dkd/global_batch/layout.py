@@ -13,11 +13,12 @@ import torch.distributed as dist
 from dkd.global_batch import collectives
 from dkd.global_batch.attendance import Attendance
 
-_UNEVEN_WITHIN_RANK = -1
+# In the place of a number of rows.
+_UNEVEN_WITHIN_RANK, _NO_TENSORS = -1, -2
 
 
 class BatchMismatchError(ValueError):
-    """Ranks came to a loss with features of different shapes. Raised on every rank, naming ranks and shapes."""
+    """Ranks called different losses, or one loss with features of different shapes. Raised on every rank, naming ranks and what differs."""
 
 
 class AbsentRankError(RuntimeError):
@@ -36,8 +37,36 @@ class _Kind(NamedTuple):
     gradient: bool
 
     @property
-    def beyond_rows(self) -> tuple[tuple[int, ...], str, bool]:
-        return self.shape[1:], self.dtype, self.gradient
+    def rows(self) -> int:
+        """The first number of the shape; a scalar has none."""
+        return self.shape[0] if self.shape else _UNEVEN_WITHIN_RANK
+
+    @property
+    def beyond_rows(self) -> tuple[bool, tuple[int, ...], str, bool]:
+        return bool(self.shape), self.shape[1:], self.dtype, self.gradient
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one rank brings to an agreement.
+
+    Args:
+        loss: which loss it calls, and with which settings; empty where the caller does not say.
+        kinds: the tensors.
+    """
+
+    loss: str
+    kinds: tuple[_Kind, ...]
+
+    @property
+    def rows(self) -> int:
+        rows = {kind.rows for kind in self.kinds}
+        return _NO_TENSORS if not rows else rows.pop() if len(rows) == 1 else _UNEVEN_WITHIN_RANK
+
+    @property
+    def signature(self) -> int:
+        """Equal where all but the rows agrees. One number, so that agreeing costs one small message."""
+        return zlib.crc32(repr((self.loss, [kind.beyond_rows for kind in self.kinds])).encode())
 
 
 @dataclass(frozen=True)
@@ -60,25 +89,31 @@ class BatchLayout:
         return cls((rows,) * collectives.world_size(group), collectives.rank(group), group)
 
     @classmethod
-    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> BatchLayout:
-        """Ask all ranks how many rows they hold, and check that all else agrees: shapes, dtypes, gradient or none. One small all-gather.
+    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = "") -> BatchLayout:
+        """Ask all ranks how many rows they hold, and check that they agree on all else: the loss, shapes, dtypes, gradient or none. One
+        small all-gather.
 
         Args:
             features: tensors of shape (b, ...), the same number on every rank; b may differ between ranks.
+            group: the process group of the ranks whose rows make one batch; None is the default one, all ranks.
+            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and settings, must be the
+                same on every rank.
 
         Raises:
             BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within one.
+            ValueError: on every rank, when `features` is empty.
             AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
         """
-        kinds = [_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features]
-        rows = kinds[0].shape[0] if len({kind.shape[0] for kind in kinds}) == 1 else _UNEVEN_WITHIN_RANK
+        kinds = tuple(_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features)
         if not collectives.is_distributed():
-            table = [(rows, 0)]
+            call = _Call("", kinds)
+            table = [(call.rows, 0)]
         else:
-            # Shapes travel as one number; only when the numbers differ, which all ranks see alike, are the shapes themselves sent.
-            signature = zlib.crc32(repr([kind.beyond_rows for kind in kinds]).encode())
-            row = torch.tensor([[rows, signature]], dtype=torch.int64, device=features[0].device)
-            attendance = _arrive(kinds, group)
+            call = _Call(str(loss), kinds)
+            # Everything travels as one number; only when the numbers differ, which all ranks see alike, is it itself sent.
+            device = features[0].device if len(features) else collectives.message_device(group)
+            row = torch.tensor([[call.rows, call.signature]], dtype=torch.int64, device=device)
+            attendance = _arrive(call.kinds, group)
             try:
                 table = [(r, s) for r, s in collectives.all_gather_rows(row, group).tolist()]
             except RuntimeError as error:
@@ -87,7 +122,9 @@ class BatchLayout:
                     f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it [{reason}]"
                 ) from error
         if len({s for _, s in table}) > 1 or any(r == _UNEVEN_WITHIN_RANK for r, _ in table):
-            raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(kinds, group)))
+            raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(call, group)))
+        if table[0][0] == _NO_TENSORS:
+            raise ValueError("a loss needs at least one tensor of each model, and got none")
         layout = cls(tuple(r for r, _ in table), collectives.rank(group), group)
         if layout.total == 0:
             raise BatchMismatchError("the global batch is empty: no rank holds a row")
@@ -101,6 +138,10 @@ class BatchLayout:
     def total(self) -> int:
         """B, the rows of the global batch."""
         return sum(self.rows)
+
+    def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """A few numbers, summed over the ranks of this layout. Carries no gradient. A collective."""
+        return collectives.sum_over_ranks(numbers.detach(), self.group) if self.world_size > 1 else numbers.detach()
 
     def mean(self, per_row: torch.Tensor) -> torch.Tensor:
         """The share of this rank in the mean over all B rows, times W.
@@ -117,7 +158,7 @@ class BatchLayout:
         return per_row.sum() * (self.world_size / self.total)
 
 
-def _arrive(kinds: list[_Kind], group: dist.ProcessGroup | None) -> Attendance:
+def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Attendance:
     group = group or dist.group.WORLD
     name = group.group_name if group is not None else ""
     attendance, calls = _arrivals.get(name, (None, 0))
@@ -126,24 +167,35 @@ def _arrive(kinds: list[_Kind], group: dist.ProcessGroup | None) -> Attendance:
     return attendance
 
 
-def _describe_mismatch(every: list[list[_Kind]]) -> str:
-    def show(kinds: list[_Kind], other: list[_Kind]) -> str:
+def _describe_mismatch(every: Sequence[_Call]) -> str:
+    def show(kinds: Sequence[_Kind], other: Sequence[_Kind]) -> str:
         return _show(
             kinds, [k.dtype for k in kinds] != [k.dtype for k in other], [k.gradient for k in kinds] != [k.gradient for k in other]
         )
 
-    for r, kinds in enumerate(every):
-        if len({kind.shape[0] for kind in kinds}) != 1:
-            return f"rank {r}: features of one batch have different numbers of rows: {_show(kinds)}"
-        if [kind.beyond_rows for kind in kinds] != [kind.beyond_rows for kind in every[0]]:
-            return f"features differ between ranks: rank 0 has {show(every[0], kinds)}, rank {r} has {show(kinds, every[0])}"
+    first = every[0]
+    for r, call in enumerate(every):
+        if call.loss != first.loss:
+            return (
+                f"losses differ between ranks: rank 0 calls {first.loss or 'a loss without a name'}, "
+                f"rank {r} calls {call.loss or 'a loss without a name'}; every rank must make the same calls"
+            )
+    for r, call in enumerate(every):
+        if any(not kind.shape for kind in call.kinds):
+            return f"rank {r}: a loss needs tensors of shape (b, ...), b rows, and got one without dimensions: {_show(call.kinds)}"
+        if call.rows == _UNEVEN_WITHIN_RANK:
+            return f"rank {r}: features of one batch have different numbers of rows: {_show(call.kinds)}"
+        if call.signature != first.signature:
+            return (
+                f"features differ between ranks: rank 0 has {show(first.kinds, call.kinds)}, rank {r} has {show(call.kinds, first.kinds)}"
+            )
     return "features differ between ranks"
 
 
-def _show(kinds: list[_Kind], dtypes: bool = False, gradients: bool = False) -> str:
+def _show(kinds: Sequence[_Kind], dtypes: bool = False, gradients: bool = False) -> str:
     def one(kind: _Kind) -> str:
         dtype = f" {kind.dtype.removeprefix('torch.')}" if dtypes else ""
         gradient = (" with gradient" if kind.gradient else " without gradient") if gradients else ""
-        return "×".join(map(str, kind.shape)) + dtype + gradient
+        return ("×".join(map(str, kind.shape)) or "a scalar") + dtype + gradient
 
-    return ", ".join(map(one, kinds))
+    return ", ".join(map(one, kinds)) or "no tensors"

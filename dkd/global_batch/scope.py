@@ -10,7 +10,10 @@ Groups are of one size, so the mean over ranks of W_group · share is the mean o
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -47,7 +50,9 @@ def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | N
 
 
 class GramScope:
-    """A scope, and the process group of this rank's part of it once it is made.
+    """A scope, and the process groups of this rank's part of it once they are made.
+
+    A copy or a pickle holds the scope alone: its first call makes the process groups anew.
 
     Args:
         scope: as above.
@@ -58,32 +63,96 @@ class GramScope:
 
     def __init__(self, scope: str | int) -> None:
         if isinstance(scope, str):
-            ranks_per_group(scope, 1)
+            ranks_per_group(scope, 1, 1)
         self.scope = scope
-        self._group: dist.ProcessGroup | None = None
-        self._whole: dist.ProcessGroup | None = None
+        self._parts: dict[dist.ProcessGroup, _Part] = {}
+
+    def __repr__(self) -> str:
+        return repr(self.scope)
+
+    def __getstate__(self) -> dict[str, str | int]:
+        return {"scope": self.scope}
+
+    def __setstate__(self, state: Mapping[str, str | int]) -> None:
+        self.scope, self._parts = state["scope"], {}
 
     def within(self, layout: BatchLayout) -> BatchLayout:
-        """The part of `layout` that this rank's group holds. The first call makes the groups: all ranks make it together.
+        """The part of `layout` that this rank's group holds. The first call makes the groups: all ranks of `layout` make it together.
 
         Raises:
+            ValueError: a number of ranks that does not divide those of `layout`.
             BatchMismatchError: on all ranks, when a group holds no row, or machines run different numbers of ranks.
         """
-        size = ranks_per_group(self.scope, layout.world_size)
+        if self.scope == "node" and layout.world_size > 1:
+            part = self._part(layout)
+            size = part.size
+        else:
+            size, part = ranks_per_group(self.scope, layout.world_size, 1), None
         groups = [layout.rows[first : first + size] for first in range(0, layout.world_size, size)]
         if not all(map(sum, groups)):
             raise BatchMismatchError(f"a group of ranks holds no row: {groups}")
-        if size == layout.world_size and self.scope != "node":
-            return layout
-        whole = layout.group or dist.group.WORLD
-        if self._whole is not whole:
-            sizes = collectives.all_gather_objects(size, layout.group)
-            if len(set(sizes)) > 1:
-                raise BatchMismatchError(f"scope {self.scope!r}: the machines run different numbers of ranks: {sizes}")
-            if 1 < size < layout.world_size:
-                self._group, _ = dist.new_subgroups(size, group=layout.group, timeout=collectives.timeout(whole))
-            self._whole = whole
         if size == layout.world_size:
             return layout
-        first = layout.rank // size * size
-        return BatchLayout(layout.rows[first : first + size], layout.rank - first, self._group)
+        part = part or self._part(layout)
+        return BatchLayout(tuple(layout.rows[rank] for rank in part.ranks), part.ranks.index(layout.rank), part.group)
+
+    def _part(self, layout: BatchLayout) -> _Part:
+        """This rank's part of the ranks of `layout`, made at the first call with their process group."""
+        whole = layout.group or dist.group.WORLD
+        assert whole is not None
+        if whole not in self._parts:
+            size = self._agreed_size(layout)
+            group: dist.ProcessGroup | None = None
+            first = layout.rank // size * size
+            ranks = list(range(first, first + size))
+            if 1 < size < layout.world_size:
+                # `new_group` takes ranks of the job, and sorts them.
+                of_the_job = dist.get_process_group_ranks(whole)
+                ranks.sort(key=of_the_job.__getitem__)
+                # Its own ranks alone make it: the others of the job may be in another process group, which makes none.
+                members = [of_the_job[rank] for rank in ranks]
+                made = dist.new_group(members, timeout=collectives.timeout(whole), use_local_synchronization=True)
+                assert isinstance(made, dist.ProcessGroup)
+                group = made
+            self._parts[whole] = _Part(size, tuple(ranks), group)
+        return self._parts[whole]
+
+    def _agreed_size(self, layout: BatchLayout) -> int:
+        """How many ranks share a Gram matrix: the same on all, or an error on all."""
+        local = os.environ.get("LOCAL_WORLD_SIZE", "0")
+        # Whatever is wrong on one rank must be an error on all, so it travels as 0.
+        mine = self.scope, int(local) if local.isdecimal() else 0, dist.get_rank()
+        found = collectives.all_gather_objects(mine, layout.group)
+        scopes = [scope for scope, _, _ in found]
+        if len(set(scopes)) > 1:
+            raise BatchMismatchError(f"ranks ask for different scopes: {scopes}")
+        if self.scope != "node":
+            return ranks_per_group(self.scope, layout.world_size)
+        locals_ = [local for _, local, _ in found]
+        if 0 in locals_:
+            raise BatchMismatchError(
+                f"scope 'node': LOCAL_WORLD_SIZE is no number on rank {locals_.index(0)}; torchrun and accelerate launch set it"
+            )
+        # A launcher numbers the ranks of one machine one after the other.
+        machines = [rank // local for _, local, rank in found]
+        sizes = [len(list(ranks)) for _, ranks in itertools.groupby(machines)]
+        if len(set(locals_)) > 1 or len(set(sizes)) > 1 or len(sizes) > len(set(machines)):
+            raise BatchMismatchError(
+                f"scope 'node': each machine must run the same number of ranks of a batch, one after the other; "
+                f"LOCAL_WORLD_SIZE of the ranks is {locals_}, and their machines are {machines}"
+            )
+        return sizes[0]
+
+
+class _Part(NamedTuple):
+    """The ranks that share a Gram matrix with this one.
+
+    Args:
+        size: how many.
+        ranks: of the whole layout, in the order of the group.
+        group: their process group; None where a rank is alone or shares with all.
+    """
+
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None

@@ -9,7 +9,8 @@ Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. O
     mean_squared   (1 / (B·H·W)) Σ_i ‖Q_S,i − Q_T,i‖₂²        the authors' code
     paper          (1 / B) Σ_i ½ ‖Q_S,i − Q_T,i‖_q             equation 2; q = `norm`
 
-Pairs are summed.
+Pairs are summed. A factor of a sample's map does not change Q, so each map is divided by its largest element: float32 holds neither the
+squares of numbers beyond 1e19 nor high powers of ordinary ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+
+# A map of zeros is divided by this. What is below it has no square in float32; and the gradient of a map of zeros must stay finite, so that
+# it is zero when it is multiplied by the features.
+_SMALLEST = 1e-19
 
 
 class AttentionTransfer(nn.Module):
@@ -79,9 +84,15 @@ class AttentionTransfer(nn.Module):
         self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
         self.class_tokens = class_tokens
 
+    def extra_repr(self) -> str:
+        return (
+            f"map={self.map!r}, p={self.p}, reduction={self.reduction!r}, norm={self.norm}, resize={self.resize!r}, "
+            f"weights={self.weights}, class_tokens={self.class_tokens}"
+        )
+
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
-        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)])
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = [(self._as_map(s), self._as_map(t), w) for s, t, w in as_pairs(student, teacher, self.weights)]
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
@@ -111,10 +122,18 @@ class AttentionTransfer(nn.Module):
         features = full_precision(features)
         if self.resize == "features" and features.shape[2:] != resolution:
             features = F.adaptive_avg_pool2d(features, resolution)
-        attention = attention_map(features, self.map, self.p)
+        # Squares and sums of features fit float32: there it is enough, and far less work, to scale the map. Higher powers need it before.
+        early = self.map != "sum" and self.p != 2
+        attention = attention_map(_scaled(features) if early else features, self.map, self.p)
         if self.resize == "map" and attention.shape[1:] != resolution:
             attention = F.interpolate(attention[:, None], resolution, mode="bilinear", antialias=True)[:, 0]
-        return F.normalize(attention.flatten(1))
+        return F.normalize((attention if early else _scaled(attention)).flatten(1))
+
+
+def _scaled(samples: torch.Tensor) -> torch.Tensor:
+    """(b, ...) with every sample divided by its largest absolute value, a constant to the gradient."""
+    largest = samples.detach().abs().amax(tuple(range(1, samples.dim())), keepdim=True)
+    return samples / largest.clamp_min(_SMALLEST)
 
 
 def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, ...]:
@@ -143,7 +162,10 @@ def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> t
         return features.abs().sum(1)
     if map == "max_p":
         return features.abs().amax(1).pow(p)
-    return _SumOfSquares.apply(features) if p == 2 else features.abs().pow(p).sum(1)
+    if p != 2:
+        return features.abs().pow(p).sum(1)
+    # torch.compile writes the short backward by itself, and traces no function that has a derivative of its own in forward mode.
+    return features.square().sum(1) if torch.compiler.is_compiling() else _SumOfSquares.apply(features)
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -158,8 +180,14 @@ class _SumOfSquares(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (features,) = ctx.saved_tensors
         return features * (2 * gradients[0])[:, None]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> torch.Tensor:
+        (features,) = ctx.saved_tensors
+        return 2 * (features * tangents[0]).sum(1)

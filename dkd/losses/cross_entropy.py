@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import no_autocast
+from dkd.losses.feature_pairs import check_labels, check_logits, no_autocast
 
 
 class CrossEntropy(nn.Module):
@@ -18,14 +18,23 @@ class CrossEntropy(nn.Module):
 
     Called with logits (b, K) and integer labels (b,) or class probabilities (b, K). Returns a scalar with the same promise
     over ranks as AttentionTransfer.
+
+    Raises:
+        ValueError: logits or labels of other shapes.
+        BatchMismatchError: on all ranks, when shapes differ between ranks.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
 
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing}"
+
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([logits, labels])
+        layout = layout or BatchLayout.agree([logits, labels], loss=self)
+        check_logits(logits)
+        check_labels(labels, logits)
         with no_autocast(logits.device):
             logits = full_precision(logits)
             if labels.is_floating_point():

@@ -1,4 +1,4 @@
-"""What the feature losses accept: one pair of tensors, or equal-length lists of student and teacher tensors."""
+"""What the losses accept: of features one pair of tensors, or equal-length lists of student and teacher tensors; of logits (b, K)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | No
     """(student feature, teacher feature, weight) for each pair; weights default to 1.
 
     Raises:
-        ValueError: when the lists or the weights differ in length, or are empty.
+        ValueError: when the lists or the weights differ in length, or are empty, or features are no real numbers.
     """
     students, teachers = as_list(student), as_list(teacher)
     if len(students) != len(teachers) or not students:
@@ -29,7 +29,43 @@ def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | No
     for s, t in zip(students, teachers, strict=True):
         if s.shape[0] != t.shape[0]:
             raise ValueError(f"student and teacher hold different rows: {tuple(s.shape)} and {tuple(t.shape)}")
+        for f in (s, t):
+            _check_real(f, "features")
     return list(zip(students, teachers, pair_weights, strict=True))
+
+
+def check_logits(logits: torch.Tensor, whose: str = "") -> None:
+    """Check that these are real numbers (b, K).
+
+    Args:
+        logits: of any shape.
+        whose: the model's name in the message, such as "student ".
+
+    Raises:
+        ValueError: anything else, such as a map of classes (b, K, H, W), of which this loss is not defined.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}")
+    _check_real(logits, f"{whose}logits")
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Check that these are classes (b,) or probabilities (b, K) for logits (b, K).
+
+    Raises:
+        ValueError: anything else.
+    """
+    wanted = tuple(logits.shape) if labels.is_floating_point() else tuple(logits.shape[:1])
+    if labels.is_complex() or tuple(labels.shape) != wanted:
+        raise ValueError(
+            f"labels must be whole numbers of shape {tuple(logits.shape[:1])} or probabilities of shape {tuple(logits.shape)}, "
+            f"not {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+        )
+
+
+def _check_real(tensor: torch.Tensor, what: str) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{what} must be real floating-point numbers, not {str(tensor.dtype).removeprefix('torch.')}")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import no_autocast
+from dkd.losses.feature_pairs import check_labels, check_logits, no_autocast
 
 
 class GradientAttention(nn.Module):
@@ -33,7 +33,8 @@ class GradientAttention(nn.Module):
     mode lets one sample's loss depend on its neighbours' pixels; that share is in J, too.
 
     Raises:
-        ValueError: images that require no gradient.
+        ValueError: images that require no gradient; logits or labels of other shapes.
+        BatchMismatchError: on all ranks, when shapes differ between ranks.
 
     Example:
         >>> images.requires_grad_()
@@ -47,10 +48,16 @@ class GradientAttention(nn.Module):
             raise ValueError(f"form={form!r}: must be one of transfer, symmetric")
         self.form, self.squared = form, squared
 
+    def extra_repr(self) -> str:
+        return f"form={self.form!r}, squared={self.squared}"
+
     def forward(
         self, student: torch.Tensor, other: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None
     ) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([student, other, images, labels])
+        layout = layout or BatchLayout.agree([student, other, images, labels], loss=self)
+        for logits in (student, other):
+            check_logits(logits)
+            check_labels(labels, logits)
         if not images.requires_grad:
             raise ValueError("the images require no gradient: call images.requires_grad_() before the models see them")
         own = input_gradient(student, images, labels, differentiable=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import no_autocast
+from dkd.losses.feature_pairs import check_logits, no_autocast
 
 
 class SoftTargets(nn.Module):
@@ -20,9 +20,11 @@ class SoftTargets(nn.Module):
         temperature: T.
 
     Called with logits (b, K) of the student and of the teacher. Returns a scalar with the same promise over ranks as AttentionTransfer.
+    A class whose logit is −∞ for the teacher, as one that is masked out, has probability 0 and adds nothing.
 
     Raises:
-        ValueError: logits of different shapes.
+        ValueError: logits of different shapes, or of another shape than (b, K).
+        BatchMismatchError: on all ranks, when shapes differ between ranks.
     """
 
     def __init__(self, temperature: float = 4.0) -> None:
@@ -31,12 +33,19 @@ class SoftTargets(nn.Module):
             raise ValueError(f"temperature={temperature}: must be above 0")
         self.temperature = temperature
 
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([student, teacher])
+        layout = layout or BatchLayout.agree([student, teacher], loss=self)
+        check_logits(student, "student ")
         if student.shape != teacher.shape:
             raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
+        check_logits(teacher, "teacher ")
         with no_autocast(student.device):
             log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)
             log_teacher = F.log_softmax(full_precision(teacher.detach()) / self.temperature, dim=1)
-            per_sample = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-            return self.temperature**2 * layout.mean(per_sample)
+            by_class = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)
+            # p·log(p/q) is 0 at p = 0; computed, it is 0·∞.
+            by_class = by_class.masked_fill(log_teacher.exp() == 0, 0.0)
+            return self.temperature**2 * layout.mean(by_class.sum(1))

@@ -186,7 +186,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
     if losses.sp is not None:
         sp = losses.sp
         scale = effective_gamma(1.0, sp.reference_batch, gram_rows(recipe, order))
-        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe))
+        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe), sp.floor)
         terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=sp.batch == "step"))
     if losses.gradient_at is not None:
         section = losses.gradient_at
@@ -206,7 +206,7 @@ def build_objective(recipe: Recipe, order: SampleOrder, total_steps: int) -> Obj
 def build_mixing(recipe: Recipe) -> BatchMixing | None:
     """Mixup and CutMix of micro-batches, or None for a recipe without them."""
     data = recipe.data
-    return BatchMixing(data.classes, data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+    return BatchMixing(data.classes, data.mixup, data.cutmix, engine.model_dtype(recipe)) if data.mixup or data.cutmix else None
 
 
 def build_order(recipe: Recipe, source: ImageSource, rank: int, world_size: int) -> SampleOrder:

@@ -69,7 +69,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     def logits_of(batch: Batch) -> torch.Tensor:
         images = batch.images.to(accelerator.device, non_blocking=True)
         with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
-            return student(pipeline.normalize(images).to(dtype, memory_format=memory_format))
+            return student(pipeline.normalize(images, dtype).to(memory_format=memory_format))
 
     result = evaluate(logits_of, batches, accelerator.device, recipe.data.on_error == "skip")
     assert result is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -37,8 +38,17 @@ class Evaluation:
     def top5(self) -> float | None:
         return None if self.top5_correct is None else self.top5_correct / self.samples
 
+    @property
+    def problem(self) -> str | None:
+        """Why the numbers mean nothing; None where they are sound."""
+        if math.isfinite(self.loss):
+            return None
+        return f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means nothing"
+
     def facts(self) -> dict[str, float | int | None]:
-        return {**asdict(self), "top1": self.top1, "top5": self.top5}
+        """For JSON, which has no numbers that are not finite: such a loss is null there."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        return {**asdict(self), "loss": loss, "top1": self.top1, "top5": self.top5}
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Forward:
 
     def images(self, batch: Batch) -> torch.Tensor:
         """The student's input; it requires gradient where a loss differentiates by it."""
-        images = self._as_input(self.normalize(batch.images))
+        images = self._as_input(self.normalize(batch.images, self.dtype))
         return images.requires_grad_() if self.differentiates_images and torch.is_grad_enabled() else images
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Forward:
         if self.teacher_normalize != self.normalize:
             # From the pixels, whether gradients are to reach the student's input or not: the same features to the last bit. What is
             # added is 0, and its derivative that of one normalisation by the other.
-            own = self._as_input(self.teacher_normalize(batch.images))
+            own = self._as_input(self.teacher_normalize(batch.images, self.dtype))
             images = own + (images - images.detach()) * self._slope(images) if images.requires_grad else own
         with self._twice_differentiable():
             return Outputs(*self.teacher_model(images))
@@ -98,7 +98,7 @@ class Forward:
         return torch.tensor(ratios, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
 
     def _as_input(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(self.dtype, memory_format=self.memory_format)
+        return images.to(memory_format=self.memory_format)
 
 
 def _halves(

@@ -235,6 +235,8 @@ def _gram_lines(planned: Plan, gram: PlannedGram) -> list[tuple[str, str]]:
         if len(names) > 1:
             lines.append(("both", _movement(gram, None)))
         lines.append(("strategy", f"{' and '.join(names)}: {_reason(gram, names)}"))
+        if planned.recipe.losses.sp is not None and planned.recipe.losses.sp.floor > 0:
+            lines.append(("floor", f"one more collective {times}, of one number a tensor: the mean norm of the rows (losses.sp.floor)"))
     if planned.two_passes:
         kept = sum(gram.rows * t.tensor.width * t.tensor.feature_bytes for t in gram.tensors)
         lines.append(("", f"between the two passes the features of {planned.micro_steps} micro-steps are kept: {_bytes(kept)}"))

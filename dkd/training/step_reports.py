@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from dkd.config import Recipe
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses import Objective
 from dkd.training.endings import TrainingError
-from dkd.training.rank_means import RankMeans
+from dkd.training.rank_means import RankMeans, StepNumbers
 from dkd.training.run_log import RunLog
 
 LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout masks differ by more than 0.3
@@ -56,7 +56,7 @@ class StepReports:
         """A rank was asked to stop."""
 
     def note_loading(self, step: int, failures: tuple[str, ...], unreadable: tuple[str, ...]) -> dict[str, float]:
-        """What went wrong on this rank in loading the images of a step. Returns the numbers that tell the others."""
+        """What went wrong on this rank in loading the images of a step. Returns the counts that tell the others."""
         if failures or unreadable:
             self._loading_problems[step] = failures, unreadable
         return {"load_failures": float(len(failures)), "unreadable": float(len(unreadable))}
@@ -69,28 +69,29 @@ class StepReports:
         """
         if means is None:
             return
-        values = means.read()
+        numbers = means.read()
+        terms, counts = numbers.terms, numbers.counts
         if not means.in_step():
             steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(means.step)))
             raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
-        self._read_loading(means.step, *(round(values[key] * self._world_size) for key in ("load_failures", "unreadable")))
-        self.minutes_are_over = values["minutes_over"] > 0
-        self.stop_is_asked = values["stop"] > 0
-        if (values["skipped"] > 0 and not self._overflows_by_design) or not math.isfinite(values["loss"]):
-            self._read_non_finite(means, values)
+        self._read_loading(means.step, *(round(counts[key] * self._world_size) for key in ("load_failures", "unreadable")))
+        self.minutes_are_over = counts["minutes_over"] > 0
+        self.stop_is_asked = counts["stop"] > 0
+        if (counts["skipped"] > 0 and not self._overflows_by_design) or not math.isfinite(counts["loss"]):
+            self._read_non_finite(means, numbers)
             return
         self._skipped_in_a_row = 0
-        if values.get("pass_difference", 0.0) > LARGEST_PASS_DIFFERENCE:
+        if counts.get("pass_difference", 0.0) > LARGEST_PASS_DIFFERENCE:
             raise TrainingError(
-                f"at step {means.step + 1} the student's two forwards, which must be the same, differ by {values['pass_difference']:.1e}: "
+                f"at step {means.step + 1} the student's two forwards, which must be the same, differ by {counts['pass_difference']:.1e}: "
                 "something in it is random beyond torch's seed, or compiled differently; "
                 "take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
         step = means.step
         self._steps_unlogged += 1
-        self._seconds_unlogged += values["seconds"]
-        self._waited_unlogged += values["seconds_waited"]
-        shown = {"loss": values["loss"], **{name: values[name] for name in self._objective.names}}
+        self._seconds_unlogged += counts["seconds"]
+        self._waited_unlogged += counts["seconds_waited"]
+        shown = {"loss": counts["loss"], **{name: terms[name] for name in self._objective.names}}
         self._log.progress.step(step, shown)
         if step % self._recipe.run.log_every == 0 or step + 1 == self._total_steps:
             line = {
@@ -104,9 +105,9 @@ class StepReports:
             self._steps_unlogged, self._seconds_unlogged, self._waited_unlogged = 0, 0.0, 0.0
             if self._replaced_unlogged:
                 line["replaced_images"], self._replaced_unlogged = self._replaced_unlogged, 0
-            if "sp" in values:
+            if "sp" in terms:
                 # L_SP falls as 1/B; this does not, so it can be compared between batch sizes.
-                line["sp_row_difference"] = values["sp"] * self._gram_rows
+                line["sp_row_difference"] = terms["sp"] * self._gram_rows
             self._log.write({"step": step + 1, "epoch": step // self._steps_per_epoch, **line}, line, step + 1)
 
     def _read_loading(self, step: int, failures: int, unreadable: int) -> None:
@@ -127,20 +128,21 @@ class StepReports:
         self.replaced += unreadable
         self._replaced_unlogged += unreadable
 
-    def _read_non_finite(self, means: RankMeans, values: Mapping[str, float]) -> None:
+    def _read_non_finite(self, means: RankMeans, numbers: StepNumbers) -> None:
         """A step whose loss or gradient is not finite: its update was left out, or the run ends."""
-        names = ("loss", *self._objective.names)
-        ranks = all_gather_objects([name for name in names if not math.isfinite(means.local()[name])])
+        local = means.local()
+        own = [local.counts["loss"], *(local.terms[name] for name in self._objective.names)]
+        ranks = all_gather_objects([place for place, value in enumerate(own) if not math.isfinite(value)])
         # A loss over the global batch is broken on every rank; the term that is broken on the fewest tells where it began.
-        by_term = [broken for name in names if (broken := [rank for rank, terms in enumerate(ranks) if name in terms])]
+        by_term = [broken for place in range(len(own)) if (broken := [rank for rank, places in enumerate(ranks) if place in places])]
         broken = min(by_term, key=len, default=[])
-        terms = ", ".join(f"{name} {values[name]:.4g}" for name in self._objective.names)
+        terms = ", ".join(f"{name} {numbers.terms[name]:.4g}" for name in self._objective.names)
         what = "loss" if broken else "gradient"
         where = f"on rank {', '.join(map(str, broken))}; {terms}" if broken else terms
         found = f"the {what} is not finite at step {means.step + 1} ({where})"
         allowed = self._recipe.train.skip_nonfinite
         self._skipped_in_a_row += 1
-        if allowed and values["skipped"] == 0:
+        if allowed and numbers.counts["skipped"] == 0:
             raise TrainingError(f"{found}, and its update was not left out")
         if self._skipped_in_a_row > allowed:
             again = f", {self._skipped_in_a_row} steps in a row" if allowed else ""

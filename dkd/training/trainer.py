@@ -48,6 +48,7 @@ from dkd.training.watch import Watch
 
 STEPS_THAT_COMPARE_PASSES = 5
 _PHASES = ("waiting for images", "first pass of SP", "forward", "backward and update")
+Number = torch.Tensor | float
 _FORWARD, _MIXING = 0, 1  # what random numbers are for: each has its own
 
 
@@ -211,14 +212,14 @@ class Trainer:
         pending: RankMeans | None = None
         for step in range(self.first_step, self.total_steps):
             self._reach(step, 0, 0)
-            values = self._step(step, batches)
+            terms, counts = self._step(step, batches)
             # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has waited for it.
             now = time.monotonic()
-            values["seconds"], clock = now - clock, now
-            values["minutes_over"] = float(self.main and self.checkpoint_schedule.minutes_over())
-            values["stop"] = float(self.stop.asked_by() is not None)
+            counts["seconds"], clock = now - clock, now
+            counts["minutes_over"] = float(self.main and self.checkpoint_schedule.minutes_over())
+            counts["stop"] = float(self.stop.asked_by() is not None)
             # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
-            means = RankMeans(step, values)
+            means = RankMeans(step, terms, counts)
             self.reports.read(pending)
             if step == self.first_step + 1:
                 # All have come through a first step, and compiled what they compile; from now on, one that does not come is lost.
@@ -277,13 +278,13 @@ class Trainer:
         self.log.close()
         raise Stopped(steps_done, by)
 
-    def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, torch.Tensor | float]:
-        """One optimizer step over the global batch. Returns this rank's share of what is logged."""
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Number], dict[str, Number]]:
+        """One optimizer step over the global batch. Returns this rank's share of the loss terms, and of what else is counted."""
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.statistics.start_step()
-        sums: dict[str, torch.Tensor] = {}
+        sums: tuple[dict[str, Number], dict[str, Number]] = {}, {}
         asked = time.monotonic()
         micro_batches = [next(batches) for _ in range(self.order.micro_steps)]
         waited = time.monotonic() - asked
@@ -296,20 +297,22 @@ class Trainer:
         for micro_step, batch in enumerate(micro_batches):
             with self.accelerator.accumulate(self.student):
                 self._reach(step, micro_step, 2)
-                total, terms = self._losses(step, micro_step, batch, cached)
+                total, *logged = self._losses(step, micro_step, batch, cached)
                 self._reach(step, micro_step, 3)
                 self.accelerator.backward(total)
                 self.statistics.finish_micro_batch()
                 skipped = self._update()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value / self.order.micro_steps
+            for summed, values in zip(sums, logged, strict=True):
+                for name, value in values.items():
+                    summed[name] = summed.get(name, 0.0) + value / self.order.micro_steps
         if skipped:
             self.statistics.forget_step()
         else:
             self.statistics.finish_step()
             if self.average is not None:
                 self.average.update()
-        return {**sums, "seconds_waited": waited, "skipped": float(skipped), **loading}
+        terms, counts = sums
+        return terms, {**counts, "seconds_waited": waited, "skipped": float(skipped), **loading}
 
     def _update(self) -> bool:
         """After a micro-batch: the optimizer's step, when it was the last of its step. Returns whether that was left out, on every rank,
@@ -333,8 +336,8 @@ class Trainer:
 
     def _losses(
         self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward of one micro-batch through teacher and student. Returns what to back-propagate, and what to log."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Forward of one micro-batch through teacher and student. Returns what to back-propagate, the loss terms, and what else to log."""
         batch = self._on_device(step, micro_step, batch)
         labels = batch.labels
         images = self.forward.images(batch)
@@ -349,11 +352,11 @@ class Trainer:
             BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
         total, terms = objective(student, teacher, labels, step=step, layout=layout)
         if cached is None:
-            return total, {"loss": total.detach(), **terms}
-        logged = {"loss": total.detach() + cached.total, **terms, **cached.terms}
+            return total, terms, {"loss": total.detach()}
         compared = step - self.first_step < STEPS_THAT_COMPARE_PASSES
-        logged["pass_difference"] = cached.difference(micro_step, student.features) if compared else torch.zeros_like(total)
-        return total + cached.loss(micro_step, student.features), logged
+        difference = cached.difference(micro_step, student.features) if compared else torch.zeros_like(total)
+        counts = {"loss": total.detach() + cached.total, "pass_difference": difference}
+        return total + cached.loss(micro_step, student.features), {**terms, **cached.terms}, counts
 
     @torch.no_grad()
     def _relational_pass(self, step: int, micro_batches: Sequence[Batch]) -> CachedGradient:
@@ -413,6 +416,8 @@ class Trainer:
             return None
         if result.unreadable:
             self.log.say(f"warning: {result.unreadable} validation images cannot be read and do not count")
+        if result.problem:
+            self.log.say(f"warning: evaluation after step {steps_done}: {result.problem}")
         facts = {"steps": steps_done, "epoch": steps_done / self.order.steps_per_epoch, **result.facts()}
         self.checkpointer.evaluations[steps_done] = result.top1
         line = {"evaluation": facts, "seconds": round(time.monotonic() - begun, 3)}
@@ -501,6 +506,11 @@ class Trainer:
             raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
         if checkpoint_error is not None:
             raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
+        if result.problem:
+            raise TrainingError(
+                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower optimizer.lr, "
+                "a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
+            )
         if self.reports.replaced:
             self.log.say(f"{self.reports.replaced} images could not be read and were replaced by others")
         self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")

@@ -1,5 +1,10 @@
 """The losses on rows spread over ranks, against plain formulas on all rows in one process that use nothing of this package."""
 
+import copy
+import os
+import pickle
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,10 +25,12 @@ def plain_at(s, t):
     return (q(s) - q(t)).pow(2).mean()
 
 
-def plain_sp(s, t):
+def plain_sp(s, t, floor=0.0):
     def g(a):
         a = a.flatten(1)
-        return F.normalize(a @ a.T)
+        rows = a @ a.T
+        norms = rows.norm(dim=1, keepdim=True)
+        return rows / norms.clamp_min(max(floor * norms.mean().item(), 1e-12))
 
     return (g(s) - g(t)).pow(2).sum() / len(s) ** 2
 
@@ -52,6 +59,19 @@ def gradient_errors(uneven):
     def features(weight, rows):
         return F.conv2d(images[rows], weight, padding=1).relu()
 
+    # The features of the second sample vanish, those of the last are small, in both models; their gradients reach the weights as they are.
+    share = torch.ones(total, 1, 1, 1, dtype=torch.float64)
+    share[1], share[-1] = 0, 1e-3
+
+    def sp_of_small_rows(strategy, floor):
+        def small(f, rows):
+            return f * share[rows] + (f - f.detach()) * (1 - share[rows])
+
+        return (
+            lambda f, rows: SimilarityPreserving(strategy=strategy, floor=floor)(small(f, rows), (teacher * share)[rows]),
+            lambda f: plain_sp(small(f, slice(None)), teacher * share, floor),
+        )
+
     losses = {
         "at": (lambda f, rows: AttentionTransfer()(f, teacher[rows]), lambda f: plain_at(f, teacher)),
         "sp by gather": (lambda f, rows: SimilarityPreserving(strategy="gather")(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
@@ -68,6 +88,11 @@ def gradient_errors(uneven):
                 lambda f: plain_sp(f, teacher) + 0.5 * plain_sp(f[:, :2], teacher),
             )
             for strategy in ("auto", "gather", "exchange")
+        },
+        **{
+            f"sp of rows below {floor} of the mean, by {strategy}": sp_of_small_rows(strategy, floor)
+            for strategy in ("gather", "exchange")
+            for floor in (0.01, 0.99)
         },
         "kd": (lambda f, rows: SoftTargets(4)(f.mean((2, 3)), teacher_logits[rows]), lambda f: plain_kd(f.mean((2, 3)), teacher_logits)),
         "ce": (lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]), lambda f: F.cross_entropy(f.mean((2, 3)), labels)),
@@ -217,6 +242,124 @@ def a_group_without_rows_ends_all_ranks(folder):
     return "no error"
 
 
+def message_of(call):
+    """What a mismatch says; a rank that came through it says what it got."""
+    try:
+        return f"no error: {call()}"
+    except BatchMismatchError as error:
+        return str(error)
+
+
+def losses_that_differ_end_all_ranks(folder):
+    """The last rank calls another loss, or the same with other settings, on features of the same shapes."""
+    rank, size = world()
+    if size == 1:
+        return {}
+    last = rank == size - 1
+    maps, logits, labels = torch.ones(2, 4, 3, 3), torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+    calls = {
+        "kinds": lambda: (AttentionTransfer if last else SimilarityPreserving)()(maps, maps),
+        "weights": lambda: SimilarityPreserving(weights=[2.0 if last else 1.0])(maps, maps),
+        "strategies": lambda: SimilarityPreserving(strategy="exchange" if last else "gather")(maps, maps),
+        "scopes": lambda: SimilarityPreserving(scope="local" if last else "global")(maps, maps),
+        "floors": lambda: SimilarityPreserving(floor=0.0 if last else 0.01)(maps, maps),
+        "reductions": lambda: AttentionTransfer(reduction="paper" if last else "mean_squared")(maps, maps),
+        "temperatures": lambda: SoftTargets(2.0 if last else 4.0)(logits, logits),
+        "smoothings": lambda: CrossEntropy(0.1 if last else 0.0)(logits, labels),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
+
+
+def features_that_are_missing_end_all_ranks(folder):
+    """No tensor, or one without rows, on the last rank only."""
+    rank, size = world()
+    if size == 1:
+        return {}
+    last, feature = rank == size - 1, torch.ones(2, 4)
+    missing, scalar = ([], torch.ones(())) if last else ([feature], feature)
+    sp = SimilarityPreserving()
+    return {"none": message_of(lambda: sp(missing, missing)), "scalar": message_of(lambda: sp(scalar, scalar))}
+
+
+def errors_of_groups(sp, counts, group=None, ranks=None):
+    """Relative errors of value and gradient against the mean of the plain losses of groups of `counts` rows.
+
+    Args:
+        sp: the loss.
+        counts: rows of each rank of each group.
+        group: the process group of all these ranks; None is the default one.
+        ranks: which ranks of the job they are; None is all.
+    """
+    rank, size = world()
+    ranks = ranks or list(range(size))
+    place, flat = ranks.index(rank), [count for group_of in counts for count in group_of]
+    g = torch.Generator().manual_seed(7)
+    students, teachers = (torch.randn(sum(flat), width, generator=g, dtype=torch.float64) for width in (9, 12))
+    mine = rows_of(flat, place)
+    leaf = students[mine].clone().requires_grad_()
+    layout = None if group is None else BatchLayout.agree([leaf, teachers[mine]], group)
+    value = sp(leaf, teachers[mine], layout=layout)
+    value.backward()
+    whole = students.clone().requires_grad_()
+    totals = [sum(group_of) for group_of in counts]
+    parts = zip(whole.split(totals), teachers.split(totals), strict=True)
+    wanted = torch.stack([plain_sp(s, t) for s, t in parts]).mean()
+    wanted.backward()
+    mean = value.detach() / len(ranks)
+    dist.all_reduce(mean, group=group)
+    gradient = leaf.grad / len(ranks)
+    return [abs(mean / wanted.detach() - 1).item(), ((gradient - whole.grad[mine]).norm() / whole.grad[mine].norm()).item()]
+
+
+def gram_matrices_of_machines(folder):
+    """As on two machines: the launch says that half of the ranks are on each."""
+    _, size = world()
+    if size == 1:
+        return SimilarityPreserving(scope="node")(torch.eye(3), torch.eye(3)).item()
+    half = [3, 2][: size // 2]
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size // 2)}):
+        return errors_of_groups(SimilarityPreserving(scope="node"), [half, half])
+
+
+def machines_that_differ_end_all_ranks(folder):
+    """One machine runs one rank less than the other says, or no launcher has said anything to the last rank."""
+    rank, size = world()
+    if size == 1:
+        return []
+    found = []
+    for own in ("1" if rank == 0 else str(size), "" if rank == size - 1 else str(size)):
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": own}):
+            feature = torch.ones(2, 4)
+            found.append(message_of(lambda feature=feature: SimilarityPreserving(scope="node")(feature, feature)))
+    return found
+
+
+def copies_of_a_loss_with_groups(folder):
+    """Made after a call, when there are process groups, which can neither be copied nor pickled."""
+    _, size = world()
+    sp = SimilarityPreserving(scope=size // 2 or 1)
+    if size == 1:
+        return []
+    counts = [[2, 3][: size // 2]] * 2
+    first = errors_of_groups(sp, counts)
+    return [first, *(errors_of_groups(twin, counts) for twin in (copy.deepcopy(sp), pickle.loads(pickle.dumps(sp))))]
+
+
+def replicas_of_a_mesh(folder):
+    """Ranks in rows and columns: each column is a batch of its own. With the layout that the documentation shows."""
+    _, size = world()
+    if size < 4:
+        return []
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "model"))
+    group = mesh.get_group("batch")
+    ranks = dist.get_process_group_ranks(group)
+    errors = []
+    for strategy in ("gather", "exchange"):
+        errors.append(errors_of_groups(SimilarityPreserving(strategy=strategy), [[3, 2]], group, ranks))
+        errors.append(errors_of_groups(SimilarityPreserving(scope=1, strategy=strategy), [[3], [2]], group, ranks))
+    return {"ranks": ranks, "errors": errors}
+
+
 def second_derivatives_are_refused(folder):
     """They would need collectives that autograd cannot see."""
     found = []
@@ -267,6 +410,12 @@ CASES = [
     shapes_that_differ_end_all_ranks,
     features_with_a_gradient_on_one_rank_only_end_all_ranks,
     a_group_without_rows_ends_all_ranks,
+    losses_that_differ_end_all_ranks,
+    features_that_are_missing_end_all_ranks,
+    gram_matrices_of_machines,
+    machines_that_differ_end_all_ranks,
+    copies_of_a_loss_with_groups,
+    replicas_of_a_mesh,
     second_derivatives_are_refused,
     rows_that_differ_within_a_rank_end_all_ranks,
     the_documented_three_lines_in_a_users_own_ddp_loop,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from unittest import mock
 
 import torch.distributed as dist
@@ -125,6 +126,14 @@ def gram_matrices_of_groups(folder):
     return train(folder, "groups", {"losses": losses})
 
 
+def gram_matrices_of_nodes(folder):
+    """As on two machines with half of the ranks each: the same groups as above."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    losses = {"sp": {**RECIPE["losses"]["sp"], "scope": "node"}}
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(max(1, size // 2))}):
+        return train(folder, "nodes", {"losses": losses, "train": {"max_steps": 5}})
+
+
 REGULARIZED = {
     "student": {"name": "small_models:Regularized", "norm": None},
     "data": {"mixup": 0.4, "cutmix": 1.0},
@@ -169,7 +178,7 @@ def a_rank_that_skips_a_step_ends_all_ranks(folder):
     def ahead(step):
         return step + (rank == size - 1 and step >= 2)
 
-    with mock.patch.object(trainer_module, "RankMeans", lambda step, values: RankMeans(ahead(step), values)):
+    with mock.patch.object(trainer_module, "RankMeans", lambda step, *numbers: RankMeans(ahead(step), *numbers)):
         try:
             train(folder, "skipped", {}, tamper)
         except TrainingError as error:
@@ -188,7 +197,7 @@ def second_forwards_repeat_the_first(folder):
         trainer.reports.read = lambda means: (seen.append(means.read()) if means else None, read(means))[1]
 
     result = train(folder, "dropout", changes, tamper)
-    return {"differences": [values.get("pass_difference") for values in seen], "lines": result["lines"]}
+    return {"differences": [numbers.counts.get("pass_difference") for numbers in seen], "lines": result["lines"]}
 
 
 def mutated_trainings(folder):
@@ -420,6 +429,7 @@ CASES = [
     a_relational_loss_of_ones_own,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
+    gram_matrices_of_nodes,
     second_forwards_repeat_the_first,
     mutated_trainings,
     batch_norm_with_fixed_micro_batches,
