@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -82,11 +82,11 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what `replacing` has left in a folder because its process was killed. Raises OSError."""
-    for name in os.listdir(folder):
-        if name.startswith(_UNFINISHED):
-            (folder / name).unlink()
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what `replacing` has left of the files `names` in a folder because its process was killed. Raises OSError."""
+    for entry in os.listdir(folder):
+        if entry.startswith(_UNFINISHED) and entry.removeprefix(_UNFINISHED).partition("_")[2] in names:
+            (folder / entry).unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from dkd.checkpoints import CheckpointFolder
 from dkd.cli import main
+from dkd.config import RecipeError, load_recipe
 from dkd.training import checkpointing, launches, resuming
-from dkd.training.run_directory import RunDirectory
+from dkd.training.run_directory import RunDirectory, check_run_directory
 from dkd.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +176,16 @@ def test_a_machine_that_takes_the_place_of_another_belongs_to_the_launch(tmp_pat
     assert launches.in_effect("replace", tmp_path, restart) == "resume"
 
 
+def test_on_several_machines_only_all_ranks_together_know_a_restart(run, monkeypatch):
+    """A machine that is new cannot refuse --fresh for itself."""
+    recipe = load_recipe(run / "recipe.yaml")
+    start_of(monkeypatch, **by_torchrun("none_new", 0), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
+    assert check_run_directory(recipe, "refuse", False) == []
+    start_of(monkeypatch, LOCAL_WORLD_SIZE="2")
+    with pytest.raises(RecipeError, match="holds a run already, and --fresh was asked for"):
+        check_run_directory(recipe, "refuse", False)
+
+
 def test_a_real_launcher_that_restarts_its_ranks(run):
     """`--max_restarts` and `--overwrite`: the older run is replaced once, and the checkpoints of this one are not."""
     command = [
@@ -220,8 +231,11 @@ def test_a_link_where_files_were_once_written_before_they_were_renamed_is_not_fo
         (run / f".{name}.writing").symlink_to(target)
     for name in ("student.safetensors", "student.json"):
         (run / f".{name}.partial").symlink_to(target)
+    (run / f".writing_{'0' * 16}_recipe.yaml").write_text("left by a process that was killed")
+    (run / f".writing_{'0' * 16}_student.onnx").write_text("being written by dkd export")
     assert train(run) == 0
     assert target.read_text() == "text\n"
+    assert [path.name for path in run.glob(".writing_*")] == [f".writing_{'0' * 16}_student.onnx"]
 
 
 @pytest.mark.parametrize("option", [[], ["--overwrite"]])

@@ -98,8 +98,7 @@ class RunDirectory:
             for target in (self.path / name for name in _OF_A_RUN):
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
-        # Of this process, too: its claim is finished.
-        atomic_files.remove_unfinished(self.path)
+        atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))
         if existing != "resume":
             launches.note(self.path, start)
         if in_effect == existing:
