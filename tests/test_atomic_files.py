@@ -18,7 +18,8 @@ def test_a_file_that_is_replaced_is_the_old_one_until_the_new_one_is_whole(tmp_p
             assert path.read_text() == "old"
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fails)
+    with pytest.raises(RuntimeError):
+        fails()
     assert path.read_text() == "old"
     atomic_files.replace_text(path, "new")
     assert path.read_text() == "new"
