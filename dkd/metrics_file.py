@@ -1,7 +1,7 @@
 """The lines of a run's metrics.jsonl, read and checked in one place.
 
-A line is one of a logged step, of an evaluation, or of a checkpoint. A run that is killed, or whose disk is full, may leave a line that is
-none of these; such lines do not count, and the reader is told how many there are.
+A line is about a logged step, an evaluation or a checkpoint. A run that is killed, or whose disk is full, may leave a line that is damaged;
+such lines do not count, and the reader is told how many there are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Metrics:
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     """`step`, `bytes`, `seconds`, `stall` and more of each checkpoint, in order."""
     damaged: int = 0
-    """Lines that are none of these."""
+    """Lines that cannot be read."""
 
 
 def read_metrics(path: Path) -> tuple[Metrics, str | None]:
@@ -67,18 +67,26 @@ def parse_line(text: str | bytes) -> dict[str, Any]:
 
 
 def kind_of(line: Mapping[str, Any]) -> str | None:
-    """Return what a line is about: `step`, `skipped` (an update that was left out), `evaluation` or `checkpoint`; None: none of these."""
-    for kind, needed in (("evaluation", ("steps", "epoch", "top1")), ("checkpoint", ("step",))):
+    """Return what a line is about: `step` (with loss terms), `evaluation`, `checkpoint`, or `other` at a step; None: it is damaged.
+
+    Only values that are computed with are checked: lines may hold more than this version of dkd knows.
+    """
+    for kind, step, needed, optional in (
+        ("evaluation", "steps", ("epoch", "top1"), ("top5", "loss", "samples")),
+        ("checkpoint", "step", (), ("bytes", "seconds", "stall")),
+    ):
         if kind in line:
             facts = line[kind]
-            sound = isinstance(facts, dict) and _is_step(facts.get(needed[0])) and all(_is_number(facts.get(key)) for key in needed)
-            sound = sound and all(_is_number(v) or v is None or (k in _TEXT and isinstance(v, str)) for k, v in facts.items())
+            sound = isinstance(facts, dict) and _is_step(facts.get(step)) and all(_is_number(facts.get(key)) for key in needed)
+            sound = sound and all(facts.get(key) is None or _is_number(facts[key]) for key in optional)
             return kind if sound and _is_number(line.get("seconds", 0.0)) else None
     if not _is_step(line.get("step")):
         return None
-    if "skipped" in line:
-        return "skipped"
-    return "step" if "loss" in line and all(map(_is_number, line.values())) else None
+    if "loss" not in line:
+        return "other"
+    terms = [key.removeprefix("weight/") for key in line if key.startswith("weight/")]
+    computed = {"loss", "epoch", "lr", "images_per_second", "data_wait", *terms, *(f"weight/{term}" for term in terms)} & set(line)
+    return "step" if all(_is_number(line[key]) for key in computed) else None
 
 
 def _is_step(value: object) -> bool:

@@ -368,6 +368,6 @@ def _belongs_before(text: bytes, step: int) -> bool:
             return bool(line["evaluation"]["steps"] < step)
         case "checkpoint":
             return bool(line["checkpoint"]["step"] <= step)
-        case "step" | "skipped":
+        case "step" | "other":
             return bool(0 < line["step"] <= step)
     return False  # no line of ours

@@ -12,6 +12,7 @@ import os
 import platform
 import secrets
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -49,6 +50,7 @@ class RunPlace:
         self._lock: Any = None
         # Kept open: its inode is not given to another folder meanwhile, and a moved one can be found.
         self._folder: int | None = None
+        self._close_folder: Callable[[], Any] = lambda: None
         self._claimed: os.stat_result | None = None
 
     def claim(self) -> list[str]:
@@ -60,6 +62,7 @@ class RunPlace:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._close_folder = weakref.finalize(self, os.close, self._folder)  # also when nobody calls `close`
         self._claimed = os.fstat(self._folder)
         warnings = self._take_lock()
         self.token = secrets.token_hex(16)
@@ -155,7 +158,8 @@ class RunPlace:
             still_there = self._claimed is not None and os.path.samestat(self.path.stat(), self._claimed)
             if still_there and (ours or not (self.path / OWNER_FILE).exists()):
                 return self.path
-        new = self.path.with_name(f"{self.path.name}_rescued_{secrets.token_hex(4)}")
+        path = self.path.absolute()
+        new = path.with_name(f"{path.name}_rescued_{secrets.token_hex(4)}")
         new.mkdir(parents=True)
         return new
 
@@ -164,9 +168,8 @@ class RunPlace:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = self._claimed = None
+        self._close_folder()
+        self._folder = self._claimed = None
 
 
 def _now() -> str:
