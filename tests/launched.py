@@ -9,9 +9,9 @@ from pathlib import Path
 TIME_LIMIT = 420  # seconds; a hang ends the test, not the suite
 
 
-def launch(world_size, folder, name="run_cases.py"):
-    """Run every case of a script on `world_size` processes. Returns, for each case, the list of what the ranks returned."""
-    script = Path(__file__).parent / "ranks" / name
+def launch(world_size, folder):
+    """Run every case on `world_size` processes. Returns, for each case, the list of what the ranks returned."""
+    script = Path(__file__).parent / "ranks" / "run_cases.py"
     command = [sys.executable, str(script), str(folder)]
     if world_size > 1:
         command = [

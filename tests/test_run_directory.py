@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import launch
 from safetensors.torch import load_file
 
 from dkd.checkpoints import CheckpointFolder
@@ -63,6 +62,14 @@ def said(capsys):
 
 def starts(run):
     return [start["step"] for start in json.loads((run / "provenance.json").read_text())]
+
+
+def launched(*words):
+    """By torch's launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420, env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
 # ---- launches and their restarts ----
@@ -188,14 +195,10 @@ def test_on_several_machines_only_all_ranks_together_know_a_restart(run, monkeyp
 
 def test_a_real_launcher_that_restarts_its_ranks(run):
     """`--max_restarts` and `--overwrite`: the older run is replaced once, and the checkpoints of this one are not."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "--max_restarts", "1", "-m", "dkd", "train",
-        *TRAINING, "student.name=small_models:FailsOnce", "student.norm=null", "checkpoint.background=false",
-        f"run.dir={run}", "--overwrite",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launched(
+        "--nproc_per_node", "1", "--max_restarts", "1", "-m", "dkd", "train", *TRAINING, "student.name=small_models:FailsOnce",
+        "student.norm=null", "checkpoint.background=false", f"run.dir={run}", "--overwrite",
+    )  # fmt: skip
     assert starts(run) == [0, 2]
 
 
@@ -610,8 +613,11 @@ for device in ("cpu", "meta"):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two ranks come to, each case in the same launch."""
-    return launch(2, tmp_path_factory.mktemp("ranks"), "run_directory_cases.py")
+    """Case -> what two ranks came to, all in one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched("--nproc_per_node", "2", ROOT / "tests" / "ranks" / "run_directory_cases.py", folder)
+    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return {case: [rank[case] for rank in found] for case in found[0]}
 
 
 def test_a_file_that_appears_late_is_waited_for(ranks):
