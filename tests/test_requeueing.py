@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SRUN = """#!/bin/bash
+trap : USR1  # from before a test can see that it runs; train.sbatch asks again and again
 echo "$@" >> "$FAKE/steps"
 case "$*" in
     *launch-check*) eval "${FAKE_CHECK:-true}" ;;
