@@ -15,7 +15,7 @@ from dkd import __version__, console
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
-    from dkd.training.run_directory import Existing
+    from dkd.training.launches import Existing
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # by SIGINT, as shells say it
@@ -185,7 +185,7 @@ def _train(options: argparse.Namespace) -> int:
     code = 0
     try:
         with process_group.tells_refusals():
-            trainer = Trainer(recipe, existing)
+            trainer = Trainer(recipe, existing, options.allow_recipe_change)
         trainer.run()
     except (TrainingError, Stopped) as error:
         _say_once(str(error))

@@ -117,6 +117,20 @@ class Late(Regularized):
         return super().forward(x)
 
 
+class FailsOnce(Regularized):
+    """The third forward in training raises, unless a launcher has started its ranks again."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training and x.device.type != "meta"
+        if self.calls == 3 and self.training and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            raise RuntimeError("fails once")
+        return super().forward(x)
+
+
 class Slow(Regularized):
     """A step takes at least a quarter of a second: time for something to happen to it. From the 20th step of a start on it takes two
     seconds more, until the file of SLOWER_UNTIL is there."""

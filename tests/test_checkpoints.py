@@ -26,6 +26,14 @@ TRAINING = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_late(monkeypatch):
+    """What is missing here stays missing: nobody need look again for it."""
+    from dkd.training import checkpointing
+
+    monkeypatch.setattr(checkpointing, "LOOK_AGAIN_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run of 3 steps with a checkpoint after each."""

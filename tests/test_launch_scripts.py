@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dkd.config import load_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.rglob("*") if path.suffix in (".sh", ".sbatch"))
@@ -57,6 +59,18 @@ def test_seeds_and_lists_of_an_array(tmp_path):
     listed.write_text("""a.yaml optimizer.lr=0.1\nb.yaml 'losses.at.pairs=[[layer1, block1]]' run.dir=runs/b\n""")
     words = dry_run("slurm/array.sbatch", "--list", str(listed), SLURM_ARRAY_TASK_ID="2")
     assert words[-4:] == ["train", "b.yaml", "losses.at.pairs=[[layer1, block1]]", "run.dir=runs/b"]
+
+
+@pytest.mark.parametrize("name", ["exp #1", "it's: [a] 'name'", "plain-1.5_x"])
+def test_each_seed_has_a_run_of_its_own_whatever_the_recipes_name(tmp_path, name):
+    """Values of overrides are YAML, in which " #" begins a comment."""
+    recipe = tmp_path / f"{name}.yaml"
+    shutil.copy(ROOT / "configs" / "quickstart_teacher.yaml", recipe)
+    for seed in ("0", "12"):
+        words = dry_run("slurm/array.sbatch", str(recipe), SLURM_ARRAY_TASK_ID=seed)
+        loaded = load_recipe(recipe, words[words.index(str(recipe)) + 1 :])
+        assert loaded.run.dir == f"runs/{name}/seed_{seed}"
+        assert loaded.run.seed == int(seed)
 
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "node.sh"], ids=lambda path: path.name)

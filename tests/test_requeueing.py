@@ -12,6 +12,7 @@ from launched import limit
 
 ROOT = Path(__file__).resolve().parent.parent
 SRUN = """#!/bin/bash
+trap : USR1  # from before a test can see that it runs; train.sbatch asks again and again
 echo "$@" >> "$FAKE/steps"
 case "$*" in
     *launch-check*) eval "${FAKE_CHECK:-true}" ;;
@@ -142,7 +143,9 @@ def test_the_warning_reaches_the_training_and_its_exit_code_the_job(tmp_path):
     assert code == 3, said
 
 
-def test_options_go_to_the_training_alone_and_replace_nothing_after_a_requeue(tmp_path):
+def test_options_go_to_the_training_alone_and_are_the_same_after_a_requeue(tmp_path):
+    """dkd itself knows a later start of the job, and replaces nothing that the job has begun (test_run_directory.py). After a start that
+    was cut off before it had replaced the older run, a start without the option would resume that run."""
     batch = Batch(tmp_path, "--overwrite", "--allow-recipe-change", FAKE_TRAIN=FINISHED, CHECK="1")
     assert batch.finish()[0] == 0
     check, train = batch.steps()
@@ -150,7 +153,25 @@ def test_options_go_to_the_training_alone_and_replace_nothing_after_a_requeue(tm
     assert train.endswith("--overwrite --allow-recipe-change")
     batch = Batch(tmp_path, "--overwrite", "--allow-recipe-change", FAKE_TRAIN=FINISHED, CHECK="1", SLURM_RESTART_COUNT="1")
     assert batch.finish()[0] == 0
-    assert batch.steps()[2:] == [f"train configs/quickstart.yaml run.dir={tmp_path}/run --allow-recipe-change"]
+    assert batch.steps()[2:] == [f"train configs/quickstart.yaml run.dir={tmp_path}/run --overwrite --allow-recipe-change"]
+
+
+def test_a_container_without_the_jobs_variables_gets_those_that_tell_a_restart_from_a_new_launch(tmp_path):
+    """Without them, each requeue with --overwrite would be a launch that replaces what the one before has done."""
+    (tmp_path / "accelerate").write_text("#!/bin/bash\nenv > $0.environment\n")
+    (tmp_path / "accelerate").chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    job = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "2", "SLURM_NODEID": "0"}
+    variables = dict.fromkeys(("SETUP", "VENV", "CONDA_ENV", "NETWORK_INTERFACE", "DRY_RUN", "RUN_DIR"), "")
+    variables |= {"PATH": path, "CONTAINER": f"env -i PATH={path}", "ENGINE": "x", "SLURM_NNODES": "1", "PROCESSES_PER_NODE": "1"}
+    variables |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "MAX_RESTARTS": "0", **job}
+    command = ["bash", ROOT / "launch" / "slurm" / "node.sh", "train", "recipe.yaml"]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+    inside = dict(line.partition("=")[::2] for line in (tmp_path / "accelerate.environment").read_text().splitlines())
+    assert {name: inside.get(name) for name in job} == job
+    assert inside["DKD_STOP_EXIT_CODE"] == "0"
+    assert "MASTER_ADDR" not in inside
 
 
 def test_what_an_environments_script_prints_is_not_taken_for_the_run(tmp_path):

@@ -1,6 +1,15 @@
 """Checkpoints on disk: folders that appear whole or not at all, and named tensors in them. Knows nothing of training."""
 
-from dkd.checkpoints.folder import CheckpointError, CheckpointFolder
-from dkd.checkpoints.tensors import SavedTensor, load_tensors, save_tensors, saved_tensors
+from dkd.checkpoints.folder import CheckpointError, CheckpointFolder, SharedCheckpointError
+from dkd.checkpoints.tensors import SavedTensor, load_tensors, missing_file, save_tensors, saved_tensors
 
-__all__ = ["CheckpointError", "CheckpointFolder", "SavedTensor", "load_tensors", "save_tensors", "saved_tensors"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointFolder",
+    "SavedTensor",
+    "SharedCheckpointError",
+    "load_tensors",
+    "missing_file",
+    "save_tensors",
+    "saved_tensors",
+]

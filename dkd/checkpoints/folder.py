@@ -18,17 +18,23 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from dkd.atomic_files import create, link_problem, read_bytes, read_json, sync_folder
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or is not what it was when it was written."""
+
+
+class SharedCheckpointError(CheckpointError):
+    """What one rank could not do, raised on every rank alike."""
 
 
 class CheckpointFolder:
@@ -36,10 +42,12 @@ class CheckpointFolder:
 
     Args:
         path: RUN/checkpoints; made by the first checkpoint.
+        run_problem: returns why RUN is no longer the folder of this training; None: it is. Nothing is changed in another's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run_problem: Callable[[], str | None] = lambda: None) -> None:
         self.path = path
+        self._run_problem = run_problem
 
     def path_of(self, step: int) -> Path:
         """Where the whole checkpoint of a step is, or will be."""
@@ -50,13 +58,38 @@ class CheckpointFolder:
         return self.path / f"writing_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Of all whole checkpoints, oldest first. Whether they are still what they were, `problem` tells."""
+        """Return the steps of all whole checkpoints, oldest first. Whether they are still what they were, `problem` tells."""
         if not self.path.is_dir():
             return []
         return sorted(int(match[1]) for match in map(_STEP.fullmatch, os.listdir(self.path)) if match)
 
+    def begin(self, step: int) -> None:
+        """Make the empty folder that the checkpoint of a step is written into.
+
+        Raises:
+            CheckpointError: the folder of the run, or of its checkpoints, is not one of this training.
+            OSError: as the file system says.
+        """
+        self._check_place()
+        self.path.mkdir(exist_ok=True)
+        folder = self.writing_path(step)
+        if os.path.lexists(folder):
+            _remove(folder)
+        folder.mkdir()
+
+    def _check_place(self) -> None:
+        problem = self._run_problem() or link_problem(self.path)
+        if problem is not None:
+            raise CheckpointError(problem)
+
     def remove_unfinished(self) -> None:
-        """What was being written or removed when a process ended."""
+        """Remove what was being written or removed when a process ended.
+
+        Raises:
+            CheckpointError: the folder of the run is no longer one of this training.
+            OSError: as the file system says.
+        """
+        self._check_place()
         for left in [*self.path.glob("writing_*"), *self.path.glob("removing_*")]:
             _remove(left)
 
@@ -64,7 +97,7 @@ class CheckpointFolder:
         """A checkpoint that is not whole must not count as one when older ones are removed."""
         folder = self.path_of(step)
         damaged = folder.with_name(folder.name.replace("step_", "damaged_"))
-        if damaged.exists():
+        if os.path.lexists(damaged):
             _remove(damaged)
         folder.rename(damaged)
 
@@ -72,39 +105,49 @@ class CheckpointFolder:
         """Make what is in `writing_path(step)` the checkpoint of that step. Returns its size in bytes.
 
         Raises:
+            CheckpointError: the folder of the run is no longer one of this training.
             OSError: as the file system says.
         """
         folder, final = self.writing_path(step), self.path_of(step)
         files: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path, to_disk=True)}
+            size, digest = _digest(path, to_disk=True)
+            files[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": digest}
         manifest = folder / MANIFEST
-        manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
+        create(manifest, json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1))
         _digest(manifest, to_disk=True)
         for directory in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
-            _directory_to_disk(directory)
+            sync_folder(directory)
+        self._check_place()
         # There may be one of the same step, from before a resume.
-        older = self._renamed_for_removal(final) if final.exists() else None
+        older = self._renamed_for_removal(final) if os.path.lexists(final) else None
         folder.rename(final)
-        _directory_to_disk(self.path)
-        _directory_to_disk(self.path.parent)
+        sync_folder(self.path)
+        sync_folder(self.path.parent)
         if older is not None:
-            shutil.rmtree(older)
+            _remove(older)
         return sum(entry["bytes"] for entry in files.values())
 
     def discard(self, step: int) -> None:
-        """What was written of a checkpoint that failed: its space is free again."""
-        shutil.rmtree(self.writing_path(step), ignore_errors=True)
+        """Remove what was written of a checkpoint that failed: its space is free again."""
+        if self._run_problem() is None:
+            shutil.rmtree(self.writing_path(step), ignore_errors=True)
 
     def remove_all_but(self, steps: Collection[int]) -> None:
-        """Keep the checkpoints of `steps`."""
+        """Keep the checkpoints of `steps`, and remove the others.
+
+        Raises:
+            CheckpointError: the folder of the run is no longer one of this training.
+            OSError: as the file system says.
+        """
+        self._check_place()
         for step in self.steps():
             if step not in steps:
-                shutil.rmtree(self._renamed_for_removal(self.path_of(step)))
+                _remove(self._renamed_for_removal(self.path_of(step)))
 
     def remove_all(self) -> None:
-        """Every checkpoint, whole or not."""
-        if self.path.is_dir():
+        """Remove every checkpoint, whole or not. Raises OSError."""
+        if self.path.is_dir() and not self.path.is_symlink():
             for entry in self.path.iterdir():
                 if entry.name.startswith(("step_", "writing_", "removing_", "damaged_")):
                     _remove(entry)
@@ -112,13 +155,29 @@ class CheckpointFolder:
     def _renamed_for_removal(self, folder: Path) -> Path:
         """Half of a checkpoint must not be taken for a damaged one."""
         doomed = folder.with_name(folder.name.replace("step_", "removing_"))
-        if doomed.exists():
+        if os.path.lexists(doomed):
             _remove(doomed)
         return folder.rename(doomed)
 
+    def fingerprint(self, step: int) -> str | None:
+        """Return the SHA-256 of a checkpoint's manifest, and so of all its files; None: it cannot be read."""
+        content, reason = read_bytes(self.path_of(step) / MANIFEST)
+        return hashlib.sha256(content).hexdigest() if reason is None else None
+
+    def late(self, step: int) -> str | None:
+        """Return which file of a checkpoint is not there, or not to its end; None: all are. Over a network, it may only be late."""
+        return self._problem(step, contents=False)
+
     def problem(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None: they are as they were written."""
+        """Return what is wrong with the files of a checkpoint; None: they are as they were written."""
+        return self._problem(step, contents=True)
+
+    def _problem(self, step: int, contents: bool) -> str | None:
         folder = self.path_of(step)
+        if folder.is_symlink():
+            return "it is a link; put the folder that it leads to in its place"
+        if folder.exists() and not folder.is_dir():
+            return "it is no folder"
         try:
             files = _read_manifest(folder, step)
             for name, entry in files.items():
@@ -129,7 +188,7 @@ class CheckpointFolder:
                     return f"{name} is a link"
                 if path.stat().st_size != entry["bytes"]:
                     return f"{name} has {path.stat().st_size} bytes, not the {entry['bytes']} that were written"
-                if _digest(path) != entry["sha256"]:
+                if contents and _digest(path)[1] != entry["sha256"]:
                     return f"the content of {name} is not what was written"
         except CheckpointError as error:
             return str(error)
@@ -146,15 +205,15 @@ def _remove(path: Path) -> None:
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    manifest, reason = read_json(folder / MANIFEST)
+    if reason is not None:
+        raise CheckpointError(reason)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
         ours = manifest["format"] == _FORMAT and manifest["step"] == step and isinstance(files, dict) and bool(files)
         for name, entry in files.items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             ours = ours and inside and isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{MANIFEST} is missing") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged") from error
     if not ours:
@@ -162,21 +221,16 @@ def _read_manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _digest(path: Path, to_disk: bool = False) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+def _digest(path: Path, to_disk: bool = False) -> tuple[int, str]:
+    """Return the length of a file in bytes and its SHA-256 in hexadecimal.
+
+    The length is that of what was read: a file system over a network may still have an older answer to `stat`.
+    """
+    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            size += len(block)
         if to_disk:
             os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _directory_to_disk(folder: Path) -> None:
-    """New names in a folder survive a power cut only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return size, digest.hexdigest()

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Met
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
-from dkd.checkpoints.folder import CheckpointError
+from dkd.checkpoints.folder import CheckpointError, SharedCheckpointError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -51,32 +51,46 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
         group: None: this process alone.
 
     Raises:
-        CheckpointError: on every rank, when one could not write; on rank 0, when it does not see what the others wrote.
+        SharedCheckpointError: on every rank, when one could not write.
     """
     try:
         with _no_warning_of_one_process():
             dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise CheckpointError(_first_reason(error)) from error
-    if group is None or dist.get_rank(group) == 0:
-        unseen = sorted(name for name in _files(_read_metadata(folder)) if not (folder / name).is_file())
-        if unseen:
-            raise CheckpointError(
-                f"{unseen[0]}, written by another process, is not in {str(folder)!r} here: run.dir must lie where all machines see the same"
-            )
+        raise SharedCheckpointError(_first_reason(error)) from error
+
+
+def missing_file(folder: Path) -> str | None:
+    """Return what this process does not see, or not to its end, of what all ranks have written by `save_tensors`; None: it sees all.
+
+    A file system over a network may show it a little later.
+    """
+    try:
+        lengths: dict[str, int] = {}
+        for info in _read_metadata(folder).storage_data.values():
+            lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
+        for name, length in sorted(lengths.items()):
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is not in {str(folder)!r}"
+            if path.stat().st_size < length:
+                return f"{name} in {str(folder)!r} has {path.stat().st_size} bytes, not the {length} that were written"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Fill `tensors`, plain ones or DTensors of any sharding, from what `save_tensors` wrote. A collective.
 
     Raises:
-        CheckpointError: on every rank, when a file is damaged, holds more than tensors, or lacks one.
+        SharedCheckpointError: on every rank, when a file is damaged, holds more than tensors, or lacks one.
     """
     try:
         with _no_warning_of_one_process():
             dcp.load(dict(tensors), storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as error:
-        raise CheckpointError(_first_reason(error)) from error
+        raise SharedCheckpointError(_first_reason(error)) from error
 
 
 def saved_tensors(folder: Path) -> dict[str, SavedTensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dkd.atomic_files import replacing
 from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
@@ -100,19 +101,16 @@ def export_student(
         raise ExportError(f"{str(path)!r} is no name of a file of {form}, which ends in {suffix}")
     if path.resolve() in ((folder / "student.safetensors").resolve(), run.resolve()):
         raise ExportError(f"{str(path)!r} is the run's own student; name another --output")
-    partial = path.with_name(f".partial_{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         exported = _WithNormalization(student).eval() if normalization else student.model
-        write(partial, student, exported)
-        difference = _largest_difference(exported, read(partial, student), student.image_size, 255.0 if normalization else 1.0)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
-        partial.replace(path)
+        with replacing(path) as partial:
+            write(partial, student, exported)
+            difference = _largest_difference(exported, read(partial, student), student.image_size, 255.0 if normalization else 1.0)
+            if not difference <= LARGEST_DIFFERENCE:
+                raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
     except OSError as error:
         raise ExportError(f"{str(path)!r} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path, difference
 
 

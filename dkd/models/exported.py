@@ -6,7 +6,6 @@ The weights file holds the plain model's keys: `safetensors.torch.load_file` and
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dkd.atomic_files import read_json, replace_text, replacing
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.weights import WeightsError, load_weights
 
@@ -32,20 +32,45 @@ def save_student(folder: Path, spec: ModelSpec, state: Mapping[str, torch.Tensor
     weights, description = folder / f"{name}.safetensors", folder / f"{name}.json"
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     architecture = {"name": spec.name, "classes": spec.classes, "norm": spec.norm, "options": dict(spec.options)}
-    _replace(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(description, lambda path: path.write_text(json.dumps({"architecture": architecture, **facts}, indent=2) + "\n"))
+    with replacing(weights) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    replace_text(description, json.dumps({"architecture": architecture, **facts}, indent=2) + "\n")
     return weights
 
 
 def read_description(weights: Path) -> dict[str, Any]:
-    """The JSON beside a weights file. Raises WeightsError when it is not there or not ours."""
+    """Return the JSON beside a weights file.
+
+    Raises:
+        WeightsError: the JSON is not there, cannot be read, or does not describe a student.
+    """
     path = weights.with_suffix(".json")
+    description, reason = read_json(path)
+    if reason is None:
+        wrong = _wrong_in(description)
+        reason = None if wrong is None else f"{str(path)!r} is damaged: {wrong}"
+    if reason is not None:
+        raise WeightsError(f"{reason}; it should describe the student in {weights.name!r}")
+    return dict(description)
+
+
+def _wrong_in(description: Any) -> str | None:
+    """Return what in a description is not of the kind that its readers need; None: nothing."""
     try:
-        description = json.loads(path.read_text())
         student_spec(description)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{str(path)!r}, which should say what {weights.name!r} holds, is missing or unreadable") from error
-    return description
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "it names no architecture"
+    kinds: dict[str, Any] = {"image_size": int, "parameters": int, "global_batch": int, "world_size": int, "seconds": (int, float)}
+    for key, kind in kinds.items():
+        value = description.get(key, 0)
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < 2**63:
+            return f"{key} is {str(value)[:40]!r}"
+    normalization = description.get("normalization")
+    if normalization is not None:
+        parts = [normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std")]
+        if not all(isinstance(part, list) and len(part) == 3 and all(isinstance(v, int | float) for v in part) for part in parts):
+            return "normalization is not the mean and std of 3 channels"
+    return None
 
 
 def student_spec(description: Mapping[str, Any]) -> ModelSpec:
@@ -85,11 +110,3 @@ def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
     model = build_model(spec)
     load_weights(model, spec.name, str(weights))
     return model.eval()
-
-
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

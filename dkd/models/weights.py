@@ -112,6 +112,11 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
+        with path.open("rb"):  # the libraries' own errors would hide that this process may not
+            pass
+    except OSError as error:
+        raise WeightsError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    try:
         if path.suffix == ".safetensors":
             return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
         # A namespace of options, as RepDistiller puts beside the weights, is data like a dictionary.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dkd.config import Recipe, RecipeError, load_recipe
+from dkd.metrics_file import read_metrics
+from dkd.models import WeightsError, read_description
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class RunFiles:
         steps: lines of metrics.jsonl with loss terms, in order of steps.
         evaluations, checkpoints: the other lines.
         description: student.json, empty while there is none.
+        damaged: lines of metrics.jsonl that cannot be read.
     """
 
     path: Path
@@ -30,6 +32,7 @@ class RunFiles:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     description: Mapping[str, Any] = field(default_factory=dict)
+    damaged: int = 0
 
     @property
     def weights(self) -> Path:
@@ -46,46 +49,19 @@ def read_run(path: Path, label: str) -> RunFiles:
     """Read a run directory; the run may still be going on.
 
     Raises:
-        RecipeError: no run is there, or its recipe cannot be read.
+        RecipeError: no run is there, or one of its files cannot be read.
     """
     if not (path / "recipe.yaml").is_file():
         raise RecipeError.at("", f"{str(path)!r} is no run directory: there is no recipe.yaml in it")
     recipe = load_recipe(path / "recipe.yaml")
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    checkpoints: dict[int, dict[str, Any]] = {}
-    metrics = path / "metrics.jsonl"
-    for text in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the last line of a run that is being written
-        if not isinstance(line, dict):
-            continue
-        # A run that went on behind a checkpoint may have logged a step twice: the later line counts.
-        for kind, found in (("evaluation", evaluations), ("checkpoint", checkpoints)):
-            value = line.get(kind)
-            if isinstance(value, dict) and all(_is_number(value.get(key)) for key in _NEEDED[kind]):
-                value = {"seconds": line.get("seconds", 0.0), **value}
-                found[value[_NEEDED[kind][0]]] = value
-        if isinstance(line.get("step"), int) and "loss" in line:
-            steps[line["step"]] = line
-    description = path / "student.json"
+    metrics, reason = read_metrics(path / "metrics.jsonl")
+    if reason is not None:
+        raise RecipeError.at("", reason)
     try:
-        described = json.loads(description.read_text()) if description.is_file() else {}
-    except ValueError as error:
-        raise RecipeError.at("", f"{str(description)!r} cannot be read: {error}") from error
-    if not isinstance(described, dict):
-        raise RecipeError.at("", f"{str(description)!r} does not describe a student")
-    in_order = [[found[key] for key in sorted(found)] for found in (steps, evaluations, checkpoints)]
-    return RunFiles(path, label, recipe, in_order[0], in_order[1], in_order[2], described)
-
-
-_NEEDED = {"evaluation": ("steps", "epoch", "top1"), "checkpoint": ("step",)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        description = read_description(path / "student.safetensors") if (path / "student.json").exists() else {}
+    except WeightsError as error:
+        raise RecipeError.at("", error) from error
+    return RunFiles(path, label, recipe, metrics.steps, metrics.evaluations, metrics.checkpoints, description, metrics.damaged)
 
 
 def labels_of(paths: list[Path]) -> list[str]:

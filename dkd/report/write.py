@@ -63,6 +63,8 @@ def write_report(
     )
     for run in runs:
         page.section(run.label)
+        if run.damaged:
+            page.note(f"{run.damaged} lines of metrics.jsonl are damaged and do not count.")
         for note in observed[run.label].notes:
             page.note(note)
         say(f"drawing {run.label}")

@@ -14,28 +14,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dkd.checkpoints import CheckpointError, CheckpointFolder, SavedTensor, load_tensors, save_tensors, saved_tensors
+from dkd import atomic_files
+from dkd.checkpoints import (
+    CheckpointError,
+    CheckpointFolder,
+    SavedTensor,
+    SharedCheckpointError,
+    load_tensors,
+    missing_file,
+    save_tensors,
+    saved_tensors,
+)
 from dkd.config import Recipe, recipe_to_yaml
 from dkd.config.schema import CheckpointSection
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.training.random_state import random_states, restore_random_states
 from dkd.training.run_directory import packages
+from dkd.training.run_place import LOOK_AGAIN_SECONDS, look_again
 
+T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 _FORMAT = 1
+_MOST_RANKS = 4  # that a message names
 
 
 class State(Protocol):
@@ -111,6 +126,7 @@ class Checkpointer:
     ) -> None:
         self._section, self._folder, self._state, self._rank = section, folder, state, rank
         self._world_size, self._timeout = world_size, timedelta(seconds=timeout)
+        self._patience = min(LOOK_AGAIN_SECONDS, timeout / 4)  # while the others wait
         self._group: Any = None
         self._needs_group = world_size > 1
         self._thread: threading.Thread | None = None
@@ -156,43 +172,75 @@ class Checkpointer:
             if self._rank == 0:
                 # What another rank wrote after this one had given up. Here, where no rank writes: they wait for this one below. What cannot
                 # be removed now is removed at the next start.
-                with suppress(OSError):
+                with suppress(OSError, CheckpointError):
                     self._folder.remove_unfinished()
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._needs_group = False
 
     def _write(self, step: int, tensors: Tensors, files: Callable[[Path], None], begun: float, stall: float | None = None) -> None:
+        """Write one checkpoint; every rank comes to the same result, unless one of them is lost meanwhile."""
         writing = time.monotonic()
-        path, size, error, warning = self._folder.writing_path(step), 0, None, None
+        size, error, warning = 0, None, None
         try:
             self._needs_group = self._world_size > 1  # until all ranks have come through
-            save_tensors(path / "training", tensors, self._group)
+            self._together(lambda: self._folder.begin(step) if self._rank == 0 else None)
+            self._together(lambda: self._look_for(step))
+            save_tensors(self._folder.writing_path(step) / "training", tensors, self._group)
+            # The others wait for the main process here, where they have time, not in training's next collective.
+            size, warning = self._together(lambda: self._seal(step, files) if self._rank == 0 else (0, None))
             self._needs_group = False
-            if self._rank == 0:
-                files(path)
-                size = self._folder.commit(step)
-                warning = self.prune()
         except Exception as problem:  # in a thread: whatever it is, training is to hear of it
+            if isinstance(problem, SharedCheckpointError):
+                self._needs_group = False
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
             if self._rank == 0:
                 self._folder.discard(step)
-        if self._world_size > 1 and not self._needs_group:
-            # Only now is the main process done, and the others wait for it here, where they have time, not in training's next collective.
-            try:
-                dist.barrier(self._group)
-            except RuntimeError:
-                self._needs_group = True
         now = time.monotonic()
         self._results.append(Written(step, error, warning, now - begun if stall is None else stall, now - writing, size))
 
+    def _together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank, and return what it returned on rank 0. A collective of the ranks that write.
+
+        Raises:
+            SharedCheckpointError: on every rank, when `action` raised on one; it names the rank and its machine.
+            RuntimeError: another rank is lost.
+        """
+        result, reason = None, None
+        try:
+            result = action()
+        except Exception as error:
+            reason = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        ranks = all_gather_objects((result, reason, platform.node()), self._group) if self._world_size > 1 else [(result, reason, None)]
+        raise_together([(reason, host) for _, reason, host in ranks])
+        return ranks[0][0]  # type: ignore[return-value]
+
+    def _look_for(self, step: int) -> None:
+        """Raise CheckpointError, when this rank does not see the folder that the main process has made for the checkpoint of a step."""
+        path = self._folder.writing_path(step)
+        unseen = look_again(lambda: None if path.is_dir() else f"does not see {str(path)!r}", self._patience)
+        if unseen is not None:
+            raise CheckpointError(f"{unseen}, which rank 0 has made; run.dir must be on a file system that all ranks share")
+
+    def _seal(self, step: int, files: Callable[[Path], None]) -> tuple[int, str | None]:
+        """On the main process: make the checkpoint of what all ranks have written. Returns its bytes, and why older ones stay."""
+        path = self._folder.writing_path(step)
+        late = look_again(lambda: missing_file(path / "training"), self._patience)
+        if late is not None:
+            raise CheckpointError(f"{late}; run.dir must be on a file system that all ranks share")
+        files(path)
+        return self._folder.commit(step), self.prune()
+
     def prune(self) -> str | None:
         """Remove what neither `keep_last` nor `keep_best` keeps. The main process's. Returns why that could not be done."""
-        steps = self._folder.steps()
+        try:
+            steps = self._folder.steps()
+        except OSError as error:
+            return str(error)
         best = sorted((step for step in steps if step in self.evaluations), key=lambda step: (self.evaluations[step], step))
         kept = {*steps[-self._section.keep_last :], *(best[-self._section.keep_best :] if self._section.keep_best else [])}
         try:
             self._folder.remove_all_but(kept)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return str(error)
         return None
 
@@ -208,16 +256,23 @@ class Checkpointer:
         self._renew_group()
         training = self._folder.path_of(step) / "training"
         saved: dict[str, SavedTensor] = {}
-        try:
-            saved = saved_tensors(training)
-            found = problems(saved)
-        except (CheckpointError, OSError) as error:
-            found = [str(error)]
+
+        def look() -> str | None:
+            # A file system over a network may show to this rank later what the main process has found.
+            try:
+                late = missing_file(training)
+                saved.update(saved_tensors(training))
+            except (CheckpointError, OSError) as error:
+                return str(error)
+            return late if late is not None or self._folder.fingerprint(step) == wanted else "it is another checkpoint than rank 0's"
+
+        wanted = all_gather_objects(self._folder.fingerprint(step) if self._rank == 0 else None)[0]
+        reason = look_again(look, self._patience)
+        found = problems(saved) if reason is None else []
+        if found:
+            reason = "; ".join(found[:3]) + (f" (and {len(found) - 3} more)" if len(found) > 3 else "")
         # A rank that raised alone would leave the others waiting for it.
-        for rank, reasons in enumerate(all_gather_objects(found)):
-            if reasons:
-                more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-                raise CheckpointError(f"rank {rank}: {'; '.join(reasons[:3])}{more}")
+        raise_together(all_gather_objects((reason, platform.node())))
         self._state.restore(saved, lambda tensors: load_tensors(training, tensors, self._group))
         prefix = f"rng/{self._rank}/"
         # Of another number of ranks there is none for each; what training itself draws is seeded by position.
@@ -227,15 +282,28 @@ class Checkpointer:
             restore_random_states({name.removeprefix(prefix): state for name, state in random.items()})
 
 
+def raise_together(ranks: Sequence[tuple[str | None, str | None]]) -> None:
+    """Raise a SharedCheckpointError, when one of the ranks has a reason.
+
+    Args:
+        ranks: of each rank why it cannot continue, and its machine; None for a machine: there is one rank.
+    """
+    told = [f"rank {rank} on {host}: {reason}" if host else reason for rank, (reason, host) in enumerate(ranks) if reason is not None]
+    if told:
+        more = f" (and {len(told) - _MOST_RANKS} more ranks)" if len(told) > _MOST_RANKS else ""
+        raise SharedCheckpointError("; ".join(told[:_MOST_RANKS]) + more)
+
+
 def newest_whole(folder: CheckpointFolder) -> tuple[int | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, and what is wrong with newer ones. Of the main process.
+    """Return the newest checkpoint whose files are as they were written, and what is wrong with newer ones. The main process's.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
     """
+    end = time.monotonic() + LOOK_AGAIN_SECONDS  # for all of them together
     problems: list[str] = []
     for step in reversed(folder.steps()):
-        problem = folder.problem(step)
+        problem = look_again(partial(folder.late, step), end - time.monotonic()) or folder.problem(step)
         if problem is None:
             try:
                 saved_tensors(folder.path_of(step) / "training")
@@ -285,6 +353,12 @@ def checkpoint_facts(step: int, recipe: Recipe, world_size: int, engine: str, ru
     }
 
 
+def write_facts(folder: Path, facts: Mapping[str, Any], recipe: Recipe) -> None:
+    """Write state.json, given `checkpoint_facts`, and recipe.yaml into the folder of a new checkpoint. Raises OSError."""
+    atomic_files.create(folder / "state.json", json.dumps(facts, indent=2) + "\n")
+    atomic_files.create(folder / "recipe.yaml", recipe_to_yaml(recipe))
+
+
 _TYPES: dict[str, Any] = {
     "world_size": int,
     "engine": str,
@@ -299,8 +373,10 @@ _TYPES: dict[str, Any] = {
 
 def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
+    values, reason = atomic_files.read_json(folder.path_of(step) / "state.json")
+    if reason is not None:
+        raise CheckpointError(reason)
     try:
-        values = json.loads((folder.path_of(step) / "state.json").read_text())
         ours = values["format"] == _FORMAT and values["step"] == step
         ours = ours and all(isinstance(values[key], types) for key, types in _TYPES.items())
         ours = ours and {"images", "sha256"} <= set(values["data"])

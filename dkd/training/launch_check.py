@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import dkd
-from dkd import console
+from dkd import atomic_files, console
 from dkd.config import Recipe, RecipeError
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.training import engine, hardware, launch, preflight, process_group
@@ -242,7 +242,7 @@ def _look_for_run_dir(run_dir: Path, rank: int, facts: Facts, found: Findings) -
         parent = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
         probe = parent / f".launch-check-{uuid.uuid4().hex}"
         try:
-            probe.write_text("")
+            atomic_files.create(probe, "")
         except OSError as error:
             reason = str(error)
     probe, reason = all_gather_objects((probe, reason))[0]

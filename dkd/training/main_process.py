@@ -16,17 +16,23 @@ def on_main_process(main: bool, action: Callable[[], T]) -> tuple[T | None, str 
     """Run `action` on the main process while the others wait. A collective.
 
     Returns:
-        On every rank: what it returned (something small that can be pickled) and None; or None and why it failed. Whatever it raises is
-        told so: raised by the main process alone, it would leave the others waiting.
+        On every rank: what `action` returned (something small that can be pickled) and None; or None and why it failed. An exception is
+        returned as its message: raised on the main process alone, it would leave the others waiting.
+
+    Raises:
+        RecipeError: on every rank, when `action` raised one.
     """
-    result, reason = None, None
+    result, reason, problems = None, None, None
     if main:
         try:
             result = action()
         except (OSError, CheckpointError) as error:
             reason = str(error)
         except RecipeError as error:
-            reason = "; ".join(problem.message for problem in error.problems)
+            problems = error.problems
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-    return all_gather_objects((result, reason))[0]
+    result, reason, problems = all_gather_objects((result, reason, problems))[0]
+    if problems is not None:
+        raise RecipeError(problems)
+    return result, reason

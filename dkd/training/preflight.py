@@ -17,7 +17,8 @@ from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.attention_transfer import token_grid
 from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
-from dkd.training.run_directory import Existing, check_run_directory
+from dkd.training.launches import Existing
+from dkd.training.run_directory import check_run_directory
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +12,15 @@ from torch import nn
 
 from dkd.checkpoints import CheckpointError, SavedTensor
 from dkd.config import Recipe, RecipeError
-from dkd.training.checkpointing import Checkpointer, newest_whole, read_facts
+from dkd.global_batch.collectives import all_gather_objects
+from dkd.training import launches
+from dkd.training.checkpointing import Checkpointer, newest_whole, raise_together, read_facts
 from dkd.training.ema import WeightAverage
+from dkd.training.launches import Existing, Start
 from dkd.training.main_process import on_main_process
 from dkd.training.optimizers import state_keys
-from dkd.training.run_directory import Existing, RunDirectory, is_run
+from dkd.training.run_directory import RunDirectory, is_run
+from dkd.training.run_place import LOOK_AGAIN_SECONDS, look_again
 from dkd.training.training_state import differences, optimizer_keys
 
 
@@ -37,6 +43,7 @@ def begin(
     recipe: Recipe,
     run_dir: RunDirectory,
     existing: Existing,
+    allow_recipe_change: bool,
     checkpointer: Checkpointer,
     model: nn.Module,
     average: WeightAverage | None,
@@ -48,50 +55,90 @@ def begin(
     the main process decides, all follow.
 
     Args:
+        existing: what is to become of a run that is there; a restart of a launch that has begun there resumes, whatever this is.
         model: the student, prepared; its state is replaced, through `checkpointer`.
         run: `run_facts` of this launch.
         total_steps: of the whole run.
 
     Raises:
-        RecipeError: on every rank: the directory cannot be used, no checkpoint in it is whole, or it is not of this student or teacher.
+        RecipeError: on every rank: the directory cannot be used, a rank does not see it, no checkpoint in it is whole, or it is not of this
+            recipe, student or teacher.
     """
-    main = run_dir.writes
-    found, reason = on_main_process(main, lambda: _found(run, run_dir, existing, total_steps))
-    if found is None:
-        raise RecipeError.at("run.dir", reason)
-    facts, notes = found
-    beginning = Beginning(notes=notes)
-    if facts is not None:
-        step = facts["step"]
-        try:
-            checkpointer.restore(step, facts["world_size"], lambda saved: _misfits(saved, recipe, model, average))
-        except CheckpointError as error:
-            raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
-        written = f"written by {facts['world_size']} process{'es' if facts['world_size'] > 1 else ''} of {facts['engine']}"
-        notes.append(f"resumed from {run_dir.checkpoints.path_of(step)}, {step} of {total_steps} steps done, {written}")
-        beginning = Beginning(step, facts["seconds"], facts["replaced_images"], facts["scaler"], notes)
+    with ExitStack() as on_failure:
+        on_failure.callback(run_dir.close)
+        main = run_dir.writes
+        start = launches.together(all_gather_objects(launches.this_start()))
+        claimed, reason = on_main_process(main, lambda: (run_dir.place.claim(), run_dir.place.token))
+        if claimed is None:
+            raise RecipeError.at("run.dir", reason)
+        warnings, token = claimed
+        # Before anything is removed there.
+        _check_all_see(run_dir, token)
+        found, reason = on_main_process(main, lambda: _found(recipe, run, run_dir, existing, start, allow_recipe_change, total_steps))
+        if found is None:
+            raise RecipeError.at("run.dir", reason)
+        if existing != "resume":
+            launches.has_begun_here(run_dir.path)
+        facts, notes = found
+        notes = [*(f"warning: {warning}" for warning in warnings), *notes]
+        beginning = Beginning(notes=notes)
+        if facts is not None:
+            step = facts["step"]
+            try:
+                checkpointer.restore(step, facts["world_size"], lambda saved: _misfits(saved, recipe, model, average))
+            except CheckpointError as error:
+                raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
+            written = f"written by {facts['world_size']} process{'es' if facts['world_size'] > 1 else ''} of {facts['engine']}"
+            notes.append(f"resumed from {run_dir.checkpoints.path_of(step)}, {step} of {total_steps} steps done, {written}")
+            beginning = Beginning(step, facts["seconds"], facts["replaced_images"], facts["scaler"], notes)
 
-    def start() -> None:
-        for step in run_dir.checkpoints.steps():
-            if step > beginning.step:
-                run_dir.checkpoints.set_aside(step)
-        run_dir.start(recipe, world_size, beginning.step)
-        checkpointer.evaluations = run_dir.evaluations()
+        def write() -> list[str]:
+            for step in run_dir.checkpoints.steps():
+                if step > beginning.step:
+                    run_dir.checkpoints.set_aside(step)
+            warnings = run_dir.start(recipe, world_size, beginning.step)
+            checkpointer.evaluations = run_dir.evaluations()
+            return warnings
 
-    _, reason = on_main_process(main, start)
-    if reason is not None:
-        raise RecipeError.at("run.dir", reason)
-    return beginning
+        warned, reason = on_main_process(main, write)
+        if warned is None:
+            raise RecipeError.at("run.dir", reason)
+        notes += warned
+        on_failure.pop_all()
+        return beginning
 
 
-def _found(run: Mapping[str, Any], run_dir: RunDirectory, existing: Existing, total_steps: int) -> tuple[dict[str, Any] | None, list[str]]:
+def _check_all_see(run_dir: RunDirectory, token: str | None) -> None:
+    """Check that run.dir is the same folder on every rank. A collective. Raises RecipeError on every rank."""
+    place, seconds = run_dir.place, LOOK_AGAIN_SECONDS
+    unseen = None if run_dir.writes or token is None else look_again(lambda: place.unseen(token), seconds)
+    ranks = all_gather_objects((unseen, platform.node()))
+    try:
+        raise_together(ranks)
+    except CheckpointError as error:
+        raise RecipeError.at(
+            "run.dir",
+            f"{str(run_dir.path)!r} is not on every rank the folder that rank 0 on {ranks[0][1]} has made: {error} (after {seconds:g} s); "
+            "run.dir must be on a file system that all ranks share",
+        ) from error
+
+
+def _found(
+    recipe: Recipe,
+    run: Mapping[str, Any],
+    run_dir: RunDirectory,
+    existing: Existing,
+    start: Start,
+    allow_recipe_change: bool,
+    total_steps: int,
+) -> tuple[dict[str, Any] | None, list[str]]:
     """On the main process: what the checkpoint to go on from says of itself, and what there is to say of others."""
-    run_dir.claim(existing)
+    notes = run_dir.take_over(recipe, existing, start, allow_recipe_change)
     was_run = is_run(run_dir.path)
     step, damaged = newest_whole(run_dir.checkpoints)
-    notes = [f"warning: {problem}; an older checkpoint is taken" for problem in damaged]
+    notes += [f"warning: {problem}; an older checkpoint is taken" for problem in damaged]
     if step is None:
-        return None, ["the run in run.dir has no checkpoint yet: it starts again from its first step"] if was_run else []
+        return None, [*notes, *(["the run in run.dir has no checkpoint yet: it starts again from its first step"] if was_run else [])]
     facts = read_facts(run_dir.checkpoints, step)
     _check_same_run(facts, run)
     if step > total_steps:

@@ -5,23 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dkd import atomic_files
 from dkd.checkpoints import CheckpointFolder
-from dkd.training.run_directory import FINISHED, PREEMPTED, STOPPED, is_run, read_line
+from dkd.config import RecipeError
+from dkd.metrics_file import read_metrics
+from dkd.training.run_directory import FINISHED, PREEMPTED, STOPPED, is_run
 
 
 def describe(run_dir: Path) -> list[str]:
-    """What has become of the run in `run_dir`, its newest checkpoint and its last numbers. From files alone."""
-    if not is_run(run_dir):
-        return [f"{run_dir}: no run has been started here"]
-    lines = [f"{run_dir}: {_state(run_dir)}"]
-    steps = CheckpointFolder(run_dir / "checkpoints").steps()
+    """Return what has become of the run in `run_dir`, its newest checkpoint and its last numbers. From files alone.
+
+    Raises:
+        RecipeError: a file of the run cannot be read.
+    """
+    try:
+        if not is_run(run_dir):
+            return [f"{run_dir}: no run has been started here"]
+        lines = [f"{run_dir}: {_state(run_dir)}"]
+        steps = CheckpointFolder(run_dir / "checkpoints").steps()
+    except OSError as error:
+        raise RecipeError.at("", f"{str(run_dir)!r} cannot be read: {error}") from error
     lines.append(f"checkpoints  {', '.join(f'step {step}' for step in steps) or 'none yet'}")
-    logged, evaluation = _last_lines(run_dir / "metrics.jsonl")
-    if logged:
-        terms = " ".join(f"{key} {logged[key]:.4g}" for key in ("loss", *_terms(logged)) if isinstance(logged.get(key), float))
+    metrics, reason = read_metrics(run_dir / "metrics.jsonl")
+    if reason is not None:
+        raise RecipeError.at("", reason)
+    if metrics.steps:
+        logged = metrics.steps[-1]
+        terms = " ".join(f"{key} {logged[key]:.4g}" for key in ("loss", *_terms(logged)) if key in logged)
         lines.append(f"last logged  step {logged['step']}, epoch {logged.get('epoch')}: {terms}")
-    if evaluation:
+    if metrics.evaluations:
+        evaluation = metrics.evaluations[-1]
         lines.append(f"evaluation   after step {evaluation['steps']}: top-1 {evaluation['top1']:.4f}")
+    if metrics.damaged:
+        lines.append(f"damaged      {metrics.damaged} lines of metrics.jsonl, which do not count")
     return lines
 
 
@@ -36,20 +52,8 @@ def _state(run_dir: Path) -> str:
         (STOPPED, "stopped by hand; the same command goes on"),
     ):
         if (run_dir / name).exists():
-            facts = read_line((run_dir / name).read_text(errors="replace"))
+            facts, _ = atomic_files.read_json(run_dir / name)  # that the file is there tells the most
+            facts = facts if isinstance(facts, dict) else {}
             by = f" by {facts['by']} after step {facts.get('step')} of {facts.get('steps')}" if "by" in facts else ""
             return f"{said.replace(';', by + ';') if by else said} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
     return "running, or it was interrupted; the same command goes on"
-
-
-def _last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    logged: dict[str, Any] = {}
-    evaluation: dict[str, Any] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        values = read_line(line)
-        if isinstance(values.get("step"), int) and "loss" in values:
-            logged = values
-        found = values.get("evaluation")
-        if isinstance(found, dict) and {"steps", "top1"} <= set(found):
-            evaluation = found
-    return logged, evaluation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from dkd import recipe_objects
-from dkd.config import Recipe, RecipeError, recipe_to_yaml
+from dkd.config import Recipe, RecipeError
 from dkd.data import DataError, EvaluationBatches, TrainingBatches
 from dkd.data.batches import Batch
 from dkd.data.order import mix
@@ -25,19 +24,20 @@ from dkd.models import save_student
 from dkd.training import assembly, engine, hardware, launch, preflight, process_group
 from dkd.training.announcement import announcement
 from dkd.training.batch_statistics import RunningStatistics
-from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts
+from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts, write_facts
 from dkd.training.ema import WeightAverage
 from dkd.training.endings import Stopped, TrainingError
 from dkd.training.evaluation import Evaluation, evaluate
 from dkd.training.forward import Forward
 from dkd.training.gradient_check import gradient_is_finite
+from dkd.training.launches import Existing
 from dkd.training.main_process import on_main_process
 from dkd.training.optimizers import build_optimizer
 from dkd.training.progress import Progress
 from dkd.training.random_state import seed_device
 from dkd.training.rank_means import RankMeans
 from dkd.training.resuming import begin
-from dkd.training.run_directory import Existing, RunDirectory
+from dkd.training.run_directory import RunDirectory
 from dkd.training.run_log import RunLog
 from dkd.training.schedules import learning_rate
 from dkd.training.sharded_weights import full_state, parameter_counts
@@ -58,12 +58,13 @@ class Trainer:
     Args:
         recipe: checked by `preflight.check`.
         existing: what to do with a run that is in `run.dir` already. `resume` goes on behind its newest whole checkpoint.
+        allow_recipe_change: whether that run may go on with another recipe.
 
     Raises:
         RecipeError: what only opened data or the opened process group can show. On every rank.
     """
 
-    def __init__(self, recipe: Recipe, existing: Existing = "resume") -> None:
+    def __init__(self, recipe: Recipe, existing: Existing = "resume", allow_recipe_change: bool = False) -> None:
         self.recipe = recipe
         world_size = launch.world_size()
         training, validation = preflight.open_sources(recipe)
@@ -80,9 +81,9 @@ class Trainer:
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
         self.watch = Watch(accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout))
         with self.watch.names_lost_ranks():
-            self._assemble(training, validation, existing)
+            self._assemble(training, validation, existing, allow_recipe_change)
 
-    def _assemble(self, training: ImageSource, validation: ImageSource, existing: Existing) -> None:
+    def _assemble(self, training: ImageSource, validation: ImageSource, existing: Existing, allow_recipe_change: bool) -> None:
         """Everything that the loop uses. A collective."""
         recipe, train, accelerator = self.recipe, self.recipe.train, self.accelerator
         world_size, local = launch.world_size(), launch.local_world_size()
@@ -146,7 +147,16 @@ class Trainer:
         self._checkpoint_error: str | None = None  # of the last one, on this rank
         self.run_facts = run_facts(recipe, assembly.teacher_facts(recipe, self.teacher), data)
         beginning = begin(
-            recipe, self.run_dir, existing, self.checkpointer, prepared, self.average, self.run_facts, world_size, self.total_steps
+            recipe,
+            self.run_dir,
+            existing,
+            allow_recipe_change,
+            self.checkpointer,
+            prepared,
+            self.average,
+            self.run_facts,
+            world_size,
+            self.total_steps,
         )
         self.first_step, self.seconds_before = beginning.step, beginning.seconds
         if beginning.scaler is not None and accelerator.scaler is not None:
@@ -444,8 +454,7 @@ class Trainer:
 
         def write_beside(folder: Path) -> None:
             self._write_student(folder, exported)
-            (folder / "state.json").write_text(json.dumps(facts, indent=2) + "\n")
-            (folder / "recipe.yaml").write_text(recipe_to_yaml(self.recipe))
+            write_facts(folder, facts, self.recipe)
 
         self.log.sync()  # going on from this checkpoint, lines up to it are not written again
         self.checkpointer.save(steps_done, write_beside, begun)
@@ -492,16 +501,17 @@ class Trainer:
         self.checkpointer.wait()
         self._tell_of_checkpoints()
 
-        def write() -> None:
-            self._write_student(self.run_dir.path, exported)
-            self.run_dir.sync()
-            self.run_dir.mark_finished(self.total_steps)
+        def write() -> str | None:
+            return self.run_dir.finish(self.total_steps, lambda folder: self._write_student(folder, exported))
 
-        _, not_written = on_main_process(self.main, write)
+        elsewhere, not_written = on_main_process(self.main, write)
         checkpoint_error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
-        if self.main:
-            self.checkpointer.prune()  # now that the last evaluation is known
+        not_removed = self.checkpointer.prune() if self.main and elsewhere is None else None  # now that the last evaluation is known
+        if not_removed is not None:
+            self.log.say(f"warning: older checkpoints could not be removed ({not_removed})")
         self.log.close()
+        if elsewhere is not None:
+            raise TrainingError(elsewhere)
         if not_written is not None:
             raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
         if checkpoint_error is not None:

@@ -66,11 +66,17 @@ if [ -n "$DRY_RUN" ]; then
     exit
 fi
 
+# A container may start without the variables of the job (apptainer's --cleanenv does): those that dkd and this script read go along as words.
+kept=()
+for name in SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_CLUSTER_NAME SLURM_RESTART_COUNT SLURM_NODEID \
+    DKD_LAUNCH_ID DKD_STOP_EXIT_CODE; do
+    if [ -n "${!name:-}" ]; then kept+=("$name=${!name}"); fi
+done
 # Slurm's signals reach this script alone, or every process below it, as its ProctrackType goes. The launcher, which USR1 would end, ignores it,
 # inside a container too; a rank takes it as the wish to stop behind a checkpoint.
 trap '' USR1
 # shellcheck disable=SC2016
-${prefix[@]+"${prefix[@]}"} bash -c 'trap "" USR1; exec "$@"' bash "${command[@]}" &
+${prefix[@]+"${prefix[@]}"} bash -c 'trap "" USR1; exec "$@"' bash env ${kept[@]+"${kept[@]}"} "${command[@]}" &
 launcher=$!
 trap 'stopping=1' USR1 TERM
 is_rank() { # of this job, on this node

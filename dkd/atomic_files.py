@@ -1,0 +1,161 @@
+"""The one place that opens the files of a run directory.
+
+Writing follows no links: a run directory may be shared, and a link in it may lead to any file of this user. A file that is replaced
+appears whole or not at all, also after a power cut, and has the mode that the umask gives. Reading never raises on damage: it returns a
+reason, which a command can print as one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = ".writing_"  # how the name of a file begins that is to replace another one
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+class LinkError(OSError):
+    """A file that was to be written is a link."""
+
+
+def open_to_append(path: Path) -> FileIO:
+    """Open a file to write at its end, unbuffered; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    return FileIO(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+
+
+def open_lock(path: Path) -> FileIO:
+    """Open a file to lock it, and leave what it holds; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    return FileIO(_open(path, os.O_RDWR | os.O_CREAT), "rb+")
+
+
+def create(path: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises OSError: also when something, such as a link, has that name."""
+    with open(os.open(path, _NEW, 0o666), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, in the place of an older one. A reader, also after a power cut, sees the old file or the new one. Raises OSError."""
+    with replacing(path) as unfinished, open(_open(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty file beside `path`, with its suffix, to be written by a library; afterwards it takes the place of `path`.
+
+    An older file stays as it is when the block raises. A link at `path` is replaced, not followed.
+
+    Raises:
+        OSError: the file system does not take it.
+    """
+    unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}_{path.name}")
+    descriptor = os.open(unfinished, _NEW, 0o666)
+    try:
+        try:
+            # What the umask, or the folder's default access list, makes of a file. Libraries may put a private one in its place.
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+        yield unfinished
+        descriptor = os.open(unfinished, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+                os.fchmod(descriptor, mode)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what `replacing` has left of the files `names` in a folder because its process was killed. Raises OSError."""
+    for entry in os.listdir(folder):
+        if entry.startswith(_UNFINISHED) and entry.removeprefix(_UNFINISHED).partition("_")[2] in names:
+            (folder / entry).unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: only then do new ones survive a power cut. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:  # some file systems do not know it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def link_problem(path: Path) -> str | None:
+    """Return why `path` cannot be written, when it is a link."""
+    if not path.is_symlink():
+        return None
+    return f"{str(path)!r} is a link, and dkd writes through no link in a run directory; remove it, or put what it leads to in its place"
+
+
+def read_bytes(path: Path) -> tuple[bytes, str | None]:
+    """Return the content of a regular file and None; or nothing and why it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return b"", f"{str(path)!r} is no regular file"
+            blocks = []
+            while block := os.read(descriptor, 1 << 20):
+                blocks.append(block)
+            return b"".join(blocks), None
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return b"", f"{str(path)!r} is not there"
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        return b"", f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
+def read_json(path: Path) -> tuple[Any, str | None]:
+    """Return the value that a JSON file holds and None; or None and why it cannot be read."""
+    content, reason = read_bytes(path)
+    if reason is not None:
+        return None, reason
+    value, reason = parse_json(content)
+    return value, None if reason is None else f"{str(path)!r} is damaged: {reason}"
+
+
+def parse_json(text: str | bytes) -> tuple[Any, str | None]:
+    """Return the value of a JSON text and None; or None and what is wrong with the text."""
+    try:
+        return json.loads(text), None
+    except RecursionError:
+        return None, "it is nested too deeply"
+    except ValueError as error:  # UnicodeDecodeError and numbers of too many digits are ValueErrors, too
+        return None, f"it is not JSON ({error})"
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        reason = link_problem(path) if error.errno == errno.ELOOP else None
+        if reason is not None:
+            raise LinkError(reason) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{str(path)!r} is no regular file")
+    os.set_blocking(descriptor, True)
+    return descriptor
