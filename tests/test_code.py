@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # Leaves: every room may import them, and they import no room.
 LEAVES = {"user_code", "console", "atomic_files", "metrics_file"}
 # Modules beside the rooms, and what they may import.
-BESIDE = {**{leaf: set() for leaf in LEAVES}, "recipe_objects": {"config", "models", "data"}}
+BESIDE = {**{leaf: set() for leaf in sorted(LEAVES)}, "recipe_objects": {"config", "models", "data"}}
 
 
 def imports(path):

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from dkd.config import Recipe, RecipeError, load_recipe
 from dkd.global_batch.collectives import all_gather_objects
-from dkd.training import engine, launch
+from dkd.training import engine, launch, launches
+from dkd.training.launches import Existing
 
 # A convolution of this size takes milliseconds, and shows the difference between units and emulation (2 times faster, 10 times slower).
 _IMAGES, _CHANNELS, _SIDE = 8, 32, 28
@@ -201,15 +202,18 @@ def _emulation_warning(ranks: Sequence[Hardware]) -> list[str]:
     ]
 
 
-def settle(recipe: Recipe, resumes: bool = False) -> tuple[Recipe, list[str]]:
+def settle(recipe: Recipe, existing: Existing | None = None) -> tuple[Recipe, list[str]]:
     """`settled`, by all ranks together. A collective, where there is a process group; the main process decides what is stored.
 
     Args:
-        resumes: whether a run that is in `run.dir` is to be resumed, and so to keep what it was begun with.
+        existing: what is to become of a run that is in `run.dir`: one that is resumed keeps what it was begun with. None: of no run.
     """
-    stored = stored_choice(Path(recipe.run.dir)) if resumes else None
-    ranks = all_gather_objects((_own(recipe), stored))
-    return settled(recipe, [hardware for hardware, _ in ranks], ranks[0][1], engine.can_scale_losses(launch.engine()))
+    ranks = all_gather_objects((_own(recipe), launches.this_start()))
+    stored = None
+    if existing is not None:
+        run_dir, start = Path(recipe.run.dir), launches.together([start for _, start in ranks])
+        stored = all_gather_objects(stored_choice(run_dir) if launches.in_effect(existing, run_dir, start) == "resume" else None)[0]
+    return settled(recipe, [hardware for hardware, _ in ranks], stored, engine.can_scale_losses(launch.engine()))
 
 
 def settled_here(recipe: Recipe, resumes: bool = True) -> tuple[Recipe, list[str]]:

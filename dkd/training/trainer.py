@@ -73,7 +73,7 @@ class Trainer:
         self.engine = launch.engine()
         engine.join(recipe)
         # From here on, the recipe leaves nothing to the hardware.
-        self.recipe, self.notes = hardware.settle(recipe, resumes=existing == "resume")
+        self.recipe, self.notes = hardware.settle(recipe, existing)
         recipe = self.recipe
         # Such as a run in fp16 that is resumed on CPUs: the same on every rank, since the recipe now is.
         if problems := engine.launch_problems(recipe, world_size):
