@@ -67,6 +67,8 @@ ATTEMPTS = 100
 """Images that are tried in the place of one that cannot be read."""
 PREFETCH = 2
 """Batches that each worker process loads ahead."""
+_HELD = 2
+"""Batches that an evaluation has at a time: one, and the next one that it takes."""
 _LOOK_EVERY = 1.0  # seconds between looks at a worker that is waited for
 
 
@@ -294,8 +296,7 @@ class _Loading(Iterator[Batch]):
             samples = copy.copy(samples)
             samples.marks = self._marks
             if self._size is not None:
-                slots = PREFETCH + -(-held // workers)
-                samples.slots = BatchSlots(workers, slots, rows, torch.Size((3, self._size, self._size)))
+                samples.slots = BatchSlots(workers, _slots(held, workers), rows, torch.Size((3, self._size, self._size)))
         loader = DataLoader(
             samples,
             batch_sampler=keys,
@@ -355,6 +356,17 @@ class _Loading(Iterator[Batch]):
         """In a thread, since it takes a while, and other ranks wait for this one to tell them."""
         held, self._iterator = [self._iterator], None
         threading.Thread(target=_end, args=(held, self._marks.pids()), name="ending workers").start()
+
+
+def _slots(held: int, workers: int) -> int:
+    """Slots that each of a rank's worker processes needs: for the batches that it loads ahead, and its share of those held."""
+    return PREFETCH + -(-held // max(1, workers))
+
+
+def _shared_bytes(samples: _Samples, rows: int, held: int, workers: int) -> int:
+    if samples.image_size is None:
+        return 0
+    return workers * _slots(held, workers) * batch_bytes(rows, torch.Size((3, samples.image_size, samples.image_size)))
 
 
 def _end(held: list[Iterator[Batch | FilledSlot] | None], pids: list[int]) -> None:
@@ -442,8 +454,18 @@ class TrainingBatches:
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of steps first_step … last_step − 1, `order.micro_steps` of them a step."""
         keys = _Keys(lambda: self.order.micro_batches(first_step, last_step))
-        count, held = (last_step - first_step) * self.order.micro_steps, self.order.micro_steps + 1
-        return _Loading(self._samples, keys, count, self.order.micro_batch, self._workers, self._pin, held, lambda: self.timeout)
+        count = (last_step - first_step) * self.order.micro_steps
+        return _Loading(self._samples, keys, count, self.order.micro_batch, self._workers, self._pin, self._held, lambda: self.timeout)
+
+    @property
+    def _held(self) -> int:
+        """Batches that the trainer has at a time: those of a step, and the next one that it takes."""
+        return self.order.micro_steps + 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most memory that this rank shares with its worker processes for batches; 0 without workers."""
+        return _shared_bytes(self._samples, self.order.micro_batch, self._held, self._workers)
 
 
 class EvaluationBatches:
@@ -481,11 +503,16 @@ class EvaluationBatches:
         neighbours = iter(batches)
         by_turn = {number: next(neighbours) for turn in turns for number in turn}
         self._keys = [by_turn[number] for number in range(count)]
-        self.rows = batch
+        self._rows = batch
         self._samples, self._workers, self._pin = _Samples(source, transform, None, image_size=image_size), workers, pin
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _Loading(self._samples, self._keys, len(self), self.rows, self._workers, self._pin, 2, lambda: self.timeout)
+        return _Loading(self._samples, self._keys, len(self), self._rows, self._workers, self._pin, _HELD, lambda: self.timeout)
+
+    @property
+    def shared_bytes(self) -> int:
+        """As for TrainingBatches."""
+        return _shared_bytes(self._samples, self._rows, _HELD, self._workers)

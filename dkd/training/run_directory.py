@@ -37,7 +37,7 @@ from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes
 from dkd.training.stopping import STOP_FILE
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
-PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pydantic", "safetensors")
+PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pillow", "pydantic", "safetensors")
 Existing = Literal["resume", "refuse", "replace"]
 """What to do with a run that is in `run.dir` already."""
 _FILES = (
@@ -230,6 +230,8 @@ def check_run_directory(recipe: Recipe, existing: Existing, allow_recipe_change:
 
 def provenance(world_size: int, step: int) -> dict[str, Any]:
     """How this process was started, from what, and after how many steps of earlier ones."""
+    from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
+
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -238,6 +240,7 @@ def provenance(world_size: int, step: int) -> dict[str, Any]:
         "world_size": world_size,
         "python": platform.python_version(),
         "packages": packages(),
+        "jpeg_decoder": jpeg_decoder().name,
         "git_revision": _git_revision(),
     }
 
