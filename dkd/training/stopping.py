@@ -45,12 +45,15 @@ def note_signals() -> None:
 
 def _stop_without_launcher(launcher: int) -> None:
     """Ask the run to stop when its launcher is gone, killed by a signal that it could not pass on: nobody would end these ranks.
-    Another parent means that; asked by the clock, since the kernel's own notice (PR_SET_PDEATHSIG) is tied to the launcher's thread."""
+    Another parent means that; asked by the clock, since the kernel's own notice (PR_SET_PDEATHSIG) is tied to the launcher's thread.
+
+    A launcher of one machine takes the key-value store along. A run that has written a checkpoint has all the connections that it needs for
+    another; one that has not ends with an error."""
     while os.getppid() == launcher:
         time.sleep(_LOOK_EVERY)
         if _wakeup is None:  # training is over
             return
-    console.say(f"dkd: the launcher (pid {launcher}) of this rank is gone: the run stops after a checkpoint")
+    console.say(f"dkd: the launcher (pid {launcher}) of this rank is gone: the run stops, after a checkpoint if one can be written")
     os.kill(os.getpid(), signal.SIGTERM)
 
 
