@@ -1,5 +1,6 @@
 """Worker processes: the memory they share with their rank, and what happens when one hangs, is killed, or has no room for a batch."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from dkd.cli import main
 from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches, open_source
 from dkd.data.batches import FilledSlot
+from dkd.data.jpeg import jpeg_decoder
 from dkd.data.worker_memory import BatchSlots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +119,9 @@ schedule: {name: cosine}
     )
     assert main(["train", str(tmp_path / "recipe.yaml"), f"run.dir={tmp_path / 'run'}"]) == 1
     said = capsys.readouterr().err
+    decoder = jpeg_decoder().name
+    assert f"images are loaded by 1 worker process of each rank, JPEG files decoded by {decoder}" in said
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())[0]["jpeg_decoder"] == decoder
     assert "rank 0: worker process 0 (pid " in said
     assert "at image 20, has read nothing for " in said
 

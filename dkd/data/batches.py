@@ -334,18 +334,21 @@ class _Loading(Iterator[Batch]):
     def _waited_for(self, iterator: Iterator[Batch | FilledSlot]) -> Batch | FilledSlot:
         # DataLoader gives out and takes back batches in turn.
         worker = self._given % max(1, self._workers)
-        seen, since = self._marks.count(worker), time.monotonic()
+        seen, looked, waited = self._marks.count(worker), time.monotonic(), 0.0
         while True:
             try:
                 return next(iterator)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
-            count, now, limit = self._marks.count(worker), time.monotonic(), self._timeout()
+            # A job that was suspended as a whole has not waited for all that time.
+            now = time.monotonic()
+            waited, looked = waited + min(now - looked, 2 * _LOOK_EVERY), now
+            count, limit = self._marks.count(worker), self._timeout()
             if count != seen:
-                seen, since = count, now
-            elif limit is not None and now - since >= limit:
-                raise DataError(f"{self._marks.describe(worker)}, has read nothing for {now - since:.0f} s: it hangs, or its disk does")
+                seen, waited = count, 0.0
+            elif limit is not None and waited >= limit:
+                raise DataError(f"{self._marks.describe(worker)}, has read nothing for {waited:.0f} s: it hangs, or its disk does")
 
     def _blank(self, failure: str) -> Batch:
         assert self._size is not None
