@@ -1,17 +1,20 @@
-"""How fast images come, and what a data set of ImageNet's size costs before the first one.
+"""What images cost, and what a data set of ImageNet's size costs before the first one.
 
-python -m benchmarks.data                        images/s, on images made for it
+python -m benchmarks.data                        CPU time an image and images/s, on images made for it
 python -m benchmarks.data --photos 'imagenet/train-*.parquet' --small 'cifar10/train-*.parquet'
 python -m benchmarks.data --imagenet-index       1,281,167 rows with tiny images: start, order, memory, resuming
 
-The first compares three ways from encoded images to normalised batches, by worker processes: torchvision's usual pipeline (an image folder,
-transforms on PIL images), dkd's map-style source and dkd's streaming. Ratios are of one run; each way is measured in turn, several times.
+The first compares ways from encoded images to normalised batches, by worker processes: torchvision's usual pipeline (an image folder,
+transforms on PIL images); dkd's loading as it was before its decoder, views and shared memory; dkd's map-style source and its streaming.
+CPU time is that of the rank and all its workers: what a machine with more cores can do. Images/s depend on what else runs. Each way is
+measured in turn, several times, and ratios are of one run. The pixels of all images are compared with those of the way before.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -54,11 +57,9 @@ def image_folder(pattern: str, folder: Path) -> Path:
 
     source = open_row_groups(pattern, training=True)
     for index in range(len(source)):
-        group = int(np.searchsorted(source._ends, index, side="right"))
-        cell = source._column(group)[index - int(source._ends[group] - source.sizes[group])].as_py()
         path = folder / str(source.labels[index]) / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(cell if isinstance(cell, bytes) else cell["bytes"])
+        path.write_bytes(encoded_image(source, index))
     return folder
 
 
@@ -73,54 +74,180 @@ def torchvision_batches(folder: Path, preset: str, workers: int) -> Iterator[tor
     crop = v2.RandomResizedCrop(224) if preset == "imagenet" else v2.RandomCrop(32, padding=4)
     stages = [crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     data = ImageFolder(str(folder), v2.Compose([*stages, v2.Normalize(normalize.mean, normalize.std)]))
-    while True:
-        for images, _ in torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=workers):
-            yield images
+
+    def shuffled() -> Iterator[list[int]]:  # for ever: to fork workers for each epoch of few images would cost too much
+        while True:
+            for indices in torch.randperm(len(data)).split(BATCH):
+                if len(indices) == BATCH:
+                    yield indices.tolist()
+
+    for images, _ in torch.utils.data.DataLoader(data, batch_sampler=_Once(shuffled()), num_workers=workers):
+        yield images
 
 
-def dkd_batches(pattern: str, preset: str, workers: int, streaming: bool, in_memory: bool) -> Iterator[torch.Tensor]:
-    from dkd.data import RowGroups, SampleOrder, StreamedOrder, TrainingBatches, build_pipeline, open_row_groups, open_source
+def dkd_batches(
+    pattern: str, preset: str, workers: int, streaming: bool, in_memory: bool, normalized: bool = True
+) -> Iterator[torch.Tensor]:
+    from dkd.data import TrainingBatches, build_pipeline, open_row_groups, open_source
     from dkd.data import in_memory as decoded
 
     pipeline = build_pipeline(preset)
     source: Any = open_row_groups(pattern, training=True) if streaming else open_source(pattern, training=True)
     if in_memory:
         source = decoded(source)
-    order = SampleOrder(len(source), 0, BATCH, BATCH)
+    for batch in TrainingBatches(source, pipeline.train, order_of(source, BATCH), workers, image_size=pipeline.image_size).steps(0, 10**6):
+        yield pipeline.normalize(batch.images) if normalized else batch.images
+
+
+class Before(torch.utils.data.Dataset[Any]):
+    """Loading as it was: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are stacked, and a
+    batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
+
+    def __init__(self, pattern: str, preset: str, streaming: bool) -> None:
+        from torchvision.transforms import v2
+
+        from dkd.data import build_pipeline, open_row_groups, open_source
+
+        self.source: Any = open_row_groups(pattern, training=True) if streaming else open_source(pattern, training=True)
+        self.of_one: Any = None if preset == "imagenet" else build_pipeline(preset).train
+        self.transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> torch.Tensor:
+        from dkd.data.order import mix
+        from dkd.data.sources import to_rgb_tensor
+
+        images = []
+        for epoch, index in keys:
+            with Image.open(io.BytesIO(encoded_image(self.source, index))) as opened:
+                image = to_rgb_tensor(opened).contiguous()
+            if self.of_one is not None:
+                images.append(self.of_one.of_batch(image[None], [mix(0, epoch, index)])[0])
+            else:
+                torch.default_generator.manual_seed(mix(0, epoch, index))
+                images.append(self.transform(image))
+        out = torch.zeros(len(images), *images[0].shape, dtype=torch.uint8)
+        torch.stack(images, out=out)
+        return out
+
+
+def encoded_image(source: Any, index: int) -> bytes:
+    """What the file holds of an image of parquet, opened in either way."""
+    from dkd.data import RowGroups
+
     if isinstance(source, RowGroups):
-        order = StreamedOrder(len(source), 0, BATCH, BATCH, 0, 1, tuple(source.sizes.tolist()))
-    for batch in TrainingBatches(source, pipeline.train, order, workers).steps(0, 10**6):
-        yield pipeline.normalize(batch.images)
+        group, first = source._place(index)
+        cell = source._column(group)[index - first].as_py()
+        source._unread[group] -= 1
+        if source._unread[group] == 0:
+            del source._kept[group]
+    else:
+        cell = source.dataset[index][source.image_column]
+    return cell if isinstance(cell, bytes) else cell["bytes"]
 
 
-def images_per_second(batches: Iterator[torch.Tensor], seconds: float) -> float:
+def order_of(source: Any, batch: int, global_batch: int | None = None) -> Any:
+    from dkd.data import RowGroups, SampleOrder, StreamedOrder
+
+    if isinstance(source, RowGroups):
+        return StreamedOrder(len(source), 0, global_batch or batch, batch, 0, 1, tuple(source.sizes.tolist()))
+    return SampleOrder(len(source), 0, global_batch or batch, batch)
+
+
+def before_batches(pattern: str, preset: str, workers: int, streaming: bool) -> Iterator[torch.Tensor]:
+    from dkd.data import RowGroups, build_pipeline
+
+    data, pipeline = Before(pattern, preset, streaming), build_pipeline(preset)
+    order = order_of(data.source, BATCH)
+    if isinstance(data.source, RowGroups):
+        data.source.keep(order.row_groups_of_a_worker(workers))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (pipeline.normalize.mean, pipeline.normalize.std))
+    scale, shift = 1 / (255 * std), -mean / std
+    keys = order.micro_batches(0, 10**6)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=_Once(keys), num_workers=workers, collate_fn=_as_it_is)
+    for images in loader:
+        yield torch.addcmul(shift, images.float(), scale)
+
+
+class _Once:
+    def __init__(self, keys: Iterator[Any]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.keys
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def different_pixels(pattern: str, preset: str, streaming: bool, workers: int) -> tuple[int, int]:
+    """How many images of one epoch were compared with those of the way before, and how many of them differ."""
+    from dkd.data import TrainingBatches, build_pipeline
+
+    before = Before(pattern, preset, streaming)
+    rows = len(before.source)
+    batch = max(size for size in range(1, 65) if rows % size == 0)
+    order = order_of(before.source, batch, rows)
+    loaded = TrainingBatches(before.source, build_pipeline(preset).train, order, workers).steps(0, 1)
+    compared = different = 0
+    for keys, ours in zip(order.micro_batches(0, 1), loaded, strict=True):
+        theirs = before.__getitems__(keys)
+        compared += len(keys)
+        different += int((ours.images != theirs).flatten(1).any(1).sum())
+    return compared, different
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers."""
+    total = time.process_time()
+    for process in multiprocessing.active_children():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def cost(batches: Iterator[torch.Tensor], seconds: float) -> tuple[float, float]:
+    """Microseconds of CPU time an image, and images a second."""
     for _ in range(4):  # workers are up, files are in memory
         next(batches)
-    begun, count = time.monotonic(), 0
+    begun, used, count = time.monotonic(), cpu_seconds(), 0
     while time.monotonic() - begun < seconds:
         next(batches)
-        count += 1
-    return count * BATCH / (time.monotonic() - begun)
+        count += BATCH
+    return (cpu_seconds() - used) / count * 1e6, count / (time.monotonic() - begun)
 
 
-def measure(title: str, pattern: str, preset: str, folder: Path, workers: list[int], seconds: float, rounds: int) -> None:
+def measure(title: str, pattern: str, preset: str, folder: Path, workers: list[int], seconds: float, rounds: int) -> int:
+    """Print a table. Returns how many images differ from what the way before makes of them."""
     files = image_folder(pattern, folder)
     ways: dict[str, Callable[[int], Iterator[torch.Tensor]]] = {
         "torchvision": lambda n: torchvision_batches(files, preset, n),
-        "dkd": lambda n: dkd_batches(pattern, preset, n, False, False),
-        "dkd streaming": lambda n: dkd_batches(pattern, preset, n, True, False),
+        "before": lambda n: before_batches(pattern, preset, n, False),
+        "before, streaming": lambda n: before_batches(pattern, preset, n, True),
+        "map-style": lambda n: dkd_batches(pattern, preset, n, False, False),
+        "streaming": lambda n: dkd_batches(pattern, preset, n, True, False),
     }
     if preset == "cifar":
-        ways["dkd in memory"] = lambda n: dkd_batches(pattern, preset, n, False, True)
-    print(f"\n{title}: images/s (times torchvision's)\n{'workers':>8}" + "".join(f"{name:>22}" for name in ways))
+        ways["in memory"] = lambda n: dkd_batches(pattern, preset, n, False, True)
+    else:
+        ways["map-style, uint8"] = lambda n: dkd_batches(pattern, preset, n, False, False, normalized=False)
+    print(f"\n{title}: CPU µs an image (torchvision's over it), images/s\n{'workers':>8}" + "".join(f"{name:>26}" for name in ways))
     for number in workers:
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, way in ways.items():
-                speeds[name].append(images_per_second(way(number), seconds))
-        medians = {name: statistics.median(values) for name, values in speeds.items()}
-        cells = (f"{value:.0f} ({value / medians['torchvision']:.2f})" for value in medians.values())
-        print(f"{number:>8}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+                found[name].append(cost(way(number), seconds))
+        medians = {name: [statistics.median(values) for values in zip(*results, strict=True)] for name, results in found.items()}
+        cells = (f"{cpu:.0f} ({medians['torchvision'][0] / cpu:.2f}) {speed:.0f}/s" for cpu, speed in medians.values())
+        print(f"{number:>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+    wrong = 0
+    for streaming in (False, True):
+        compared, different = different_pixels(pattern, preset, streaming, max(workers))
+        print(
+            f"{'streaming' if streaming else 'map-style'}: {compared} images compared with the way before, {different} differ", flush=True
+        )
+        wrong += different
+    return wrong
 
 
 def write_index(folder: Path) -> str:
@@ -149,8 +276,6 @@ def megabytes(pids: list[int]) -> float:
 
 def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, workers: int, results: Any) -> None:
     """What one rank does before its first batch, what it holds, and how it goes on in the middle of the second epoch."""
-    import multiprocessing
-
     from dkd.data import RowGroups, SampleOrder, StreamedOrder, TrainingBatches, open_row_groups, open_source
 
     torch.set_num_threads(1)
@@ -185,8 +310,6 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
 
 
 def imagenet_index(workers: int, world_size: int = 2) -> int:
-    import multiprocessing
-
     context = multiprocessing.get_context("spawn")
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="dkd_index_") as name:
@@ -230,16 +353,19 @@ def main() -> int:
     if options.imagenet_index:
         return imagenet_index((options.workers or [8])[0])
     torch.set_num_threads(1)
+    from dkd.data.jpeg import jpeg_decoder
+
+    print(f"JPEG files are decoded by {jpeg_decoder().name}; before, and in torchvision's pipeline, by Pillow")
     with tempfile.TemporaryDirectory(prefix="dkd_data_") as name:
         folder = Path(name)
         photos = options.photos or write_images(folder / "photos", 400, [(500, 375), (375, 500), (640, 480)])
         small = options.small or write_images(folder / "small", 10_000, [(32, 32)], row_group=1000)
         workers = options.workers or [0, 1, 2]
-        measure(
+        wrong = measure(
             "photographs, random resized crop to 224", photos, "imagenet", folder / "photo_files", workers, options.seconds, options.rounds
         )
-        measure("32×32, padded random crop", small, "cifar", folder / "small_files", workers, options.seconds, options.rounds)
-    return 0
+        wrong += measure("32×32, padded random crop", small, "cifar", folder / "small_files", workers, options.seconds, options.rounds)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A small data set on disk, for tests that read one."""
 
 import io
+import os
+import signal
 import struct
 import sys
 import warnings
@@ -63,3 +65,19 @@ def encoded(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+class Hanging:
+    """Forty images for `python:few_images:hanging`; the process that reads the one numbered 20 stops."""
+
+    def __init__(self):
+        self.labels = [index % 10 for index in range(40)]
+
+    def __getitem__(self, index):
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return np.full((8, 8, 3), index, dtype=np.uint8)
+
+
+def hanging(training):
+    return Hanging()

@@ -398,3 +398,251 @@ def test_mixing_depends_on_its_seed_alone_and_mixes_labels_as_images(mixup, cutm
 def test_mixing_without_a_way_to_mix_is_an_error():
     with pytest.raises(ValueError, match="neither mixup nor cutmix"):
         BatchMixing(10)
+
+
+def test_folders_are_read_in_torchvisions_order(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for path in ("b/2.png", "b/10.png", "b/sub/1.PNG", "b/sub-a/1.jpg", "b/sub/deep/3.png", "a/x.png", "a/notes.txt", "c c/1.webp"):
+        (tmp_path / "set" / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / path, "PNG")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "set" / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a" / "link.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "dogs").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "dogs" / "1.png")
+    (tmp_path / "set" / "d").symlink_to(tmp_path / "dogs")
+    source, theirs = open_source(f"folder:{tmp_path / 'set'}", training=True), ImageFolder(str(tmp_path / "set"))
+    assert list(zip(source._paths.to_pylist(), source.labels.tolist(), strict=True)) == theirs.samples
+    assert source.class_names == theirs.classes == ["a", "b", "c c", "d"]
+    assert source.labels.dtype == np.int64
+    assert all(source.image(index).shape == (3, 4, 4) for index in range(len(source)))
+
+
+def test_links_that_lead_back_end_and_nothing_is_indexed_twice(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name / "more").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / name / "more" / "1.png")
+    cat = tmp_path / "set" / "cat"
+    (cat / "parent").symlink_to(cat)
+    (cat / "top").symlink_to(tmp_path / "set")
+    (cat / "above").symlink_to(tmp_path)
+    (cat / "again").symlink_to(cat / "more")
+    (cat / "more" / "up").symlink_to("..")
+    (cat / "dogs").symlink_to(tmp_path / "set" / "dog")
+    source = open_source(f"folder:{tmp_path / 'set'}", training=True)
+    assert source._paths.to_pylist() == [str(tmp_path / "set" / name / "more" / "1.png") for name in ("cat", "dog")]
+    assert source.labels.tolist() == [0, 1]
+
+
+def test_folders_that_hold_no_images_are_said(tmp_path):
+    with pytest.raises(DataError, match="it holds no folder; images are expected as"):
+        open_source(f"folder:{tmp_path}", training=True)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match=r"no image in cat; images are expected as .*/CLASS/NAME, NAME ending in .jpg, "):
+        open_source(f"folder:{tmp_path}", training=True)
+
+
+def test_a_pipe_in_a_folder_is_no_image(tmp_path):
+    import os
+
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat" / "1.png")
+    with pytest.raises(DataError, match="it is no regular file"):
+        open_source(f"folder:{tmp_path}", training=True).image(0)
+
+
+def bmp(color):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (color,) * 3).save(file, "BMP")
+    return file.getvalue()
+
+
+def test_a_file_that_is_replaced_is_not_read_from_the_copy(tmp_path):
+    """By one of the same size and time: as `cp -p`, `rsync -t` and archives leave them."""
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from dkd.data.sources import content_mark
+
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": pa.array([bmp(color) for color in (10, 20)], pa.binary()), "label": [0, 1]})
+    pq.write_table(table, path, compression="NONE", use_dictionary=False, write_statistics=False)
+    before, mark = path.stat(), content_mark([str(path)])
+    assert [open_source(str(path), training=True).image(i).unique().tolist() for i in (0, 1)] == [[10], [20]]
+    assert content_mark([str(path)]) == mark
+    path.write_bytes(path.read_bytes().replace(bmp(20), bmp(30)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert [open_source(str(path), training=True).image(i).unique().tolist() for i in (0, 1)] == [[10], [30]]
+
+
+def test_the_mark_of_large_files_reads_a_part_of_them(tmp_path, monkeypatch):
+    import os
+
+    from dkd.data import sources
+
+    path = tmp_path / "a.tar"
+    content = np.random.default_rng(0).integers(0, 256, 2**23, dtype=np.uint8)
+    path.write_bytes(content.tobytes())
+    before, mark = path.stat(), sources.content_mark([str(path)])
+    read, pread = [], os.pread
+    monkeypatch.setattr(sources.os, "pread", lambda *arguments: (read.append(arguments[1]), pread(*arguments))[1])
+    monkeypatch.setattr(sources, "_BLOCKS_IN_ALL", 64)
+    marks = {sources.content_mark([str(path)])}
+    assert sum(read) < 2**19
+    for place in (0, 2**22, 2**23 - 1):
+        changed = content.copy()
+        changed[max(0, place - 2**17) : place + 2**17] ^= 1  # another file, even if only in a part
+        path.write_bytes(changed.tobytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        marks.add(sources.content_mark([str(path)]))
+    assert len(marks) == 4
+    assert mark not in marks  # of other blocks
+
+
+def test_pixels_of_a_decoded_image_are_not_copied():
+    """Their three colours lie side by side, as the decoder leaves them and resizing wants them."""
+    pixels = to_rgb_tensor(Image.new("RGB", (6, 4)))
+    assert (tuple(pixels.shape), pixels.stride()) == ((3, 4, 6), (1, 18, 3))
+
+
+@pytest.mark.parametrize("size", [(160, 213), (300, 40), (7, 500), (224, 224), (1, 1), (2, 9)])
+def test_the_imagenet_preset_is_torchvisions_transforms(size):
+    from torchvision.transforms import v2
+
+    theirs = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
+    pipeline = build_pipeline("imagenet")
+    validation = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    view, plain = rows.permute(2, 0, 1), rows.permute(2, 0, 1).contiguous()
+    for seed in range(20):
+        results = []
+        for transform, image in ((theirs, plain), (pipeline.train, view), (pipeline.train, plain)):
+            torch.manual_seed(seed)
+            results.append((transform(image), torch.rand(1)))
+        for made, drawn in results[1:]:
+            assert torch.equal(made, results[0][0]), seed
+            assert torch.equal(drawn, results[0][1])  # as many numbers
+    if max(size) / min(size) < 20:
+        assert torch.equal(validation(plain), pipeline.validation(view))
+
+
+def test_a_list_of_transforms_sees_images_as_it_always_did():
+    """The last bit of a blurred or turned image depends on how its pixels lie in memory."""
+    pipeline = build_pipeline(
+        [{"GaussianBlur": {"kernel_size": 5}}, {"RandomRotation": {"degrees": 30, "interpolation": 2}}], ["Identity"], 16,
+        Normalize((0.5,) * 3, (0.5,) * 3),
+    )  # fmt: skip
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    made = []
+    for image in (rows.permute(2, 0, 1), rows.permute(2, 0, 1).contiguous()):
+        torch.manual_seed(0)
+        made.append(pipeline.train(image))
+    assert torch.equal(*made)
+    assert pipeline.validation(rows.permute(2, 0, 1)).is_contiguous()
+
+
+def test_batches_of_photographs_are_as_decoded_by_pillow_and_augmented_by_torchvision(tmp_path):
+    """With worker processes and without: pixels, labels, and blank rows at the end."""
+    from torchvision.transforms import v2
+
+    generator = np.random.default_rng(0)
+    cells = []
+    for index in range(12):
+        file = io.BytesIO()
+        size = (40 + 5 * index, 60 - 3 * index, 3)
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(file, "JPEG", quality=80, progressive=index % 2 == 1)
+        cells.append({"bytes": file.getvalue(), "path": None})
+    write_parquet(tmp_path / "a.parquet", cells, list(range(12)))
+    source, pipeline, order = (
+        open_source(str(tmp_path / "a.parquet"), training=True),
+        build_pipeline("imagenet", image_size=32),
+        SampleOrder(12, 3, 12, 4),
+    )
+    theirs = v2.Compose([v2.RandomResizedCrop(32, antialias=True), v2.RandomHorizontalFlip()])
+    validation = v2.Compose([v2.Resize(37, antialias=True), v2.CenterCrop(32)])
+
+    def image(index):
+        return torch.from_numpy(np.array(Image.open(io.BytesIO(cells[index]["bytes"])))).permute(2, 0, 1).contiguous()
+
+    for workers in (0, 2):
+        loaded = TrainingBatches(source, pipeline.train, order, workers, image_size=32).steps(0, 1)
+        for keys, batch in zip(order.micro_batches(0, 1), loaded, strict=True):
+            assert batch.failure == ""
+            for (epoch, index), made, label in zip(keys, batch.images, batch.labels, strict=True):
+                torch.manual_seed(mix(3, epoch, index))
+                assert torch.equal(made, theirs(image(index)))
+                assert label == index
+        batches = list(EvaluationBatches(source, pipeline.validation, 5, workers=workers, image_size=32))
+        assert sorted(label for batch in batches for label in batch.labels[: batch.valid].tolist()) == list(range(12))
+        for batch in batches:
+            assert batch.images[batch.valid :].count_nonzero() == batch.labels[batch.valid :].count_nonzero() == 0
+            for made, label in zip(batch.images[: batch.valid], batch.labels, strict=False):
+                assert torch.equal(made, validation(image(label)))
+
+
+def test_normalising_leaves_the_batch_alone_and_is_the_same_sum():
+    normalize = Normalize((0.1, 0.5, 0.9), (0.2, 0.3, 0.4))
+    for images in (torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8), torch.rand(4, 3, 5, 7) * 255):
+        before = images.clone()
+        scale, shift = (
+            torch.tensor(values).view(1, 3, 1, 1) for values in ([1 / (255 * s) for s in normalize.std], [-0.5, -0.5 / 0.3, -0.9 / 0.4])
+        )
+        assert torch.equal(normalize(images), torch.addcmul(shift, images.float(), scale))
+        assert torch.equal(images, before)
+        in_rows = images.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(normalize(in_rows), normalize(images))
+
+
+@pytest.mark.parametrize(("cores", "ranks", "streaming", "workers"), [
+    (2, 1, False, 2), (12, 1, False, 12), (96, 4, False, 16), (96, 8, False, 12), (3, 8, False, 1), (12, 1, True, 8), (24, 4, True, 4),
+])  # fmt: skip
+def test_workers_are_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path, cores, ranks, streaming, workers):
+    from dkd.config.schema import DataSection
+    from dkd.data import open_row_groups
+    from dkd.training import assembly, machine
+
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(cores)))
+    write_images(tmp_path / "a.parquet", 16)
+    source = (open_row_groups if streaming else open_source)(str(tmp_path / "a.parquet"), training=True)
+    data = DataSection(train="a.parquet", validation="a.parquet", classes=10, transforms="cifar")
+    assert assembly.loader_workers(data, source, ranks) == workers
+    assert assembly.loader_workers(data.model_copy(update={"workers": 5}), source, ranks) == 5
+    assert assembly.loader_workers(data, open_source("digits", training=True), ranks) == 0
+
+
+def test_what_a_cgroup_allows_counts(monkeypatch, tmp_path):
+    from dkd.training import machine
+
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)))
+    assert machine.cores() == 64
+    installed = machine.memory()
+    (tmp_path / "own").write_text("5:memory:/job/step\n0::/job/step\n")
+    for path, text in {
+        "job/cpu.max": "1250000 100000",
+        "job/step/cpu.max": "max 100000",
+        "job/memory.max": str(2**30),
+        "job/step/memory.max": "max",
+        "memory/job/memory.limit_in_bytes": str(2**31),
+        "memory/memory.limit_in_bytes": str(2**63 - 4096),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert machine.cores() == 12
+    assert machine.memory() == 2**30
+    (tmp_path / "own").write_text("5:memory,cpu:/job/step\n")
+    assert machine.memory() == min(2**31, installed)
+
+
+def test_images_are_kept_in_memory_where_all_ranks_have_room_for_them(monkeypatch):
+    from dkd.training import assembly, machine
+
+    for memory, ranks, most in ((512 * 2**30, 8, 2**30), (16 * 2**30, 1, 2**30), (16 * 2**30, 8, 2**28), (4 * 2**30, 2, 2**28)):
+        monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
+        assert assembly._most_in_memory(ranks) == most

@@ -186,3 +186,83 @@ def test_unreadable_images_do_not_count_in_an_evaluation(tmp_path):
     labels = [label for batch in batches for label in batch.labels[: batch.valid].tolist()]
     assert labels == [label for index, label in enumerate(source.labels.tolist()) if index not in (3, 19)]
     assert {batch.images.shape[0] for batch in batches} == {8}
+
+
+@pytest.mark.parametrize("sizes", [(1797,), (1000, 797), (1000, 790, 7), (300,) * 5 + (297,), (100,) * 17 + (97,)])
+def test_every_sample_comes_about_equally_often_however_many_row_groups(sizes):
+    """1,536 of 1,797 rows an epoch: over 50 epochs a row comes 42.7 times, and with a standard deviation of 2.5 as by a coin."""
+    order = StreamedOrder(1797, 0, 512, 512, 0, 1, sizes)
+    seen = torch.zeros(1797)
+    positions = []
+    for epoch in range(50):
+        indices = order.epoch(epoch)
+        assert len(indices) == len(indices.unique()) == 1536
+        seen[indices] += 1
+        positions.append(torch.full((1797,), torch.nan).index_copy(0, indices, torch.arange(1536.0)))
+    assert 28 < seen.min() <= seen.max() <= 50
+    assert seen.std() < 3.2
+    # Where a row comes in one epoch says nothing about where it comes in another.
+    pairs = [torch.stack([a, b])[:, ~(a + b).isnan()] for i, a in enumerate(positions[:12]) for b in positions[:i]]
+    correlations = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs])
+    assert correlations.mean().abs() < 0.06
+    assert correlations.abs().mean() < 0.15
+
+
+def test_a_row_is_left_out_as_often_in_a_short_row_group_as_in_a_long_one():
+    order = StreamedOrder(1000, 0, 400, 400, 0, 1, (790, 200, 10))
+    seen = torch.zeros(1000)
+    for epoch in range(400):
+        seen[order.epoch(epoch)] += 1
+    assert [round(part.mean().item() / 400, 1) for part in seen.split([790, 200, 10])] == [0.8, 0.8, 0.8]
+
+
+def test_few_row_groups_are_told_of_at_the_start(tmp_path):
+    from dkd.training.announcement import _streaming
+
+    def said(row_group):
+        write_images(tmp_path / "a.parquet", 160, pixels=4, row_group=row_group)
+        source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
+        order = StreamedOrder(160, 0, 16, 16, 0, 1, tuple(source.sizes.tolist()), 8, 8)
+        return " ".join(_streaming(order, source, 1))
+
+    assert "1 row group in an order drawn anew each epoch, 8 lanes" in said(160)
+    assert "note: 1 row group for 8 lanes: several worker processes read and hold the same ones" in said(160)
+    assert "note: 4 row groups for 8 lanes" in said(40)
+    assert "note:" not in said(20)
+
+
+@pytest.mark.parametrize("opened", [open_source, open_row_groups])
+def test_a_path_in_a_cell_leads_only_to_files_of_the_data_set(tmp_path, opened):
+    import os
+
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+    from few_images import encoded
+
+    folder, outside = tmp_path / "set", tmp_path / "outside.png"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "set_of_another").mkdir()
+    image = encoded(torch.full((4, 4, 3), 77, dtype=torch.uint8).numpy())
+    for path in (outside, folder / "sub" / "inside.png", tmp_path / "set_of_another" / "a.png"):
+        path.write_bytes(image)
+    (folder / "link.png").symlink_to(outside)
+    (folder / "linked_folder").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.png")
+    refused = {
+        str(outside): "leads out of the data set's folder",
+        "../outside.png": "leads out of the data set's folder",
+        "../set_of_another/a.png": "leads out of the data set's folder",
+        "link.png": "leads out of the data set's folder",
+        "linked_folder/outside.png": "leads out of the data set's folder",
+        "sub": "is no regular file|Is a directory",
+        "none.png": "No such file",
+        "pipe.png": "is no regular file",
+    }
+    paths = ["sub/inside.png", *refused]
+    cells = pa.array([{"bytes": None, "path": path} for path in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    parquet.write_table(pa.table({"image": cells, "label": pa.array(range(len(paths)))}), folder / "a.parquet")
+    source = opened(str(folder / "a.parquet"), training=True)
+    assert source.image(0).unique().tolist() == [77]
+    for index, message in enumerate(refused.values(), 1):
+        with pytest.raises(DataError, match=f"image {index} .*{message}"):
+            source.image(index)

@@ -88,7 +88,7 @@ class DataSection(Section):
     root: Text = "data"
     """Where `torchvision:NAME` looks for its files."""
     workers: Workers = "auto"
-    """Worker processes a rank. auto: 0 for a data set held in memory, else up to 8."""
+    """Worker processes a rank. auto: 0 for images held in memory, else the rank's share of the machine's cores, up to 16 (streaming: 8)."""
     streaming: Switch = False
     """Parquet (files or of the hub) is read where it lies, in the order of StreamedOrder, instead of being copied and read at random."""
     stream_lanes: Count = 64
@@ -98,7 +98,8 @@ class DataSection(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """An image that cannot be read ends the run, on all ranks together; or another one stands in its place, and is counted."""
     in_memory: AutoSwitch = "auto"
-    """Decode the training set once into memory. auto: when it fits 1 GiB and all images have one size."""
+    """Decode the training set once into memory, on each rank. auto: when all images have one size and fit 1 GiB and the rank's share of an
+    eighth of this machine's memory."""
 
 
 class StudentSection(Section):

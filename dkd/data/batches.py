@@ -5,20 +5,25 @@ Each sample's augmentation is seeded by (seed, epoch, index): neither workers no
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dkd.data.order import SampleOrder, StreamedOrder, mix
 from dkd.data.row_groups import RowGroups
 from dkd.data.sources import DataError, ImageSource, pixels_in_memory
 from dkd.data.transforms import BatchTransform
+from dkd.data.worker_memory import BatchSlots, Marks, batch_bytes, empty_batch, new_shared_memory
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -36,8 +41,35 @@ class Batch(NamedTuple):
     """Why the batch could not be made at all; its images are then blank. The ranks are to end together, not where one of them met it."""
 
 
+@dataclass(frozen=True)
+class FilledSlot:
+    """A batch that a worker process has left in a slot: what it sends in the place of a Batch, whose other fields these are."""
+
+    slots: int
+    """The number of the BatchSlots."""
+    slot: int
+    channels_last: bool
+    valid: int
+    unreadable: tuple[str, ...]
+
+    def batch(self) -> Batch:
+        """In the process that made the slots. The slot is free when the batch's tensors are gone."""
+        images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, to_be_freed=True)
+        return Batch(images, labels, self.valid, self.unreadable)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory. DataLoader's thread for that calls it."""
+        batch = self.batch()
+        return batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
+
+
 ATTEMPTS = 100
 """Images that are tried in the place of one that cannot be read."""
+PREFETCH = 2
+"""Batches that each worker process loads ahead."""
+_HELD = 2
+"""Batches that an evaluation has at a time: one, and the next one that it takes."""
+_LOOK_EVERY = 1.0  # seconds between looks at a worker that is waited for
 
 
 class _Samples(Dataset[Batch]):
@@ -47,70 +79,62 @@ class _Samples(Dataset[Batch]):
         self, source: ImageSource, transform: Transform, seed: int | None, replace: bool = False, image_size: int | None = None
     ) -> None:
         self.source, self.transform, self.seed, self.replace, self.image_size = source, transform, seed, replace, image_size
+        self._of_batches = transform if isinstance(transform, BatchTransform) else None
+        self.slots: BatchSlots | None = None
+        self.marks: Marks | None = None
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | FilledSlot:
         # The default generator is the one that torchvision's transforms draw from. torch.manual_seed would also queue a call for a GPU
         # that was not used yet, once for every image.
         generator = torch.default_generator
         before = generator.get_state()
+        writer = _Writer(len(keys), self.slots)
         try:
-            return self._batch(keys)
-        except MemoryError:
-            raise
-        except Exception as error:  # of a user's transform, too
-            if self.image_size is None:
+            return self._batch(keys, writer)
+        except BaseException as error:  # of a user's transform, too
+            writer.give_up()
+            if self.image_size is None or isinstance(error, MemoryError) or not isinstance(error, Exception):
                 raise
-            message = str(error) if isinstance(error, DataError) else f"{type(error).__name__} in loading: {error}"
-            blank = torch.zeros(len(keys), 3, self.image_size, self.image_size, dtype=torch.uint8)
-            return Batch(blank, torch.zeros(len(keys), dtype=torch.int64), 0, (), one_line(message))
+            return Batch(*_NOTHING, 0, (), described(error))
         finally:
             generator.set_state(before)
 
-    def _batch(self, keys: Sequence[tuple[int, int]]) -> Batch:
+    def _batch(self, keys: Sequence[tuple[int, int]], writer: _Writer) -> Batch | FilledSlot:
         pixels = pixels_in_memory(self.source)
-        if pixels is not None and isinstance(self.transform, BatchTransform):
-            return self._batch_in_memory(pixels, self.transform, keys)
-        images: list[torch.Tensor | None] = []
+        if pixels is not None and self._of_batches is not None:
+            return self._batch_in_memory(pixels, self._of_batches, keys, writer)
         labels: list[int] = []
         unreadable: list[str] = []
         for epoch, index in keys:
             if index < 0:
                 continue
             image, used = self._image(epoch, index, unreadable)
-            if image is None and self.seed is None:
-                continue
-            images.append(image)
+            if image is None:
+                if self.seed is None:
+                    continue
+            else:
+                self._check_size(image)
+                writer.write(len(labels), image)
             labels.append(int(self.source.labels[used]))
-        readable = [image for image in images if image is not None]
-        if len({image.shape for image in readable}) > 1:
-            raise DataError(
-                f"images of one batch have different sizes: {sorted({tuple(i.shape) for i in readable})}; add a Resize or a crop"
-            )
-        shape = readable[0].shape if readable else self._any_shape()
-        if self.image_size is not None and tuple(shape[-2:]) != (self.image_size, self.image_size):
-            # The other ranks' batches have the usual size; a model that takes any would let them meet with features that do not fit.
-            raise DataError(f"images of {shape[-1]}×{shape[-2]} pixels, not {self.image_size}×{self.image_size}; add a Resize or a crop")
-        stacked = torch.zeros(len(keys), *shape, dtype=torch.uint8)
-        if len(readable) == len(images) > 0:
-            torch.stack(readable, out=stacked[: len(readable)])
-        else:
-            for place, image in enumerate(images):
-                if image is not None:
-                    stacked[place] = image
-        counted = torch.zeros(len(keys), dtype=torch.int64)
-        counted[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
-        return Batch(stacked, counted, len(images), tuple(unreadable))
+        if not writer.begun:
+            writer.begin(self._any_shape())
+        return writer.finished(labels, tuple(unreadable))
 
-    def _batch_in_memory(self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]]) -> Batch:
+    def _check_size(self, image: torch.Tensor) -> None:
+        if self.image_size is not None and tuple(image.shape[-2:]) != (self.image_size, self.image_size):
+            # The other ranks' batches have the usual size; a model that takes any would let them meet with features that do not fit.
+            size = f"{image.shape[-1]}×{image.shape[-2]}"
+            raise DataError(f"images of {size} pixels, not {self.image_size}×{self.image_size}; add a Resize or a crop")
+
+    def _batch_in_memory(
+        self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]], writer: _Writer
+    ) -> Batch | FilledSlot:
         """All at once; the same as one by one."""
         samples = [(epoch, index) for epoch, index in keys if index >= 0]
         indices = torch.tensor([index for _, index in samples], dtype=torch.int64)
         images = transform.of_batch(pixels[indices], [self._seed_of(*sample) for sample in samples])
-        labels = torch.from_numpy(self.source.labels[indices.numpy()].astype("int64"))
-        if blank := len(keys) - len(samples):
-            images = torch.cat([images, images.new_zeros(blank, *images.shape[1:])])
-            labels = torch.cat([labels, labels.new_zeros(blank)])
-        return Batch(images, labels, len(samples))
+        writer.write_all(images)
+        return writer.finished(self.source.labels[indices.numpy()].tolist())
 
     def _seed_of(self, epoch: int, index: int) -> int:
         return 0 if self.seed is None else mix(self.seed, epoch, index)
@@ -119,6 +143,7 @@ class _Samples(Dataset[Batch]):
         """A sample's image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
         tried, reason = index, ""
         for attempt in range(ATTEMPTS):
+            self._mark(tried)
             try:
                 decoded = self.source.image(tried)
                 break
@@ -133,11 +158,15 @@ class _Samples(Dataset[Batch]):
                 tried = nearby[mix(self.seed or 0, epoch, index, attempt) % len(nearby)]
         else:
             raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
-        if isinstance(self.transform, BatchTransform):
-            return self.transform.of_batch(decoded[None], [self._seed_of(epoch, tried)])[0], tried
+        if self._of_batches is not None:
+            return self._of_batches.of_batch(decoded[None], [self._seed_of(epoch, tried)])[0], tried
         if self.seed is not None:
             torch.default_generator.manual_seed(mix(self.seed, epoch, tried))
         return self.transform(decoded), tried
+
+    def _mark(self, index: int) -> None:
+        if self.marks is not None and (worker := get_worker_info()) is not None:
+            self.marks.reach(worker.id, index)
 
     def _any_shape(self) -> torch.Size:
         if self.image_size is not None:
@@ -145,26 +174,229 @@ class _Samples(Dataset[Batch]):
         return self.transform(self.source.image(0)).shape
 
 
+_NOTHING = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+
+
+class _Writer:
+    """Writes the images of one batch to where they stay: this process's own memory, or in a worker process what it shares with its rank.
+
+    Args:
+        rows: of the batch.
+        slots: of this worker's rank, if there are any.
+    """
+
+    def __init__(self, rows: int, slots: BatchSlots | None) -> None:
+        self._rows, self._slots = rows, slots
+        self._slot: int | None = None
+        self._blank = set(range(rows))
+        self._channels_last = False
+        self._images, self._labels = _NOTHING
+        self.begun = False
+
+    def begin(self, shape: torch.Size, channels_last: bool = False) -> None:
+        """Take memory for images of that shape. Raises DataError when a worker has none that it could share."""
+        self.begun, self._channels_last = True, channels_last
+        worker = get_worker_info()
+        if worker is not None and self._slots is not None and (self._slots.rows, self._slots.shape) == (self._rows, shape):
+            self._slot = self._slots.take(worker.id)
+            if self._slot is not None:
+                self._images, self._labels = self._slots.tensors(self._slot, channels_last)
+                return
+        memory = None if worker is None else _memory_to_send(batch_bytes(self._rows, shape))
+        self._images, self._labels = empty_batch(self._rows, shape, channels_last, memory)
+
+    def write(self, row: int, image: torch.Tensor) -> None:
+        """uint8 (3, H, W) into that row. Raises DataError for one that is not like the first."""
+        if not self.begun:
+            # As the image lies in memory: to transpose it costs more than the copy.
+            self.begin(image.shape, image.dim() == 3 and image.stride(0) == 1)
+        if image.shape != self._images.shape[1:]:
+            sizes = sorted({tuple(image.shape), tuple(self._images.shape[1:])})
+            raise DataError(f"images of one batch have different sizes: {sizes}; add a Resize or a crop")
+        if image.dtype != torch.uint8:
+            raise DataError(f"the transforms make {image.dtype} of an image, not torch.uint8")
+        self._images[row].copy_(image)
+        self._blank.discard(row)
+
+    def write_all(self, images: torch.Tensor) -> None:
+        """uint8 (n, 3, H, W) into the first n rows."""
+        self.begin(images.shape[1:])
+        self._images[: len(images)].copy_(images)
+        self._blank.difference_update(range(len(images)))
+
+    def finished(self, labels: Sequence[int], unreadable: tuple[str, ...] = ()) -> Batch | FilledSlot:
+        """The batch, rows that were not written blank, and the labels of its first rows."""
+        for row in self._blank:
+            self._images[row].zero_()
+        self._labels[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
+        self._labels[len(labels) :] = 0
+        if self._slot is not None and self._slots is not None:
+            return FilledSlot(self._slots.number, self._slot, self._channels_last, len(labels), unreadable)
+        return Batch(self._images, self._labels, len(labels), unreadable)
+
+    def give_up(self) -> None:
+        """There will be no batch."""
+        if self._slot is not None and self._slots is not None:
+            self._slots.give_back(self._slot)
+
+
+def _memory_to_send(size: int) -> torch.Tensor:
+    """Memory for a batch that no slot is free for. Made here, since what DataLoader's own thread cannot send is lost without a word. Raises
+    DataError."""
+    try:
+        return new_shared_memory(size)
+    except RuntimeError as error:
+        shared = shutil.disk_usage("/dev/shm")
+        raise DataError(
+            f"a batch of {size / 1e6:.1f} MB does not fit /dev/shm, which has {shared.free / 1e6:.1f} of {shared.total / 1e6:.1f} MB free: "
+            "make it larger (docker run --shm-size=8g, or --ipc=host), or take fewer data.workers or a smaller batch"
+        ) from error
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def described(error: Exception) -> str:
+    """What went wrong in loading, in one line."""
+    return one_line(str(error) if isinstance(error, DataError) else f"{type(error).__name__} in loading: {error}")
+
+
+class _Loading(Iterator[Batch]):
+    """The batches of some keys, loaded by worker processes where there are any; those are forked at once.
+
+    Where image sizes are known, nothing raises but MemoryError: what goes wrong with the workers is the `failure` of all batches from there
+    on.
+
+    Args:
+        keys: of each batch.
+        count: batches.
+        rows: of each batch.
+        held: batches that whoever takes them may hold on to at a time.
+        timeout: tells the seconds after which a worker that reads no further image is given up; None: never.
+    """
+
+    def __init__(
+        self,
+        samples: _Samples,
+        keys: Sequence[list[tuple[int, int]]] | _Keys,
+        count: int,
+        rows: int,
+        workers: int,
+        pin: bool,
+        held: int,
+        timeout: Callable[[], float | None],
+    ) -> None:
+        self._count, self._rows, self._workers, self._timeout = count, rows, workers, timeout
+        self._size = samples.image_size
+        self._given = 0
+        self._failure = ""
+        self._marks = Marks(max(1, workers))
+        if workers:
+            samples = copy.copy(samples)
+            samples.marks = self._marks
+            if self._size is not None:
+                samples.slots = BatchSlots(workers, _slots(held, workers), rows, torch.Size((3, self._size, self._size)))
+        loader = DataLoader(
+            samples,
+            batch_sampler=keys,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=_Beginning(self._marks) if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=_LOOK_EVERY if workers else 0,
+            # What workers share with their rank is inherited.
+            multiprocessing_context="fork" if workers else None,
+        )
+        self._iterator: Iterator[Batch | FilledSlot] | None = iter(loader)
+
+    def __next__(self) -> Batch:
+        if self._iterator is None and self._given == self._count:
+            raise StopIteration
+        found: Batch | FilledSlot = Batch(*_NOTHING, 0)
+        if self._iterator is not None:
+            try:
+                found = self._waited_for(self._iterator)
+            except (StopIteration, MemoryError):
+                raise
+            except Exception as error:  # of a worker that was killed, and of DataLoader's queues
+                if self._size is None:
+                    raise
+                self._failure = described(error) if isinstance(error, DataError) else one_line(f"a worker process is lost: {error}")
+            if self._failure:
+                self._end_workers()
+        self._given += 1
+        batch = found.batch() if isinstance(found, FilledSlot) else found
+        failure = self._failure or batch.failure
+        return self._blank(failure) if failure else batch
+
+    def _waited_for(self, iterator: Iterator[Batch | FilledSlot]) -> Batch | FilledSlot:
+        # DataLoader gives out and takes back batches in turn.
+        worker = self._given % max(1, self._workers)
+        seen, looked, waited = self._marks.count(worker), time.monotonic(), 0.0
+        while True:
+            try:
+                return next(iterator)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            # A job that was suspended as a whole has not waited for all that time.
+            now = time.monotonic()
+            waited, looked = waited + min(now - looked, 2 * _LOOK_EVERY), now
+            count, limit = self._marks.count(worker), self._timeout()
+            if count != seen:
+                seen, waited = count, 0.0
+            elif limit is not None and waited >= limit:
+                raise DataError(f"{self._marks.describe(worker)}, has read nothing for {waited:.0f} s: it hangs, or its disk does")
+
+    def _blank(self, failure: str) -> Batch:
+        assert self._size is not None
+        images = torch.zeros(self._rows, 3, self._size, self._size, dtype=torch.uint8)
+        return Batch(images, torch.zeros(self._rows, dtype=torch.int64), 0, (), failure)
+
+    def _end_workers(self) -> None:
+        """In a thread, since it takes a while, and other ranks wait for this one to tell them."""
+        held, self._iterator = [self._iterator], None
+        threading.Thread(target=_end, args=(held, self._marks.pids()), name="ending workers").start()
+
+
+def _slots(held: int, workers: int) -> int:
+    """Slots that each of a rank's worker processes needs: for the batches that it loads ahead, and its share of those held."""
+    return PREFETCH + -(-held // max(1, workers))
+
+
+def _shared_bytes(samples: _Samples, rows: int, held: int, workers: int) -> int:
+    if samples.image_size is None:
+        return 0
+    return workers * _slots(held, workers) * batch_bytes(rows, torch.Size((3, samples.image_size, samples.image_size)))
+
+
+def _end(held: list[Iterator[Batch | FilledSlot] | None], pids: list[int]) -> None:
+    """Give up a DataLoader's iterator, of which `held` has the only reference, and kill what it leaves: Python would wait for a worker that
+    hangs before it exits."""
+    held.clear()
+    for process in multiprocessing.active_children():
+        if process.pid in pids:
+            process.kill()
 
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _loader(samples: _Samples, keys: Sequence[list[tuple[int, int]]] | _Keys, workers: int, pin: bool) -> DataLoader[Batch]:
-    return DataLoader(
-        samples,
-        batch_sampler=keys,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_end_with_rank if workers else None,
-    )
+class _Beginning:
+    """What a worker process does first."""
+
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+
+    def __call__(self, worker: int) -> None:
+        self._marks.begin(worker)
+        _end_with_rank()
 
 
-def _end_with_rank(worker: int) -> None:
+def _end_with_rank() -> None:
     """In a worker process: only the rank that it loads for ends it. Batch systems and launchers send signals to all processes of a job; a
     worker that obeyed would take its rank along, before that could write a checkpoint."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -202,6 +434,7 @@ class TrainingBatches:
         pin: page-locked memory, for a faster copy to a GPU.
         replace: another image stands in for one that cannot be read; else a blank one does. `Batch.unreadable` tells.
         image_size: pixels, that the transform makes. Given, nothing raises in here: `Batch.failure` tells.
+        timeout: seconds after which a worker process that reads no further image is given up; None: never. May be set later.
     """
 
     def __init__(
@@ -213,8 +446,9 @@ class TrainingBatches:
         pin: bool = False,
         replace: bool = False,
         image_size: int | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self.order = order
+        self.order, self.timeout = order, timeout
         self._samples = _Samples(source, transform, order.seed, replace, image_size)
         if isinstance(order, StreamedOrder) and isinstance(source, RowGroups):
             source.keep(order.row_groups_of_a_worker(workers))
@@ -223,7 +457,18 @@ class TrainingBatches:
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of steps first_step … last_step − 1, `order.micro_steps` of them a step."""
         keys = _Keys(lambda: self.order.micro_batches(first_step, last_step))
-        return iter(_loader(self._samples, keys, self._workers, self._pin))
+        count = (last_step - first_step) * self.order.micro_steps
+        return _Loading(self._samples, keys, count, self.order.micro_batch, self._workers, self._pin, self._held, lambda: self.timeout)
+
+    @property
+    def _held(self) -> int:
+        """Batches that the trainer has at a time: those of a step, and the next one that it takes."""
+        return self.order.micro_steps + 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most memory that this rank shares with its worker processes for batches; 0 without workers."""
+        return _shared_bytes(self._samples, self.order.micro_batch, self._held, self._workers)
 
 
 class EvaluationBatches:
@@ -234,7 +479,7 @@ class EvaluationBatches:
     Args:
         batch: rows a batch, per rank.
         rank, world_size: whose batches.
-        image_size: as for TrainingBatches.
+        image_size, timeout: as for TrainingBatches.
     """
 
     def __init__(
@@ -247,8 +492,9 @@ class EvaluationBatches:
         workers: int = 0,
         pin: bool = False,
         image_size: int | None = None,
+        timeout: float | None = None,
     ) -> None:
-        self.total = len(source)
+        self.total, self.timeout = len(source), timeout
         batch = min(batch, -(-self.total // world_size))  # no more rows than a rank can have
         count = -(-self.total // (batch * world_size))
         batches = [
@@ -260,10 +506,16 @@ class EvaluationBatches:
         neighbours = iter(batches)
         by_turn = {number: next(neighbours) for turn in turns for number in turn}
         self._keys = [by_turn[number] for number in range(count)]
+        self._rows = batch
         self._samples, self._workers, self._pin = _Samples(source, transform, None, image_size=image_size), workers, pin
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(_loader(self._samples, self._keys, self._workers, self._pin))
+        return _Loading(self._samples, self._keys, len(self), self._rows, self._workers, self._pin, _HELD, lambda: self.timeout)
+
+    @property
+    def shared_bytes(self) -> int:
+        """As for TrainingBatches."""
+        return _shared_bytes(self._samples, self._rows, _HELD, self._workers)

@@ -91,8 +91,10 @@ class StreamedOrder(SampleOrder):
     """An order for data that is read a row group at a time: neighbours in it are neighbours on the disk, and each row group is read about
     once an epoch. It too is a function of (seed, epoch) alone, and its position is the global step.
 
-    The row groups, in an order drawn for the epoch, make one list of rows. It is cut into lanes of equal length. A lane serves one slice of
-    the global batch in every eighth step. Within a lane, rows are shuffled window by window.
+    The row groups, in an order drawn for the epoch and each with its rows in a drawn order, make one list of rows, which is a ring: where
+    it begins is drawn too. It is cut into lanes of equal length. A lane serves one slice of the global batch in every eighth step. Within a
+    lane, rows are shuffled window by window. The N mod B rows at the list's end are left out, so every row is as likely to be one of them,
+    with one row group, with few, and with many.
 
     Args:
         group_sizes: rows of each row group.
@@ -126,10 +128,14 @@ class StreamedOrder(SampleOrder):
         sizes = torch.tensor(self.group_sizes)
         starts = sizes.cumsum(0) - sizes
         drawn = torch.randperm(len(sizes), generator=generator)
-        # The rows of the row groups, end to end: each row's number in its group added to where its group starts.
         sizes, starts = sizes[drawn], starts[drawn]
-        within = torch.arange(self.samples) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        rows = starts.repeat_interleave(sizes) + within
+        # A row group is read as a whole: any order of its rows costs the same. Where it is longer than a lane, the windows alone would give
+        # it nearly the same order in each epoch.
+        within = torch.empty(self.samples, dtype=torch.int64)
+        for rows_of_group in within.split(sizes.tolist()):
+            torch.randperm(len(rows_of_group), generator=generator, out=rows_of_group)
+        begin = int(torch.randint(self.samples, (), generator=generator))
+        rows = (starts.repeat_interleave(sizes) + within).roll(-begin)
         order = torch.empty(self.steps_per_epoch, self.global_batch, dtype=torch.int64)
         bounds, used = self._slice_bounds(), 0
         for (begin, end), window in zip(pairwise(bounds), self._windows(), strict=True):
@@ -168,4 +174,6 @@ class StreamedOrder(SampleOrder):
         lanes = max(len(lanes) for (rank, _), lanes in self.lanes_of_workers(workers).items() if rank == self.rank)
         smallest = max(1, sorted(self.group_sizes)[len(self.group_sizes) // 10])  # but for some short ones, at the ends of files
         # Of each lane those of a window, which begins and ends within one; and one that another lane shares, never read to its end here.
-        return min(len(self.group_sizes), lanes * (-(-max(self._windows()) // smallest) + 2))
+        # Where workers share lanes, none is read to its end here, and one more is still held that the window has left behind.
+        more = 2 if self.readers(workers) == 1 else 3
+        return min(len(self.group_sizes), lanes * (-(-max(self._windows()) // smallest) + more))

@@ -15,6 +15,7 @@ import torch
 
 from dkd.data.sources import (
     DataError,
+    common_folder,
     decode,
     hub_name,
     image_and_label_columns,
@@ -44,13 +45,16 @@ class RowGroups:
         files: paths, or URLs that fsspec knows.
         name: what messages call it.
         image_column, label_column: None: the only ones that fit.
+        folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
 
     Raises:
         DataError: files that cannot be read, have no such columns, or differ in columns or class names.
     """
 
-    def __init__(self, files: list[str], name: str, image_column: str | None = None, label_column: str | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, files: list[str], name: str, image_column: str | None = None, label_column: str | None = None, folder: str | None = None
+    ) -> None:
+        self.name, self._folder = name, folder
         with ThreadPoolExecutor(_FILES_AT_ONCE if any(map(_is_remote, files)) else 1) as pool:
             opened = list(pool.map(lambda path: _read_labels(path, image_column, label_column), files))
         opened = [file for file in opened if len(file.labels)]
@@ -94,7 +98,7 @@ class RowGroups:
         if self._unread[group] == 0:  # in a streamed order, it is not needed again in this epoch
             del self._kept[group]
         path = self._groups[group][0]
-        return decode(path, index - self._first_rows[path], cell)
+        return decode(path, index - self._first_rows[path], cell, self._folder)
 
     def images(self) -> Iterator[torch.Tensor]:
         return (self.image(index) for index in range(len(self)))
@@ -140,7 +144,8 @@ def open_row_groups(spec: str, *, training: bool, image_column: str | None = Non
     """The parquet files that `spec` names: files or globs, or a data set of the hub that is stored as parquet. Raises DataError."""
     kind, rest = split_spec(spec)
     if kind == "parquet":
-        return RowGroups(matching_files(rest), rest, image_column, label_column)
+        files = matching_files(rest)
+        return RowGroups(files, rest, image_column, label_column, common_folder(files))
     if kind != "hub":
         raise DataError(f"data.streaming reads parquet files and hub:NAME, not {spec!r}; leave it out, or convert the data to parquet")
     from datasets import load_dataset_builder

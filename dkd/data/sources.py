@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import io
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dkd.data.jpeg import jpeg_decoder
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
@@ -135,16 +139,36 @@ def check_labels(source: ImageSource, classes: int) -> None:
 
 
 def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W), turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and CMYK become RGB, alpha is
-    dropped."""
+    """uint8 (3, H, W), a view of rows of RGB pixels, turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and CMYK
+    become RGB, alpha is dropped."""
     upright = ImageOps.exif_transpose(image) if image.getexif() else image
     if upright.mode.startswith("I;16"):
         # Pillow would cut 16 bits to 8 instead of scaling them.
         upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
     elif upright.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers (mode {upright.mode}), whose range nothing tells; store 8 or 16 bits")
-    pixels = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return _of_rows(np.array(upright if upright.mode == "RGB" else upright.convert("RGB")))
+
+
+def _of_rows(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> a view (3, H, W): a transposed copy would cost as much as half the decoding, and resizing would undo it."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_pixels(content: bytes) -> torch.Tensor:
+    """uint8 (3, H, W) from an image file's content, as `to_rgb_tensor` makes it of what Pillow decodes. Raises what Pillow raises."""
+    decoder = jpeg_decoder()
+    header = decoder.header(content)
+    if header is not None and header.plain:
+        pixels = decoder.pixels(content, header)
+        if pixels is not None:
+            return _of_rows(pixels)
+    with _open_image(io.BytesIO(content)) as image:
+        if header is not None and not header.plain and image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) == 1:
+            pixels = decoder.pixels(content, header)
+            if pixels is not None:
+                return _of_rows(pixels)
+        return to_rgb_tensor(image)
 
 
 class _Indexed:
@@ -213,6 +237,7 @@ class _Digits(_InMemory):
         super().__init__(images, digits.target[chosen].astype(np.int64))
 
 
+_ORIENTATION = 0x0112  # EXIF's tag
 # Formats of data sets. Pillow would try them all by content, among them EPS, which it hands to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -222,12 +247,16 @@ def _open_image(file: Any) -> Image.Image:
 
 
 class _HuggingFace(_Indexed):
-    """A `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes."""
+    """A `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes.
 
-    def __init__(self, dataset: Any, name: str, image_column: str | None, label_column: str | None) -> None:
+    Args:
+        folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
+    """
+
+    def __init__(self, dataset: Any, name: str, image_column: str | None, label_column: str | None, folder: str | None = None) -> None:
         from datasets import Image as ImageFeature
 
-        self.name = name
+        self.name, self._folder = name, folder
         self.image_column, self.label_column = image_and_label_columns(dataset.features, name, image_column, label_column)
         # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
         images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
@@ -237,26 +266,49 @@ class _HuggingFace(_Indexed):
         self.labels = whole_labels(labels, name, self.label_column)
 
     def image(self, index: int) -> torch.Tensor:
-        return decode(self.name, index, self.dataset[index][self.image_column])
+        return decode(self.name, index, self.dataset[index][self.image_column], self._folder)
 
     def images(self) -> Iterator[torch.Tensor]:
         index = 0
         for rows in self.dataset.iter(batch_size=1000):
             for encoded in rows[self.image_column]:
-                yield decode(self.name, index, encoded)
+                yield decode(self.name, index, encoded, self._folder)
                 index += 1
 
 
-def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None) -> torch.Tensor:
-    """uint8 (3, H, W) from a cell of an image column: encoded bytes, or {bytes, path}. Raises DataError, naming the image."""
+def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None, folder: str | None = None) -> torch.Tensor:
+    """uint8 (3, H, W) from a cell of an image column: encoded bytes, or {bytes, path}. Raises DataError, naming the image.
+
+    Args:
+        folder: the data set's, where a path without bytes may lead to a file; None: nowhere.
+    """
     cell: Mapping[str, Any] = {"bytes": encoded, "path": None} if isinstance(encoded, bytes) else encoded or {}
     content: bytes | None = cell.get("bytes")
     path: str | None = cell.get("path")
     if content is None and path is None:
         raise DataError(f"{name}: image {index} is null")
-    with _reading(f"{name}: image {index} ({path or 'no name'})"), _open_image(path if content is None else io.BytesIO(content)) as image:
-        pixels = to_rgb_tensor(image)
-    return pixels
+    with _reading(f"{name}: image {index} ({path or 'no name'})"):
+        return decode_pixels(_file_of_data_set(path or "", folder) if content is None else content)
+
+
+def _file_of_data_set(path: str, folder: str | None) -> bytes:
+    """The content of a file that a cell names instead of holding it. A data set may come from anybody: it must not choose which files of
+    this machine are opened. Raises ValueError for a path that leads out of the data set's folder, by links too."""
+    if folder is None:
+        raise ValueError("its cell holds a path and no bytes, and this kind of data set has no folder for it; store the images' bytes")
+    top = os.path.realpath(folder)
+    real = os.path.realpath(os.path.join(top, path))
+    if os.path.commonpath([top, real]) != top:
+        raise ValueError(f"its cell holds no bytes and a path that leads out of the data set's folder {folder!r}; store the images' bytes")
+    return read_file(real)
+
+
+def read_file(path: str) -> bytes:
+    """A regular file's content. Raises OSError, and ValueError for what is no regular file: a pipe would wait for ever."""
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        return file.read()
 
 
 @contextmanager
@@ -313,10 +365,45 @@ def _data_files(kind: str, pattern: str, image_column: str | None, label_column:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        dataset = load_dataset(kind, data_files={"train": files}, split="train")
+        # `datasets` keeps a copy by name, paths and times of change. A file replaced by one with an old time would be read from the copy.
+        dataset = load_dataset(kind, name=f"dkd_{content_mark(files)}", data_files={"train": files}, split="train")
     except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
-    return _HuggingFace(dataset, pattern, image_column, label_column)
+    return _HuggingFace(dataset, pattern, image_column, label_column, common_folder(files))
+
+
+_BLOCK, _BLOCKS_A_FILE, _BLOCKS_IN_ALL, _SMALL = 4096, 8, 4096, 2**20
+
+
+def content_mark(files: Sequence[str]) -> str:
+    """A digest that differs when one of the files has been replaced, without reading terabytes: of each file its size and time of change,
+    its end (where parquet keeps its footer, with the sizes and statistics of all row groups), and blocks spread evenly over it; of a file
+    up to 1 MiB, all of it. Inode numbers and times of status changes are left out: they differ between machines that hold copies of the
+    same files. Raises OSError."""
+    blocks = max(_BLOCKS_A_FILE, _BLOCKS_IN_ALL // len(files))
+    with ThreadPoolExecutor(min(16, len(files))) as pool:
+        digests = list(pool.map(lambda path: _content_digest(path, blocks), files))
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def _content_digest(path: str, blocks: int) -> bytes:
+    with open(path, "rb") as file:
+        facts = os.fstat(file.fileno())
+        digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+        if facts.st_size <= _SMALL:
+            digest.update(file.read())
+            return digest.digest()
+        tail = os.pread(file.fileno(), 8, facts.st_size - 8)
+        footer = int.from_bytes(tail[:4], "little") + 8 if tail[4:] == b"PAR1" else _BLOCK
+        digest.update(os.pread(file.fileno(), min(footer, facts.st_size), max(0, facts.st_size - footer)))
+        for number in range(blocks):
+            digest.update(os.pread(file.fileno(), _BLOCK, number * (facts.st_size - _BLOCK) // (blocks - 1)))
+        return digest.digest()
+
+
+def common_folder(files: Sequence[str]) -> str:
+    """The folder that holds all of them, in subfolders or not."""
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
 
 
 def matching_files(pattern: str) -> list[str]:
@@ -339,7 +426,7 @@ def _saved_to_disk(path: str, training: bool, image_column: str | None, label_co
         if split not in dataset:
             raise DataError(f"disk:{path} has no split {split!r}, but {', '.join(dataset)}; write disk:{path}/SPLIT")
         dataset = dataset[split]
-    return _HuggingFace(dataset, f"disk:{path}", image_column, label_column)
+    return _HuggingFace(dataset, f"disk:{path}", image_column, label_column, path)
 
 
 def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:
@@ -377,24 +464,70 @@ def _hub(spec: str, training: bool, image_column: str | None, label_column: str 
 
 
 class _Folder(_Indexed):
+    """PATH/CLASS/NAME.jpg, in subfolders of a class too, in the order of torchvision's ImageFolder."""
+
     def __init__(self, path: str) -> None:
         import pyarrow as pa
-        from torchvision.datasets import ImageFolder
 
         try:
-            dataset = ImageFolder(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
+            classes = _classes_of_folder(path)
+        except OSError as error:
             raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
+        if not classes:
+            raise DataError(f"folder:{path}: it holds no folder; images are expected as {path}/CLASS/NAME.jpg")
+        if without := [name for name, images in classes.items() if not images]:
+            raise DataError(
+                f"folder:{path}: no image in {', '.join(without)}; images are expected as {path}/CLASS/NAME, NAME ending in "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
         # A million Python strings would be copied into each worker process, as it counts references to them.
-        self._paths = pa.array([path for path, _ in dataset.samples])
-        self.labels = np.asarray(dataset.targets, dtype=np.int64)
-        self.class_names = dataset.classes
+        self._paths = pa.array([image for images in classes.values() for image in images])
+        self.labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
+        self.class_names = list(classes)
 
     def image(self, index: int) -> torch.Tensor:
         path = self._paths[index].as_py()
-        with _reading(path), _open_image(path) as image:
-            pixels = to_rgb_tensor(image)
-        return pixels
+        with _reading(path):
+            return decode_pixels(read_file(path))
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+def _classes_of_folder(path: str) -> dict[str, list[str]]:
+    """Names of the folders in `path`, sorted, each with the paths of its images. Links are followed, but not to where `path` itself lies,
+    nor twice to one folder. Raises OSError."""
+    with os.scandir(path) as entries:
+        tops = {entry.name: os.path.join(path, entry.name) for entry in sorted(entries, key=lambda entry: entry.name) if entry.is_dir()}
+    above = [os.path.realpath(path)]
+    while above[-1] != os.path.dirname(above[-1]):
+        above.append(os.path.dirname(above[-1]))
+    not_entered = {_identity(os.stat(folder)) for folder in (*above, *tops.values())}
+    return {name: list(_images_below(top, set(not_entered))) for name, top in tops.items()}
+
+
+def _images_below(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Paths of images in `top` and its folders but for those `seen`, sorted by folder and name."""
+    found: list[tuple[str, list[str]]] = []
+    unread = [top]
+    while unread:
+        folder = unread.pop()
+        names: list[str] = []
+        with os.scandir(folder) as entries:
+            # Folders before links, and by name: a folder that two paths lead to has the same one on all machines.
+            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name)):
+                if not entry.is_dir():
+                    if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        names.append(entry.name)
+                elif (identity := _identity(entry.stat())) not in seen:
+                    seen.add(identity)
+                    unread.append(entry.path)
+        found.append((folder, sorted(names)))
+    return (os.path.join(folder, name) for folder, names in sorted(found) for name in names)
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino
 
 
 class _Files(_Indexed):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from dkd.config import Recipe
-from dkd.data import ImageSource, RowGroups, SampleOrder, StreamedOrder
+from dkd.data import ImageSource, RowGroups, SampleOrder, StreamedOrder, is_in_memory
+from dkd.data.jpeg import jpeg_decoder
 from dkd.data.order import TURNS
 from dkd.teacher import FrozenTeacher
-from dkd.training import launch
+from dkd.training import launch, machine
 from dkd.training.sharded_weights import parameter_counts
 
 
@@ -22,6 +22,7 @@ def announcement(
     teacher: FrozenTeacher | None,
     device: str,
     total_steps: int,
+    batch_memory: int = 0,
 ) -> Iterator[str]:
     """Lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
 
@@ -29,6 +30,7 @@ def announcement(
         workers: processes of this rank that load training images.
         parameters: of the student, kept on this rank and in all.
         device: its type.
+        batch_memory: bytes that this rank shares with its worker processes, at most.
     """
     train = recipe.train
     processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
@@ -42,6 +44,14 @@ def announcement(
     left_out = order.samples - order.steps_per_epoch * order.global_batch
     if left_out:
         yield f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full"
+    if not is_in_memory(training):
+        who = f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
+        yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
+    if batch_memory * launch.local_world_size() > machine.memory() / 4:
+        yield (
+            f"warning: batches that are loaded ahead take up to {batch_memory * launch.local_world_size() / 1e9:.1f} GB of this machine's "
+            f"{machine.memory() / 1e9:.0f} GB; fewer data.workers, or smaller train.micro_batch and evaluation.batch, need less"
+        )
     if isinstance(order, StreamedOrder) and isinstance(training, RowGroups):
         yield from _streaming(order, training, workers)
     sp = recipe.losses.sp
@@ -54,9 +64,10 @@ def announcement(
 def _streaming(order: StreamedOrder, training: RowGroups, workers: int) -> Iterator[str]:
     held = max(1, workers) * order.row_groups_of_a_worker(workers) * training.bytes_per_group
     on_machine = held * launch.local_world_size()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine.memory()
+    groups, lanes = len(order.group_sizes), order.slices * TURNS
     yield (
-        f"streaming: {len(order.group_sizes)} row groups in an order drawn anew each epoch, {order.slices * TURNS} lanes, rows shuffled "
+        f"streaming: {groups} row group{'s' if groups > 1 else ''} in an order drawn anew each epoch, {lanes} lanes, rows shuffled "
         f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. This rank's workers hold "
         f"up to {held / 1e6:.0f} MB of encoded images"
     )
@@ -66,7 +77,12 @@ def _streaming(order: StreamedOrder, training: RowGroups, workers: int) -> Itera
             "data.stream_lanes (in a new run) or files with smaller row groups need less"
         )
     readers = order.readers(workers)
-    if readers > 1:
+    if groups < lanes:
+        yield (
+            f"note: {groups} row group{'s' if groups > 1 else ''} for {lanes} lanes: several worker processes read and hold the same ones; "
+            "files with row groups of 100 to 1000 images are read once and need less memory"
+        )
+    elif readers > 1:
         lanes = TURNS * order.global_batch // order.micro_batch
         yield (
             f"note: {readers} worker processes read the same row groups; with data.stream_lanes={lanes} or a multiple (in a new run) and "

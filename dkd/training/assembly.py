@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from dkd.data import (
     in_memory,
     is_in_memory,
 )
+from dkd.data.order import TURNS
 from dkd.global_batch import ranks_per_group
 from dkd.losses import (
     AttentionTransfer,
@@ -51,7 +51,7 @@ from dkd.models import (
     weights_fingerprint,
 )
 from dkd.teacher import FrozenTeacher, fill, halve_weights, shard, shard_mesh
-from dkd.training import engine, launch
+from dkd.training import engine, launch, machine
 from dkd.training.schedules import Schedule, loss_weight
 from dkd.training.sharded_weights import parameter_counts
 from dkd.user_code import UserCodeError, describe_error, load_callable
@@ -242,7 +242,7 @@ def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
     if data.in_memory is False or data.streaming:
         return source
     try:
-        decoded = in_memory(source, limit_bytes=None if data.in_memory is True else 2**30)
+        decoded = in_memory(source, limit_bytes=None if data.in_memory is True else _most_in_memory(launch.local_world_size()))
     except DataError:
         if data.on_error == "raise" or data.in_memory is True:
             raise
@@ -252,12 +252,22 @@ def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
     return decoded or source
 
 
+def _most_in_memory(local_world_size: int) -> int:
+    """Bytes of decoded images that a rank keeps unasked: 1 GiB, and where memory is short, its share of an eighth of it. Each rank of a
+    machine keeps its own."""
+    return min(2**30, machine.memory() // 8 // local_world_size)
+
+
+MOST_WORKERS = 16  # of a rank, unasked; above it, the rank itself is what takes the time
+
+
 def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
-    """Worker processes of this rank: as the recipe says; by default none for images in memory, else a share of this machine's cores."""
+    """Worker processes of this rank: as the recipe says; by default none for images in memory, else a share of the cores that the ranks of
+    this machine may run on."""
     if data.workers != "auto":
         return data.workers
     if is_in_memory(source):
         return 0
-    workers = min(8, max(1, (os.cpu_count() or 1) // local_world_size))
-    # So many that each has lanes of its own (StreamedOrder.readers).
-    return 2 ** (workers.bit_length() - 1) if isinstance(source, RowGroups) else workers
+    workers = max(1, machine.cores() // local_world_size)
+    # For row groups, so many that each worker has lanes of its own (StreamedOrder.readers).
+    return min(TURNS, 2 ** (workers.bit_length() - 1)) if isinstance(source, RowGroups) else min(MOST_WORKERS, workers)

@@ -64,6 +64,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         accelerator.num_processes,
         assembly.loader_workers(recipe.data, validation, launch.local_world_size()),
         image_size=pipeline.image_size,
+        timeout=recipe.run.start_timeout,
     )
 
     def logits_of(batch: Batch) -> torch.Tensor:

@@ -43,7 +43,7 @@ from dkd.training.run_place import LOCK_FILE, OWNER_FILE, RunPlace
 from dkd.training.stopping import STOP_FILE
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
-PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pydantic", "safetensors")
+PACKAGES = ("dkd", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "numpy", "pillow", "pydantic", "safetensors")
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
@@ -325,6 +325,8 @@ def _read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 def provenance(world_size: int, step: int) -> dict[str, Any]:
     """How this process was started, from what, and after how many steps of earlier ones."""
+    from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
+
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -333,6 +335,7 @@ def provenance(world_size: int, step: int) -> dict[str, Any]:
         "world_size": world_size,
         "python": platform.python_version(),
         "packages": packages(),
+        "jpeg_decoder": jpeg_decoder().name,
         "git_revision": _git_revision(),
     }
 

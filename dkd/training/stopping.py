@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from dkd import console
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "STOP"
@@ -36,6 +39,22 @@ def note_signals() -> None:
     signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
         _before[number] = signal.signal(number, _note)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_stop_without_launcher, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _stop_without_launcher(launcher: int) -> None:
+    """Ask the run to stop when its launcher is gone, killed by a signal that it could not pass on: nobody would end these ranks.
+    Another parent means that; asked by the clock, since the kernel's own notice (PR_SET_PDEATHSIG) is tied to the launcher's thread.
+
+    A launcher of one machine takes the key-value store along. A run that has written a checkpoint has all the connections that it needs for
+    another; one that has not ends with an error."""
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_EVERY)
+        if _wakeup is None:  # training is over
+            return
+    console.say(f"dkd: the launcher (pid {launcher}) of this rank is gone: the run stops, after a checkpoint if one can be written")
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_noting() -> None:

@@ -47,6 +47,8 @@ from dkd.training.two_passes import CachedGradient, relational_gradient
 from dkd.training.watch import Watch
 
 STEPS_THAT_COMPARE_PASSES = 5
+WORKERS_SHARE = 0.8
+"""Of the ranks' timeout: how long a worker process of the loader may read nothing."""
 _PHASES = ("waiting for images", "first pass of SP", "forward", "backward and update")
 Number = torch.Tensor | float
 _FORWARD, _MIXING = 0, 1  # what random numbers are for: each has its own
@@ -181,12 +183,21 @@ class Trainer:
             *beginning.notes,
             *self.notes,
             *announcement(
-                recipe, self.order, training, self.workers, parameter_counts(prepared), self.teacher, self.device.type, self.total_steps
+                recipe,
+                self.order,
+                training,
+                self.workers,
+                parameter_counts(prepared),
+                self.teacher,
+                self.device.type,
+                self.total_steps,
+                self.batches.shared_bytes + self.validation.shared_bytes,
             ),
         ):
             self.log.say(line)
         # Of all groups: those that an engine has made for itself have a timeout of torch's.
         process_group.set_timeouts(recipe.run.start_timeout, but=self.checkpointer.groups())
+        self._wait_for_workers(recipe.run.start_timeout)
 
     def run(self) -> Evaluation:
         """Train to the end, evaluating on the way; leaves the finished student in the run directory.
@@ -269,6 +280,11 @@ class Trainer:
         timeout = self.recipe.run.collective_timeout
         process_group.set_timeouts(timeout, but=self.checkpointer.groups())
         self.watch.warn_after = engine.warn_after(self.accelerator, timeout)
+        self._wait_for_workers(timeout)
+
+    def _wait_for_workers(self, timeout: float) -> None:
+        """How long a worker process may read nothing: less than the other ranks wait for this one, so that all hear why it ends."""
+        self.batches.timeout = self.validation.timeout = WORKERS_SHARE * timeout
 
     def _stop(self, steps_done: int) -> NoReturn:
         """End the run on all ranks, behind the checkpoint that is being written of this step."""
