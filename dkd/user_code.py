@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from dkd.errors import InputError
+
 _OWN_FILES = (os.path.dirname(__file__), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), "<")
 
 
-class UserCodeError(ValueError):
+class UserCodeError(InputError):
     """A name that leads to nothing, or a module that cannot be imported."""
 
 

@@ -6,6 +6,24 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dkd.errors import InputError
+
+_LONGEST = 1000
+_LONGEST_VALUE = 200
+
+
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """`text`, without its middle where it is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    end = longest // 4
+    return f"{text[: longest - end - 3]} … {text[-end:]}"
+
+
+def shown(value: object) -> str:
+    """A value that somebody wrote, as a message quotes it."""
+    return shorten(repr(value), _LONGEST_VALUE)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -15,10 +33,11 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.message}" if self.path else self.message
+        """One line of a length that can be read."""
+        return shorten(f"{self.path}: {self.message}" if self.path else self.message)
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe that cannot be run. `problems` holds all that was found. The command line prints them and ends with exit code 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

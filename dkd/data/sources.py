@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dkd.errors import InputError
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that is missing or is not what the recipe says, or an image that cannot be read."""
 
 

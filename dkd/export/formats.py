@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dkd.errors import InputError
 from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
 _BATCHES = (1, 3)
 
 
-class ExportError(ValueError):
+class ExportError(InputError):
     """A student that is not there, or that a format does not fit."""
 
 

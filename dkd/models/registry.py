@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from dkd.errors import InputError
 from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v1, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
 from dkd.models.normalization_layers import NORMS
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(InputError):
     """No model of that name, or it cannot be built with those options."""
 
 
