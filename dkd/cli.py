@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from dkd import __version__, console, environment
-from dkd.errors import InputError
+from dkd.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
@@ -23,6 +23,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130  # by SIGINT, as shells say it
 OPEN_FILES = 256
 """That a process may need at once: 8 worker processes, their batches, and libraries that are loaded on the way."""
+_MOST_DIGITS = 12
+_MOST_SECONDS = 86_400
 
 _EXAMPLES = {
     "dkd": """
@@ -100,6 +102,9 @@ examples:
 }
 
 
+_IMPORTS = "Whatever the recipe names as module:callable (models, losses, data) is imported and called: that runs its code."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     console.accept_all_letters()
@@ -129,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_intermixed_args(arguments[1:])
     options.started = False
     try:
+        if any("\0" in argument for argument in arguments):  # from Python code: a shell cannot pass it
+            raise InputError("an argument holds a zero byte, which no name can")
         _allow_open_files()
         return run(options)
     except KeyboardInterrupt:
@@ -166,7 +173,7 @@ def _problems_of_input(error: BaseException) -> list[str] | None:
         return [str(problem) for problem in problems] if problems else [_one_line(error)]
     if isinstance(error, OSError):
         files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
-        return [f"{files}: {error.strerror}" if files and error.strerror else f"{type(error).__name__}: {_one_line(error)}"]
+        return [shorten(f"{files}: {error.strerror}") if files and error.strerror else f"{type(error).__name__}: {_one_line(error)}"]
     if isinstance(error, SystemExit):  # dkd has none of its own here
         from dkd.user_code import describe_error
 
@@ -189,7 +196,7 @@ def _input_is_refused() -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return shorten(" ".join(str(error).split())) or type(error).__name__
 
 
 def _allow_open_files() -> None:
@@ -299,13 +306,15 @@ def _dry_run(recipe: Recipe) -> int:
     from dkd.config import recipe_to_yaml
     from dkd.training.dry_run import describe
 
-    console.show(recipe_to_yaml(recipe))
-    console.show(describe(recipe))
+    described = describe(recipe)
+    console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     _check_environment()
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError("the launch asks for a dynamo_backend (ACCELERATE_DYNAMO_BACKEND); leave it out: an evaluation compiles nothing")
 
     from dkd.training import process_group
     from dkd.training.engine import leave_process_group
@@ -332,7 +341,7 @@ def _status(options: argparse.Namespace) -> int:
 
     from dkd.training.status import describe
 
-    console.show("\n".join(describe(run_dir)))
+    console.show(*describe(run_dir))
     return 0
 
 
@@ -350,7 +359,7 @@ def _launch_check(options: argparse.Namespace) -> int:
         console.say(f"dkd: launch-check: rank {rank}: {error}")
         os._exit(1)  # the others may be out of reach: nothing is to wait for them
     if rank == "0":
-        console.show("\n".join(found.lines))
+        console.show(*found.lines)
         for warning in found.warnings:
             console.say(f"dkd: warning: {warning}")
         for problem in found.problems:
@@ -364,7 +373,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from dkd.models import ModelSpec, known_names, module_rows
 
     if options.list:
-        console.show("\n".join(known_names()))
+        console.show(*known_names())
         return 0
     if options.model is None:
         raise InputError("name a model, such as wrn_16_2, or give --list")
@@ -375,7 +384,7 @@ def _inspect(options: argparse.Namespace) -> int:
         shape = "×".join(map(str, row.shape)) if row.shape is not None else "-"
         called = "" if row.calls == 1 else f"  (called {row.calls} times: no tap)"
         lines.append(f"{row.path or '.':{width}}  {shape:>18}  {row.parameters:>12,}  {row.kind}{called}")
-    console.show("\n".join(lines))
+    console.show(*lines)
     return 0
 
 
@@ -386,7 +395,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     from dkd.training.plan import describe, plan
 
-    console.show(describe(plan(recipe, options.nodes, options.gpus_per_node)))
+    console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
     return 0
 
 
@@ -431,7 +440,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything that can be checked without training; print what would run"
+        "--dry-run",
+        action="store_true",
+        help=f"check everything that can be checked without training; print what would run. {_IMPORTS}",
     )
     parser.add_argument("--fresh", action="store_true", help="start anew; refused where run.dir holds a run, unless --overwrite is given")
     parser.add_argument("--overwrite", action="store_true", help="start anew and replace the run that is in run.dir already")
@@ -462,16 +473,21 @@ def _status_parser() -> argparse.ArgumentParser:
 def _launch_check_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "launch-check",
-        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute.",
+        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute. "
+        f"With a RECIPE: {_IMPORTS}",
     )
-    parser.add_argument("--seconds", type=_positive, default=50, metavar="N", help="that it may take (default 50)")
+    parser.add_argument("--seconds", type=_seconds, default=50, metavar="N", help="that it may take (default 50)")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _parser("inspect", "Paths of a model that can be tapped, with output shapes and parameters.")
+    parser = _parser(
+        "inspect",
+        "Paths of a model that can be tapped, with output shapes and parameters. A MODEL of the form module:callable is imported and "
+        "called: that runs its code.",
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="as student.name in a recipe")
     parser.add_argument("--list", action="store_true", help="list the known names")
     parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
@@ -502,7 +518,8 @@ def _export_parser() -> argparse.ArgumentParser:
 def _plan_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "plan",
-        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU.",
+        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU. "
+        f"{_IMPORTS}",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
@@ -523,10 +540,16 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Names in arguments may come from a shell's `*`."""
-        super().error(console.printable(message))
+        super().error(console.printable(shorten(message)))
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of at most {_MOST_DIGITS} digits")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    if _positive(text) > _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MOST_SECONDS:,} seconds")
     return int(text)

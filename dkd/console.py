@@ -12,10 +12,17 @@ import os
 import sys
 from typing import Any, TextIO
 
-# Control characters of ASCII and of Latin-1, separators of lines, and what turns the direction of text.
-_UNPRINTABLE = {*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+# Control characters of ASCII and of Latin-1, separators of lines, what turns the direction of text, and halves of characters, which stand
+# for bytes of a file's name that are not UTF-8.
+_UNPRINTABLE = {
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    *(0x2028, 0x2029),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    *range(0xD800, 0xE000),
+}
 _ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNPRINTABLE}
-_ESCAPES_BUT_LINES = {code: escape for code, escape in _ESCAPES.items() if code != ord("\n")}
 # For terminals of few letters. Any other character that they lack is escaped.
 _PLAIN = {
     "×": "x", "·": "*", "←": "<-", "→": "->", "−": "-", "≤": "<=", "≥": ">=", "…": "...", "‖": "||", "²": "^2", "Σ": "sum",
@@ -31,14 +38,10 @@ class Unwritable(Exception):
         super().__init__(reason)
 
 
-def printable(text: str, lines: bool = False) -> str:
-    """Return `text` with escapes such as `\\x1b` for what is no letter: a terminal would obey it.
-
-    Args:
-        text: that may hold names of files, classes, models and keys.
-        lines: whether line breaks stay.
-    """
-    return text.translate(_ESCAPES_BUT_LINES if lines else _ESCAPES)
+def printable(text: str) -> str:
+    """Return `text`, which may hold names of files, classes, models and keys, with escapes such as `\\x1b` for what is no letter: a
+    terminal would obey it."""
+    return text.translate(_ESCAPES)
 
 
 def accept_all_letters() -> None:
@@ -68,8 +71,8 @@ def say(message: str) -> None:
         return
 
 
-def show(result: str) -> None:
-    """Print a command's result, one or several lines, to standard output.
+def show(*lines: str) -> None:
+    """Print a command's result to standard output.
 
     Raises:
         Unwritable: the result, or a part of it, is lost.
@@ -77,7 +80,7 @@ def show(result: str) -> None:
     if sys.stdout is None:
         raise Unwritable("it is closed")
     try:
-        print(printable(result, lines=True), flush=True)
+        print("\n".join(map(printable, lines)), flush=True)
     except BrokenPipeError:
         raise Unwritable("") from None
     except (OSError, ValueError) as error:

@@ -9,3 +9,11 @@ from __future__ import annotations
 
 class InputError(ValueError):
     """Something that was given to dkd is missing, cannot be read, or does not fit. The message says what, and what was expected."""
+
+
+def shorten(text: str, longest: int = 1000) -> str:
+    """`text`, without its middle where it is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    end = longest // 4
+    return f"{text[: longest - end - 3]} … {text[-end:]}"

@@ -44,7 +44,10 @@ def load_callable(name: str) -> Callable[..., Any]:
 
 def describe_error(error: BaseException) -> str:
     """One line: the error, and where in the user's own code it was raised."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception as broken:  # its text is made by the user's code, too
+        lines = [f"(its text cannot be had: {type(broken).__name__})"]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
     where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}{where}"

@@ -15,7 +15,7 @@ from dkd.config.problems import Problem, RecipeError, did_you_mean, shown
 from dkd.config.schema import Recipe
 
 _MOST_PROBLEMS = 20
-_BEGINS_YAML = tuple("*&!%@`|>,?")  # characters that begin something else than text, and that names of files have
+_BEGINS_YAML = tuple("*&!%@`|>,?[{")  # characters that begin something else than text, and that names of files have
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,23 +6,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dkd.errors import InputError
-
-_LONGEST = 1000
-_LONGEST_VALUE = 200
-
-
-def shorten(text: str, longest: int = _LONGEST) -> str:
-    """`text`, without its middle where it is longer than `longest` characters."""
-    if len(text) <= longest:
-        return text
-    end = longest // 4
-    return f"{text[: longest - end - 3]} … {text[-end:]}"
+from dkd.errors import InputError, shorten
 
 
 def shown(value: object) -> str:
     """A value that somebody wrote, as a message quotes it."""
-    return shorten(repr(value), _LONGEST_VALUE)
+    return shorten(repr(value), longest=200)
 
 
 @dataclass(frozen=True)

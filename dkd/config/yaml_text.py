@@ -67,7 +67,7 @@ def read_argument(text: str) -> Any:
 
 
 class _TooLarge(Exception):
-    pass
+    """A bound is passed. Not a YAMLError: those name a line, and this is about the whole text."""
 
 
 class _Extent(NamedTuple):
@@ -97,9 +97,12 @@ class _Loader(yaml.SafeLoader):
         self._level += 1
         if self._level > DEEPEST:
             raise _TooLarge(f"is nested more than {DEEPEST} levels deep")
+        is_alias = self.check_event(yaml.AliasEvent)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._level -= 1
-        if node is not None and id(node) not in self._extents:
+        if is_alias and id(node) not in self._extents:  # of a value that is not complete yet
+            raise _TooLarge("holds a value that contains itself")
+        if node is not None and not is_alias:
             self._extents[id(node)] = self._extent(node)
         return node
 
@@ -109,8 +112,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, f"{node.value[:60]!r} holds half of a character", node.start_mark)
             return _Extent(1, 1, len(node.value))
         children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
-        if any(id(child) not in self._extents for child in children):
-            raise _TooLarge("holds a value that contains itself")
         within = [self._extents[id(child)] for child in children]
         extent = _Extent(
             1 + sum(child.values for child in within),

@@ -317,6 +317,8 @@ def _data_files(kind: str, pattern: str, image_column: str | None, label_column:
         dataset = load_dataset(kind, data_files={"train": files}, split="train")
     except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
+    except Exception as error:  # a .pth or .json in a tar raises what the library of its kind raises
+        raise DataError(f"{pattern!r} cannot be read as {kind}: {describe_error(error)}") from error
     return _HuggingFace(dataset, pattern, image_column, label_column)
 
 
@@ -335,6 +337,8 @@ def _saved_to_disk(path: str, training: bool, image_column: str | None, label_co
         dataset = load_from_disk(path)
     except (OSError, ValueError) as error:
         raise DataError(f"disk:{path} is no data set that `datasets` saved: {error}") from error
+    except Exception as error:  # of its JSON files, when they hold something else
+        raise DataError(f"disk:{path} is no data set that `datasets` saved: {describe_error(error)}") from error
     if isinstance(dataset, DatasetDict):
         split = "train" if training else "validation"
         if split not in dataset:

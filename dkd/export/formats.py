@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from dkd.errors import InputError
+from dkd.errors import InputError, shorten
 from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
@@ -122,13 +123,20 @@ def _read(run: Path, trust_code: bool) -> Student:
     if not weights.is_file():
         raise WeightsError(f"no finished student: {str(weights)!r} is not there")
     description = read_description(weights)
-    normalization: Mapping[str, Any] = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
+    normalization = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
     size = description.get("image_size")
-    if not isinstance(size, int):
-        raise WeightsError(f"{str(weights.with_suffix('.json'))!r} does not say image_size")
-    return Student(
-        student_spec(description), load_student(weights, trust_code), size, list(normalization["mean"]), list(normalization["std"])
-    )
+    name = str(weights.with_suffix(".json"))
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise WeightsError(f"{name!r} must say image_size, a number of pixels, not {size!r}")
+    mean, std = (normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std"))
+    if not _are_channels(mean, -math.inf) or not _are_channels(std, 0):
+        said = shorten(repr(normalization), 200)
+        raise WeightsError(f"{name!r} must say normalization as mean and std, 3 numbers each and std above 0, not {said}")
+    return Student(student_spec(description), load_student(weights, trust_code), size, mean, std)
+
+
+def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) and above < v < math.inf for v in values)
 
 
 @torch.no_grad()

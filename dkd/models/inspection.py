@@ -57,7 +57,7 @@ def _named(spec: ModelSpec, images: str) -> Iterator[None]:
         yield
     except (UnknownModelError, TapError):
         raise
-    except Exception as error:  # any model's own code
+    except (Exception, SystemExit) as error:  # any model's own code
         raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
 
 

@@ -85,7 +85,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
-    except Exception as error:  # whatever a model's own code objects to, the answer to the user is the same
+    except (Exception, SystemExit) as error:  # whatever a model's own code objects to, the answer to the user is the same
         described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
         raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
