@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import importlib.util
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,15 +204,28 @@ class _Digits(_InMemory):
     """Every fourth digit is for validation: 1,348 for training, 449 to measure."""
 
     def __init__(self, training: bool) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'") from error
-        digits = load_digits()
-        chosen = (np.arange(len(digits.target)) % 4 != 3) == training
-        gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
+        pixels, labels = _read_digits()
+        chosen = (np.arange(len(labels)) % 4 != 3) == training
+        gray = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
         images = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1).contiguous()
-        super().__init__(images, digits.target[chosen].astype(np.int64))
+        super().__init__(images, labels[chosen])
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return (N, 8, 8) pixels from 0 to 16 and (N,) labels. From scikit-learn's file: importing scikit-learn, with SciPy and pandas, takes
+    longer than all that is done with the digits in a test. Raises DataError."""
+    package = importlib.util.find_spec("sklearn")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    if not folders:
+        raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'")
+    path = os.path.join(folders[0], "datasets", "data", "digits.csv.gz")
+    if not os.path.isfile(path):  # another release may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return digits.images, digits.target.astype(np.int64)
+    table = np.loadtxt(path, delimiter=",", dtype=np.int64)
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
 # Formats of data sets. Pillow would try them all by content, among them EPS, which it hands to Ghostscript.

@@ -11,6 +11,9 @@ import importlib.util
 import inspect
 import json
 import math
+import os
+import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from torch import nn
 
 from dkd.errors import InputError, shorten
 from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
+from dkd.user_code import describe_error
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
 _BATCHES = (1, 3)
@@ -102,20 +106,28 @@ def export_student(
         raise ExportError(f"{str(path)!r} is no name of a file of {form}, which ends in {suffix}")
     if path.resolve() in ((folder / "student.safetensors").resolve(), run.resolve()):
         raise ExportError(f"{str(path)!r} is the run's own student; name another --output")
-    partial = path.with_name(f".partial_{path.name}")
+    exported = _WithNormalization(student).eval() if normalization else student.model
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        exported = _WithNormalization(student).eval() if normalization else student.model
-        write(partial, student, exported)
-        difference = _largest_difference(exported, read(partial, student), student.image_size, 255.0 if normalization else 1.0)
-        if not difference <= LARGEST_DIFFERENCE:
-            raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
-        partial.replace(path)
+        # In a folder of its own: a link that somebody left under the unfinished file's name would be followed by the libraries.
+        with tempfile.TemporaryDirectory(prefix=".partial_", dir=path.parent) as private:
+            partial = Path(private) / f"student{suffix}"
+            write(partial, student, exported)
+            difference = _largest_difference(student, exported, read(partial, student), 255.0 if normalization else 1.0)
+            if not difference <= LARGEST_DIFFERENCE:
+                raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
+            partial.chmod(_mode_of_new_files(Path(private)))  # safetensors makes files that nobody else may read
+            partial.replace(path)
     except OSError as error:
         raise ExportError(f"{str(path)!r} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path, difference
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """What the umask leaves of rw-rw-rw-."""
+    probe = folder / "mode"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def _read(run: Path, trust_code: bool) -> Student:
@@ -140,13 +152,18 @@ def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
 
 
 @torch.no_grad()
-def _largest_difference(model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], image_size: int, scale: float) -> float:
+def _largest_difference(student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float) -> float:
     """On random images, in batches of several sizes."""
     generator = torch.Generator().manual_seed(0)
+    size = student.image_size
     found = 0.0
     for batch in _BATCHES:
-        images = torch.rand(batch, 3, image_size, image_size, generator=generator) * scale
-        wanted, given = model(images), exported(images)
+        try:
+            images = torch.rand(batch, 3, size, size, generator=generator) * scale
+            wanted = model(images)
+        except (Exception, SystemExit) as error:  # any model's own code, or images that fit no memory
+            raise ExportError(f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}") from error
+        given = exported(images)
         if given.shape != wanted.shape:
             raise OtherLogitsError(f"the file yields {tuple(given.shape)}, the student {tuple(wanted.shape)}")
         found = max(found, ((given - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item())
@@ -192,9 +209,9 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"onnx needs {', '.join(missing)}: pip install 'dkd[onnx]'")
-    images = torch.zeros(2, 3, student.image_size, student.image_size)
     argument = "images" if exported is not student.model else _first_argument(exported)
     try:
+        images = torch.zeros(2, 3, student.image_size, student.image_size)
         program = torch.onnx.export(
             exported,
             (images,),

@@ -16,7 +16,7 @@ from dkd.data.transforms import transforms_by_name
 from dkd.errors import InputError
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.attention_transfer import token_grid
-from dkd.models import build_on_meta, check_training, check_weights, output_shapes
+from dkd.models import TapError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
 from dkd.training.run_directory import Existing, check_run_directory
 
@@ -201,10 +201,22 @@ def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_w
     """Shapes of the taps of one model that exist, or None when the model itself cannot be had."""
     section = getattr(recipe, role)
     spec = recipe_objects.student_spec(recipe) if role == "student" else recipe_objects.teacher_spec(recipe)
+    losses = recipe.losses
+    tapping = [("at", losses.at), ("sp", losses.sp), *((f"custom.{i}", section) for i, section in enumerate(losses.custom))]
+    taps = [
+        (f"losses.{key}.pairs.{i}", pair[0 if role == "student" else 1])
+        for key, loss in tapping
+        if loss is not None
+        for i, pair in enumerate(loss.paths)
+    ]
     logits: tuple[int, ...] = ()
+    shapes: Shapes | None = None
     found = len(problems)
     with _collect(problems, f"{role}.name"):
-        logits, _ = output_shapes(spec, [], image_size)
+        try:
+            logits, shapes = output_shapes(spec, list(dict.fromkeys(tap for _, tap in taps)), image_size)
+        except TapError:  # of one of the taps, or of the logits
+            logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
             check_training(spec, micro_batch, image_size)
     if len(problems) > found:
@@ -214,14 +226,11 @@ def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_w
     if with_weights and section.weights not in (None, "random"):
         with _collect(problems, f"{role}.weights"):
             check_weights(build_on_meta(spec), spec.name, section.weights)
-    shapes: Shapes = {}
-    losses = recipe.losses
-    tapping = [("at", losses.at), ("sp", losses.sp), *((f"custom.{i}", section) for i, section in enumerate(losses.custom))]
-    for key, loss in tapping:
-        for i, pair in enumerate(loss.paths if loss is not None else []):
-            tap = pair[0 if role == "student" else 1]
+    if shapes is None:
+        shapes = {}
+        for path, tap in taps:
             if tap not in shapes:
-                with _collect(problems, f"losses.{key}.pairs.{i}"):
+                with _collect(problems, path):
                     shapes[tap] = output_shapes(spec, [tap], image_size)[1][tap]
     return shapes
 
