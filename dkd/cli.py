@@ -320,8 +320,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     from dkd.training.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
-    with process_group.tells_refusals():
-        evaluate_export(options.target, options.overrides, options.trust_code)
+    try:
+        with process_group.tells_refusals():
+            evaluate_export(options.target, options.overrides, options.trust_code)
+    except console.Unwritable:  # on the rank that prints: the others are waiting for it
+        leave_process_group()
+        raise
     leave_process_group()
     return 0
 
@@ -358,14 +362,16 @@ def _launch_check(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         console.say(f"dkd: launch-check: rank {rank}: {error}")
         os._exit(1)  # the others may be out of reach: nothing is to wait for them
-    if rank == "0":
-        console.show(*found.lines)
-        for warning in found.warnings:
-            console.say(f"dkd: warning: {warning}")
-        for problem in found.problems:
-            console.say(f"dkd: launch-check: {problem}")
-        console.show("launch-check: this launch cannot train" if found.problems else "launch-check: all is well")
-    leave_process_group()
+    try:
+        if rank == "0":
+            console.show(*found.lines)
+            for warning in found.warnings:
+                console.say(f"dkd: warning: {warning}")
+            for problem in found.problems:
+                console.say(f"dkd: launch-check: {problem}")
+            console.show("launch-check: this launch cannot train" if found.problems else "launch-check: all is well")
+    finally:
+        leave_process_group()  # the other ranks are waiting for this one, whether its lines could be written or not
     return 1 if found.problems else 0
 
 

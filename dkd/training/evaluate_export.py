@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dkd import recipe_objects
+from dkd import console, recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationBatches
 from dkd.data.batches import Batch
@@ -72,7 +72,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     result = evaluate(logits_of, batches, accelerator.device, recipe.data.on_error == "skip")
     assert result is not None
     if accelerator.is_main_process:
-        print(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
+        console.show(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
     return result
 
 
