@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
-from dkd import __version__, console
+from dkd import __version__, console, environment
+from dkd.errors import InputError, shorten
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # by SIGINT, as shells say it
+OPEN_FILES = 256
+"""That a process may need at once: 8 worker processes, their batches, and libraries that are loaded on the way."""
+_MOST_DIGITS = 12
+_MOST_SECONDS = 86_400
 
 _EXAMPLES = {
     "dkd": """
@@ -32,7 +38,8 @@ examples:
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
 
-exit codes: 0 done; 2 wrong input, nothing was started; 75 stopped when asked, the same command goes on; 1 anything else
+exit codes: 0 done; 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started; 75 stopped when asked, the
+same command resumes; 1 anything else
 """,
     "train": """
 examples:
@@ -95,8 +102,12 @@ examples:
 }
 
 
+_IMPORTS = "Whatever the recipe names as module:callable (models, losses, data) is imported and called: that runs its code."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    console.accept_all_letters()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     commands = {
         "train": (_train_parser, _train),
@@ -121,39 +132,108 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_parser, run = commands[arguments[0]]
     # Intermixed: options and overrides come in any order.
     options = make_parser().parse_intermixed_args(arguments[1:])
-
-    from dkd.config import RecipeError
-
+    options.started = False
     try:
+        if any("\0" in argument for argument in arguments):  # from Python code: a shell cannot pass it
+            raise InputError("an argument holds a zero byte, which no name can")
+        _allow_open_files()
         return run(options)
-    except RecipeError as error:
+    except KeyboardInterrupt:
+        if environment.speaks_for_machine():
+            console.say("")
+            console.say("dkd: interrupted; what was written stays")
+        os._exit(INTERRUPTED)  # at once, as was asked for
+    except console.Unwritable as error:
+        if error.reason:
+            console.say(f"dkd: the result cannot be written to standard output: {error.reason}")
+        return 1
+    except (Exception, SystemExit) as error:
+        if _is_data_error(error):
+            # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the others.
+            console.say(f"dkd: rank {os.environ.get('RANK', '0')}: {_one_line(error)}")
+            return 1
+        if options.started:
+            raise
+        problems = _problems_of_input(error)
+        if problems is None:
+            raise
         # One process of each machine speaks; what is wrong is the same for its neighbours.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            for problem in error.problems:
+        if environment.speaks_for_machine():
+            for problem in problems:
                 console.say(f"dkd: {problem}")
         return BAD_INPUT
-    except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            console.say("\ndkd: interrupted; what was written stays")
-        os._exit(INTERRUPTED)  # at once, as was asked for
-    except Exception as error:
-        if not _is_data_error(error):
-            raise
-        # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the others.
-        console.say(f"dkd: rank {os.environ.get('RANK', '0')}: {' '.join(str(error).split())}")
-        return 1
     finally:
         console.settle()
 
 
-def _load(options: argparse.Namespace) -> Recipe:
-    """The recipe, for a command that all ranks run together: what is wrong with one machine's copy, the others hear, too."""
-    from dkd.config import RecipeError, load_recipe
+def _problems_of_input(error: BaseException) -> list[str] | None:
+    """A line for each thing that is wrong with what this process was given; None for any other error: that is a bug of dkd."""
+    problems = getattr(error, "problems", None)
+    if isinstance(error, InputError):
+        return [str(problem) for problem in problems] if problems else [_one_line(error)]
+    if isinstance(error, OSError):
+        files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
+        return [shorten(f"{files}: {error.strerror}") if files and error.strerror else f"{type(error).__name__}: {_one_line(error)}"]
+    if isinstance(error, SystemExit):  # dkd has none of its own here
+        from dkd.user_code import describe_error
+
+        return [f"code that the recipe or the command names ended the program: {describe_error(error)}"]
+    return None
+
+
+@contextmanager
+def _input_is_refused() -> Iterator[None]:
+    """Make a RecipeError of any error of input: the ranks of a launch tell each other of those."""
+    from dkd.config import Problem, RecipeError
 
     try:
-        return load_recipe(options.recipe, options.overrides)
+        yield
+    except (Exception, SystemExit) as error:
+        problems = None if isinstance(error, RecipeError) else _problems_of_input(error)
+        if problems is None:
+            raise
+        raise RecipeError([Problem("", problem) for problem in problems]) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return shorten(" ".join(str(error).split())) or type(error).__name__
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files, where it is low and the system lets it. Raises InputError where it stays low."""
+    import resource
+
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if limit == unlimited or limit >= OPEN_FILES:
+        return
+    if highest != unlimited and highest < OPEN_FILES:
+        raise InputError(
+            f"this process may open {highest} files at once, and dkd needs {OPEN_FILES}; raise the limit: ulimit -n {4 * OPEN_FILES}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, highest))
+
+
+def _check_environment() -> None:
+    """For commands that a launcher may start. Raises RecipeError."""
+    from dkd.config import Problem, RecipeError
+
+    found = environment.problems()
+    if found:
+        with _refused_by_all():
+            raise RecipeError([Problem("", problem) for problem in found])
+
+
+@contextmanager
+def _refused_by_all() -> Iterator[None]:
+    """Before ranks have met: an error of input becomes a RecipeError. What is wrong with one machine, the ranks of the others hear, too."""
+    from dkd.config import RecipeError
+
+    try:
+        with _input_is_refused():
+            yield
     except RecipeError:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not environment.ranks_can_meet():
             raise
         from dkd.training import process_group
 
@@ -161,14 +241,23 @@ def _load(options: argparse.Namespace) -> Recipe:
             raise
 
 
+def _load(options: argparse.Namespace) -> Recipe:
+    """The recipe, for a command that all ranks run together."""
+    from dkd.config import load_recipe
+
+    with _refused_by_all():
+        return load_recipe(options.recipe, options.overrides)
+
+
 def _train(options: argparse.Namespace) -> int:
     console.never_fail()  # whatever happens to the log, training goes on
+    _check_environment()
     recipe = _load(options)
 
     from dkd.training import preflight, process_group, stopping
 
     existing: Existing = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
-    with process_group.tells_refusals():
+    with process_group.tells_refusals(), _input_is_refused():
         changes = preflight.check(recipe, existing, options.allow_recipe_change)
     for change in changes:
         _say_once(f"the run goes on with another recipe: {change}")
@@ -179,18 +268,20 @@ def _train(options: argparse.Namespace) -> int:
 
     from dkd.training.endings import LostRankError, Stopped, TrainingError
     from dkd.training.engine import leave_process_group
+    from dkd.training.meeting import MeetingError
     from dkd.training.trainer import Trainer
 
     # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the others.
     code = 0
     try:
-        with process_group.tells_refusals():
+        with process_group.tells_refusals(), _input_is_refused():
             trainer = Trainer(recipe, existing, options.allow_recipe_change)
+        options.started = True
         trainer.run()
     except (TrainingError, Stopped) as error:
         _say_once(str(error))
         code = stopping.exit_code() if isinstance(error, Stopped) else 1
-    except LostRankError as error:
+    except (LostRankError, MeetingError) as error:
         console.say(f"dkd: rank {os.environ.get('RANK', '0')} cannot go on: {error}")
         # At once: what waits for the others at exit would wait for a rank that is gone.
         os._exit(1)
@@ -215,16 +306,26 @@ def _dry_run(recipe: Recipe) -> int:
     from dkd.config import recipe_to_yaml
     from dkd.training.dry_run import describe
 
-    print(recipe_to_yaml(recipe))
-    print(describe(recipe))
+    described = describe(recipe)
+    console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    _check_environment()
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise InputError("the launch asks for a dynamo_backend (ACCELERATE_DYNAMO_BACKEND); leave it out: an evaluation compiles nothing")
+
+    from dkd.training import process_group
     from dkd.training.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
-    result = evaluate_export(options.target, options.overrides, options.trust_code)
+    try:
+        with process_group.tells_refusals():
+            result = evaluate_export(options.target, options.overrides, options.trust_code)
+    except console.Unwritable:  # on the rank that prints: the others are waiting for it
+        leave_process_group()
+        raise
     leave_process_group()
     if result.problem:
         _say_once(result.problem)
@@ -234,23 +335,24 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dkd.config import RecipeError, load_recipe
+    from dkd.config import load_recipe
 
     target = Path(options.target)
     if target.is_dir() and options.overrides:
-        raise RecipeError.at("", "overrides belong to a recipe, not to a run directory")
+        raise InputError("overrides belong to a recipe, not to a run directory")
     run_dir = target if target.is_dir() else Path(load_recipe(target, options.overrides).run.dir)
     if options.print_directory:
-        print(run_dir)
+        console.show(str(run_dir))
         return 0
 
     from dkd.training.status import describe
 
-    print("\n".join(describe(run_dir)))
+    console.show(*describe(run_dir))
     return 0
 
 
 def _launch_check(options: argparse.Namespace) -> int:
+    _check_environment()
     recipe = None if options.recipe is None else _load(options)
 
     from dkd.training.engine import leave_process_group
@@ -262,36 +364,35 @@ def _launch_check(options: argparse.Namespace) -> int:
     except RuntimeError as error:
         console.say(f"dkd: launch-check: rank {rank}: {error}")
         os._exit(1)  # the others may be out of reach: nothing is to wait for them
-    if rank == "0":
-        print("\n".join(found.lines))
-        for warning in found.warnings:
-            console.say(f"dkd: warning: {warning}")
-        for problem in found.problems:
-            console.say(f"dkd: launch-check: {problem}")
-        print("launch-check: this launch cannot train" if found.problems else "launch-check: all is well", flush=True)
-    leave_process_group()
+    try:
+        if rank == "0":
+            console.show(*found.lines)
+            for warning in found.warnings:
+                console.say(f"dkd: warning: {warning}")
+            for problem in found.problems:
+                console.say(f"dkd: launch-check: {problem}")
+            console.show("launch-check: this launch cannot train" if found.problems else "launch-check: all is well")
+    finally:
+        leave_process_group()  # the other ranks are waiting for this one, whether its lines could be written or not
     return 1 if found.problems else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from dkd.config import RecipeError
-    from dkd.models import ModelSpec, UnknownModelError, known_names, module_rows
+    from dkd.models import ModelSpec, known_names, module_rows
 
     if options.list:
-        print("\n".join(known_names()))
+        console.show(*known_names())
         return 0
     if options.model is None:
-        raise RecipeError.at("", "name a model, such as wrn_16_2, or give --list")
-    try:
-        rows = module_rows(ModelSpec(options.model, options.classes, options.norm), options.image_size)
-    except UnknownModelError as error:
-        raise RecipeError.at("", error) from error
+        raise InputError("name a model, such as wrn_16_2, or give --list")
+    rows = module_rows(ModelSpec(options.model, options.classes, options.norm), options.image_size)
     width = max(len(row.path) for row in rows)
-    print(f"{'path':{width}}  {'output':>18}  {'parameters':>12}  class")
+    lines = [f"{'path':{width}}  {'output':>18}  {'parameters':>12}  class"]
     for row in rows:
         shape = "×".join(map(str, row.shape)) if row.shape is not None else "-"
         called = "" if row.calls == 1 else f"  (called {row.calls} times: no tap)"
-        print(f"{row.path or '.':{width}}  {shape:>18}  {row.parameters:>12,}  {row.kind}{called}")
+        lines.append(f"{row.path or '.':{width}}  {shape:>18}  {row.parameters:>12,}  {row.kind}{called}")
+    console.show(*lines)
     return 0
 
 
@@ -302,48 +403,43 @@ def _plan(options: argparse.Namespace) -> int:
 
     from dkd.training.plan import describe, plan
 
-    print(describe(plan(recipe, options.nodes, options.gpus_per_node)))
+    console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dkd.config import RecipeError
-
     output = Path(options.output) if options.output else Path(options.runs[0]) / "report.html"
     if output.suffix not in (".html", ".htm"):
-        raise RecipeError.at("", f"--output {str(output)!r} must end in .html")
+        raise InputError(f"--output {str(output)!r} must end in .html")
     try:
         from dkd.report import write_report
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise
-        raise RecipeError.at("", "dkd report draws with matplotlib: pip install 'dkd[report]'") from None
+        raise InputError("dkd report draws with matplotlib: pip install 'dkd[report]'") from None
 
     def say(message: str) -> None:
         console.say(f"{message} ...")
 
     written = write_report([Path(run) for run in options.runs], output, options.images, options.trust_code, say)
-    print(f"{written[0]}, and {len(written) - 1} pictures in {written[0].stem}_pictures/")
+    console.show(f"{written[0]}, and {len(written) - 1} pictures in {written[0].stem}_pictures/")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from dkd.config import RecipeError
-    from dkd.export import ExportError, OtherLogitsError, export_student
+    from dkd.export import OtherLogitsError, export_student
 
     output = Path(options.output) if options.output else None
     try:
         path, difference = export_student(Path(options.run), options.format, output, options.normalization, options.trust_code)
-    except ExportError as error:
-        raise RecipeError.at("", error) from error
     except OtherLogitsError as error:
         console.say(f"dkd: {error}; nothing was written")
         return 1
-    print(f"{path}: {path.stat().st_size:,} bytes; logits differ by at most {difference:.1e} of the largest")
+    console.show(f"{path}: {path.stat().st_size:,} bytes; logits differ by at most {difference:.1e} of the largest")
     return 0
 
 
@@ -352,7 +448,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything that can be checked without training; print what would run"
+        "--dry-run",
+        action="store_true",
+        help=f"check everything that can be checked without training; print what would run. {_IMPORTS}",
     )
     parser.add_argument("--fresh", action="store_true", help="start anew; refused where run.dir holds a run, unless --overwrite is given")
     parser.add_argument("--overwrite", action="store_true", help="start anew and replace the run that is in run.dir already")
@@ -383,16 +481,21 @@ def _status_parser() -> argparse.ArgumentParser:
 def _launch_check_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "launch-check",
-        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute.",
+        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute. "
+        f"With a RECIPE: {_IMPORTS}",
     )
-    parser.add_argument("--seconds", type=_positive, default=50, metavar="N", help="that it may take (default 50)")
+    parser.add_argument("--seconds", type=_seconds, default=50, metavar="N", help="that it may take (default 50)")
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _parser("inspect", "Paths of a model that can be tapped, with output shapes and parameters.")
+    parser = _parser(
+        "inspect",
+        "Paths of a model that can be tapped, with output shapes and parameters. A MODEL of the form module:callable is imported and "
+        "called: that runs its code.",
+    )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="as student.name in a recipe")
     parser.add_argument("--list", action="store_true", help="list the known names")
     parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
@@ -423,7 +526,8 @@ def _export_parser() -> argparse.ArgumentParser:
 def _plan_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "plan",
-        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU.",
+        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU. "
+        f"{_IMPORTS}",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
@@ -433,7 +537,7 @@ def _plan_parser() -> argparse.ArgumentParser:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         prog="dkd" if command == "dkd" else f"dkd {command}",
         description=description,
         epilog=_EXAMPLES[command],
@@ -441,7 +545,19 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Names in arguments may come from a shell's `*`."""
+        super().error(console.printable(shorten(message)))
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of at most {_MOST_DIGITS} digits")
+    return int(text)
+
+
+def _seconds(text: str) -> int:
+    if _positive(text) > _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_MOST_SECONDS:,} seconds")
     return int(text)

@@ -13,10 +13,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from dkd.errors import InputError
+
 _OWN_FILES = (os.path.dirname(__file__), *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")), "<")
 
 
-class UserCodeError(ValueError):
+class UserCodeError(InputError):
     """A name that leads to nothing, or a module that cannot be imported."""
 
 
@@ -42,7 +44,10 @@ def load_callable(name: str) -> Callable[..., Any]:
 
 def describe_error(error: BaseException) -> str:
     """One line: the error, and where in the user's own code it was raised."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception as broken:  # its text is made by the user's code, too
+        lines = [f"(its text cannot be had: {type(broken).__name__})"]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
     where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}{where}"

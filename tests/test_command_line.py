@@ -113,6 +113,25 @@ finally:
     assert output.splitlines()[-1] == "[]"
 
 
+def test_the_digits_are_scikit_learns_and_do_not_need_it_imported():
+    """Its import takes as long as everything that a test does with them."""
+    code = """
+import sys
+import numpy as np
+from dkd.data import open_source
+ours = [open_source("digits", training=training) for training in (True, False)]
+print("sklearn" in sys.modules, "scipy" in sys.modules)
+from sklearn.datasets import load_digits
+digits = load_digits()
+of_validation = np.arange(len(digits.target)) % 4 == 3
+for source, chosen in zip(ours, (~of_validation, of_validation)):
+    assert np.array_equal(source.labels, digits.target[chosen])
+    pixels = np.stack([source.image(i).numpy() for i in range(len(source))])
+    assert np.array_equal(pixels, np.round(digits.images[chosen, None] * (255 / 16)).astype(np.uint8).repeat(3, axis=1))
+"""
+    assert run(sys.executable, "-c", code).stdout.split() == ["False", "False"]
+
+
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["evaluate", "--help"], ["inspect", "--help"]])
 def test_every_command_explains_itself_with_examples(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

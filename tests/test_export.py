@@ -102,6 +102,28 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, arguments, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student.json", "student.safetensors"]
 
 
+def test_an_export_follows_no_links_and_may_be_read_by_others(tmp_path):
+    run = finished(tmp_path / "run", "resnet8")
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("exported.safetensors", ".partial_exported.safetensors"):
+        (run / name).symlink_to(precious)
+    assert main(["export", str(run), "--format", "safetensors"]) == 0
+    assert precious.read_text() == "precious"
+    written = run / "exported.safetensors"
+    assert not written.is_symlink()
+    assert written.stat().st_mode & 0o777 == precious.stat().st_mode & 0o777
+    assert {path.name for path in run.glob(".partial_*")} == {".partial_exported.safetensors"}
+
+
+def test_a_model_that_fails_on_its_own_image_size_is_no_bug(tmp_path, capsys):
+    run = finished(tmp_path, "resnet8")
+    facts = json.loads((run / "student.json").read_text())
+    (run / "student.json").write_text(json.dumps({**facts, "image_size": 10**7}))
+    assert main(["export", str(run), "--format", "safetensors"]) == 2
+    assert "'resnet8' fails on 1 images of 10000000×10000000: RuntimeError" in capsys.readouterr().err
+
+
 def test_a_run_without_a_student_is_refused(tmp_path, capsys):
     assert main(["export", str(tmp_path), "--format", "onnx"]) == 2
     assert "no finished student" in capsys.readouterr().err

@@ -80,6 +80,30 @@ def test_accumulation_scopes_and_fixed_strategies(capsys):
     assert "sp " not in out
 
 
+def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
+    """And once more for its training. Models of the user's own are not remembered from one check to the next."""
+    import small_models
+
+    from dkd.config import load_recipe
+    from dkd.training.preflight import model_problems
+
+    built = []
+    init = small_models.Regularized.__init__
+
+    def counted(self, num_classes):
+        built.append(num_classes)
+        init(self, num_classes)
+
+    monkeypatch.setattr(small_models.Regularized, "__init__", counted)
+    taps = ["layer1", "layer2", "layer3"]
+    own = ["student.name=small_models:Regularized", "teacher.name=small_models:Regularized", "teacher.weights=random", "losses.sp=null"]
+    recipe = load_recipe(RECIPE, [*own, f"losses.at.pairs={[[tap, tap] for tap in taps]}"])
+    assert model_problems(recipe, 16, 4) == []
+    assert len(built) == 3  # shapes and training of the student, shapes of the teacher
+    wrong = load_recipe(RECIPE, [*own, f"losses.at.pairs={[[tap, tap] for tap in [*taps, 'layer4']]}"])
+    assert [problem.path for problem in model_problems(wrong, 16, 4)] == ["losses.at.pairs.3", "losses.at.pairs.3"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

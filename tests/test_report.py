@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from few_images import encoded
 
 from dkd.cli import main
+from dkd.config import load_recipe, recipe_to_yaml
+from dkd.models import ModelSpec, build_model, save_student
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["run.trackers=[]", "train.epochs=2", "train.max_steps=30", "data.image_size=16", "evaluation.every_epochs=1"]
@@ -60,12 +64,9 @@ def test_pictures_of_two_pairs_of_one_tap_and_of_names_alike_do_not_collide(runs
     at = "    - - layer1\n      - block1\n    - - layer2\n      - block2\n"
     assert at in recipe
     (twice / "recipe.yaml").write_text(recipe.replace(at, at + "    - - layer2\n      - block3\n"))
-    (tmp_path / "x_pictures").mkdir()
-    (tmp_path / "x_pictures" / "old.png").write_bytes(b"")
     assert main(["report", str(twice), str(runs / "taught"), "--output", str(tmp_path / "x.html"), "--images", "50"]) == 0
     pictures = {path.stem for path in (tmp_path / "x_pictures").iterdir()}
     assert {"é_a_Gram_matrices_layer2_block2", "é_a_Gram_matrices_layer2_block3"} <= pictures
-    assert "old" not in pictures
     assert main(["report", str(twice), str(twice)]) == 2
 
 
@@ -136,6 +137,107 @@ def test_runs_that_lack_something_are_reported_with_a_note(runs, tmp_path, capsy
     html = (tmp_path / "r.html").read_text()
     assert "pictures are missing: no such file" in html
     assert "student layer1" not in capsys.readouterr().err
+
+
+HOSTILE = ("$\\frac{1$", "_hidden", "a$b$c", "red\x1b[31m\nline")
+
+
+def student_of(folder, classes=("0", "1"), name="resnet8"):
+    """A run directory as a finished student leaves it, which validates on images in folders of those names."""
+    data, run = folder / "data", folder / "run"
+    for number, label in enumerate(classes):
+        (data / label).mkdir(parents=True)
+        (data / label / "0.png").write_bytes(encoded(np.full((16, 16, 3), 40 * number, dtype=np.uint8)))
+    alone = ["teacher=null", "losses={}", f"student.name={name}", f"data.classes={len(classes)}", f"run.dir={run}", "train.precision=fp32"]
+    recipe = load_recipe(ROOT / "configs/quickstart.yaml", [*alone, f"data.validation=folder:{data}", "data.image_size=16"])
+    spec = ModelSpec("resnet8", len(classes))
+    save_student(run, spec, build_model(spec).state_dict(), {"image_size": 16})
+    (run / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    lines = [{"step": s, "loss": 1.0 / s, "ce": 1.0 / s, "weight/ce": 1.0, "lr": 0.1, "images_per_second": 10.0} for s in (1, 2, 3)]
+    lines.append({"evaluation": {"steps": 3, "epoch": 1.0, "top1": 0.5}})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_names_are_no_mathematics_and_stay_in_legends(tmp_path, capsys, monkeypatch):
+    from dkd.report import figures
+
+    legends, ticks = [], []
+    hidden = figures._legend
+    monkeypatch.setattr(figures, "_legend", lambda axis, drawn, **place: (hidden(axis, drawn, **place), legends.append(axis.get_legend())))
+    grid = figures._grid
+    monkeypatch.setattr(figures, "_grid", lambda *a, **k: (made := grid(*a, **k), ticks.extend(made[1]))[0])
+    run = student_of(tmp_path / "one", HOSTILE)
+    copies = []
+    for name in ("_a", "$x^$"):
+        copies.append(tmp_path / name)
+        shutil.copytree(run, copies[-1])
+    assert main(["report", *map(str, copies), "--output", str(tmp_path / "r.html")]) == 0
+    shown = {text.get_text() for legend in legends for text in legend.get_texts()}
+    assert {"_a", "$x^$", "cross-entropy"} <= shown
+    labels = {label.get_text() for axis in ticks for label in axis.get_xticklabels()}
+    assert {"$\\frac{1$", "_hidden", "a$b$c"} <= labels
+    assert any(label.startswith("red\\x1b[31m") for label in labels)
+    # An axis of powers of ten is labelled without mathematics.
+    powers = {label.get_text() for axis in ticks if axis.get_yscale() == "log" for label in axis.get_yticklabels()}
+    assert powers
+    assert not any("$" in label for label in powers)
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_only_pictures_of_a_report_make_room_for_the_next(tmp_path, capsys):
+    run = student_of(tmp_path)
+    pictures = run / "report_pictures"
+    assert main(["report", str(run)]) == 0
+    (pictures / "accuracy.png").rename(pictures / "of_an_earlier_report.png")
+    (pictures / "mine.png").write_bytes(b"\x89PNG of somebody else")
+    (pictures / "mine.txt").write_text("notes")
+    assert main(["report", str(run)]) == 0
+    names = {path.name for path in pictures.iterdir()}
+    assert {"mine.png", "mine.txt", "accuracy.png", "schedules.png"} <= names
+    assert "of_an_earlier_report.png" not in names
+    (pictures / "schedules.png").write_bytes(b"\x89PNG of somebody else")
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 2
+    assert "schedules.png' is there already, and not of a report" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+
+
+def test_a_report_follows_no_links(tmp_path, capsys):
+    run = student_of(tmp_path)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (run / "report.html").symlink_to(precious)
+    assert main(["report", str(run)]) == 0
+    assert "<!DOCTYPE html>" in (run / "report.html").read_text()
+    assert not (run / "report.html").is_symlink()
+    assert precious.read_text() == "precious"
+    assert (run / "report.html").stat().st_mode & 0o777 == (run / "metrics.jsonl").stat().st_mode & 0o777
+    shutil.rmtree(run / "report_pictures")
+    (run / "report_pictures").symlink_to(tmp_path)
+    assert main(["report", str(run)]) == 2
+    assert "is a link" in capsys.readouterr().err
+
+
+def test_a_student_that_fails_leaves_a_note(tmp_path, monkeypatch):
+    """And code of the user's own is named in it."""
+    run = student_of(tmp_path)
+    (tmp_path / "broken_code.py").write_text(
+        "from dkd.models import ModelSpec, build_model\n"
+        "def net(num_classes):\n"
+        "    model = build_model(ModelSpec('resnet8', num_classes))\n"
+        "    model.register_forward_pre_hook(lambda *_: {}['missing'])\n"
+        "    return model\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    description = json.loads((run / "student.json").read_text())
+    description["architecture"]["name"] = "broken_code:net"
+    (run / "student.json").write_text(json.dumps(description))
+    assert main(["report", str(run), "--trust-code"]) == 0
+    html = (run / "report.html").read_text()
+    assert "pictures are missing: &#x27;broken_code:net&#x27; fails: KeyError: &#x27;missing&#x27;" in html
+    assert "broken_code.py:4" in html
 
 
 @pytest.mark.parametrize(

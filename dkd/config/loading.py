@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dkd.config.problems import Problem, RecipeError, did_you_mean
+from dkd.config import yaml_text
+from dkd.config.problems import Problem, RecipeError, did_you_mean, shown
 from dkd.config.schema import Recipe
+
+_MOST_PROBLEMS = 20
+_BEGINS_YAML = tuple("*&!%@`|>,?[{")  # characters that begin something else than text, and that names of files have
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -39,7 +43,9 @@ def validate(values: Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([_problem(detail) for detail in error.errors()]) from None
+        details = error.errors()
+        more = [Problem("", f"and {len(details) - _MOST_PROBLEMS} more problems")] if len(details) > _MOST_PROBLEMS else []
+        raise RecipeError([*map(_problem, details[:_MOST_PROBLEMS]), *more]) from None
     problems = list(_disagreements(recipe))
     if problems:
         raise RecipeError(problems)
@@ -57,60 +63,39 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
     for override in overrides:
         key, equals, text = override.partition("=")
         keys = key.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > yaml_text.DEEPEST:
             problems.append(Problem("", f"{override!r} is not an override; write key=value, such as train.epochs=10"))
             continue
         try:
-            parsed.append((keys, _UniqueKeys.read(text)))
-        except yaml.YAMLError as error:
-            problems.append(Problem(key, f"{text!r} is not YAML: {' '.join(str(error).split())}"))
+            parsed.append((keys, yaml_text.read_argument(text)))
+        except yaml_text.YamlTextError as error:
+            hint = "; write text in quotes of its own: key='\"text\"'" if text[:1] in _BEGINS_YAML else ""
+            problems.append(Problem(key, f"{shown(text)} {error}{hint}"))
     if problems:
         raise RecipeError(problems)
     return parsed
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """What `yaml.safe_load` reads, and no key twice: the later one would win silently."""
-
-    @classmethod
-    def read(cls, text: str) -> Any:
-        loader = cls(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise RecipeError.at("", f"{str(path)!r} is a folder, not a recipe")
-    if not path.is_file() and "=" in str(path):
-        raise RecipeError.at("", f"no such recipe: {str(path)!r}; the recipe comes first, then the overrides")
-    if not path.is_file():
-        beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise RecipeError.at("", f"no such recipe: {str(path)!r}{did_you_mean(str(path), beside)}")
+    name = shown(str(path))
     try:
-        values = _UniqueKeys.read(path.read_text(encoding="utf-8"))
+        if path.is_dir():
+            raise RecipeError.at("", f"{name} is a folder, not a recipe")
+        if not path.is_file() and "=" in str(path):
+            raise RecipeError.at("", f"no such recipe: {name}; the recipe comes first, then the overrides")
+        if not path.is_file():
+            beside = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+            raise RecipeError.at("", f"no such recipe: {name}{did_you_mean(str(path), beside)}")
+        with path.open(encoding="utf-8") as file:
+            values = yaml_text.read(file.read(yaml_text.MOST_CHARACTERS + 1))
     except UnicodeDecodeError:
-        raise RecipeError.at("", f"{str(path)!r} is not UTF-8 text") from None
-    except RecursionError:
-        raise RecipeError.at("", f"{str(path)!r} is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise RecipeError.at("", f"{str(path)!r} is not YAML: {error}") from None
+        raise RecipeError.at("", f"{name} is not UTF-8 text") from None
+    except yaml_text.YamlTextError as error:
+        raise RecipeError.at("", f"{name} {error}") from None
+    except OSError as error:
+        raise RecipeError.at("", f"{name} cannot be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
-        raise RecipeError.at("", f"{str(path)!r} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`")
+        raise RecipeError.at("", f"{name} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`")
     return values
 
 

@@ -6,6 +6,13 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dkd.errors import InputError, shorten
+
+
+def shown(value: object) -> str:
+    """A value that somebody wrote, as a message quotes it."""
+    return shorten(repr(value), longest=200)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -15,10 +22,11 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.message}" if self.path else self.message
+        """One line of a length that can be read."""
+        return shorten(f"{self.path}: {self.message}" if self.path else self.message)
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe that cannot be run. `problems` holds all that was found. The command line prints them and ends with exit code 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:

@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from dkd.config.key_types import Count, CountFromZero, Fraction, NonNegative, Number, Positive, Section, Switch, Text, allow
+from dkd.config.key_types import (
+    LONGEST_NAME,
+    Count,
+    CountFromZero,
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Switch,
+    Text,
+    allow,
+    fits_file_system,
+    is_one_line,
+    one_line,
+)
 from dkd.config.loss_sections import LossesSection
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value and is_one_line(value)
+
+
+_Seconds = Annotated[Number, Field(gt=0, le=10**7)]  # four months: a clock of the system counts to less than 1e10
+_MOST_WORKERS = 1024
+_Path = Annotated[str, AfterValidator(one_line), allow(fits_file_system, f"a path with names of at most {LONGEST_NAME} bytes")]
+
+
+def _at_most_workers(value: Any) -> Any:
+    if isinstance(value, int) and value > _MOST_WORKERS:
+        raise ValueError(f"must be at most {_MOST_WORKERS}, not {value}")
+    return value
 
 
 def _is_transform(value: Any) -> bool:
@@ -20,6 +46,7 @@ def _is_transform(value: Any) -> bool:
 
 Workers = Annotated[
     int | Literal["auto"],
+    AfterValidator(_at_most_workers),
     allow(lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 0), "auto or a whole number from 0"),
 ]
 AutoSwitch = Annotated[bool | Literal["auto"], allow(lambda v: v == "auto" or isinstance(v, bool), "auto, true or false")]
@@ -31,19 +58,20 @@ Transforms = Annotated[
         f"{', '.join(PRESETS)} or a list of transforms such as [RandomCrop: {{size: 32, padding: 4}}]",
     ),
 ]
+_Name = Annotated[str, allow(fits_file_system, f"at most {LONGEST_NAME} bytes long"), allow(_is_file_name, "a name without slashes")]
 
 
 class RunSection(Section):
-    name: Annotated[str, allow(_is_file_name, "a name without slashes")] = "run"
+    name: _Name = "run"
     """Names the run in trackers; `run.dir` defaults to runs/NAME."""
-    dir: str = ""
+    dir: _Path = ""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     trackers: list[Text] = ["tensorboard"]
     """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
-    start_timeout: Positive = 1800.0
+    start_timeout: _Seconds = 1800.0
     """Seconds that a rank waits for the others until the first step is done, while data are indexed, weights fetched and models compiled;
     later, for those that write a checkpoint."""
-    collective_timeout: Positive = 300.0
+    collective_timeout: _Seconds = 300.0
     """Seconds that a rank waits for another from then on, before the run ends."""
     deterministic: Switch = False
     """GPUs: only algorithms that give the same bits each time, in torch, cuDNN, cuBLAS and the compiler; slower. Without it a GPU's sums

@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import importlib.util
 import io
 import os
 import stat
@@ -30,10 +31,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dkd.data.jpeg import jpeg_decoder
+from dkd.errors import InputError
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that is missing or is not what the recipe says, or an image that cannot be read."""
 
 
@@ -226,15 +228,28 @@ class _Digits(_InMemory):
     """Every fourth digit is for validation: 1,348 for training, 449 to measure."""
 
     def __init__(self, training: bool) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'") from error
-        digits = load_digits()
-        chosen = (np.arange(len(digits.target)) % 4 != 3) == training
-        gray = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
+        pixels, labels = _read_digits()
+        chosen = (np.arange(len(labels)) % 4 != 3) == training
+        gray = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
         images = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1).contiguous()
-        super().__init__(images, digits.target[chosen].astype(np.int64))
+        super().__init__(images, labels[chosen])
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return (N, 8, 8) pixels from 0 to 16 and (N,) labels. From scikit-learn's file: importing scikit-learn, with SciPy and pandas, takes
+    longer than all that is done with the digits in a test. Raises DataError."""
+    package = importlib.util.find_spec("sklearn")
+    folders = list(package.submodule_search_locations or []) if package is not None else []
+    if not folders:
+        raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'")
+    path = os.path.join(folders[0], "datasets", "data", "digits.csv.gz")
+    if not os.path.isfile(path):  # another release may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return digits.images, digits.target.astype(np.int64)
+    table = np.loadtxt(path, delimiter=",", dtype=np.int64)
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -369,6 +384,8 @@ def _data_files(kind: str, pattern: str, image_column: str | None, label_column:
         dataset = load_dataset(kind, name=f"dkd_{content_mark(files)}", data_files={"train": files}, split="train")
     except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
+    except Exception as error:  # a .pth or .json in a tar raises what the library of its kind raises
+        raise DataError(f"{pattern!r} cannot be read as {kind}: {describe_error(error)}") from error
     return _HuggingFace(dataset, pattern, image_column, label_column, common_folder(files))
 
 
@@ -421,6 +438,8 @@ def _saved_to_disk(path: str, training: bool, image_column: str | None, label_co
         dataset = load_from_disk(path)
     except (OSError, ValueError) as error:
         raise DataError(f"disk:{path} is no data set that `datasets` saved: {error}") from error
+    except Exception as error:  # of its JSON files, when they hold something else
+        raise DataError(f"disk:{path} is no data set that `datasets` saved: {describe_error(error)}") from error
     if isinstance(dataset, DatasetDict):
         split = "train" if training else "validation"
         if split not in dataset:

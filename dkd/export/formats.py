@@ -10,22 +10,26 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from dkd.atomic_files import replacing
+from dkd.errors import InputError, shorten
 from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
+from dkd.user_code import describe_error
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
 _BATCHES = (1, 3)
 
 
-class ExportError(ValueError):
+class ExportError(InputError):
     """A student that is not there, or that a format does not fit."""
 
 
@@ -106,7 +110,7 @@ def export_student(
         exported = _WithNormalization(student).eval() if normalization else student.model
         with replacing(path) as partial:
             write(partial, student, exported)
-            difference = _largest_difference(exported, read(partial, student), student.image_size, 255.0 if normalization else 1.0)
+            difference = _largest_difference(student, exported, read(partial, student), 255.0 if normalization else 1.0)
             if not difference <= LARGEST_DIFFERENCE:
                 raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
     except OSError as error:
@@ -119,23 +123,35 @@ def _read(run: Path, trust_code: bool) -> Student:
     if not weights.is_file():
         raise WeightsError(f"no finished student: {str(weights)!r} is not there")
     description = read_description(weights)
-    normalization: Mapping[str, Any] = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
+    normalization = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
     size = description.get("image_size")
-    if not isinstance(size, int):
-        raise WeightsError(f"{str(weights.with_suffix('.json'))!r} does not say image_size")
-    return Student(
-        student_spec(description), load_student(weights, trust_code), size, list(normalization["mean"]), list(normalization["std"])
-    )
+    name = str(weights.with_suffix(".json"))
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise WeightsError(f"{name!r} must say image_size, a number of pixels, not {size!r}")
+    mean, std = (normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std"))
+    if not _are_channels(mean, -math.inf) or not _are_channels(std, 0):
+        said = shorten(repr(normalization), 200)
+        raise WeightsError(f"{name!r} must say normalization as mean and std, 3 numbers each and std above 0, not {said}")
+    return Student(student_spec(description), load_student(weights, trust_code), size, mean, std)
+
+
+def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) and above < v < math.inf for v in values)
 
 
 @torch.no_grad()
-def _largest_difference(model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], image_size: int, scale: float) -> float:
+def _largest_difference(student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float) -> float:
     """On random images, in batches of several sizes."""
     generator = torch.Generator().manual_seed(0)
+    size = student.image_size
     found = 0.0
     for batch in _BATCHES:
-        images = torch.rand(batch, 3, image_size, image_size, generator=generator) * scale
-        wanted, given = model(images), exported(images)
+        try:
+            images = torch.rand(batch, 3, size, size, generator=generator) * scale
+            wanted = model(images)
+        except (Exception, SystemExit) as error:  # any model's own code, or images that fit no memory
+            raise ExportError(f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}") from error
+        given = exported(images)
         if given.shape != wanted.shape:
             raise OtherLogitsError(f"the file yields {tuple(given.shape)}, the student {tuple(wanted.shape)}")
         found = max(found, ((given - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item())
@@ -181,9 +197,9 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"onnx needs {', '.join(missing)}: pip install 'dkd[onnx]'")
-    images = torch.zeros(2, 3, student.image_size, student.image_size)
     argument = "images" if exported is not student.model else _first_argument(exported)
     try:
+        images = torch.zeros(2, 3, student.image_size, student.image_size)
         program = torch.onnx.export(
             exported,
             (images,),

@@ -57,7 +57,7 @@ def _named(spec: ModelSpec, images: str) -> Iterator[None]:
         yield
     except (UnknownModelError, TapError):
         raise
-    except Exception as error:  # any model's own code
+    except (Exception, SystemExit) as error:  # any model's own code
         raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
 
 
@@ -108,20 +108,34 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
         )
 
 
-@_remembered
-def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-    """Shapes for one image: of the logits, and of each tapped feature, batch dimension left out. Checks the taps as TappedModel does.
+Shape = tuple[int, ...]
+
+_shapes_of: dict[str, tuple[Shape, dict[str, Shape]]] = {}
+"""By model and image size: the shape of the logits, and of each tap that was asked for so far."""
+
+
+def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[Shape, dict[str, Shape]]:
+    """Return the shapes for one image of the logits and of each tapped feature, without the batch dimension. One forward gives all that
+    are not known yet. Checks the taps as TappedModel does.
 
     Raises:
         UnknownModelError, TapError: no such model or tap.
     """
 
-    def run() -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
-        logits, features = TappedModel(build_model(spec), taps).eval()(torch.zeros(1, 3, image_size, image_size))
+    def run() -> tuple[Shape, dict[str, Shape]]:
+        logits, features = TappedModel(build_model(spec), unknown).eval()(torch.zeros(1, 3, image_size, image_size))
         return tuple(logits.shape[1:]), {tap: tuple(feature.shape[1:]) for tap, feature in features.items()}
 
-    with _named(spec, f"one image of {image_size}×{image_size}"):
-        return _on_meta(run)
+    key = repr((spec, image_size))
+    known = None if runs_user_code(spec.name) else _shapes_of.get(key)
+    unknown = [tap for tap in taps if known is None or tap not in known[1]]
+    if known is None or unknown:
+        with _named(spec, f"one image of {image_size}×{image_size}"):
+            found = _on_meta(run)
+        known = (found[0], {**(known[1] if known else {}), **found[1]})
+        if not runs_user_code(spec.name):
+            _shapes_of[key] = known
+    return known[0], {tap: known[1][tap] for tap in taps}
 
 
 class _CudaAutocast(TorchFunctionMode):

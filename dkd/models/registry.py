@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from dkd.errors import InputError
 from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v1, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
 from dkd.models.normalization_layers import NORMS
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(InputError):
     """No model of that name, or it cannot be built with those options."""
 
 
@@ -84,7 +85,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
-    except Exception as error:  # whatever a model's own code objects to, the answer to the user is the same
+    except (Exception, SystemExit) as error:  # whatever a model's own code objects to, the answer to the user is the same
         described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
         raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dkd.errors import InputError
 
-class TapError(ValueError):
+
+class TapError(InputError):
     """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
 
 

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from dkd.errors import InputError
 from dkd.models.key_layouts import our_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Weights that are missing, unreadable, or do not fit the model."""
 
 

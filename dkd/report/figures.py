@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
+from dkd import console
 from dkd.report.observations import ModelView, Observation
 from dkd.report.run_files import RunFiles
 
@@ -18,6 +23,7 @@ STYLES = ("-", "--", "-.", ":")
 TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradient_at": "gradient AT"}
 _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
+_PITCH = 1.08  # of cells of attention maps, in their sides
 _MANY_CLASSES = 40
 _MARKERS = "osD^vPX*"
 
@@ -37,6 +43,7 @@ def loss_terms(run: RunFiles) -> Figure | None:
         axis.set_xlabel("step")
         if len(values) and np.all(values > 0):
             axis.set_yscale("log")
+            _plain_powers(axis)
     _hide(axes[len(names) :])
     return figure
 
@@ -46,15 +53,16 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     if not any(run.evaluations for run in runs):
         return None
     figure, (axis,) = _grid(1, 1, 7.5, 3.6)
+    lines = {}
     for number, run in enumerate(runs):
         epochs = [line["epoch"] for line in run.evaluations]
-        axis.plot(
-            epochs, [100 * line["top1"] for line in run.evaluations], label=run.label, marker="o", markersize=3, **_line_style(number)
+        (lines[run.label],) = axis.plot(
+            epochs, [100 * line["top1"] for line in run.evaluations], marker="o", markersize=3, **_line_style(number)
         )
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1, % of validation images")
     axis.set_title("Accuracy of the student")
-    axis.legend(loc="lower right", fontsize="small")
+    _legend(axis, lines, loc="lower right")
     return figure
 
 
@@ -65,11 +73,13 @@ def schedules(run: RunFiles) -> Figure | None:
     figure, (left, right) = _grid(1, 2, 4.8, 2.8)
     left.plot(*_series(run, "lr"), color=COLOURS[0])
     left.set_title("Learning rate")
+    lines = {}
     for number, term in enumerate(run.terms):
-        right.plot(*_series(run, f"weight/{term}"), label=TERM_NAMES.get(term, term), **_line_style(number))
+        (lines[TERM_NAMES.get(term, term)],) = right.plot(*_series(run, f"weight/{term}"), **_line_style(number))
     right.set_title("Weights of the loss terms")
     right.set_yscale("symlog", linthresh=0.01)
-    right.legend(fontsize="small")
+    _plain_powers(right)
+    _legend(right, lines)
     for axis in (left, right):
         axis.set_xlabel("step")
     return figure
@@ -81,14 +91,15 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
     if not with_steps:
         return None
     figure, (left, right) = _grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
+    lines = {}
     for number, run in enumerate(with_steps):
         steps, values = _series(run, "images_per_second")
-        left.plot(steps, _smooth(values), label=run.label, **_line_style(number))
+        (lines[run.label],) = left.plot(steps, _smooth(values), **_line_style(number))
     left.set_title("Throughput, all ranks together")
     left.set_xlabel("step")
     left.set_ylabel("images a second")
     left.set_ylim(bottom=0)
-    left.legend(fontsize="small")
+    _legend(left, lines)
     parts = [seconds_by_part(run) for run in with_steps]
     ends = np.zeros(len(with_steps))
     for number, part in enumerate(parts[0]):
@@ -96,7 +107,7 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
         colour = "#999999" if part == "not logged" else COLOURS[number]
         right.barh(np.arange(len(with_steps)), widths, left=ends, label=part, color=colour, edgecolor="white")
         ends += widths
-    right.set_yticks(np.arange(len(with_steps)), [run.label for run in with_steps])
+    right.set_yticks(np.arange(len(with_steps)), [console.printable(run.label) for run in with_steps])
     right.invert_yaxis()
     right.set_title("Where the time went")
     right.set_xlabel("% of the run's time")
@@ -135,20 +146,25 @@ def attention(seen: Observation) -> Figure | None:
     chosen = _one_of_each_class(seen.shown_labels)
     views = [(view, role) for view, role in ((seen.teacher, "teacher"), (seen.student, "student")) if view is not None]
     rows = [(view, role, tap) for s, t in pairs for view, role in views for tap in [t if role == "teacher" else s] if tap in view.attention]
-    figure, axes = _grid(1 + len(rows), len(chosen), 1.45, 1.45, frame=False)
-    table = np.array(axes).reshape(1 + len(rows), len(chosen))
+    # One axis for all: with an axis for each cell, making and laying them out takes longer than anything else on the page.
+    figure, (axis,) = _grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
+
+    def cell(row: int, column: int) -> tuple[float, float, float, float]:
+        x, y = column * _PITCH, row * _PITCH
+        return x, x + 1, y + 1, y
+
     for column, index in enumerate(chosen):
         image = seen.images[index].transpose(1, 2, 0)
-        table[0, column].imshow(image)
-        table[0, column].set_title(_short(seen.class_names[seen.shown_labels[index]]), fontsize=8)
+        axis.imshow(image, extent=cell(0, column))
+        axis.text(column * _PITCH + 0.5, -0.05, _short(seen.class_names[seen.shown_labels[index]]), ha="center", va="bottom", fontsize=8)
         gray = image.mean(2)
         for row, (view, _role, tap) in enumerate(rows, start=1):
-            axis = table[row, column]
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
-            extent = (-0.5, gray.shape[1] - 0.5, gray.shape[0] - 0.5, -0.5)
-            axis.imshow(view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=extent, interpolation="bilinear")
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=cell(row, column))
+            axis.imshow(view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=cell(row, column), interpolation="bilinear")
     for row, label in enumerate(["image", *(f"{role}\n{tap}" for _, role, tap in rows)]):
-        table[row, 0].text(-0.12, 0.5, label, transform=table[row, 0].transAxes, ha="right", va="center", fontsize=8)
+        axis.text(-0.12, row * _PITCH + 0.5, label, ha="right", va="center", fontsize=8)
+    axis.set_xlim(0, len(chosen) * _PITCH - _PITCH + 1)
+    axis.set_ylim(len(rows) * _PITCH + 1, 0)
     figure.suptitle("Attention maps Σ|A|² of the same images; bright is where the activation is")
     return figure
 
@@ -224,18 +240,19 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
                 name = f"teacher {seen.teacher.name} of {label}"
             series[name] = values
     series = {label: values for label, values in series.items() if len(values) == len(names)}
+    drawn: dict[str, Artist] = {}
     if not series:
         return None
     many = len(names) > _MANY_CLASSES
     figure, (axis,) = _grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
     for number, (label, values) in enumerate(series.items()):
         if many:
-            axis.plot(np.sort(values), label=label, **_line_style(number))
+            (drawn[label],) = axis.plot(np.sort(values), **_line_style(number))
         else:
             # Dots, since the axis does not begin at 0.
             places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * 0.6 / len(series)
             marker = _MARKERS[number % len(_MARKERS)]
-            axis.plot(places, values, label=label, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6)
+            (drawn[label],) = axis.plot(places, values, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6)
     if many:
         axis.set_xlabel("classes, each model's sorted by its accuracy")
     else:
@@ -243,7 +260,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
         axis.grid(axis="y", color="#dddddd")
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
-    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    _legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -286,6 +303,31 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
     return figure, axes
 
 
+def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
+    """A legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the names afterwards."""
+    legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)
+    for text, name in zip(legend.get_texts(), drawn, strict=True):
+        text.set_text(console.printable(name))
+
+
+class _PlainPowers(LogFormatter):
+    """Labels of a logarithmic axis without mathematics, which `drawing_names` turns off."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _plain_powers(axis: Axes) -> None:
+    axis.yaxis.set_major_formatter(_PlainPowers())
+    if axis.get_yscale() == "log":
+        axis.yaxis.set_minor_formatter(_PlainPowers())
+
+
+def drawing_names() -> AbstractContextManager[Any]:
+    """Inside, where figures are made and drawn, a name with dollars in it is a name and no formula."""
+    return matplotlib.rc_context({"text.parse_math": False})
+
+
 def _hide(axes: Sequence[Axes]) -> None:
     for axis in axes:
         axis.set_axis_off()
@@ -316,5 +358,5 @@ def _class_means(seen: Observation, view: ModelView, tap: str) -> np.ndarray | N
 
 
 def _short(name: str) -> str:
-    first = name.split(",")[0]
+    first = console.printable(name.split(",")[0])
     return first if len(first) <= 16 else f"{first[:15]}…"

@@ -29,6 +29,7 @@ from dkd.models import (
     student_spec,
 )
 from dkd.report.run_files import RunFiles
+from dkd.user_code import describe_error
 
 CLASSES_SHOWN = 10
 IMAGES_OF_A_CLASS = 20
@@ -122,22 +123,27 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None,
             normalized = normalize(images.to(device))
             if input_size is not None and input_size != normalized.shape[-1]:
                 normalized = F.interpolate(normalized, (input_size, input_size), mode="bilinear", antialias=True)
-            logits, features = tapped(normalized)
+            try:
+                logits, features = tapped(normalized)
+            except TapError:
+                raise
+            except (Exception, SystemExit) as error:  # any model's own code
+                raise UnknownModelError(f"{spec.name!r} fails: {describe_error(error)}") from error
             assert logits is not None
-            return logits, {tap: feature.float().cpu() for tap, feature in features.items()}
+            return logits, features
 
         predictions = np.concatenate([run_on(images)[0].argmax(1).cpu().numpy() for images in images_at(classified)])
         parts: dict[str, list[torch.Tensor]] = {tap: [] for tap in taps}
         for images in images_at(shown):
             for tap, feature in run_on(images)[1].items():
-                parts[tap].append(feature)
+                parts[tap].append(feature.float().cpu())
         class_tokens = recipe.losses.at.class_tokens if recipe.losses.at else None
         found = {tap: torch.cat(features) for tap, features in parts.items() if features}
         return _view(spec.name, spec.classes == recipe.data.classes, predictions, found, class_tokens, notes)
 
+    seen = teacher = None
     try:
         seen = view(spec, student, [s for s, _ in pairs], pipeline.normalize, None)
-        teacher = None
         if recipe.teacher is not None:
             section, teacher_spec = recipe.teacher, recipe_objects.teacher_spec(recipe)
             if ":" in section.name and not trust_code:
@@ -150,9 +156,8 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None,
             teacher = view(teacher_spec, model, [t for _, t in pairs], normalize, section.input_size)
     except (DataError, UnknownModelError, WeightsError, TapError, RuntimeError, OSError) as error:
         notes.append(f"pictures are missing: {error} (paths of a recipe are relative to where the command is started)")
-        if "seen" not in locals():
+        if seen is None:
             return Observation(notes=notes)
-        teacher = None
     names = source.class_names or [str(label) for label in range(recipe.data.classes)]
     shown_images = np.concatenate([images.numpy() for images in images_at(shown)])
     return Observation(pairs, shown_images, source.labels[shown], source.labels[classified], names, seen, teacher, notes)

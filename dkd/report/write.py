@@ -19,11 +19,17 @@ from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
 from dkd.report.run_files import RunFiles, labels_of, read_run
 
+_MARK = "dkd report"
+"""In each picture, so that the next report of that name removes those of this one, and nothing else."""
+_LONGEST_NAME = 200  # bytes of a picture's name, before its ending
+
 
 def write_report(
     paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = print
 ) -> list[Path]:
     """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
+
+    Pictures that an earlier report left in that folder are removed; other files in it stay.
 
     Args:
         paths: run directories; finished or not, of any number of processes.
@@ -36,8 +42,13 @@ def write_report(
         The page and the pictures.
 
     Raises:
-        RecipeError: a path that is no run, or an output that cannot be written.
+        RecipeError: a path that is no run, or an output that cannot be written, or only over somebody else's picture.
     """
+    with figures.drawing_names():
+        return _write_report(paths, output, images, trust_code, say)
+
+
+def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust_code: bool, say: Callable[[str], None]) -> list[Path]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise RecipeError.at("", "one run is given twice")
     if output.is_dir() or not os.access(next(p for p in output.resolve().parents if p.exists()), os.W_OK):
@@ -118,8 +129,8 @@ class _Gallery:
             return
         buffer = io.BytesIO()
         figure.set_dpi(110)
-        FigureCanvasAgg(figure).print_png(buffer)
-        name = plain = re.sub(r"[^\w.-]+", "_", title).strip("_")
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": _MARK})
+        name = plain = re.sub(r"[^\w.-]+", "_", title).strip("_").encode()[:_LONGEST_NAME].decode(errors="ignore")
         for number in range(2, 10**6):
             if name not in self._pictures:
                 break
@@ -128,16 +139,42 @@ class _Gallery:
         self.page.picture(buffer.getvalue(), title, caption)
 
     def write(self, output: Path) -> list[Path]:
+        """Raises OSError, and RecipeError where a file would take the place of one that no report wrote."""
         folder = output.with_name(f"{output.stem}_pictures")
+        if folder.is_symlink():
+            raise RecipeError.at("", f"{str(folder)!r} is a link; pictures are written into a folder of their own: choose another --output")
         folder.mkdir(parents=True, exist_ok=True)
-        for earlier in folder.glob("*.png"):
-            earlier.unlink()
-        written = [output]
-        for name, png in self._pictures.items():
-            (folder / f"{name}.png").write_bytes(png)
-            written.append(folder / f"{name}.png")
-        output.write_text(self.page.html(), encoding="utf-8")
-        return written
+        earlier = [path for path in folder.glob("*.png") if _is_of_a_report(path)]
+        pictures = {folder / f"{name}.png": png for name, png in self._pictures.items()}
+        for path in pictures:
+            if path not in earlier and (path.exists() or path.is_symlink()):
+                raise RecipeError.at("", f"{str(path)!r} is there already, and not of a report: move it, or choose another --output")
+        for path in earlier:
+            path.unlink()
+        for path, png in pictures.items():
+            _replace(path, png)
+        _replace(output, self.page.html().encode(errors="backslashreplace"))
+        return [output, *pictures]
+
+
+def _is_of_a_report(path: Path) -> bool:
+    """Whether a report wrote this picture: its text chunks come first."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return f"Software\0{_MARK}".encode() in file.read(1024)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in a new place and move it to `path`: a link there is replaced, not followed, and a reader sees a whole file."""
+    unfinished = path.with_name(f".writing-{os.getpid()}")
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+            file.write(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:

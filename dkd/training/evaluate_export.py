@@ -77,7 +77,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     if accelerator.is_main_process:
         for note in notes:
             console.say(f"dkd: {note}")
-        print(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
+        console.show(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
     return result
 
 

@@ -13,9 +13,10 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
 from dkd.data.transforms import transforms_by_name
+from dkd.errors import InputError
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses.attention_transfer import token_grid
-from dkd.models import TapError, UnknownModelError, WeightsError, build_on_meta, check_training, check_weights, output_shapes
+from dkd.models import TapError, build_on_meta, check_training, check_weights, output_shapes
 from dkd.training import assembly, engine, launch
 from dkd.training.launches import Existing
 from dkd.training.run_directory import check_run_directory
@@ -63,7 +64,7 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     pipeline = recipe_objects.build_image_pipeline(recipe)
     validation_key = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
     for part, transform, key in (("train", pipeline.train, "transforms"), ("validation", pipeline.validation, validation_key)):
-        with _collect(problems, f"data.{part}"):
+        with _collect(problems, f"data.{part}", ValueError):  # pyarrow's errors are some
             opened[part] = recipe_objects.open_part(recipe.data, part)
             check_labels(opened[part], recipe.data.classes)
             image = _first_image(opened[part], recipe.data.on_error == "skip")
@@ -104,7 +105,7 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
     """
     problems: list[Problem] = []
     pipeline = image_pipeline(recipe, problems)
-    with _collect(problems, "data.validation"):
+    with _collect(problems, "data.validation", ValueError):
         check_spec(recipe.data.validation)
         source = recipe_objects.open_part(recipe.data, "validation")
         check_labels(source, classes)
@@ -116,13 +117,15 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
 
 
 @contextmanager
-def _collect(problems: list[Problem], path: str = "") -> Iterator[None]:
-    """What goes wrong inside becomes a problem at `path`."""
+def _collect(problems: list[Problem], path: str = "", *expected: type[Exception]) -> Iterator[None]:
+    """Make a problem at `path` of an error of input, or of the file system, or of another library that is `expected` to raise such errors.
+    Any other error is a bug, and is raised."""
+    errors: tuple[type[Exception], ...] = (InputError, OSError, *expected)
     try:
         yield
     except RecipeError as error:
         problems += error.problems
-    except (DataError, UnknownModelError, WeightsError, TapError, ValueError) as error:
+    except errors as error:
         problems += RecipeError.at(path, error).problems
 
 
@@ -131,7 +134,7 @@ def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | N
     data, found = recipe.data, len(problems)
     for key, stages in (("transforms", data.transforms), ("validation_transforms", data.validation_transforms)):
         if isinstance(stages, list):
-            with _collect(problems, f"data.{key}"):
+            with _collect(problems, f"data.{key}", ValueError):
                 transforms_by_name(stages)
     return recipe_objects.build_image_pipeline(recipe) if len(problems) == found else None
 
@@ -140,22 +143,23 @@ def _check_transformed(image: torch.Tensor, transform: Callable, size: int) -> N
     try:
         made = transform(image)
     except Exception as error:  # a transform's own code
-        raise ValueError(f"the transforms fail on an image of {tuple(image.shape)}: {type(error).__name__}: {error}") from error
+        raise DataError(f"the transforms fail on an image of {tuple(image.shape)}: {type(error).__name__}: {error}") from error
     if not isinstance(made, torch.Tensor) or tuple(made.shape) != (3, size, size) or made.dtype != torch.uint8:
         what = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
-        raise ValueError(
+        raise DataError(
             f"the transforms make {what} of an image of {tuple(image.shape)}; data.image_size asks for torch.uint8 (3, {size}, {size})"
         )
 
 
 def _first_image(source: ImageSource, skip: bool) -> torch.Tensor:
-    """The first, or if such are to be skipped the first of a thousand that can be read."""
-    for index in range(min(len(source), 1000) if skip else 1):
+    """Return the first image, or where unreadable ones are skipped the first of a thousand that can be read. Raises DataError."""
+    last = min(len(source), 1000) - 1 if skip else 0
+    for index in range(last):
         try:
             return source.image(index)
-        except DataError as error:
-            last = error
-    raise last
+        except DataError:
+            continue
+    return source.image(last)
 
 
 def _tracker_problems(recipe: Recipe) -> list[Problem]:
@@ -198,10 +202,22 @@ def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_w
     """Shapes of the taps of one model that exist, or None when the model itself cannot be had."""
     section = getattr(recipe, role)
     spec = recipe_objects.student_spec(recipe) if role == "student" else recipe_objects.teacher_spec(recipe)
+    losses = recipe.losses
+    tapping = [("at", losses.at), ("sp", losses.sp), *((f"custom.{i}", section) for i, section in enumerate(losses.custom))]
+    taps = [
+        (f"losses.{key}.pairs.{i}", pair[0 if role == "student" else 1])
+        for key, loss in tapping
+        if loss is not None
+        for i, pair in enumerate(loss.paths)
+    ]
     logits: tuple[int, ...] = ()
+    shapes: Shapes | None = None
     found = len(problems)
     with _collect(problems, f"{role}.name"):
-        logits, _ = output_shapes(spec, [], image_size)
+        try:
+            logits, shapes = output_shapes(spec, list(dict.fromkeys(tap for _, tap in taps)), image_size)
+        except TapError:  # of one of the taps, or of the logits
+            logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
             check_training(spec, micro_batch, image_size)
     if len(problems) > found:
@@ -211,14 +227,11 @@ def _shapes(recipe: Recipe, role: str, image_size: int, micro_batch: int, with_w
     if with_weights and section.weights not in (None, "random"):
         with _collect(problems, f"{role}.weights"):
             check_weights(build_on_meta(spec), spec.name, section.weights)
-    shapes: Shapes = {}
-    losses = recipe.losses
-    tapping = [("at", losses.at), ("sp", losses.sp), *((f"custom.{i}", section) for i, section in enumerate(losses.custom))]
-    for key, loss in tapping:
-        for i, pair in enumerate(loss.paths if loss is not None else []):
-            tap = pair[0 if role == "student" else 1]
+    if shapes is None:
+        shapes = {}
+        for path, tap in taps:
             if tap not in shapes:
-                with _collect(problems, f"losses.{key}.pairs.{i}"):
+                with _collect(problems, path):
                     shapes[tap] = output_shapes(spec, [tap], image_size)[1][tap]
     return shapes
 
