@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
