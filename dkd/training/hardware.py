@@ -11,6 +11,7 @@ RUN/recipe.yaml. A resumed run keeps it on whatever hardware it resumes: its ari
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def probe(device: str, measure: Measure | None = None, capabilities: Mapping[str
     """
     if device == "cuda":
         return Hardware(device, torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
-    seconds = _measured(measure or _convolution(device))
+    seconds = _measured(measure) if measure is not None else _measured_here(device)
     single, half = (min(seconds[dtype].values()) for dtype in (torch.float32, torch.bfloat16))
     speed = single / half
     if capabilities is None:
@@ -79,6 +80,12 @@ def probe(device: str, measure: Measure | None = None, capabilities: Mapping[str
     formats = seconds[torch.bfloat16 if bf16 else torch.float32]
     name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
     return Hardware(device, name, bf16, speed, formats[True] < _MUCH_SLOWER * formats[False])
+
+
+@functools.cache
+def _measured_here(device: str) -> dict[torch.dtype, dict[bool, float]]:
+    """`_measured`, once in the life of this process: what it trains next meets the same hardware."""
+    return _measured(_convolution(device))
 
 
 def _measured(measure: Measure) -> dict[torch.dtype, dict[bool, float]]:
