@@ -52,7 +52,7 @@ examples:
   dkd train recipe.yaml --overwrite                       start anew
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
   sbatch launch/slurm/train.sbatch recipe.yaml            on a cluster
-  touch RUN/STOP                                          stop it behind a checkpoint; so do SIGTERM and SIGUSR1 (exit code 75)
+  touch RUN/STOP                                          stop it behind a checkpoint; so do SIGTERM, SIGUSR1, SIGHUP (exit code 75)
 """,
     "evaluate": """
 examples:

@@ -9,6 +9,7 @@ import pytest
 from launched import child_environment, limit
 
 from dkd import console
+from dkd.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ["teacher=null", "losses={}", "run.trackers=[]"]
@@ -76,3 +77,51 @@ def test_two_ranks_go_to_their_end_when_the_reader_of_their_log_leaves(tmp_path)
     process.stdout.close()
     assert process.wait(limit(180)) == 0
     assert (tmp_path / "run" / "FINISHED").exists()
+
+
+class Tracker:
+    """One whose server is gone, and which raises an error of its own for that."""
+
+    name = "a tracker"
+
+    def finish(self):
+        raise LookupError("no answer")
+
+
+class Tracking:
+    """What RunLog uses of Accelerate."""
+
+    def __init__(self):
+        self.trackers, self.calls = [Tracker()], 0
+
+    def log(self, values, step):
+        self.calls += 1
+        if self.trackers:
+            raise LookupError("no answer")
+
+
+def test_a_tracker_that_fails_after_days_ends_no_training(tmp_path, capsys):
+    from dkd.training.progress import Progress
+    from dkd.training.run_directory import RunDirectory
+    from dkd.training.run_log import RunLog
+
+    accelerator = Tracking()
+    log = RunLog(RunDirectory(tmp_path, writes=True), accelerator, Progress(3, 0, 1, shown=True))
+    log.write({"step": 1}, {"loss": 1.0}, 1)
+    log.write({"step": 2}, {"loss": 1.0}, 2)
+    assert capsys.readouterr().err.count("trackers cannot write (LookupError: no answer") == 1
+    accelerator.trackers = [Tracker()]
+    log.close()
+    assert "a tracker cannot write (LookupError: no answer" in capsys.readouterr().err
+
+
+def test_a_tracker_that_does_not_start_is_wrong_input(tmp_path, monkeypatch, capsys):
+    from accelerate import Accelerator
+
+    def fail(*arguments, **more):
+        raise LookupError("no key")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={tmp_path / 'run'}", *TINY, "run.trackers=[tensorboard]"]
+    assert main(words) == 2
+    assert "run.trackers: tensorboard cannot start: LookupError: no key" in capsys.readouterr().err

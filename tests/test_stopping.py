@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from launched import child_environment, limit
 
+from dkd.training import stopping
+
 TESTS = Path(__file__).resolve().parent
 RECIPE = """
 run: {trackers: []}
@@ -90,3 +92,17 @@ def test_signals_and_the_stop_file(recipe, tmp_path):
     assert student(run) == student(whole)
     assert ": finished (" in finish(start("status", run))[1]
     assert finish(start("status", recipe, f"run.dir={run}", "--print-directory")) == (0, f"{run}\n")
+
+
+def test_a_terminal_that_closes_asks_a_run_to_stop_unless_nohup_started_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for ignored in (False, True):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+            stopping.note_signals()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stopping.signalled() == (None if ignored else signal.SIGHUP)
+            stopping.stop_noting()
+            assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -399,7 +399,8 @@ class _Beginning:
 def _end_with_rank() -> None:
     """In a worker process: only the rank that it loads for ends it. Batch systems and launchers send signals to all processes of a job; a
     worker that obeyed would take its rank along, before that could write a checkpoint."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_obey_rank, name="signals", daemon=True).start()
 

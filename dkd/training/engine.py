@@ -27,6 +27,7 @@ from dkd import recipe_objects
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.changes import flat
 from dkd.global_batch import ranks_per_group
+from dkd.global_batch.collectives import all_gather_objects
 from dkd.models import TappedModel, block_classes, build_on_meta
 from dkd.teacher import FrozenTeacher
 from dkd.training import launch
@@ -36,6 +37,7 @@ from dkd.training.process_group import open_process_group
 from dkd.training.sharded_weights import parameter_counts
 from dkd.training.training_state import TrainingState
 from dkd.training.zero_state import ZeroTrainingState
+from dkd.user_code import describe_error
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -184,20 +186,31 @@ def _engine_or_none() -> str:
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, identity: str, again: bool, first_step: int) -> None:
-    """The recipe's trackers, under the run's name; a resumed run goes on where they allow it.
+    """Start the recipe's trackers, under the run's name; a resumed run continues in them where they allow it. A collective.
 
     Args:
         identity: of the run, the same at each start.
         again: this is not the first start.
         first_step: steps done by earlier starts; what TensorBoard has of later ones is superseded.
+
+    Raises:
+        RecipeError: on every rank: a tracker does not start, such as one whose server cannot be reached.
     """
+    if not recipe.run.trackers:
+        return
     more = {"tensorboard": {"purge_step": first_step + 1} if again else {}, "wandb": {"id": identity, "resume": "allow"}}
-    if recipe.run.trackers:
-        settings = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(recipe.model_dump()).items()
-        }
-        kwargs = {name: values for name, values in more.items() if name in recipe.run.trackers}
+    settings = {
+        key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(recipe.model_dump()).items()
+    }
+    kwargs = {name: values for name, values in more.items() if name in recipe.run.trackers}
+    reason = None
+    try:
         accelerator.init_trackers(recipe.run.name, config=settings, init_kwargs=kwargs)
+    except Exception as error:  # a tracker's own code, which runs on the main process alone: the others are to hear of it
+        reason = describe_error(error)
+    for reason in all_gather_objects(reason):
+        if reason is not None:
+            raise RecipeError.at("run.trackers", f"{', '.join(recipe.run.trackers)} cannot start: {reason}; leave it out, or mend it")
 
 
 def training_state(

@@ -1,4 +1,4 @@
-"""Where what a run says of itself goes: metrics.jsonl, trackers, and the person who watches it. A full disk ends none of it."""
+"""Where what a run reports of itself goes: metrics.jsonl, trackers, and the person who watches it. None of them can end the run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from dkd.training.progress import Progress
 from dkd.training.run_directory import RunDirectory
+from dkd.user_code import describe_error
 
 
 class RunLog:
@@ -36,8 +37,8 @@ class RunLog:
             return
         try:
             self._accelerator.log(dict(tracked), step=step)
-        except OSError as error:
-            self.say(f"warning: trackers cannot write ({error}); they get nothing more")
+        except Exception as error:  # a tracker's own code: a disk, a server or a connection that fails after days ends no training
+            self.say(f"warning: trackers cannot write ({describe_error(error)}); they get nothing more")
             self._accelerator.trackers = []
 
     def sync(self) -> None:
@@ -53,5 +54,5 @@ class RunLog:
         for tracker in self._accelerator.trackers:
             try:
                 tracker.finish()
-            except OSError as error:
-                self.say(f"warning: {tracker.name} cannot write ({error})")
+            except Exception as error:  # as above
+                self.say(f"warning: {tracker.name} cannot write ({describe_error(error)})")

@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM, SIGUSR1 or a file called STOP in its directory.
+"""Asking a run to stop: SIGTERM, SIGUSR1, SIGHUP (the terminal or the connection to it is gone) or a file called STOP in its directory.
 
 None of them does more than leave a note. The ranks read each other's notes together with a step's other numbers, and stop at the same step,
 behind a checkpoint.
@@ -18,7 +18,7 @@ from typing import Any
 
 from dkd import console
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "STOP"
 EXIT_CODE = 75
 """Of a process that stopped when asked: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -38,6 +38,8 @@ def note_signals() -> None:
     told.setblocking(False)
     signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
     for number in SIGNALS:
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # started by nohup: the run is to outlive its terminal
         _before[number] = signal.signal(number, _note)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_stop_without_launcher, args=(os.getppid(),), name="launcher", daemon=True).start()
@@ -65,6 +67,7 @@ def stop_noting() -> None:
     for number, before in _before.items():
         signal.signal(number, signal.SIG_IGN if launched else before)
     signal.set_wakeup_fd(-1)
+    _before.clear()
     _asked, _wakeup = None, None
 
 
@@ -75,7 +78,7 @@ def signalled() -> int | None:
     if wakeup is not None:
         with suppress(BlockingIOError):
             for number in wakeup.recv(4096):
-                if number in SIGNALS:
+                if number in _before:
                     _asked = number
     return _asked
 
