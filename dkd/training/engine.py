@@ -203,12 +203,12 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, identity: str, agai
         key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat(recipe.model_dump()).items()
     }
     kwargs = {name: values for name, values in more.items() if name in recipe.run.trackers}
-    reason = None
+    own = None
     try:
         accelerator.init_trackers(recipe.run.name, config=settings, init_kwargs=kwargs)
     except Exception as error:  # a tracker's own code, which runs on the main process alone: the others are to hear of it
-        reason = describe_error(error)
-    for reason in all_gather_objects(reason):
+        own = describe_error(error)
+    for reason in all_gather_objects(own):
         if reason is not None:
             raise RecipeError.at("run.trackers", f"{', '.join(recipe.run.trackers)} cannot start: {reason}; leave it out, or mend it")
 
