@@ -67,6 +67,8 @@ ATTEMPTS = 100
 """Images that are tried in the place of one that cannot be read."""
 PREFETCH = 2
 """Batches that each worker process loads ahead."""
+_SMALL = 3 * 128 * 128
+"""Numbers in an image up to which a whole batch of them is augmented at once, where the transform can."""
 _HELD = 2
 """Batches that an evaluation has at a time: one, and the next one that it takes."""
 _LOOK_EVERY = 1.0  # seconds between looks at a worker that is waited for
@@ -105,26 +107,41 @@ class _Samples(Dataset[Batch]):
             return self._batch_in_memory(pixels, self._of_batches, keys, writer)
         labels: list[int] = []
         unreadable: list[str] = []
+        small: dict[torch.Size, list[tuple[int, torch.Tensor, int]]] = {}  # of each size: rows, images and their seeds
         for epoch, index in keys:
             if index < 0:
                 continue
             image, used = self._image(epoch, index, unreadable)
-            if image is None:
-                if self.seed is None:
-                    continue
-            else:
-                self._check_size(image)
-                writer.write(len(labels), image)
+            if image is None and self.seed is None:
+                continue
+            if image is not None:
+                if self._of_batches is not None and image.numel() <= _SMALL:
+                    small.setdefault(image.shape, []).append((len(labels), image, self._seed_of(epoch, used)))
+                else:
+                    self._write(writer, len(labels), self._augmented(image, epoch, used))
             labels.append(int(self.source.labels[used]))
+        for of_one_size in small.values():
+            rows, images, seeds = zip(*of_one_size, strict=True)
+            assert self._of_batches is not None
+            for row, image in zip(rows, self._of_batches.of_batch(torch.stack(images), seeds), strict=True):
+                self._write(writer, row, image)
         if not writer.begun:
             writer.begin(self._any_shape())
         return writer.finished(labels, tuple(unreadable))
 
-    def _check_size(self, image: torch.Tensor) -> None:
+    def _augmented(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        if self._of_batches is not None:
+            return self._of_batches.of_batch(image[None], [self._seed_of(epoch, index)])[0]
+        if self.seed is not None:
+            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+        return self.transform(image)
+
+    def _write(self, writer: _Writer, row: int, image: torch.Tensor) -> None:
         if self.image_size is not None and tuple(image.shape[-2:]) != (self.image_size, self.image_size):
             # The other ranks' batches have the usual size; a model that takes any would let them meet with features that do not fit.
             size = f"{image.shape[-1]}×{image.shape[-2]}"
             raise DataError(f"images of {size} pixels, not {self.image_size}×{self.image_size}; add a Resize or a crop")
+        writer.write(row, image)
 
     def _batch_in_memory(
         self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]], writer: _Writer
@@ -140,13 +157,12 @@ class _Samples(Dataset[Batch]):
         return 0 if self.seed is None else mix(self.seed, epoch, index)
 
     def _image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
-        """A sample's image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
+        """A sample's decoded image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
         tried, reason = index, ""
         for attempt in range(ATTEMPTS):
             self._mark(tried)
             try:
-                decoded = self.source.image(tried)
-                break
+                return self.source.image(tried), tried
             except DataError as error:
                 reason = one_line(str(error))
                 if attempt == 0:
@@ -156,13 +172,7 @@ class _Samples(Dataset[Batch]):
                 # As everything that is drawn: the same for any number of ranks and workers.
                 nearby = self.source.neighbours(index)
                 tried = nearby[mix(self.seed or 0, epoch, index, attempt) % len(nearby)]
-        else:
-            raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
-        if self._of_batches is not None:
-            return self._of_batches.of_batch(decoded[None], [self._seed_of(epoch, tried)])[0], tried
-        if self.seed is not None:
-            torch.default_generator.manual_seed(mix(self.seed, epoch, tried))
-        return self.transform(decoded), tried
+        raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
 
     def _mark(self, index: int) -> None:
         if self.marks is not None and (worker := get_worker_info()) is not None:
