@@ -124,7 +124,7 @@ def export_student(
 
 
 def _mode_of_new_files(folder: Path) -> int:
-    """What the umask leaves of rw-rw-rw-."""
+    """Return what the umask leaves of rw-rw-rw-."""
     probe = folder / "mode"
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return stat.S_IMODE(probe.stat().st_mode)

@@ -111,7 +111,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
 Shape = tuple[int, ...]
 
 _shapes_of: dict[str, tuple[Shape, dict[str, Shape]]] = {}
-"""By model and image size: the shape of the logits, and of each tap that was asked for so far."""
+"""Holds by model and image size the shape of the logits, and of each tap that was asked for so far."""
 
 
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[Shape, dict[str, Shape]]:

@@ -157,7 +157,7 @@ class _Gallery:
 
 
 def _is_of_a_report(path: Path) -> bool:
-    """Whether a report wrote this picture: its text chunks come first."""
+    """Return whether a report wrote this picture: its text chunks come first."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
