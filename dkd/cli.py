@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 INTERRUPTED = 130  # by SIGINT, as shells say it
 OPEN_FILES = 256
-"""That a process may need at once: 8 worker processes, their batches, and libraries that are loaded on the way."""
+"""A process may need this many at once, for 8 worker processes, their batches, and libraries that are loaded on the way."""
 _MOST_DIGITS = 12
 _MOST_SECONDS = 86_400
 
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problems_of_input(error: BaseException) -> list[str] | None:
-    """A line for each thing that is wrong with what this process was given; None for any other error: that is a bug of dkd."""
+    """Return a line for each thing that is wrong with what this process was given, or None for any other error: that is a bug of dkd."""
     problems = getattr(error, "problems", None)
     if isinstance(error, InputError):
         return [str(problem) for problem in problems] if problems else [_one_line(error)]
@@ -211,11 +211,12 @@ def _allow_open_files() -> None:
         raise InputError(
             f"this process may open {highest} files at once, and dkd needs {OPEN_FILES}; raise the limit: ulimit -n {4 * OPEN_FILES}"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, highest))
+    wanted = 4 * OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if highest == unlimited else min(highest, wanted), highest))
 
 
 def _check_environment() -> None:
-    """For commands that a launcher may start. Raises RecipeError."""
+    """Refuse wrong environment variables, for commands that a launcher may start. Raises RecipeError."""
     from dkd.config import Problem, RecipeError
 
     found = environment.problems()
@@ -226,7 +227,7 @@ def _check_environment() -> None:
 
 @contextmanager
 def _refused_by_all() -> Iterator[None]:
-    """Before ranks have met: an error of input becomes a RecipeError. What is wrong with one machine, the ranks of the others hear, too."""
+    """Make a RecipeError of any error of input, and tell it to the other ranks, which have not met yet: it may be one machine's alone."""
     from dkd.config import RecipeError
 
     try:

@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 def shorten(text: str, longest: int = 1000) -> str:
-    """`text`, without its middle where it is longer than `longest` characters."""
+    """Return `text`, without its middle where it is longer than `longest` characters."""
     if len(text) <= longest:
         return text
     end = longest // 4

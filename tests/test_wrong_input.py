@@ -202,10 +202,11 @@ def test_too_few_open_files_are_said_at_once(capsys, monkeypatch, limits):
 
 def test_a_low_limit_of_open_files_is_raised_where_it_can_be(capsys, monkeypatch):
     limits = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
-    assert main(["inspect", "resnet8"]) == 0
-    assert limits == [(256, 4096)]
+    for highest in (4096, 300, resource.RLIM_INFINITY):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, highest=highest: (20, highest))
+        assert main(["inspect", "resnet8"]) == 0
+    assert limits == [(1024, 4096), (300, 300), (1024, resource.RLIM_INFINITY)]
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -10,7 +10,7 @@ from dkd.errors import InputError, shorten
 
 
 def shown(value: object) -> str:
-    """A value that somebody wrote, as a message quotes it."""
+    """Return a value that somebody wrote as a message quotes it."""
     return shorten(repr(value), longest=200)
 
 

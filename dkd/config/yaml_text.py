@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._level = 0
         self._extents: dict[int, _Extent] = {}
-        """Of each node, by its id: nodes live as long as their document."""
+        """The extent of each node, by its id: nodes live as long as their document."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._level += 1
@@ -137,7 +137,7 @@ class _Loader(yaml.SafeLoader):
             ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The later of two equal keys would win silently."""
+        """Refuse a key that is there twice: the later one would win silently."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:

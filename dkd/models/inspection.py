@@ -111,7 +111,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
 Shape = tuple[int, ...]
 
 _shapes_of: dict[str, tuple[Shape, dict[str, Shape]]] = {}
-"""By model and image size: the shape of the logits, and of each tap that was asked for so far."""
+"""Holds by model and image size the shape of the logits, and of each tap that was asked for so far."""
 
 
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[Shape, dict[str, Shape]]:
@@ -151,6 +151,7 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@_remembered
 def tap_dtypes(
     spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None, device_type: str = "cuda"
 ) -> dict[str, torch.dtype]:
@@ -196,7 +197,6 @@ class ModelCost:
     backward: int
 
 
-@_remembered
 def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True) -> ModelCost:
     """Counted on meta tensors, for two images. Of a model that cannot run on those, no operations are counted.
 
@@ -208,12 +208,19 @@ def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logi
     Raises:
         UnknownModelError: no such model.
     """
+    # On the way to the logits, every layer is passed once, forward and backward, whatever is tapped on that way.
+    return _cost(spec, () if needs_logits else tuple(taps), image_size, training)
+
+
+@_remembered
+def _cost(spec: ModelSpec, taps: tuple[str, ...], image_size: int, training: bool) -> ModelCost:
+    """Count to the last of `taps`, or where there are none to the logits."""
     model = build_on_meta(spec)
     parameters = sum(p.numel() for p in model.parameters())
     nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     try:
         with torch.device("meta"), torch.set_grad_enabled(training):
-            tapped = TappedModel(model.to("meta"), taps, needs_logits).train(training)
+            tapped = TappedModel(model.to("meta"), taps, needs_logits=not taps).train(training)
             images = torch.zeros(2, 3, image_size, image_size)
             with FlopCounterMode(display=False) as forward:
                 logits, features = tapped(images)

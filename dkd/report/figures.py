@@ -304,14 +304,14 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
 
 
 def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
-    """A legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the names afterwards."""
+    """Draw a legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the names afterwards."""
     legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)
     for text, name in zip(legend.get_texts(), drawn, strict=True):
         text.set_text(console.printable(name))
 
 
 class _PlainPowers(LogFormatter):
-    """Labels of a logarithmic axis without mathematics, which `drawing_names` turns off."""
+    """Labels a logarithmic axis without mathematics, which `drawing_names` turns off."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -324,7 +324,7 @@ def _plain_powers(axis: Axes) -> None:
 
 
 def drawing_names() -> AbstractContextManager[Any]:
-    """Inside, where figures are made and drawn, a name with dollars in it is a name and no formula."""
+    """Return a context in which figures are to be made and drawn: a name with dollars in it is a name there, and no formula."""
     return matplotlib.rc_context({"text.parse_math": False})
 
 

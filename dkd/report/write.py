@@ -12,6 +12,7 @@ from statistics import median
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dkd import console
 from dkd.config import RecipeError
 from dkd.config.loss_sections import WeightSchedule
 from dkd.report import figures
@@ -25,7 +26,7 @@ _LONGEST_NAME = 200  # bytes of a picture's name, before its ending
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = print
+    paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = console.say
 ) -> list[Path]:
     """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
 
@@ -158,7 +159,7 @@ class _Gallery:
 
 
 def _is_of_a_report(path: Path) -> bool:
-    """Whether a report wrote this picture: its text chunks come first."""
+    """Return whether a report wrote this picture: its text chunks come first."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
