@@ -245,6 +245,7 @@ def test_a_run_is_not_overwritten_unasked(recipe_file, capsys):
 def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
     run = recipe_file.parent / "run"
     run.mkdir()
+    (run / "provenance.json").write_text("[]")
     (run / "recipe.yaml").write_text(recipe_to_yaml(load_recipe(recipe_file, ["train.epochs=7", "losses.kd.alpha=2"])))
     assert main(["train", str(recipe_file), "losses.kd=null"]) == 2
     lines = capsys.readouterr().err.splitlines()
