@@ -291,7 +291,7 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
     begun = time.monotonic()
     order.epoch(0)
     drawn = time.monotonic() - begun
-    loaded = TrainingBatches(source, lambda image: image, order, workers)
+    loaded = TrainingBatches(source, lambda image: image, order, workers, image_size=8)
     begun = time.monotonic()
     from_start = loaded.steps(0, 3 * order.steps_per_epoch)
     next(from_start)
