@@ -100,8 +100,8 @@ def dkd_batches(
 
 
 class Before(torch.utils.data.Dataset[Any]):
-    """Load images as dkd did before: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are stacked,
-    and a batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
+    """Load images as dkd did before: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are
+    stacked, and a batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
 
     def __init__(self, pattern: str, preset: str, streaming: bool) -> None:
         from torchvision.transforms import v2
