@@ -100,8 +100,8 @@ def dkd_batches(
 
 
 class Before(torch.utils.data.Dataset[Any]):
-    """Loading as it was: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are stacked, and a
-    batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
+    """Load images as dkd did before: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are
+    stacked, and a batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
 
     def __init__(self, pattern: str, preset: str, streaming: bool) -> None:
         from torchvision.transforms import v2
@@ -131,7 +131,7 @@ class Before(torch.utils.data.Dataset[Any]):
 
 
 def encoded_image(source: Any, index: int) -> bytes:
-    """What the file holds of an image of parquet, opened in either way."""
+    """Return the bytes that a parquet file, opened in either way, holds of an image."""
     from dkd.data import RowGroups
 
     if isinstance(source, RowGroups):
@@ -181,7 +181,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def different_pixels(pattern: str, preset: str, streaming: bool, workers: int) -> tuple[int, int]:
-    """How many images of one epoch were compared with those of the way before, and how many of them differ."""
+    """Count the images of one epoch that were compared with those of the way before, and those that differ."""
     from dkd.data import TrainingBatches, build_pipeline
 
     before = Before(pattern, preset, streaming)
@@ -198,7 +198,7 @@ def different_pixels(pattern: str, preset: str, streaming: bool, workers: int) -
 
 
 def cpu_seconds() -> float:
-    """Of this process and its workers."""
+    """Return the CPU time that this process and its live workers have used, seconds."""
     total = time.process_time()
     for process in multiprocessing.active_children():
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -207,7 +207,7 @@ def cpu_seconds() -> float:
 
 
 def cost(batches: Iterator[torch.Tensor], seconds: float) -> tuple[float, float]:
-    """Microseconds of CPU time an image, and images a second."""
+    """Measure the CPU time of an image, microseconds, and images a second."""
     for _ in range(4):  # workers are up, files are in memory
         next(batches)
     begun, used, count = time.monotonic(), cpu_seconds(), 0
@@ -291,7 +291,7 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
     begun = time.monotonic()
     order.epoch(0)
     drawn = time.monotonic() - begun
-    loaded = TrainingBatches(source, lambda image: image, order, workers)
+    loaded = TrainingBatches(source, lambda image: image, order, workers, image_size=8)
     begun = time.monotonic()
     from_start = loaded.steps(0, 3 * order.steps_per_epoch)
     next(from_start)

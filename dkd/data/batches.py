@@ -43,22 +43,22 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FilledSlot:
-    """A batch that a worker process has left in a slot: what it sends in the place of a Batch, whose other fields these are."""
+    """Stands for a batch that a worker process has written into a slot, and is sent in its place. The other fields are those of Batch."""
 
     slots: int
-    """The number of the BatchSlots."""
+    """Tells which BatchSlots: their number."""
     slot: int
     channels_last: bool
     valid: int
     unreadable: tuple[str, ...]
 
     def batch(self) -> Batch:
-        """In the process that made the slots. The slot is free when the batch's tensors are gone."""
+        """Read the batch, in the process that made the slots. The slot becomes free when the batch's tensors are gone."""
         images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, to_be_freed=True)
         return Batch(images, labels, self.valid, self.unreadable)
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory. DataLoader's thread for that calls it."""
+        """Copy the batch into page-locked memory. DataLoader's thread for that calls this method."""
         batch = self.batch()
         return batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
 
@@ -66,11 +66,11 @@ class FilledSlot:
 ATTEMPTS = 100
 """Images that are tried in the place of one that cannot be read."""
 PREFETCH = 2
-"""Batches that each worker process loads ahead."""
+"""Each worker process loads so many batches ahead."""
 _SMALL = 3 * 128 * 128
-"""Numbers in an image up to which a whole batch of them is augmented at once, where the transform can."""
+"""Images of up to so many numbers are augmented a batch at a time, where the transform can do that."""
 _HELD = 2
-"""Batches that an evaluation has at a time: one, and the next one that it takes."""
+"""An evaluation has so many batches at a time: one, and the next one that it takes."""
 _LOOK_EVERY = 1.0  # seconds between looks at a worker that is waited for
 
 
@@ -157,7 +157,7 @@ class _Samples(Dataset[Batch]):
         return 0 if self.seed is None else mix(self.seed, epoch, index)
 
     def _image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
-        """A sample's decoded image and the index that it came from; None when it cannot be read, and none is to stand in for it."""
+        """Decode a sample's image. Returns it with the index that it came from; None when it cannot be read and none is to replace it."""
         tried, reason = index, ""
         for attempt in range(ATTEMPTS):
             self._mark(tried)
@@ -216,7 +216,7 @@ class _Writer:
         self._images, self._labels = empty_batch(self._rows, shape, channels_last, memory)
 
     def write(self, row: int, image: torch.Tensor) -> None:
-        """uint8 (3, H, W) into that row. Raises DataError for one that is not like the first."""
+        """Copy a uint8 image (3, H, W) into that row. Raises DataError for an image that is not like the first."""
         if not self.begun:
             # As the image lies in memory: to transpose it costs more than the copy.
             self.begin(image.shape, image.dim() == 3 and image.stride(0) == 1)
@@ -229,13 +229,13 @@ class _Writer:
         self._blank.discard(row)
 
     def write_all(self, images: torch.Tensor) -> None:
-        """uint8 (n, 3, H, W) into the first n rows."""
+        """Copy uint8 images (n, 3, H, W) into the first n rows."""
         self.begin(images.shape[1:])
         self._images[: len(images)].copy_(images)
         self._blank.difference_update(range(len(images)))
 
     def finished(self, labels: Sequence[int], unreadable: tuple[str, ...] = ()) -> Batch | FilledSlot:
-        """The batch, rows that were not written blank, and the labels of its first rows."""
+        """Return the batch: rows that were not written are blank, and `labels` belong to its first rows."""
         for row in self._blank:
             self._images[row].zero_()
         self._labels[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
@@ -245,14 +245,14 @@ class _Writer:
         return Batch(self._images, self._labels, len(labels), unreadable)
 
     def give_up(self) -> None:
-        """There will be no batch."""
+        """Give the memory back: there will be no batch."""
         if self._slot is not None and self._slots is not None:
             self._slots.give_back(self._slot)
 
 
 def _memory_to_send(size: int) -> torch.Tensor:
-    """Memory for a batch that no slot is free for. Made here, since what DataLoader's own thread cannot send is lost without a word. Raises
-    DataError."""
+    """Take memory for a batch that no slot is free for. The worker takes it itself, since a batch that DataLoader's thread cannot send is
+    lost without a word. Raises DataError."""
     try:
         return new_shared_memory(size)
     except RuntimeError as error:
@@ -268,12 +268,12 @@ def one_line(text: str) -> str:
 
 
 def described(error: Exception) -> str:
-    """What went wrong in loading, in one line."""
+    """Describe what went wrong in loading, in one line."""
     return one_line(str(error) if isinstance(error, DataError) else f"{type(error).__name__} in loading: {error}")
 
 
 class _Loading(Iterator[Batch]):
-    """The batches of some keys, loaded by worker processes where there are any; those are forked at once.
+    """Iterates over the batches of some keys. Worker processes, where there are any, load them, and are forked at once.
 
     Where image sizes are known, nothing raises but MemoryError: what goes wrong with the workers is the `failure` of all batches from there
     on.
@@ -366,13 +366,13 @@ class _Loading(Iterator[Batch]):
         return Batch(images, torch.zeros(self._rows, dtype=torch.int64), 0, (), failure)
 
     def _end_workers(self) -> None:
-        """In a thread, since it takes a while, and other ranks wait for this one to tell them."""
+        """End the workers in a thread: it takes a while, and the other ranks wait for this one."""
         held, self._iterator = [self._iterator], None
         threading.Thread(target=_end, args=(held, self._marks.pids()), name="ending workers").start()
 
 
 def _slots(held: int, workers: int) -> int:
-    """Slots that each of a rank's worker processes needs: for the batches that it loads ahead, and its share of those held."""
+    """Count the slots that each worker process of a rank needs: for the batches that it loads ahead, and its share of those held."""
     return PREFETCH + -(-held // max(1, workers))
 
 
@@ -396,7 +396,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 class _Beginning:
-    """What a worker process does first."""
+    """Prepares a worker process for its work."""
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
@@ -473,12 +473,12 @@ class TrainingBatches:
 
     @property
     def _held(self) -> int:
-        """Batches that the trainer has at a time: those of a step, and the next one that it takes."""
+        """Count the batches that the trainer has at a time: those of a step, and the next one that it takes."""
         return self.order.micro_steps + 1
 
     @property
     def shared_bytes(self) -> int:
-        """The most memory that this rank shares with its worker processes for batches; 0 without workers."""
+        """Tells how many bytes this rank shares with its worker processes for batches, at most; 0 without workers."""
         return _shared_bytes(self._samples, self.order.micro_batch, self._held, self._workers)
 
 

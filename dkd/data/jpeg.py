@@ -1,4 +1,4 @@
-"""JPEG files by the fastest decoder whose pixels are Pillow's, bit for bit.
+"""Decodes JPEG files by the fastest decoder whose pixels are Pillow's, bit for bit.
 
 Pillow is the reference: which files can be read, how they are turned, and every pixel. Where simplejpeg is installed
 (`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow's, it decodes the files that are
@@ -18,7 +18,7 @@ import PIL
 from PIL import Image
 
 Decode = Callable[[bytes], np.ndarray]
-"""A JPEG file's content -> uint8 (H, W, 3), RGB. Raises ValueError for anything unusual in it."""
+"""Maps a JPEG file's content to uint8 (H, W, 3), RGB. Raises ValueError for anything unusual in it."""
 
 _SOI = b"\xff\xd8"
 _BASELINE, _PROGRESSIVE, _SCAN = 0xC0, 0xC2, 0xDA
@@ -27,39 +27,39 @@ _RESTARTS, _JFIF, _ADOBE = 0xDD, 0xE0, 0xEE
 
 
 class Kind(NamedTuple):
-    """What of a file decides which code decodes it."""
+    """Tells what of a file decides which code decodes it."""
 
     progressive: bool
     sampling: tuple[int, ...]
-    """Of the three components, as the frame header writes it: 0x22 is 2 by 2."""
+    """Holds the sampling of the three components as the frame header writes it: 0x22 is 2 by 2."""
     restarts: bool
     colours: str
-    """What says that they are YCbCr: `JFIF`, `Adobe`, or nothing (the default)."""
+    """Names what says that colours are YCbCr: `JFIF`, `Adobe`, or nothing (the default)."""
 
 
 class Header(NamedTuple):
-    """The frame header of a JPEG file of three components of 8 bits."""
+    """Holds what the header of a JPEG file of three components of 8 bits says."""
 
     kind: Kind
     height: int
     width: int
     plain: bool
-    """No metadata but JFIF's: nothing that could turn the image, and nothing in it that Pillow might refuse."""
+    """Tells that there is no metadata but JFIF's: nothing that turns the image, and nothing that Pillow might refuse."""
 
 
 @dataclass(frozen=True)
 class JpegDecoder:
-    """What decodes JPEG files in this process."""
+    """Decodes the JPEG files of this process, or leaves them to Pillow."""
 
     name: str
-    """With its version; and where that is Pillow, why."""
+    """Names the decoder with its version, and where that is Pillow, the reason."""
     decode: Decode | None
-    """None: Pillow decodes all files."""
+    """Is None where Pillow decodes all files."""
     kinds: frozenset[Kind] = frozenset()
-    """Of files, for which the pixels have been compared."""
+    """Holds the kinds of files whose pixels have been compared."""
 
     def header(self, content: bytes) -> Header | None:
-        """The header of a file that `pixels` may decode; None for one that is Pillow's to decode."""
+        """Read the header of a file that `pixels` may decode. Returns None for a file that Pillow is to decode."""
         header = read_header(content) if self.decode is not None else None
         if header is None or header.kind not in self.kinds:
             return None
@@ -67,7 +67,7 @@ class JpegDecoder:
         return header if limit is None or header.width * header.height <= limit else None
 
     def pixels(self, content: bytes, header: Header) -> np.ndarray | None:
-        """uint8 (H, W, 3), or None for a file that has something unusual in it: Pillow is to say whether it can be read."""
+        """Decode a file to uint8 (H, W, 3). Returns None where something in it is unusual: Pillow then tells whether it can be read."""
         assert self.decode is not None
         try:
             pixels = self.decode(content)
@@ -79,7 +79,7 @@ class JpegDecoder:
 
 
 def read_header(content: bytes) -> Header | None:
-    """None for anything but a well-formed header of three components of 8 bits."""
+    """Read a file's header. Returns None for anything but a well-formed header of three components of 8 bits."""
     if content[:2] != _SOI:
         return None
     position, frame, restarts, jfif, adobe, plain = 2, None, False, False, -1, True
@@ -118,7 +118,7 @@ def read_header(content: bytes) -> Header | None:
 
 @functools.cache
 def jpeg_decoder() -> JpegDecoder:
-    """What decodes JPEG files in this process: chosen once, by decoding the trial images."""
+    """Return what decodes JPEG files in this process. It is chosen once, by decoding the trial images."""
     pillow = f"Pillow {PIL.__version__}"
     try:
         import simplejpeg
@@ -138,7 +138,7 @@ def jpeg_decoder() -> JpegDecoder:
 
 
 def tried_kinds(decode: Decode) -> frozenset[Kind] | str:
-    """The kinds of the trial images, when all are decoded as by Pillow; else why this decoder cannot be used."""
+    """Return the kinds of the trial images when all are decoded as by Pillow, else the reason why this decoder cannot be used."""
     kinds = set()
     try:
         for content in trial_images():
@@ -156,8 +156,8 @@ def tried_kinds(decode: Decode) -> frozenset[Kind] | str:
 
 
 def trial_images() -> Iterator[bytes]:
-    """JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise that overflows, progressive
-    scans, restart markers, and the three ways to say that colours are YCbCr."""
+    """Make JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise that overflows,
+    progressive scans, restart markers, and the three ways to say that colours are YCbCr."""
     generator = np.random.default_rng(0)
     ways: list[dict[str, Any]] = [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"progressive": True, "restart_marker_rows": 1}]
     sizes = (1, 1), (9, 7), (16, 16), (33, 18), (70, 47), (157, 39)

@@ -141,8 +141,8 @@ def check_labels(source: ImageSource, classes: int) -> None:
 
 
 def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W), a view of rows of RGB pixels, turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and CMYK
-    become RGB, alpha is dropped."""
+    """Return uint8 (3, H, W), a view of rows of RGB pixels, turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and
+    CMYK become RGB, alpha is dropped."""
     upright = ImageOps.exif_transpose(image) if image.getexif() else image
     if upright.mode.startswith("I;16"):
         # Pillow would cut 16 bits to 8 instead of scaling them.
@@ -153,12 +153,12 @@ def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def _of_rows(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) -> a view (3, H, W): a transposed copy would cost as much as half the decoding, and resizing would undo it."""
+    """View uint8 (H, W, 3) as (3, H, W): a transposed copy would cost as much as half the decoding, and resizing would undo it."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_pixels(content: bytes) -> torch.Tensor:
-    """uint8 (3, H, W) from an image file's content, as `to_rgb_tensor` makes it of what Pillow decodes. Raises what Pillow raises."""
+    """Decode an image file's content to uint8 (3, H, W), as `to_rgb_tensor` makes it of Pillow's image. Raises what Pillow raises."""
     decoder = jpeg_decoder()
     header = decoder.header(content)
     if header is not None and header.plain:
@@ -262,7 +262,7 @@ def _open_image(file: Any) -> Image.Image:
 
 
 class _HuggingFace(_Indexed):
-    """A `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes.
+    """Reads a `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes.
 
     Args:
         folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
@@ -292,7 +292,7 @@ class _HuggingFace(_Indexed):
 
 
 def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None, folder: str | None = None) -> torch.Tensor:
-    """uint8 (3, H, W) from a cell of an image column: encoded bytes, or {bytes, path}. Raises DataError, naming the image.
+    """Decode a cell of an image column, encoded bytes or {bytes, path}, to uint8 (3, H, W). Raises DataError, naming the image.
 
     Args:
         folder: the data set's, where a path without bytes may lead to a file; None: nowhere.
@@ -307,7 +307,7 @@ def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None, fol
 
 
 def _file_of_data_set(path: str, folder: str | None) -> bytes:
-    """The content of a file that a cell names instead of holding it. A data set may come from anybody: it must not choose which files of
+    """Read the file that a cell names instead of holding its content. A data set may come from anybody: it must not choose which files of
     this machine are opened. Raises ValueError for a path that leads out of the data set's folder, by links too."""
     if folder is None:
         raise ValueError("its cell holds a path and no bytes, and this kind of data set has no folder for it; store the images' bytes")
@@ -319,7 +319,7 @@ def _file_of_data_set(path: str, folder: str | None) -> bytes:
 
 
 def read_file(path: str) -> bytes:
-    """A regular file's content. Raises OSError, and ValueError for what is no regular file: a pipe would wait for ever."""
+    """Read a regular file. Raises OSError, and ValueError for what is no regular file: a pipe would wait for ever."""
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is no regular file")
@@ -393,7 +393,7 @@ _BLOCK, _BLOCKS_A_FILE, _BLOCKS_IN_ALL, _SMALL = 4096, 8, 4096, 2**20
 
 
 def content_mark(files: Sequence[str]) -> str:
-    """A digest that differs when one of the files has been replaced, without reading terabytes: of each file its size and time of change,
+    """Compute a digest that differs when a file has been replaced, without reading terabytes: of each file its size and time of change,
     its end (where parquet keeps its footer, with the sizes and statistics of all row groups), and blocks spread evenly over it; of a file
     up to 1 MiB, all of it. Inode numbers and times of status changes are left out: they differ between machines that hold copies of the
     same files. Raises OSError."""
@@ -419,7 +419,7 @@ def _content_digest(path: str, blocks: int) -> bytes:
 
 
 def common_folder(files: Sequence[str]) -> str:
-    """The folder that holds all of them, in subfolders or not."""
+    """Find the folder that holds all files, in subfolders or not."""
     return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in files])
 
 
@@ -483,7 +483,7 @@ def _hub(spec: str, training: bool, image_column: str | None, label_column: str 
 
 
 class _Folder(_Indexed):
-    """PATH/CLASS/NAME.jpg, in subfolders of a class too, in the order of torchvision's ImageFolder."""
+    """Reads PATH/CLASS/NAME.jpg, in subfolders of a class too, in the order of torchvision's ImageFolder."""
 
     def __init__(self, path: str) -> None:
         import pyarrow as pa
@@ -514,8 +514,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def _classes_of_folder(path: str) -> dict[str, list[str]]:
-    """Names of the folders in `path`, sorted, each with the paths of its images. Links are followed, but not to where `path` itself lies,
-    nor twice to one folder. Raises OSError."""
+    """List the folders in `path`, sorted by name, each with the paths of its images. Links are followed, but not to where `path` itself
+    lies, nor twice to one folder. Raises OSError."""
     with os.scandir(path) as entries:
         tops = {entry.name: os.path.join(path, entry.name) for entry in sorted(entries, key=lambda entry: entry.name) if entry.is_dir()}
     above = [os.path.realpath(path)]
@@ -526,7 +526,7 @@ def _classes_of_folder(path: str) -> dict[str, list[str]]:
 
 
 def _images_below(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Paths of images in `top` and its folders but for those `seen`, sorted by folder and name."""
+    """List the images in `top` and its folders except those `seen`, sorted by folder and name."""
     found: list[tuple[str, list[str]]] = []
     unread = [top]
     while unread:

@@ -91,8 +91,8 @@ class CropAndFlip:
 
 
 class ResizedCropAndFlip:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip: the same draws, the same pixels, in half the time on an image whose pixels
-    have their three colours side by side, as a decoder leaves them.
+    """Crops and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip do: the same draws, the same pixels, in half the time on
+    an image whose pixels have their three colours side by side, as a decoder leaves them.
 
     Args:
         size: side of what comes out, pixels.
@@ -103,7 +103,7 @@ class ResizedCropAndFlip:
         self._size = [size, size]
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, h, w) -> (3, size, size). What is random is drawn from torch's default generator."""
+        """Map uint8 (3, h, w) to (3, size, size). What is random is drawn from torch's default generator."""
         place = self._crop.make_params([image])
         top, left = place["top"], place["left"]
         region = image[:, top : top + place["height"], left : left + place["width"]]
@@ -114,7 +114,7 @@ class ResizedCropAndFlip:
 
 
 class _Contiguous(torch.nn.Module):
-    """Channels one after the other in memory, as torchvision's transforms expect them: the last bit of some depends on it."""
+    """Lays channels one after the other in memory: the last bit of some of torchvision's transforms depends on that."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image.contiguous()

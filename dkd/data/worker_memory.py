@@ -1,4 +1,4 @@
-"""Memory that a rank shares with the worker processes that it forks: batches, and signs of how far each worker has come.
+"""Holds memory that a rank shares with the worker processes that it forks: for batches, and for signs of how far each worker is.
 
 A batch through DataLoader's own queues is a file in /dev/shm, made, zeroed and mapped anew each time, which costs as much as decoding its
 images; where it does not fit, a thread of the worker drops it, and the rank waits for ever. The slots here are mapped once, before the
@@ -22,7 +22,7 @@ _FREE, _TAKEN = 0, 1
 
 
 def empty_batch(rows: int, shape: torch.Size, channels_last: bool, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images (rows, 3, H, W) and int64 labels (rows,), not set, in one piece of memory.
+    """Return uint8 images (rows, 3, H, W) and int64 labels (rows,), not set, in one piece of memory.
 
     Args:
         shape: (3, H, W).
@@ -38,7 +38,7 @@ def empty_batch(rows: int, shape: torch.Size, channels_last: bool, memory: torch
 
 
 def batch_bytes(rows: int, shape: torch.Size) -> int:
-    """Bytes of a batch's images and labels."""
+    """Count the bytes of a batch's images and labels."""
     return _aligned(rows * shape.numel()) + _aligned(8 * rows)
 
 
@@ -47,15 +47,15 @@ def _aligned(size: int) -> int:
 
 
 def new_shared_memory(size: int) -> torch.Tensor:
-    """uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it does not fit."""
+    """Return uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it does not fit."""
     # What torch's own collate functions call in a worker; share_memory_() would copy.
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
 
 class BatchSlots:
-    """Slots for batches of one size, of which each worker process has its own. A worker fills a free slot and sends its number; the rank
-    reads the batch there, and when the last tensor of it is gone, the slot is free.
+    """Holds slots for batches of one size, of which each worker process has its own. A worker fills a free slot and sends its number; the
+    rank reads the batch there, and when the last tensor of it is gone, the slot is free.
 
     Args:
         workers: worker processes.
@@ -78,11 +78,11 @@ class BatchSlots:
 
     @classmethod
     def of(cls, number: int) -> BatchSlots:
-        """Those of that number, in the process that made them."""
+        """Return the slots of that number, in the process that made them."""
         return cls._known[number]
 
     def take(self, worker: int) -> int | None:
-        """In a worker process: one of its slots that is free, now taken; None when the rank holds on to all."""
+        """Take one of its free slots, in a worker process. Returns None when the rank holds on to all."""
         for slot in range(worker * self.slots, (worker + 1) * self.slots):
             if self._states[slot] == _FREE:
                 self._states[slot] = _TAKEN
@@ -90,7 +90,7 @@ class BatchSlots:
         return None
 
     def give_back(self, slot: int) -> None:
-        """In a worker process: nothing was sent of it."""
+        """Give back a slot of which nothing was sent, in a worker process."""
         self._states[slot] = _FREE
 
     def _free(self, slot: int) -> None:
@@ -98,11 +98,11 @@ class BatchSlots:
             self._states[slot] = _FREE
 
     def taken(self) -> int:
-        """How many slots are."""
+        """Count the slots that are taken."""
         return sum(self._states[:])
 
     def tensors(self, slot: int, channels_last: bool, to_be_freed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `empty_batch`, in a slot.
+        """Return images and labels as `empty_batch` does, in a slot.
 
         Args:
             to_be_freed: the slot is free once no tensor is left that shares this memory.
@@ -115,31 +115,31 @@ class BatchSlots:
 
 
 class Marks:
-    """How far worker processes have come: each leaves its process id, how many images it has read, and which one it is at."""
+    """Tells how far worker processes are: each leaves its process id, how many images it has begun to read, and which one it is at."""
 
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * 3 * 8)
         self._marks = np.frombuffer(self._memory, dtype=np.int64).reshape(workers, 3)
 
     def begin(self, worker: int) -> None:
-        """In worker process `worker`, once."""
+        """Leave the process id, in worker process `worker`."""
         self._marks[worker, 0] = os.getpid()
 
     def reach(self, worker: int, index: int) -> None:
-        """In worker process `worker`: it begins to read image `index`."""
+        """Note, in worker process `worker`, that it begins to read image `index`."""
         self._marks[worker, 2] = index
         self._marks[worker, 1] += 1
 
     def pids(self) -> list[int]:
-        """Of the workers that have begun."""
+        """List the process ids of the workers that have begun."""
         return [int(pid) for pid in self._marks[:, 0] if pid]
 
     def count(self, worker: int) -> int:
-        """Images that it has begun to read."""
+        """Count the images that a worker has begun to read."""
         return int(self._marks[worker, 1])
 
     def describe(self, worker: int) -> str:
-        """Which process it is and where."""
+        """Describe which process a worker is, and at which image."""
         pid, count, index = self._marks[worker].tolist()
         if not pid:
             return f"worker process {worker}, which has not started"

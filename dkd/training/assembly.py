@@ -253,8 +253,8 @@ def decode_into_memory(data: DataSection, source: ImageSource) -> ImageSource:
 
 
 def _most_in_memory(local_world_size: int) -> int:
-    """Bytes of decoded images that a rank keeps unasked: 1 GiB, and where memory is short, its share of an eighth of it. Each rank of a
-    machine keeps its own."""
+    """Return how many bytes of decoded images a rank keeps unasked: 1 GiB, and where memory is short, its share of an eighth of it. Each
+    rank of a machine keeps its own."""
     return min(2**30, machine.memory() // 8 // local_world_size)
 
 
@@ -262,8 +262,8 @@ MOST_WORKERS = 16  # of a rank, unasked; above it, the rank itself is what takes
 
 
 def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
-    """Worker processes of this rank: as the recipe says; by default none for images in memory, else a share of the cores that the ranks of
-    this machine may run on."""
+    """Count the worker processes of this rank: as the recipe says; by default none for images in memory, else a share of the cores that the
+    ranks of this machine may run on."""
     if data.workers != "auto":
         return data.workers
     if is_in_memory(source):

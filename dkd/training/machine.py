@@ -1,4 +1,4 @@
-"""What this process may use of the machine it runs on, which a container or a batch system may have cut to a part of it."""
+"""Tells what this process may use of its machine: a container or a batch system may allow a part of it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of memory: the machine's, or the least limit of the cgroups that this process is in."""
+    """Return the bytes of memory of the machine, or the least limit of the cgroups that this process is in."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [*_settings("memory.max"), *_settings("memory.limit_in_bytes", "memory")]
     return min([installed, *(int(limit) for limit in limits if limit.strip() != "max")])
 
 
 def _settings(name: str, controller: str = "") -> Iterator[str]:
-    """What files of that name hold, in this process's cgroup and those above it. Cgroups of version 1 have a tree for each controller."""
+    """Read the files of that name in this process's cgroup and those above it. Cgroups of version 1 have a tree for each controller."""
     for _, controllers, path in (line.split(":", 2) for line in _read(_OWN).splitlines()):
         if controller not in controllers.split(","):
             continue
@@ -44,7 +44,7 @@ def _settings(name: str, controller: str = "") -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
-    """Empty for a file that is not there, or not for this user."""
+    """Read a file. Returns an empty text where it is not there, or not for this user."""
     try:
         return path.read_text()
     except OSError:

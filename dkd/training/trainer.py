@@ -48,7 +48,7 @@ from dkd.training.watch import Watch
 
 STEPS_THAT_COMPARE_PASSES = 5
 WORKERS_SHARE = 0.8
-"""Of the ranks' timeout: how long a worker process of the loader may read nothing."""
+"""A worker process of the loader may read nothing for so much of the ranks' timeout."""
 _PHASES = ("waiting for images", "first pass of SP", "forward", "backward and update")
 Number = torch.Tensor | float
 _FORWARD, _MIXING = 0, 1  # what random numbers are for: each has its own
@@ -283,7 +283,7 @@ class Trainer:
         self._wait_for_workers(timeout)
 
     def _wait_for_workers(self, timeout: float) -> None:
-        """How long a worker process may read nothing: less than the other ranks wait for this one, so that all hear why it ends."""
+        """Set how long a worker process may read nothing: less than the other ranks wait for this one, so that all hear why it ends."""
         self.batches.timeout = self.validation.timeout = WORKERS_SHARE * timeout
 
     def _stop(self, steps_done: int) -> NoReturn:
