@@ -174,13 +174,14 @@ def test_every_recipe_of_the_repository_is_valid(recipe):
     assert all("no such file" in problem for problem in problems), problems  # a teacher that is not written yet
 
 
-def test_options_of_training_work_together(tmp_path):
-    """Compiled models, gradient clipping, a teacher with its own input, a schedule of loss weights, no decay on norm and bias."""
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_options_of_training_work_together(tmp_path, compiled):
+    """Compiled models (a minute's work for a compiler), gradient clipping, a teacher with its own input, a schedule of loss weights, no decay on norm and bias."""
     run(
         sys.executable, "-m", "dkd", "train", "configs/quickstart.yaml", f"run.dir={tmp_path}/run", "teacher.weights=random",
         "teacher.input_size=32", "teacher.normalization={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}", "losses.at.resize=map",
         "losses.kd=null", "losses.at.beta={start: 100, end: 0, schedule: cosine}", "losses.ce.label_smoothing=0.1",
-        "optimizer.decay_norm_and_bias=false", "train.clip_grad_norm=1.0", "train.compile.teacher=true", "train.compile.student=true",
+        "optimizer.decay_norm_and_bias=false", "train.clip_grad_norm=1.0", f"train.compile.teacher={compiled}", f"train.compile.student={compiled}",
         "run.trackers=[]", "run.log_every=2", *TINY,
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -70,8 +70,8 @@ def test_a_first_rank_that_comes_again_starts_those_that_waited_for_the_one_befo
 
 def test_who_did_not_come_is_named(store):
     found = together(store, (0, 1), timeout=pause(0.5))
-    assert "rank 2 did not come within 0.5 s; this is rank 0 on " in str(found[0])
-    assert "rank 0 did not start this rank within 0.5 s" in str(found[1])
+    assert f"rank 2 did not come within {pause(0.5):g} s; this is rank 0 on " in str(found[0])
+    assert f"rank 0 did not start this rank within {pause(0.5):g} s" in str(found[1])
 
 
 def test_a_rank_that_cannot_take_part_tells_all(store):
