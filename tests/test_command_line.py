@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launched import limit
 
 from dkd import load_student
 from dkd.cli import main
@@ -19,7 +20,7 @@ TINY = ["train.max_steps=3", "train.precision=fp32", "train.global_batch=32", "t
 
 def run(*command, cwd=ROOT):
     result = subprocess.run(
-        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=limit(300), env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
@@ -176,12 +177,14 @@ def test_every_recipe_of_the_repository_is_valid(recipe):
 
 @pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_options_of_training_work_together(tmp_path, compiled):
-    """Compiled models (a minute's work for a compiler), gradient clipping, a teacher with its own input, a schedule of loss weights, no decay on norm and bias."""
+    """Compiled models (a minute's work for a compiler), gradient clipping, a teacher with its own input, a schedule of loss weights, no
+    decay on norm and bias."""
     run(
         sys.executable, "-m", "dkd", "train", "configs/quickstart.yaml", f"run.dir={tmp_path}/run", "teacher.weights=random",
         "teacher.input_size=32", "teacher.normalization={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}", "losses.at.resize=map",
         "losses.kd=null", "losses.at.beta={start: 100, end: 0, schedule: cosine}", "losses.ce.label_smoothing=0.1",
-        "optimizer.decay_norm_and_bias=false", "train.clip_grad_norm=1.0", f"train.compile.teacher={compiled}", f"train.compile.student={compiled}",
+        "optimizer.decay_norm_and_bias=false", "train.clip_grad_norm=1.0", 
+        f"train.compile.teacher={compiled}", f"train.compile.student={compiled}",
         "run.trackers=[]", "run.log_every=2", *TINY,
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launched import limit
 
 from dkd.config import load_recipe
 
@@ -22,7 +23,7 @@ def dry_run(script, *words, **variables):
     environment = {key: value for key, value in os.environ.items() if key not in names and not key.startswith("SLURM")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", **variables}
     command = ["bash", str(LAUNCH / script), "--dry-run", *words]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=30)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=limit(30))
     assert result.returncode == 0, result.stdout + result.stderr
     return shlex.split(result.stdout.splitlines()[-1])
 
@@ -75,7 +76,7 @@ def test_each_seed_has_a_run_of_its_own_whatever_the_recipes_name(tmp_path, name
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "node.sh"], ids=lambda path: path.name)
 def test_without_a_recipe_a_script_says_how_it_is_used(script):
-    result = subprocess.run(["bash", script], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    result = subprocess.run(["bash", script], capture_output=True, text=True, cwd=ROOT, timeout=limit(30))
     assert result.returncode == 2
     assert "--dry-run" in result.stdout
 
@@ -83,7 +84,7 @@ def test_without_a_recipe_a_script_says_how_it_is_used(script):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed; make test-cluster installs Debian's")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    result = subprocess.run(["shellcheck", script], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["shellcheck", script], capture_output=True, text=True, timeout=limit(60))
     assert result.returncode == 0, result.stdout
 
 

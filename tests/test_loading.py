@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import limit, pause
 
 from dkd.cli import main
 from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches, open_source
@@ -68,7 +69,7 @@ def alive(pid):
 
 def test_a_worker_that_hangs_is_named_with_its_image_and_ended():
     # Two workers: the first has images 0 to 9, the second 10 to 19.
-    batches = in_order(Numbered(20, at=12, action=stop_this_process), 5, 2, timeout=0.5)
+    batches = in_order(Numbered(20, at=12, action=stop_this_process), 5, 2, timeout=pause(3))
     loading = iter(batches)
     pids = [process.pid for process in multiprocessing.active_children()]
     assert next(loading).failure == ""
@@ -80,10 +81,10 @@ def test_a_worker_that_hangs_is_named_with_its_image_and_ended():
     assert failed.valid == 0
     # As many batches as the other ranks have, at once: they all end together.
     assert [batch.failure for batch in loading] == [failed.failure] * 2
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < limit(20)
     pid = int(failed.failure.split("(pid ")[1].split(")")[0])
     assert pid in pids
-    end = time.monotonic() + 30
+    end = time.monotonic() + limit(30)
     while alive(pid) and time.monotonic() < end:  # a stopped process obeys nothing but SIGKILL
         multiprocessing.active_children()
         time.sleep(0.1)
@@ -99,16 +100,16 @@ def test_a_worker_that_is_killed_ends_all_ranks_together():
 def test_a_slow_worker_is_waited_for():
     """It takes longer for its batch than the limit, but no image does."""
     source = Numbered(6, at=-1)
-    source.image = lambda index: time.sleep(0.4) or torch.full((3, 8, 8), index, dtype=torch.uint8)
-    (batch,) = in_order(source, 6, 1, timeout=1.5)
+    source.image = lambda index: time.sleep(pause(0.6)) or torch.full((3, 8, 8), index, dtype=torch.uint8)
+    (batch,) = in_order(source, 6, 1, timeout=pause(3))
     assert batch.failure == ""
     assert batch.images[:, 0, 0, 0].tolist() == list(range(6))
 
 
 def test_a_training_of_one_process_ends_when_its_loader_hangs(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(
+        f"run: {{trackers: [], start_timeout: {pause(4)}, collective_timeout: {pause(4)}}}"
         """
-run: {trackers: [], start_timeout: 1.2, collective_timeout: 1.2}
 data: {train: "python:few_images:hanging", validation: "python:few_images:hanging", classes: 10, transforms: digits, image_size: 8,
   workers: 1, in_memory: false}
 student: {name: resnet8}
@@ -202,7 +203,7 @@ def test_a_small_shared_memory_is_enough_and_an_error_where_it_is_not():
         [*command, f'{mount} && exec "$@"', "bash", sys.executable, "-c", SMALL_SHARED_MEMORY],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=limit(60),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )

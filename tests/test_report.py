@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from few_images import encoded
+from launched import limit
 
 from dkd.cli import main
 from dkd.config import load_recipe, recipe_to_yaml
@@ -30,7 +31,7 @@ def runs(tmp_path_factory):
     taught += [f"teacher.weights={folder}/teacher/student.safetensors", "losses.kd.alpha={start: 0.9, end: 0.1}"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml", "--num_processes", "2"]
     command = [sys.executable, *launch, "--main_process_port", "0", "-m", "dkd", "train", *taught]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(300))
     assert result.returncode == 0, result.stderr[-3000:]
     alone = [f"run.dir={folder}/alone", "teacher=null", "losses.at=null", "losses.sp=null", "losses.kd=null"]
     assert main(["train", "configs/quickstart.yaml", *SMALL, *alone]) == 0

@@ -166,7 +166,7 @@ def test_a_container_without_the_jobs_variables_gets_those_that_tell_a_restart_f
     variables |= {"PATH": path, "CONTAINER": f"env -i PATH={path}", "ENGINE": "x", "SLURM_NNODES": "1", "PROCESSES_PER_NODE": "1"}
     variables |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "MAX_RESTARTS": "0", **job}
     command = ["bash", ROOT / "launch" / "slurm" / "node.sh", "train", "recipe.yaml"]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit(30))
     assert result.returncode == 0, result.stderr
     inside = dict(line.partition("=")[::2] for line in (tmp_path / "accelerate.environment").read_text().splitlines())
     assert {name: inside.get(name) for name in job} == job

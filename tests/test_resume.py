@@ -54,8 +54,8 @@ def variants(world):
     return found
 
 
-# What `make test-all` adds: engines that share the code of one that runs (the stages of ZeRO that of each other); one process, where engines
-# other than DDP have nothing to share, and on which two processes show the rest as well; two processes for what one shows.
+# What `make test-all` adds: engines that share the code of one that runs (the stages of ZeRO that of each other); one process, on which
+# engines other than DDP have nothing to share, for what two processes show as well; and two processes for what one shows.
 SHORTENED = {
     1: ("fsdp2, ", "zero1, ", "zero2, ", "zero3, ", "ddp, worker", "ddp, tied", "full disk", "streaming"),
     2: ("zero1, worker", "zero1, tied", "zero2, accumulated", "zero2, tied", "fsdp2, worker", "any step", "bf16"),

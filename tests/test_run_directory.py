@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import limit
 from safetensors.torch import load_file
 
 from dkd.checkpoints import CheckpointFolder
@@ -68,7 +69,7 @@ def launched(*words):
     """By torch's launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420, env=environment)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(420), env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
@@ -604,7 +605,7 @@ for device in ("cpu", "meta"):
     command = [sys.executable, "-c", code, run / "student.safetensors"]
     if os.geteuid() == 0:
         command = ["setpriv", "--reuid=65534", "--clear-groups", *command]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(60))
     assert result.stdout.count("cannot be read: Permission denied") == 2, result
 
 

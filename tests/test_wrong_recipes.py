@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
+from launched import limit
 
 from dkd.cli import main
 from dkd.config import load_recipe, recipe_to_yaml
@@ -289,7 +290,7 @@ def test_a_wrong_recipe_ends_every_process_of_a_launch(recipe_file):
         "train",
         str(recipe_file),
     ]
-    result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=limit(120))
     assert result.returncode != 0
     assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == ["dkd: data.train: no file matches 'x.parquet'"]
 
