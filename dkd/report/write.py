@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dkd import console
+from dkd.atomic_files import replacing
 from dkd.config import RecipeError
 from dkd.config.loss_sections import WeightSchedule
 from dkd.report import figures
@@ -153,8 +154,10 @@ class _Gallery:
         for path in earlier:
             path.unlink()
         for path, png in pictures.items():
-            _replace(path, png)
-        _replace(output, self.page.html().encode(errors="backslashreplace"))
+            with replacing(path) as unfinished:
+                unfinished.write_bytes(png)
+        with replacing(output) as unfinished:
+            unfinished.write_bytes(self.page.html().encode(errors="backslashreplace"))
         return [output, *pictures]
 
 
@@ -164,18 +167,6 @@ def _is_of_a_report(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return f"Software\0{_MARK}".encode() in file.read(1024)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in a new place and move it to `path`: a link there is replaced, not followed, and a reader sees a whole file."""
-    unfinished = path.with_name(f".writing-{os.getpid()}")
-    unfinished.unlink(missing_ok=True)
-    try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-            file.write(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
