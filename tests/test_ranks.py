@@ -343,6 +343,15 @@ def test_all_ranks_choose_the_precision_that_each_is_fast_in(results, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_a_machine_with_another_recipe_or_teacher_ends_all_ranks_and_what_differs_is_named(results, world):
+    ranks = returned(results, world, "ranks_with_other_recipes_or_teachers")
+    assert all(rank == ranks[0] for rank in ranks)
+    said = f"losses.sp.gamma: is 2000.0 on rank {world - 1}, where rank 0 has 3000.0; every rank needs the same recipe"
+    assert ranks[0]["recipe"] == said
+    assert ranks[0]["teacher"].startswith(f"teacher.weights: rank {world - 1} has loaded other weights (")
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_that_skips_a_step_ends_all_ranks_and_is_named(results, world):
     messages = set(returned(results, world, "a_rank_that_skips_a_step_ends_all_ranks"))
     assert len(messages) == 1

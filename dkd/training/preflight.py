@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from dkd import recipe_objects
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.changes import flat
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
 from dkd.data.transforms import transforms_by_name
@@ -82,6 +84,37 @@ def open_sources(recipe: Recipe) -> tuple[ImageSource, ImageSource]:
     if problems:
         raise RecipeError(problems)
     return opened["train"], opened["validation"]
+
+
+# A machine may keep its own copies of files; that they are the same is checked by their content.
+_MAY_DIFFER = {"run.dir", "data.train", "data.validation", "data.root", "data.workers", "student.weights", "teacher.weights"}
+
+
+def check_same_recipe(recipe: Recipe) -> None:
+    """Check that all ranks have the same recipe, but for places of files: a machine with an older copy would train another thing. A
+    collective. Raises RecipeError on every rank."""
+    own = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if key not in _MAY_DIFFER}
+    if len(set(all_gather_objects(hashlib.sha256(repr(own).encode()).hexdigest()))) == 1:
+        return
+    first, *others = all_gather_objects(own)
+    for rank, theirs in enumerate(others, 1):
+        keys = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+        if keys:
+            what = f"on rank {rank}, where rank 0 has"
+            raise RecipeError(
+                [Problem(key, f"is {theirs.get(key)!r} {what} {first.get(key)!r}; every rank needs the same recipe") for key in keys]
+            )
+
+
+def check_same_teacher(fingerprint: str) -> None:
+    """Check that all ranks have loaded the same teacher. A collective. Raises RecipeError on every rank."""
+    ranks = all_gather_objects(fingerprint)
+    other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)
+    if other is not None:
+        raise RecipeError.at(
+            "teacher.weights",
+            f"rank {other} has loaded other weights ({ranks[other][:12]}) than rank 0 ({ranks[0][:12]}): are the files the same?",
+        )
 
 
 def check_same_data(training: Mapping[str, Any], validation: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ class Trainer:
         # Read once: the file of DeepSpeed's settings may move or change while training runs.
         self.engine = launch.engine()
         engine.join(recipe)
+        preflight.check_same_recipe(recipe)
         # From here on, the recipe leaves nothing to the hardware.
         self.recipe, self.notes = hardware.settle(recipe, existing)
         recipe = self.recipe
@@ -113,6 +114,7 @@ class Trainer:
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_models(recipe, self.device)
+        preflight.check_same_teacher(self.teacher.fingerprint if self.teacher is not None else "")
         student = engine.place(student, recipe, self.device, to_be_sharded=self.engine in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()

@@ -5,15 +5,18 @@ import json
 import os
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from few_images import write_images
 from launched import STEPS
+from safetensors.torch import save_file
 
+from dkd.config import RecipeError
 from dkd.config.loading import validate
 from dkd.global_batch import BatchLayout, collectives, gram
 from dkd.losses import similarity_preserving
-from dkd.models import weights_fingerprint
+from dkd.models import ModelSpec, build_model, weights_fingerprint
 from dkd.training import assembly, hardware, preflight, two_passes
 from dkd.training import trainer as trainer_module
 from dkd.training.endings import TrainingError
@@ -164,6 +167,31 @@ def ranks_whose_hardware_differs(folder):
             trainer = Trainer(recipe_of(folder, name, changes))
             trainer.run()
             found[name] = [trainer.recipe.train.precision, trainer.recipe.teacher.weights_dtype, *trainer.notes]
+    return found
+
+
+def ranks_with_other_recipes_or_teachers(folder):
+    """The last rank has an older copy of the recipe, then other weights of the teacher; its own place of the data is no difference."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    last = rank == size - 1
+    weights = folder / f"teacher_{int(last)}.safetensors"
+    if rank in (0, size - 1):
+        torch.manual_seed(int(last))
+        save_file(build_model(ModelSpec("wrn_16_1", 10)).state_dict(), weights)
+    if dist.is_initialized():
+        dist.barrier()
+    found = {}
+    for name, changes in (
+        ("recipe", {"losses": {"sp": {**RECIPE["losses"]["sp"], "gamma": 2000 if last else 3000}}, "data": {"workers": rank}}),
+        ("teacher", {"teacher": {"weights": str(weights)}}),
+    ):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        try:
+            Trainer(recipe_of(folder, f"other_{name}", changes))
+            found[name] = "no error"
+        except RecipeError as error:
+            found[name] = str(error)
     return found
 
 
@@ -412,6 +440,7 @@ def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
 
 
 CASES = [
+    ranks_with_other_recipes_or_teachers,
     ranks_whose_hardware_differs,
     streaming_from_three_files,
     an_unreadable_image_ends_all_ranks,
