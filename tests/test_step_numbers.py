@@ -104,3 +104,40 @@ def test_a_student_whose_logits_are_not_finite_does_not_end_with_exit_code_0(tmp
     out, err = capsys.readouterr()
     assert only_json(out)["loss"] is None
     assert "dkd: the loss is not finite (nan)" in err
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_terms_of_a_single_micro_step_are_logged_as_they_are_and_those_of_several_averaged(tmp_path, micro_steps):
+    from dkd.training.trainer import Trainer
+
+    train = {**RECIPE["train"], "micro_batch": 32 // micro_steps}
+    trainer = Trainer(validate({**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}, "train": train}))
+    seen, losses = [], trainer._losses
+
+    def noted(*arguments):
+        total, terms, counts = losses(*arguments)
+        seen.append(terms["ce"])
+        return total, terms, counts
+
+    trainer._losses = noted
+    terms, _ = trainer._step(0, trainer.batches.steps(0, 1))
+    trainer.run_dir.close()
+    assert len(seen) == micro_steps
+    if micro_steps == 1:
+        assert terms["ce"] is seen[0]  # nothing was computed of it
+    assert terms["ce"].item() == pytest.approx(sum(value.item() for value in seen) / micro_steps, rel=1e-6)
+
+
+def test_the_launchs_engine_is_read_once_and_not_in_every_step(tmp_path, monkeypatch):
+    """DeepSpeed's file may move or change while training runs."""
+    from dkd.training import launch
+    from dkd.training.trainer import Trainer
+
+    trainer = Trainer(validate({**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}))
+
+    def asked_again():
+        raise AssertionError("the environment was read again")
+
+    for name in ("engine", "deepspeed_settings"):
+        monkeypatch.setattr(launch, name, asked_again)
+    assert trainer.run().samples == 449

@@ -332,7 +332,9 @@ class Trainer:
                 skipped = self._update()
             for summed, values in zip(sums, logged, strict=True):
                 for name, value in values.items():
-                    summed[name] = summed.get(name, 0.0) + value / self.order.micro_steps
+                    # Nothing is computed where there is one micro-step: on GPUs these would be a dozen launches a step.
+                    share = value if self.order.micro_steps == 1 else value / self.order.micro_steps
+                    summed[name] = summed[name] + share if name in summed else share
         if skipped:
             self.statistics.forget_step()
         else:
