@@ -180,7 +180,7 @@ class TrainSection(Section):
     chosen at the run's first start and kept by its resumes. fp32 is IEEE arithmetic on GPUs too; tf32 lets their convolutions and matrix
     products round to TF32. fp16 and tf32 need a GPU. fp64 is everything in float64: slow, for telling rounding from error."""
     channels_last: AutoSwitch = "auto"
-    """The memory format of images and convolution weights. auto: true, unless the hardware is far slower with it; kept by resumes."""
+    """The memory format of images and convolution weights. auto: true; a resumed run keeps what it was begun with."""
     sync_batch_norm: Switch = False
     """BatchNorm's batch is that of all ranks in a micro-step, not the micro-batch: dependent on the number of ranks. Needs DDP on GPUs."""
     clip_grad_norm: Positive | None = None

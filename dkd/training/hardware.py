@@ -7,6 +7,9 @@ RUN/recipe.yaml. A resumed run keeps it on whatever hardware it resumes: its ari
     older GPU                      fp16; fp32 where fp16's loss scaling cannot work (FSDP2, DeepSpeed, losses.gradient_at)
     CPU with bfloat16 units        bf16: AVX512-BF16 or AMX, or others on which a small convolution is measured to be faster in it
     any other CPU                  fp32: such CPUs emulate bfloat16, at a tenth of the speed of float32
+
+`channels_last: auto` is true everywhere. It was faster on every kind of CPU that was measured, and by so little that a clock on a busy
+machine would choose otherwise now and then: the same command would then be another training in its last bits.
 """
 
 from __future__ import annotations
@@ -30,10 +33,9 @@ from dkd.training.launches import Existing
 # A convolution of this size takes milliseconds, and shows the difference between units and emulation (2 times faster, 10 times slower).
 _IMAGES, _CHANNELS, _SIDE = 8, 32, 28
 _REPEATS = 5
-# Bounds far from both sides of what was measured (with units 1.3 to 3, emulated 0.05 to 0.15): a busy machine does not choose otherwise.
-_NOT_EMULATED = 0.5
+# A bound far from both sides of what was measured (with units 1.3 to 3, emulated 0.02 to 0.1): a busy machine does not choose otherwise.
+_NOT_EMULATED = 0.25
 _FASTER = 1.0
-_MUCH_SLOWER = 1.5
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,12 @@ class Hardware:
         name: of the processor, for people.
         bf16: whether bfloat16 is computed by units of its own.
         bf16_speed: how many times as fast as float32 a convolution was measured to be in bfloat16; None: not measured.
-        channels_last: whether convolutions in that format are not far slower than in torch's default one.
     """
 
     device: str
     name: str
     bf16: bool
     bf16_speed: float | None = None
-    channels_last: bool = True
 
 
 Measure = Callable[[torch.dtype, bool], float]
@@ -77,9 +77,8 @@ def probe(device: str, measure: Measure | None = None, capabilities: Mapping[str
     units = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     # The instructions may be there, and the library that convolves not use them. Without a list of instructions, the clock decides alone.
     bf16 = units and speed > _NOT_EMULATED if on_x86 else speed > _FASTER
-    formats = seconds[torch.bfloat16 if bf16 else torch.float32]
     name = str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
-    return Hardware(device, name, bf16, speed, formats[True] < _MUCH_SLOWER * formats[False])
+    return Hardware(device, name, bf16, speed)
 
 
 @functools.cache
@@ -127,10 +126,9 @@ def _synchronize(device: str) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the keys that say `auto` mean, and the reason in words."""
+    """What `train.precision: auto` means, and the reason in words."""
 
     precision: str
-    channels_last: bool
     reason: str
 
 
@@ -141,18 +139,17 @@ def choose(ranks: Sequence[Hardware], fp16_works: bool = True) -> Choice:
         ranks: of each rank, in rank order.
         fp16_works: whether engine and losses can train with fp16's loss scaling.
     """
-    channels_last = all(rank.channels_last for rank in ranks)
     without = next((i for i, rank in enumerate(ranks) if not rank.bf16), None)
     if without is None:
         speed = ranks[0].bf16_speed
         measured = "" if speed is None else f"; a convolution is {speed:.1f} times as fast as in float32"
-        return Choice("bf16", channels_last, f"{ranks[0].name} has bfloat16 units{measured}")
+        return Choice("bf16", f"{ranks[0].name} has bfloat16 units{measured}")
     name, where = ranks[without].name, f" of rank {without}" if len(set(ranks)) > 1 and len({r.bf16 for r in ranks}) > 1 else ""
     if all(rank.device == "cuda" for rank in ranks) and fp16_works:
-        return Choice("fp16", channels_last, f"{name}{where} has no bfloat16 units")
+        return Choice("fp16", f"{name}{where} has no bfloat16 units")
     speed = ranks[without].bf16_speed
     slow = "" if speed is None else f"; a convolution takes {1 / speed:.1f} times as long as in float32" if speed < 1 else ""
-    return Choice("fp32", channels_last, f"{name}{where} has no bfloat16 units{slow}")
+    return Choice("fp32", f"{name}{where} has no bfloat16 units{slow}")
 
 
 AUTO = ("train.precision", "train.channels_last", "teacher.weights_dtype")
@@ -186,7 +183,7 @@ def settled(
         lines += _emulation_warning(ranks)
     if channels_last == "auto":
         kept = (stored or {}).get("train.channels_last", "auto")
-        channels_last = choice.channels_last if kept == "auto" else kept
+        channels_last = kept == "auto" or kept
     train = train.model_copy(update={"precision": precision, "channels_last": channels_last})
     if teacher is not None and teacher.weights_dtype == "auto":
         kept = (stored or {}).get("teacher.weights_dtype", "auto")
@@ -236,7 +233,7 @@ def _own(recipe: Recipe) -> Hardware:
 
 def needs_probe(recipe: Recipe) -> bool:
     """Whether anything of the recipe depends on what the hardware is fast in."""
-    return recipe.train.precision in ("auto", "bf16") or recipe.train.channels_last == "auto"
+    return recipe.train.precision in ("auto", "bf16")
 
 
 def stored_choice(run_dir: Path) -> dict[str, Any] | None:
