@@ -1,5 +1,6 @@
 """Worker processes: the memory they share with their rank, and what happens when one hangs, is killed, or has no room for a batch."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -125,6 +126,76 @@ schedule: {name: cosine}
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())[0]["jpeg_decoder"] == decoder
     assert "rank 0: worker process 0 (pid " in said
     assert "at image 20, has read nothing for " in said
+
+
+NOT_BEGUN = """
+import os, sys, time
+sys.path.insert(0, "tests")
+from test_loading import Numbered, in_order
+from dkd.data import batches
+batches.START_SECONDS = float(sys.argv[1])
+left = 1 if sys.argv[2] == "once" else 99
+forked = 0
+
+def hang():  # as in a lock that a thread of the rank held when the worker was forked
+    if forked <= left:
+        time.sleep(3600)
+
+def count():
+    global forked
+    forked += 1
+
+os.register_at_fork(before=count, after_in_child=hang)
+for batch in in_order(Numbered(20), 5, 1, timeout=float(sys.argv[3])):
+    print(batch.failure or batch.labels.tolist(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("hangs", "timeout"), [("once", 60), ("always", 5)])
+def test_a_worker_that_is_stuck_before_it_begins_is_replaced(hangs, timeout):
+    result = subprocess.run(
+        [sys.executable, "-c", NOT_BEGUN, str(pause(2)), hangs, str(pause(timeout))],
+        capture_output=True,
+        text=True,
+        timeout=limit(120),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]  # and it ends: nothing waits for the process that hangs
+    lines = result.stdout.splitlines()
+    assert "warning: a worker process has not begun to load after " in result.stderr
+    if hangs == "once":
+        assert lines == [str(list(range(start, start + 5))) for start in range(0, 20, 5)]
+    else:
+        assert len(lines) == 4
+        assert all(line.startswith("worker process 0, which has not started, has read nothing for ") for line in lines)
+
+
+class Cycle:
+    """Garbage that only a collector finds; it notes which process collects it."""
+
+    def __init__(self, notes):
+        self.notes, self.itself = notes, self
+
+    def __del__(self):
+        with open(self.notes, "a") as file:
+            file.write(f"{os.getpid()} ")
+
+
+def test_workers_do_not_collect_the_garbage_of_their_rank(tmp_path):
+    source = Numbered(8)
+    source.image = lambda index: (gc.collect() and None) or torch.full((3, 8, 8), index, dtype=torch.uint8)
+    gc.collect()
+    gc.disable()  # so that the rank has not collected it when it forks
+    try:
+        Cycle(tmp_path / "notes")
+        frozen = gc.get_freeze_count()
+        assert [batch.failure for batch in in_order(source, 4, 2)] == ["", ""]
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "notes").read_text() == f"{os.getpid()} "
 
 
 def test_a_slot_is_free_when_the_last_tensor_of_its_batch_is_gone():

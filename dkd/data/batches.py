@@ -6,19 +6,23 @@ Each sample's augmentation is seeded by (seed, epoch, index): neither workers no
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from dkd import console
 from dkd.data.order import SampleOrder, StreamedOrder, mix
 from dkd.data.row_groups import RowGroups
 from dkd.data.sources import DataError, ImageSource, pixels_in_memory
@@ -72,6 +76,9 @@ _SMALL = 3 * 128 * 128
 _HELD = 2
 """An evaluation has so many batches at a time: one, and the next one that it takes."""
 _LOOK_EVERY = 1.0  # seconds between looks at a worker that is waited for
+START_SECONDS = 30.0
+"""A worker process that has not begun after so many seconds is stuck in a lock that it inherited: all workers are forked again, and have
+twice as long."""
 
 
 class _Samples(Dataset[Batch]):
@@ -289,7 +296,7 @@ class _Loading(Iterator[Batch]):
     def __init__(
         self,
         samples: _Samples,
-        keys: Sequence[list[tuple[int, int]]] | _Keys,
+        keys: Iterable[list[tuple[int, int]]],
         count: int,
         rows: int,
         workers: int,
@@ -297,29 +304,40 @@ class _Loading(Iterator[Batch]):
         held: int,
         timeout: Callable[[], float | None],
     ) -> None:
+        self._samples, self._keys, self._pin, self._held = samples, keys, pin, held
         self._count, self._rows, self._workers, self._timeout = count, rows, workers, timeout
         self._size = samples.image_size
         self._given = 0
         self._failure = ""
-        self._marks = Marks(max(1, workers))
-        if workers:
-            samples = copy.copy(samples)
+        self._start_seconds = START_SECONDS
+        self._start()
+
+    def _start(self) -> None:
+        """Fork the workers, where there are any, to load from the next batch on."""
+        self._first = self._given
+        self._marks = Marks(max(1, self._workers))
+        samples = copy.copy(self._samples)
+        if self._workers:
             samples.marks = self._marks
             if self._size is not None:
-                samples.slots = BatchSlots(workers, _slots(held, workers), rows, torch.Size((3, self._size, self._size)))
+                slots = _slots(self._held, self._workers)
+                samples.slots = BatchSlots(self._workers, slots, self._rows, torch.Size((3, self._size, self._size)))
         loader = DataLoader(
             samples,
-            batch_sampler=keys,
+            batch_sampler=_Keys(lambda: itertools.islice(iter(self._keys), self._first, None)),
             collate_fn=_as_it_is,  # type: ignore[arg-type]
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=_Beginning(self._marks) if workers else None,
-            prefetch_factor=PREFETCH if workers else None,
-            timeout=_LOOK_EVERY if workers else 0,
+            num_workers=self._workers,
+            pin_memory=self._pin,
+            worker_init_fn=_Beginning(self._marks) if self._workers else None,
+            prefetch_factor=PREFETCH if self._workers else None,
+            timeout=_LOOK_EVERY if self._workers else 0,
             # What workers share with their rank is inherited.
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context="fork" if self._workers else None,
         )
-        self._iterator: Iterator[Batch | FilledSlot] | None = iter(loader)
+        before = {process.pid for process in multiprocessing.active_children()}
+        with _garbage_stays():
+            self._iterator: Iterator[Batch | FilledSlot] | None = iter(loader)
+        self._pids = [process.pid for process in multiprocessing.active_children() if process.pid not in before]
 
     def __next__(self) -> Batch:
         if self._iterator is None and self._given == self._count:
@@ -327,7 +345,7 @@ class _Loading(Iterator[Batch]):
         found: Batch | FilledSlot = Batch(*_NOTHING, 0)
         if self._iterator is not None:
             try:
-                found = self._waited_for(self._iterator)
+                found = self._waited_for()
             except (StopIteration, MemoryError):
                 raise
             except Exception as error:  # of a worker that was killed, and of DataLoader's queues
@@ -341,13 +359,14 @@ class _Loading(Iterator[Batch]):
         failure = self._failure or batch.failure
         return self._blank(failure) if failure else batch
 
-    def _waited_for(self, iterator: Iterator[Batch | FilledSlot]) -> Batch | FilledSlot:
+    def _waited_for(self) -> Batch | FilledSlot:
         # DataLoader gives out and takes back batches in turn.
-        worker = self._given % max(1, self._workers)
+        worker = (self._given - self._first) % max(1, self._workers)
         seen, looked, waited = self._marks.count(worker), time.monotonic(), 0.0
         while True:
+            assert self._iterator is not None
             try:
-                return next(iterator)
+                return next(self._iterator)
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
@@ -359,6 +378,14 @@ class _Loading(Iterator[Batch]):
                 seen, waited = count, 0.0
             elif limit is not None and waited >= limit:
                 raise DataError(f"{self._marks.describe(worker)}, has read nothing for {waited:.0f} s: it hangs, or its disk does")
+            elif not self._marks.has_begun(worker) and waited >= self._start_seconds:
+                console.say(f"warning: a worker process has not begun to load after {waited:.0f} s; the worker processes are started again")
+                stuck: list[Iterator[Batch | FilledSlot] | None] = [self._iterator]
+                self._iterator = None
+                _end(stuck, self._pids)
+                self._start_seconds *= 2
+                self._start()
+                worker, seen, waited = 0, 0, 0.0
 
     def _blank(self, failure: str) -> Batch:
         assert self._size is not None
@@ -368,7 +395,7 @@ class _Loading(Iterator[Batch]):
     def _end_workers(self) -> None:
         """End the workers in a thread: it takes a while, and the other ranks wait for this one."""
         held, self._iterator = [self._iterator], None
-        threading.Thread(target=_end, args=(held, self._marks.pids()), name="ending workers").start()
+        threading.Thread(target=_end, args=(held, self._pids), name="ending workers").start()
 
 
 def _slots(held: int, workers: int) -> int:
@@ -382,7 +409,7 @@ def _shared_bytes(samples: _Samples, rows: int, held: int, workers: int) -> int:
     return workers * _slots(held, workers) * batch_bytes(rows, torch.Size((3, samples.image_size, samples.image_size)))
 
 
-def _end(held: list[Iterator[Batch | FilledSlot] | None], pids: list[int]) -> None:
+def _end(held: list[Iterator[Batch | FilledSlot] | None], pids: Collection[int | None]) -> None:
     """Give up a DataLoader's iterator, of which `held` has the only reference, and kill what it leaves: Python would wait for a worker that
     hangs before it exits."""
     held.clear()
@@ -393,6 +420,19 @@ def _end(held: list[Iterator[Batch | FilledSlot] | None], pids: list[int]) -> No
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+@contextmanager
+def _garbage_stays() -> Iterator[None]:
+    """Processes forked inside never collect objects that they inherit. Some of these are the rank's garbage, whose finalizers join threads
+    that no fork has, and wait for ever; and a collector that visits all that a rank holds makes copies of its memory."""
+    frozen_before = gc.get_freeze_count() > 0  # a host program that does the same
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
 
 
 class _Beginning:
@@ -425,7 +465,7 @@ def _obey_rank() -> None:
 
 
 class _Keys:
-    """An iterable of a rank's keys, made anew for each iteration."""
+    """Iterates over a rank's keys, made anew for each iteration."""
 
     def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
         self.make = make

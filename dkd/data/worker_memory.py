@@ -130,9 +130,9 @@ class Marks:
         self._marks[worker, 2] = index
         self._marks[worker, 1] += 1
 
-    def pids(self) -> list[int]:
-        """List the process ids of the workers that have begun."""
-        return [int(pid) for pid in self._marks[:, 0] if pid]
+    def has_begun(self, worker: int) -> bool:
+        """Tell whether a worker has left its process id."""
+        return bool(self._marks[worker, 0])
 
     def count(self, worker: int) -> int:
         """Count the images that a worker has begun to read."""
