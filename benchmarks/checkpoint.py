@@ -26,11 +26,23 @@ RECIPE = [
 ]  # fmt: skip
 
 
-def written(student: str, engine: str, background: bool, processes: int, folder: Path) -> tuple[list[dict[str, float]], float]:
+def written(
+    student: str, engine: str, background: bool, processes: int, folder: Path
+) -> tuple[list[dict[str, float]], float]:
     """The checkpoints of a training, but for the last, which nothing follows; and the median step in seconds."""
     run = folder / f"{engine}_{background}"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{engine}.yaml"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "dkd", "train", *RECIPE, f"student.name={student}"]
+    command += [
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+        "-m",
+        "dkd",
+        "train",
+        *RECIPE,
+        f"student.name={student}",
+    ]
     command += [f"run.dir={run}", f"checkpoint.background={str(background).lower()}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -44,7 +56,9 @@ def written(student: str, engine: str, background: bool, processes: int, folder:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="torchvision/resnet50", metavar="MODEL")
-    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero2"], metavar="NAME", help="files of launch/accelerate/")
+    parser.add_argument(
+        "--engines", nargs="+", default=["ddp", "fsdp2", "zero2"], metavar="NAME", help="files of launch/accelerate/"
+    )
     parser.add_argument("--processes", type=int, default=2, metavar="N")
     options = parser.parse_args()
     print(f"{'':>8} {'':>12} {'MB':>6} {'stands still, s':>16} {'writing, s':>11} {'a step, s':>10}")
@@ -59,7 +73,9 @@ def main() -> int:
                 seconds = statistics.median(c["seconds"] for c in checkpoints)
                 way = "background" if background else "waiting"
                 print(
-                    f"{engine:>8} {way:>12} {checkpoints[0]['bytes'] / 1e6:>6.0f} {stall:>16.3f} {seconds:>11.2f} {step:>10.2f}", flush=True
+                    f"{engine:>8} {way:>12} {checkpoints[0]['bytes'] / 1e6:>6.0f} {stall:>16.3f} {seconds:>11.2f} "
+                    f"{step:>10.2f}",
+                    flush=True,
                 )
             print(f"{engine:>8} {'':>12} {'':>6} {stalls[False] / stalls[True]:>15.1f}x shorter")
     return 0

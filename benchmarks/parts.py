@@ -61,7 +61,8 @@ def attention_backward() -> str:
 
 
 def around_a_step() -> str:
-    """A training step of a student alone on two tiny images: nearly all of it is what Python and torch do around the arithmetic."""
+    """A training step of a student alone on two tiny images: nearly all of it is what Python and torch do around the
+    arithmetic."""
     from benchmarks.step import Row
 
     options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=2)

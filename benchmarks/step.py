@@ -4,8 +4,9 @@
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
     python -m benchmarks.step --no-compile                             without the compiled rows, which take a minute to compile on a CPU
 
-One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a recipe. The rows are
-measured in turn, several rounds, and the median of each is shown; the last column is against the first row of the same round.
+One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a
+recipe. The rows are measured in turn, several rounds, and the median of each is shown; the last column is against the
+first row of the same round.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def forward_only(row: Row) -> list[float]:
 
 
 def shares(row: Row, steps: int) -> dict[str, float]:
-    """Share of the step's time in data, teacher, losses (their backward is the student's), and the student with backward and optimizer."""
+    """Share of the step's time in data, teacher, losses (their backward is the student's), and the student with
+    backward and optimizer."""
     trainer, spent = row.trainer, {"data": 0.0, "teacher": 0.0, "losses": 0.0}
 
     @contextlib.contextmanager
@@ -170,7 +172,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default 2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure torch.compile too")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure torch.compile too"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     np.random.seed(0)
@@ -196,14 +200,17 @@ def main() -> int:
         rows = [Row(title, options, folder, setting) for title, setting in settings.items()]
         device = rows[0].trainer.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
-        print(f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}")
+        print(
+            f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}"
+        )
         defaults = rows[list(settings).index("the defaults")]
         print("\n".join(f"the defaults: {note}" for note in defaults.trainer.notes))
         warm = {row.title: row.take(2)[-1] for row in rows}
         seconds: dict[str, list[float]] = {row.title: [] for row in rows}
         for _ in range(options.rounds):
             for row in rows:
-                # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates it.
+                # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates
+                # it.
                 steps = 1 if warm[row.title] > 5 * warm[rows[0].title] else options.steps
                 seconds[row.title].append(median(row.take(steps)))
         first = seconds[rows[0].title]

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
     from dkd.models import load_student
 
-__all__ = ["AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets", "load_student"]
+__all__ = [
+    "AttentionTransfer",
+    "CrossEntropy",
+    "GradientAttention",
+    "SimilarityPreserving",
+    "SoftTargets",
+    "load_student",
+]
 
 
 def __getattr__(name: str) -> Any:

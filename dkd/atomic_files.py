@@ -1,8 +1,9 @@
 """The one place that opens the files of a run directory.
 
-Writing follows no links: a run directory may be shared, and a link in it may lead to any file of this user. A file that is replaced
-appears whole or not at all, also after a power cut, and has the mode that the umask gives. Reading never raises on damage: it returns a
-reason, which a command can print as one line.
+Writing follows no links: a run directory may be shared, and a link in it may lead to any file of this user. A file that
+is replaced
+appears whole or not at all, also after a power cut, and has the mode that the umask gives. Reading never raises on
+damage: it returns a reason, which a command can print as one line.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ class LinkError(OSError):
 
 
 def open_to_append(path: Path) -> FileIO:
-    """Open a file to write at its end, unbuffered; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    """Open a file to write at its end, unbuffered; it is made when it is not there. Raises OSError, and LinkError for a
+    link."""
     return FileIO(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def open_lock(path: Path) -> FileIO:
-    """Open a file to lock it, and leave what it holds; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    """Open a file to lock it, and leave what it holds; it is made when it is not there. Raises OSError, and LinkError
+    for a link."""
     return FileIO(_open(path, os.O_RDWR | os.O_CREAT), "rb+")
 
 
@@ -44,14 +47,16 @@ def create(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file, in the place of an older one. A reader, also after a power cut, sees the old file or the new one. Raises OSError."""
+    """Write a file, in the place of an older one. A reader, also after a power cut, sees the old file or the new one.
+    Raises OSError."""
     with replacing(path) as unfinished, open(_open(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside `path`, with its suffix, to be written by a library; afterwards it takes the place of `path`.
+    """Yield the path of an empty file beside `path`, with its suffix, to be written by a library; afterwards it takes
+    the place of `path`.
 
     An older file stays as it is when the block raises. A link at `path` is replaced, not followed.
 
@@ -62,7 +67,8 @@ def replacing(path: Path) -> Iterator[Path]:
     descriptor = os.open(unfinished, _NEW, 0o666)
     try:
         try:
-            # What the umask, or the folder's default access list, makes of a file. Libraries may put a private one in its place.
+            # What the umask, or the folder's default access list, makes of a file. Libraries may put a private one in
+            # its place.
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         finally:
             os.close(descriptor)
@@ -83,7 +89,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, names: Collection[str]) -> None:
-    """Remove what `replacing` has left of the files `names` in a folder because its process was killed. Raises OSError."""
+    """Remove what `replacing` has left of the files `names` in a folder because its process was killed. Raises
+    OSError."""
     for entry in os.listdir(folder):
         if entry.startswith(_UNFINISHED) and entry.removeprefix(_UNFINISHED).partition("_")[2] in names:
             (folder / entry).unlink()

@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from dkd import __version__, console, environment
-from dkd.errors import InputError, shorten
+from dkd.errors import InputError
+from dkd.text import shorten
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
-    from dkd.training.launches import Existing
+    from dkd.runs.launches import IfRunExists
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # by SIGINT, as shells say it
 OPEN_FILES = 256
-"""A process may need this many at once, for 8 worker processes, their batches, and libraries that are loaded on the way."""
+"""A process may need this many at once, for 8 worker processes, their batches, and libraries that are loaded on the
+way."""
 _MOST_DIGITS = 12
 _MOST_SECONDS = 86_400
 
@@ -102,7 +104,9 @@ examples:
 }
 
 
-_IMPORTS = "Whatever the recipe names as module:callable (models, losses, data) is imported and called: that runs its code."
+_IMPORTS = (
+    "Whatever the recipe names as module:callable (models, losses, data) is imported and called: that runs its code."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (Exception, SystemExit) as error:
         if _is_data_error(error):
-            # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the others.
+            # An image that cannot be read, found on the way: whichever rank met it says so; the launcher ends the
+            # others.
             console.say(f"dkd: rank {os.environ.get('RANK', '0')}: {_one_line(error)}")
             return 1
         if options.started:
@@ -167,13 +172,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problems_of_input(error: BaseException) -> list[str] | None:
-    """Return a line for each thing that is wrong with what this process was given, or None for any other error: that is a bug of dkd."""
+    """Return a line for each thing that is wrong with what this process was given, or None for any other error: that is
+    a bug of dkd."""
     problems = getattr(error, "problems", None)
     if isinstance(error, InputError):
         return [str(problem) for problem in problems] if problems else [_one_line(error)]
     if isinstance(error, OSError):
         files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
-        return [shorten(f"{files}: {error.strerror}") if files and error.strerror else f"{type(error).__name__}: {_one_line(error)}"]
+        return [
+            shorten(f"{files}: {error.strerror}")
+            if files and error.strerror
+            else f"{type(error).__name__}: {_one_line(error)}"
+        ]
     if isinstance(error, SystemExit):  # dkd has none of its own here
         from dkd.user_code import describe_error
 
@@ -200,7 +210,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _allow_open_files() -> None:
-    """Raise this process's limit of open files, where it is low and the system lets it. Raises InputError where it stays low."""
+    """Raise this process's limit of open files, where it is low and the system lets it. Raises InputError where it
+    stays low."""
     import resource
 
     limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -209,7 +220,8 @@ def _allow_open_files() -> None:
         return
     if highest != unlimited and highest < OPEN_FILES:
         raise InputError(
-            f"this process may open {highest} files at once, and dkd needs {OPEN_FILES}; raise the limit: ulimit -n {4 * OPEN_FILES}"
+            f"this process may open {highest} files at once, and dkd needs {OPEN_FILES}; raise the limit: ulimit -n "
+            f"{4 * OPEN_FILES}"
         )
     wanted = 4 * OPEN_FILES
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if highest == unlimited else min(highest, wanted), highest))
@@ -227,7 +239,8 @@ def _check_environment() -> None:
 
 @contextmanager
 def _refused_by_all() -> Iterator[None]:
-    """Make a RecipeError of any error of input, and tell it to the other ranks, which have not met yet: it may be one machine's alone."""
+    """Make a RecipeError of any error of input, and tell it to the other ranks, which have not met yet: it may be one
+    machine's alone."""
     from dkd.config import RecipeError
 
     try:
@@ -236,7 +249,7 @@ def _refused_by_all() -> Iterator[None]:
     except RecipeError:
         if os.environ.get("WORLD_SIZE", "1") == "1" or not environment.ranks_can_meet():
             raise
-        from dkd.training import process_group
+        from dkd.distributed import process_group
 
         with process_group.tells_refusals():
             raise
@@ -255,24 +268,26 @@ def _train(options: argparse.Namespace) -> int:
     _check_environment()
     recipe = _load(options)
 
-    from dkd.training import preflight, process_group, stopping
+    from dkd.distributed import process_group, stop_signals
+    from dkd.preflight import checks
 
-    existing: Existing = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
+    existing: IfRunExists = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
     with process_group.tells_refusals(), _input_is_refused():
-        changes = preflight.check(recipe, existing, options.allow_recipe_change)
+        changes = checks.check(recipe, existing, options.allow_recipe_change)
     for change in changes:
         _say_once(f"the run goes on with another recipe: {change}")
     if options.dry_run:
         return _dry_run(recipe)
 
-    stopping.note_signals()
+    stop_signals.note_signals()
 
-    from dkd.training.endings import LostRankError, Stopped, TrainingError
-    from dkd.training.engine import leave_process_group
-    from dkd.training.meeting import MeetingError
+    from dkd.distributed.rendezvous import RendezvousError
+    from dkd.engines.engine import leave_process_group
+    from dkd.errors import LostRankError, Stopped, TrainingError
     from dkd.training.trainer import Trainer
 
-    # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the others.
+    # All ranks leave the group together, or the process just ends: with NCCL, leaving it alone would wait for the
+    # others.
     code = 0
     try:
         with process_group.tells_refusals(), _input_is_refused():
@@ -281,13 +296,13 @@ def _train(options: argparse.Namespace) -> int:
         trainer.run()
     except (TrainingError, Stopped) as error:
         _say_once(str(error))
-        code = stopping.exit_code() if isinstance(error, Stopped) else 1
-    except (LostRankError, MeetingError) as error:
+        code = stop_signals.exit_code() if isinstance(error, Stopped) else 1
+    except (LostRankError, RendezvousError) as error:
         console.say(f"dkd: rank {os.environ.get('RANK', '0')} cannot go on: {error}")
         # At once: what waits for the others at exit would wait for a rank that is gone.
         os._exit(1)
     finally:
-        stopping.stop_noting()
+        stop_signals.stop_noting()
     leave_process_group()
     return code
 
@@ -304,8 +319,8 @@ def _is_data_error(error: BaseException) -> bool:
 
 
 def _dry_run(recipe: Recipe) -> int:
+    from dkd.commands.dry_run import describe
     from dkd.config import recipe_to_yaml
-    from dkd.training.dry_run import describe
 
     described = describe(recipe)
     console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
@@ -315,10 +330,13 @@ def _dry_run(recipe: Recipe) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     _check_environment()
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        raise InputError("the launch asks for a dynamo_backend (ACCELERATE_DYNAMO_BACKEND); leave it out: an evaluation compiles nothing")
+        raise InputError(
+            "the launch asks for a dynamo_backend (ACCELERATE_DYNAMO_BACKEND); leave it out: an evaluation compiles "
+            "nothing"
+        )
 
-    from dkd.training import process_group
-    from dkd.training.engine import leave_process_group
+    from dkd.distributed import process_group
+    from dkd.engines.engine import leave_process_group
     from dkd.training.evaluate_export import evaluate_export
 
     try:
@@ -346,7 +364,7 @@ def _status(options: argparse.Namespace) -> int:
         console.show(str(run_dir))
         return 0
 
-    from dkd.training.status import describe
+    from dkd.runs.status import describe
 
     console.show(*describe(run_dir))
     return 0
@@ -356,8 +374,8 @@ def _launch_check(options: argparse.Namespace) -> int:
     _check_environment()
     recipe = None if options.recipe is None else _load(options)
 
-    from dkd.training.engine import leave_process_group
-    from dkd.training.launch_check import check_launch
+    from dkd.commands.launch_check.check import check_launch
+    from dkd.engines.engine import leave_process_group
 
     rank = os.environ.get("RANK", "0")
     try:
@@ -402,7 +420,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from dkd.training.plan import describe, plan
+    from dkd.commands.plan.plan import describe, plan
 
     console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
     return 0
@@ -436,7 +454,9 @@ def _export(options: argparse.Namespace) -> int:
 
     output = Path(options.output) if options.output else None
     try:
-        path, difference = export_student(Path(options.run), options.format, output, options.normalization, options.trust_code)
+        path, difference = export_student(
+            Path(options.run), options.format, output, options.normalization, options.trust_code
+        )
     except OtherLogitsError as error:
         console.say(f"dkd: {error}; nothing was written")
         return 1
@@ -445,7 +465,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _train_parser() -> argparse.ArgumentParser:
-    parser = _parser("train", "Train a student from a recipe; a run that is in run.dir already goes on behind its newest checkpoint.")
+    parser = _parser(
+        "train", "Train a student from a recipe; a run that is in run.dir already goes on behind its newest checkpoint."
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     parser.add_argument(
@@ -453,26 +475,45 @@ def _train_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"check everything that can be checked without training; print what would run. {_IMPORTS}",
     )
-    parser.add_argument("--fresh", action="store_true", help="start anew; refused where run.dir holds a run, unless --overwrite is given")
-    parser.add_argument("--overwrite", action="store_true", help="start anew and replace the run that is in run.dir already")
     parser.add_argument(
-        "--allow-recipe-change", action="store_true", help="go on with the run in run.dir although the recipe is no longer what it was"
+        "--fresh",
+        action="store_true",
+        help="start anew; refused where run.dir holds a run, unless --overwrite is given",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start anew and replace the run that is in run.dir already"
+    )
+    parser.add_argument(
+        "--allow-recipe-change",
+        action="store_true",
+        help="go on with the run in run.dir although the recipe is no longer what it was",
     )
     return parser
 
 
 def _evaluate_parser() -> argparse.ArgumentParser:
     parser = _parser("evaluate", "Exact top-1, top-5 and loss of a trained student: every sample counted once.")
-    parser.add_argument("target", metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint in it, or a student.safetensors")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the run's data and evaluation sections, train.precision")
     parser.add_argument(
-        "--trust-code", action="store_true", help="import the module:callable that a student.json names as its architecture"
+        "target", metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint in it, or a student.safetensors"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="keys of the run's data and evaluation sections, train.precision",
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the module:callable that a student.json names as its architecture",
     )
     return parser
 
 
 def _status_parser() -> argparse.ArgumentParser:
-    parser = _parser("status", "What has become of a run: finished, preempted or stopped; its newest checkpoint, its last numbers.")
+    parser = _parser(
+        "status", "What has become of a run: finished, preempted or stopped; its newest checkpoint, its last numbers."
+    )
     parser.add_argument("target", metavar="RUN_OR_RECIPE", help="a run directory, or the recipe that a run is of")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="with a recipe: as they were given to train")
     parser.add_argument("--print-directory", action="store_true", help="print the run's folder and nothing else")
@@ -482,11 +523,14 @@ def _status_parser() -> argparse.ArgumentParser:
 def _launch_check_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "launch-check",
-        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a minute. "
+        "Under the launcher of a training: are all ranks there, alike, and able to talk to each other? Ends in under a "
+        "minute. "
         f"With a RECIPE: {_IMPORTS}",
     )
     parser.add_argument("--seconds", type=_seconds, default=50, metavar="N", help="that it may take (default 50)")
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="a YAML file: it is checked, too, and its run.dir looked for"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     return parser
 
@@ -494,23 +538,37 @@ def _launch_check_parser() -> argparse.ArgumentParser:
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "inspect",
-        "Paths of a model that can be tapped, with output shapes and parameters. A MODEL of the form module:callable is imported and "
+        "Paths of a model that can be tapped, with output shapes and parameters. A MODEL of the form module:callable "
+        "is imported and "
         "called: that runs its code.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="as student.name in a recipe")
     parser.add_argument("--list", action="store_true", help="list the known names")
-    parser.add_argument("--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)")
-    parser.add_argument("--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)")
-    parser.add_argument("--norm", choices=("batch", "group", "none"), help="normalisation of the CIFAR models (none: nin_* only)")
+    parser.add_argument(
+        "--classes", type=_positive, default=1000, metavar="N", help="outputs of the head (default 1000)"
+    )
+    parser.add_argument(
+        "--image-size", type=_positive, default=224, metavar="PIXELS", help="side of the image (default 224)"
+    )
+    parser.add_argument(
+        "--norm", choices=("batch", "group", "none"), help="normalisation of the CIFAR models (none: nin_* only)"
+    )
     return parser
 
 
 def _report_parser() -> argparse.ArgumentParser:
-    parser = _parser("report", "One self-contained HTML page, and PNGs, of one or several runs: curves, attention maps, Gram matrices.")
+    parser = _parser(
+        "report",
+        "One self-contained HTML page, and PNGs, of one or several runs: curves, attention maps, Gram matrices.",
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories")
     parser.add_argument("--output", metavar="FILE.html", help="default: report.html in the first run's folder")
-    parser.add_argument("--images", type=_positive, metavar="N", help="validation images to classify (default 2000, or 20 a class)")
-    parser.add_argument("--trust-code", action="store_true", help="import what recipes and student.json name as module:callable")
+    parser.add_argument(
+        "--images", type=_positive, metavar="N", help="validation images to classify (default 2000, or 20 a class)"
+    )
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import what recipes and student.json name as module:callable"
+    )
     return parser
 
 
@@ -518,22 +576,33 @@ def _export_parser() -> argparse.ArgumentParser:
     parser = _parser("export", "Write a finished student in another format, and check that it gives the same logits.")
     parser.add_argument("run", metavar="RUN", help="a run directory, a checkpoint in it, or a student.safetensors")
     parser.add_argument("--format", choices=("safetensors", "torchvision", "onnx"), required=True)
-    parser.add_argument("--output", metavar="FILE", help="default: exported.safetensors, student.pth or student.onnx, beside the student")
-    parser.add_argument("--normalization", action="store_true", help="onnx: take images on the scale 0 to 255 and normalise them inside")
-    parser.add_argument("--trust-code", action="store_true", help="import the module:callable that a student.json names")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: exported.safetensors, student.pth or student.onnx, beside the student",
+    )
+    parser.add_argument(
+        "--normalization", action="store_true", help="onnx: take images on the scale 0 to 255 and normalise them inside"
+    )
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import the module:callable that a student.json names"
+    )
     return parser
 
 
 def _plan_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "plan",
-        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and needs no GPU. "
+        "What a recipe would move between ranks, hold and compute on a cluster. Opens neither data nor weights, and "
+        "needs no GPU. "
         f"{_IMPORTS}",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the recipe to override")
     parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="G", help="GPUs of each, one process for each (default 8)")
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, default=8, metavar="G", help="GPUs of each, one process for each (default 8)"
+    )
     return parser
 
 

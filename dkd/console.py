@@ -1,8 +1,11 @@
-"""What dkd prints. A line for the person or the file that watches a run is dropped when it cannot be written: it never ends a training.
+"""What dkd prints. A line for the person or the file that watches a run is dropped when it cannot be written: it never
+ends a training.
 
-Standard error can fail at any moment: the disk that holds the log fills up, the reader of a pipe (`| head`) leaves, the terminal closes.
-Everything that dkd prints beside a command's result goes through `say`, the result itself through `show`. Both print names that files and
-recipes chose, so neither lets a character through that moves the cursor, hides text or changes the terminal's settings.
+Standard error can fail at any moment: the disk that holds the log fills up, the reader of a pipe (`| head`) leaves, the
+terminal closes.
+Everything that dkd prints beside a command's result goes through `say`, the result itself through `show`. Both print
+names that files and recipes chose, so neither lets a character through that moves the cursor, hides text or changes the
+terminal's settings.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import os
 import sys
 from typing import Any, TextIO
 
-# Control characters of ASCII and of Latin-1, separators of lines, what turns the direction of text, and halves of characters, which stand
-# for bytes of a file's name that are not UTF-8.
+# Control characters of ASCII and of Latin-1, separators of lines, what turns the direction of text, and halves of
+# characters, which stand for bytes of a file's name that are not UTF-8.
 _UNPRINTABLE = {
     *range(0x20),
     *range(0x7F, 0xA0),
@@ -39,17 +42,22 @@ class Unwritable(Exception):
 
 
 def printable(text: str) -> str:
-    """Return `text`, which may hold names of files, classes, models and keys, with escapes such as `\\x1b` for what is no letter: a
-    terminal would obey it."""
+    """Return `text`, which may hold names of files, classes, models and keys, with escapes such as `\\x1b` for what is
+    no letter: a terminal would obey it."""
     return text.translate(_ESCAPES)
 
 
 def accept_all_letters() -> None:
-    """Let both streams of this process print every character, whatever their encoding: what it lacks is spelled out, not an error."""
+    """Let both streams of this process print every character, whatever their encoding: what it lacks is spelled out,
+    not an error."""
     codecs.register_error("dkd.spell_out", _spell_out)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None and getattr(stream, "errors", None) in ("strict", "backslashreplace", "surrogateescape"):
+        if reconfigure is not None and getattr(stream, "errors", None) in (
+            "strict",
+            "backslashreplace",
+            "surrogateescape",
+        ):
             reconfigure(errors="dkd.spell_out")
 
 
@@ -57,11 +65,14 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in found), error.end
+    return "".join(
+        _PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in found
+    ), error.end
 
 
 def say(message: str) -> None:
-    """Print one line to standard error, or nothing when it cannot be written. Never raises for the sake of the stream."""
+    """Print one line to standard error, or nothing when it cannot be written. Never raises for the sake of the
+    stream."""
     stream = sys.stderr  # None when the process was started with it closed
     if stream is None:
         return
@@ -88,7 +99,8 @@ def show(*lines: str) -> None:
 
 
 def never_fail() -> None:
-    """From now on, nothing that any code of this process prints can raise, and neither can the flush at the interpreter's end.
+    """From now on, nothing that any code of this process prints can raise, and neither can the flush at the
+    interpreter's end.
 
     For the commands that train: progress bars, warnings and other libraries write to the same streams as `say`.
     """
@@ -129,8 +141,8 @@ class _Unfailing:
 
 
 def settle() -> None:
-    """Before the process ends: flush both streams. Where that fails, point them at nothing, so that Python's own flush cannot turn the
-    exit code into 120."""
+    """Before the process ends: flush both streams. Where that fails, point them at nothing, so that Python's own flush
+    cannot turn the exit code into 120."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -1,6 +1,7 @@
 """The environment variables that hold numbers and switches, checked before anything reads them.
 
-Launchers and batch scripts set these variables. Several places of dkd, torch and Accelerate convert them, each with an error of its own.
+Launchers and batch scripts set these variables. Several places of dkd, torch and Accelerate convert them, each with an
+error of its own.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def problems() -> list[str]:
         number = _whole_number(os.environ[name])
         if number is None or number < smallest or (largest is not None and number > largest):
             bounds = f"from {smallest} to {largest}" if largest is not None else f"from {smallest}"
-            found.append(f"the environment variable {name} must be a whole number {bounds}, not {os.environ[name][:80]!r}")
+            found.append(
+                f"the environment variable {name} must be a whole number {bounds}, not {os.environ[name][:80]!r}"
+            )
         else:
             numbers[name] = number
     for rank, size in _BOUNDS:
         if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
-            found.append(f"the environment variable {rank} must be less than {size}={numbers[size]}, not {numbers[rank]}")
+            found.append(
+                f"the environment variable {rank} must be less than {size}={numbers[size]}, not {numbers[rank]}"
+            )
     for name in _SWITCHES:
         value = os.environ.get(name, "false")
         if value.lower() not in _SWITCH_VALUES:

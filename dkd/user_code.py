@@ -29,7 +29,8 @@ def load_callable(name: str) -> Callable[..., Any]:
         UserCodeError: with the user's own error, and where in their code it was raised.
     """
     module_name, _, attribute = name.partition(":")
-    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is found.
+    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is
+    # found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

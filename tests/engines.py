@@ -28,7 +28,10 @@ def environment(engine):
     if engine == "fsdp2":
         return FSDP2
     if engine.startswith("zero"):
-        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"launch/deepspeed/{engine}.json"}
+        return {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"launch/deepspeed/{engine}.json",
+        }
     return {}
 
 
@@ -44,7 +47,8 @@ def name_of(case):
 
 
 def matrix(world):
-    """Everything: engines × accumulation × placements of the teacher × strategies, and the model with BatchNorm, dropout and mixup."""
+    """Everything: engines × accumulation × placements of the teacher × strategies, and the model with BatchNorm,
+    dropout and mixup."""
     cases = []
     for engine in ENGINES:
         placements = ["replicated", "fsdp2", *(["zero3"] if engine.startswith("zero") else [])]
@@ -55,7 +59,8 @@ def matrix(world):
 
 
 def launch(world, folder, cases, seconds=600, gpus=False):
-    """Run the cases in `folder` on `world` processes, on CPUs or a GPU each. Returns, for each, what the ranks returned."""
+    """Run the cases in `folder` on `world` processes, on CPUs or a GPU each. Returns, for each, what the ranks
+    returned."""
     listed = Path(folder) / f"cases_{len(os.listdir(folder))}.json"
     listed.write_text(json.dumps(cases))
     environment = child_environment(DS_ACCELERATOR="cpu")
@@ -94,10 +99,14 @@ def assert_same_training(ranks, case, reference, world, ddp=None):
 
     float64: 1e-9 of a term and 1e-7 of a weight, for sums in another order.
 
-    float32: training amplifies rounding, and where depends on the machine: a ReLU on the other side of 0 moved AT by 4e-5 in step 5, on one
-    CPU under every engine alike, on another under ZeRO-3 alone. So an engine is held to `ddp`, the same training under DDP in float32 in
-    the same launch: 1e-5 of a term in the first 3 steps (measured: up to 2.1e-6, since engines sum gradients in another order), in which a
-    wrong factor anywhere in a gradient would show by far more; then 2e-3 of a term, and 5e-3 of a tensor's largest weight at the end. DDP
+    float32: training amplifies rounding, and where depends on the machine: a ReLU on the other side of 0 moved AT by
+    4e-5 in step 5, on one
+    CPU under every engine alike, on another under ZeRO-3 alone. So an engine is held to `ddp`, the same training under
+    DDP in float32 in
+    the same launch: 1e-5 of a term in the first 3 steps (measured: up to 2.1e-6, since engines sum gradients in another
+    order), in which a
+    wrong factor anywhere in a gradient would show by far more; then 2e-3 of a term, and 5e-3 of a tensor's largest
+    weight at the end. DDP
     itself is held to the plain loop: 2e-4 of a term in the first 5 steps, 2e-3 later.
     """
     lines, state = reference[case["model"]]
@@ -110,13 +119,20 @@ def assert_same_training(ranks, case, reference, world, ddp=None):
                 continue
             other = ddp[0]["lines"][step][key]
             assert math.isclose(other, value, rel_tol=2e-4 if step < 5 else 2e-3), (ours["step"], key, other, value)
-            assert math.isclose(ours[key], other, rel_tol=1e-5 if step < 3 else 2e-3), (ours["step"], key, ours[key], other)
+            assert math.isclose(ours[key], other, rel_tol=1e-5 if step < 3 else 2e-3), (
+                ours["step"],
+                key,
+                ours[key],
+                other,
+            )
     assert set(ranks[0]["state"]) == set(state)
     assert not any(rank["state"] for rank in ranks[1:])  # only the main process copies the whole weights
     for key, values in state.items():
         wanted = values.double().flatten()[:64].tolist() if exact else ddp[0]["state"][key]
         weight = 1e-7 if exact else 5e-3
-        assert ranks[0]["state"][key] == pytest.approx(wanted, rel=weight, abs=weight * max(map(abs, wanted)) + 1e-12), key
+        assert ranks[0]["state"][key] == pytest.approx(
+            wanted, rel=weight, abs=weight * max(map(abs, wanted)) + 1e-12
+        ), key
     # BatchNorm's running statistics are on every rank, and the same.
     for rank in ranks:
         assert rank["buffers"] == ranks[0]["buffers"]

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 
 def with_damaged_exif(content):
-    """A JPEG with a byte of its EXIF block changed such that Pillow raises struct.error: not every error of a decoder is an OSError."""
+    """A JPEG with a byte of its EXIF block changed such that Pillow raises struct.error: not every error of a decoder
+    is an OSError."""
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -57,7 +58,9 @@ def write_images(path, count, pixels=16, row_group=16, seed=0, broken=(), larger
         images[index] = encoded(generator.integers(0, 256, (pixels + 8, pixels + 8, 3), dtype=np.uint8))
     for index, how in broken:
         images[index] = BROKEN[how](images[index])
-    table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(generator.integers(0, 10, count), pa.int64())})
+    table = pa.table(
+        {"image": pa.array(images, pa.binary()), "label": pa.array(generator.integers(0, 10, count), pa.int64())}
+    )
     parquet.write_table(table, path, row_group_size=row_group)
 
 

@@ -1,6 +1,7 @@
 """Launches of this suite: scripts of tests/ranks/ on several processes, and how long a launch may take.
 
-Starting processes costs far more than any case, so a launch runs many cases, and only those that the selected tests ask for.
+Starting processes costs far more than any case, so a launch runs many cases, and only those that the selected tests ask
+for.
 """
 
 import functools
@@ -21,7 +22,8 @@ SCRIPTS = TESTS / "ranks"
 
 @functools.cache
 def slowness():
-    """How many times as long as on an idle machine of 2020 something takes here and now: other work on the machine counts, too.
+    """How many times as long as on an idle machine of 2020 something takes here and now: other work on the machine
+    counts, too.
 
     Measured once, at the start of a session; the processes that tests start are given the number.
     """
@@ -40,25 +42,34 @@ def limit(seconds):
 
 
 def pause(seconds):
-    """Seconds for what tests wait for on purpose, such as a rank that is to be given up: longer where everything else takes longer."""
+    """Seconds for what tests wait for on purpose, such as a rank that is to be given up: longer where everything else
+    takes longer."""
     return seconds * slowness()
 
 
 def child_environment(**more):
     """Of a process that a test starts: one thread, no GPU, this checkout's modules."""
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS), str(SCRIPTS), *filter(None, map(str, sys.path))])
-    given = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, "DKD_TEST_SLOWNESS": f"{slowness():.3g}"}
+    given = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": paths,
+        "DKD_TEST_SLOWNESS": f"{slowness():.3g}",
+    }
     return {**os.environ, **given, **more}
 
 
 def torchrun(world_size, script, *arguments, seconds=300, environment=None):
-    """Run a script on `world_size` processes of this machine, 0: on one without a launcher; a failure shows what they printed."""
+    """Run a script on `world_size` processes of this machine, 0: on one without a launcher; a failure shows what they
+    printed."""
     command = [sys.executable]
     if world_size > 0:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command += [str(script), *map(str, arguments)]
     environment = environment or child_environment(DS_ACCELERATOR="cpu")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=limit(seconds), env=environment, cwd=TESTS.parent)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=limit(seconds), env=environment, cwd=TESTS.parent
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
@@ -84,7 +95,11 @@ def names_in(function, known):
             if hasattr(constant, "co_consts"):
                 codes.append(constant)
             elif isinstance(constant, str | tuple | frozenset):
-                found |= {constant} & known if isinstance(constant, str) else {c for c in constant if isinstance(c, str)} & known
+                found |= (
+                    {constant} & known
+                    if isinstance(constant, str)
+                    else {c for c in constant if isinstance(c, str)} & known
+                )
     return found
 
 

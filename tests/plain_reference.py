@@ -1,6 +1,7 @@
 """The training that a recipe of tests/ranks/trainer_cases.py means, as a plain PyTorch loop on one process, in float64.
 
-It shares models and data with the package, and nothing of its losses, its arithmetic over ranks or its trainer: those are what it checks.
+It shares models and data with the package, and nothing of its losses, its arithmetic over ranks or its trainer: those
+are what it checks.
 """
 
 import math
@@ -8,9 +9,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dkd.data import SampleOrder, TrainingBatches, build_pipeline, open_source
-from dkd.data.order import mix
+from dkd.data import GlobalBatchSampler, TrainLoader, build_pipeline, open_source
 from dkd.models import ModelSpec, build_model
+from dkd.rng import derive_seed
 
 STUDENT_TAPS, TEACHER_TAPS = ["layer1", "layer2", "layer3"], ["block1", "block2", "block3"]
 
@@ -19,7 +20,10 @@ def features_of(model, taps, images):
     """Logits and tapped features, by hooks of its own."""
     found = {}
     modules = dict(model.named_modules())
-    hooks = [modules[tap].register_forward_hook(lambda _m, _i, output, tap=tap: found.__setitem__(tap, output)) for tap in taps]
+    hooks = [
+        modules[tap].register_forward_hook(lambda _m, _i, output, tap=tap: found.__setitem__(tap, output))
+        for tap in taps
+    ]
     logits = model(images)
     for hook in hooks:
         hook.remove()
@@ -55,7 +59,8 @@ def gradient_attention(form, student, teacher, images, labels):
 
 
 def mixed(images, labels, mixup, cutmix, seed):
-    """Mixup or CutMix of neighbours, one of the two, with what torchvision's transforms draw from a generator of this seed."""
+    """Mixup or CutMix of neighbours, one of the two, with what torchvision's transforms draw from a generator of this
+    seed."""
     probabilities = F.one_hot(labels, 10).double()
     torch.manual_seed(seed)
     cut = int(torch.multinomial(torch.tensor([0.5, 0.5]), 1))
@@ -83,14 +88,14 @@ def normalised(images, mean, std):
 def train(recipe, steps, micro_batch):
     """Returns the logged terms of each step, and the final state of the student.
 
-    The graphs of all micro-batches, the unit of BatchNorm, are kept, and one backward goes through them. Running statistics move once a
-    step.
+    The graphs of all micro-batches, the unit of BatchNorm, are kept, and one backward goes through them. Running
+    statistics move once a step.
     """
     losses, optimizer, seed = recipe["losses"], recipe["optimizer"], recipe["run"]["seed"]
     batch = recipe["train"]["global_batch"]
     pipeline = build_pipeline("digits", image_size=16)
     source = open_source("digits", training=True)
-    order = SampleOrder(len(source), seed, batch, batch)
+    order = GlobalBatchSampler(len(source), seed, batch, batch)
     torch.manual_seed(seed)
     student = build_model(ModelSpec(recipe["student"]["name"], 10, recipe["student"]["norm"])).double()
     torch.manual_seed(seed)
@@ -100,7 +105,7 @@ def train(recipe, steps, micro_batch):
     norms = [m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     epoch_steps = len(source) // batch
     lines = []
-    for step, loaded in enumerate(TrainingBatches(source, pipeline.train, order).steps(0, steps)):
+    for step, loaded in enumerate(TrainLoader(source, pipeline.train, order).steps(0, steps)):
         warmup = round(0.2 * epoch_steps)
         progress = (step - warmup) / (epoch_steps - 1 - warmup)
         rate = optimizer["lr"] * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
@@ -116,18 +121,25 @@ def train(recipe, steps, micro_batch):
                 norm.running_mean, norm.running_var = mean.clone(), var.clone()
             images, labels = loaded.images[rows].double(), loaded.labels[rows]
             if recipe["data"].get("mixup"):
-                images, labels = mixed(images, labels, recipe["data"]["mixup"], recipe["data"]["cutmix"], mix(seed, step, part, 1))
+                images, labels = mixed(
+                    images, labels, recipe["data"]["mixup"], recipe["data"]["cutmix"], derive_seed(seed, step, part, 1)
+                )
             images = normalised(images, pipeline.normalize.mean, pipeline.normalize.std)
-            torch.manual_seed(mix(seed, step, part, 0))
+            torch.manual_seed(derive_seed(seed, step, part, 0))
             logits, student_features = features_of(student, STUDENT_TAPS, images)
             teacher_logits, teacher_features = features_of(teacher, TEACHER_TAPS, images)
             for (mean, var), norm in zip(new, norms, strict=True):
                 mean += norm.running_mean / parts
                 var += norm.running_var / parts
-            maps = [(attention(s) - attention(t)).pow(2).mean() for s, t in zip(student_features, teacher_features, strict=True)]
+            maps = [
+                (attention(s) - attention(t)).pow(2).mean()
+                for s, t in zip(student_features, teacher_features, strict=True)
+            ]
             terms["ce"].append(F.cross_entropy(logits, labels))
             terms["at"].append(sum(maps))
-            terms["kd"].append(16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean"))
+            terms["kd"].append(
+                16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean")
+            )
             if (own := losses.get("gradient_at")) is not None:
                 terms["gradient_at"].append(gradient_attention(own["form"], student, teacher, images, labels))
             students.append(student_features[-1])

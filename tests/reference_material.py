@@ -1,4 +1,5 @@
-"""Material that may lie beside the checkout: reference losses and CIFAR-10. Tests that need it say so, and are skipped without it."""
+"""Material that may lie beside the checkout: reference losses and CIFAR-10. Tests that need it say so, and are skipped
+without it."""
 
 import os
 from pathlib import Path
@@ -11,7 +12,9 @@ FOLDER = Path(os.environ.get("DKD_TEST_MATERIAL", Path(__file__).resolve().paren
 def require_reference_losses():
     path = FOLDER / "golden" / "reference_losses.safetensors"
     if not path.exists():
-        pytest.skip(f"the reference losses are not there: {path} (set DKD_TEST_MATERIAL to the folder that holds golden/)")
+        pytest.skip(
+            f"the reference losses are not there: {path} (set DKD_TEST_MATERIAL to the folder that holds golden/)"
+        )
     from safetensors.torch import load_file
 
     return load_file(path)
@@ -20,5 +23,7 @@ def require_reference_losses():
 def require_cifar10():
     folder = FOLDER / "data" / "cifar10"
     if not folder.exists():
-        pytest.skip(f"CIFAR-10 as parquet is not there: {folder} (set DKD_TEST_MATERIAL to the folder that holds data/cifar10/)")
+        pytest.skip(
+            f"CIFAR-10 as parquet is not there: {folder} (set DKD_TEST_MATERIAL to the folder that holds data/cifar10/)"
+        )
     return folder

@@ -37,7 +37,9 @@ class Dropped(torch.nn.Module):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.layer3 = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2))
+        self.layer3 = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, 2), torch.nn.Dropout(0.5), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2)
+        )
         self.fc = torch.nn.Linear(8, num_classes)
 
     def forward(self, x):
@@ -45,7 +47,8 @@ class Dropped(torch.nn.Module):
 
 
 class Stopping(torch.nn.Module):
-    """On rank 1, the fifth forward in training never returns. The others then wait for 5 seconds, however long they would have before."""
+    """On rank 1, the fifth forward in training never returns. The others then wait for 5 seconds, however long they
+    would have before."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -64,7 +67,8 @@ class Stopping(torch.nn.Module):
 
 
 class Awkward(torch.nn.Module):
-    """Weights that are tied, weights that do not train, a buffer of whole numbers, and one that is another tensor after each forward."""
+    """Weights that are tied, weights that do not train, a buffer of whole numbers, and one that is another tensor after
+    each forward."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -97,14 +101,16 @@ class NotFinite(Regularized):
 
 
 class NotFiniteInEvaluation(Regularized):
-    """Trains as any other, and yields NaN where it is evaluated, but for one image alone, such as that on which a recipe is checked."""
+    """Trains as any other, and yields NaN where it is evaluated, but for one image alone, such as that on which a
+    recipe is checked."""
 
     def forward(self, x):
         return super().forward(x) * (1.0 if self.training or len(x) == 1 else float("nan"))
 
 
 class Late(Regularized):
-    """On rank 1, the first forward in training takes twice as long as the others would wait later, as a compilation may."""
+    """On rank 1, the first forward in training takes twice as long as the others would wait later, as a compilation
+    may."""
 
     def __init__(self, num_classes):
         super().__init__(num_classes)
@@ -132,8 +138,8 @@ class FailsOnce(Regularized):
 
 
 class Slow(Regularized):
-    """A step takes at least a quarter of a second: time for something to happen to it. From the 20th step of a start on it takes two
-    seconds more, until the file of SLOWER_UNTIL is there."""
+    """A step takes at least a quarter of a second: time for something to happen to it. From the 20th step of a start on
+    it takes two seconds more, until the file of SLOWER_UNTIL is there."""
 
     steps = 0
 
@@ -149,4 +155,6 @@ def Transformer(num_classes):
     """A vision transformer of torchvision's blocks, for images of 224 pixels: 7×7 tokens and one for the class."""
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(image_size=224, patch_size=32, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=num_classes)
+    return VisionTransformer(
+        image_size=224, patch_size=32, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=num_classes
+    )

@@ -11,15 +11,31 @@ from pathlib import Path
 from launched import child_environment, limit, pause
 
 TESTS = Path(__file__).resolve().parent
-AT_MOST = limit(20)  # seconds from the moment that both ranks are at work; the groups' timeouts are 4 and 5 on an idle machine
+AT_MOST = limit(
+    20
+)  # seconds from the moment that both ranks are at work; the groups' timeouts are 4 and 5 on an idle machine
 
 
 def start(*arguments, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *map(str, arguments),
+    ]
     environment = child_environment()
     # A session of its own, so that no rank outlives a test that fails.
     return subprocess.Popen(
-        command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, **options
+        command,
+        text=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        **options,
     )
 
 

@@ -56,7 +56,9 @@ def test_no_writer_follows_a_link(tmp_path, write):
 
 def test_a_link_is_named_in_the_error(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    with pytest.raises(atomic_files.LinkError, match=r"link' is a link, and dkd writes through no link in a run directory; remove it"):
+    with pytest.raises(
+        atomic_files.LinkError, match=r"link' is a link, and dkd writes through no link in a run directory; remove it"
+    ):
         atomic_files.open_to_append(tmp_path / "link")
     assert not (tmp_path / "nothing").exists()
 

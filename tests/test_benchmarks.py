@@ -34,7 +34,8 @@ def test_the_global_batch_benchmark_counts_the_bytes_of_the_formulas():
 
 
 def test_the_cifar10_table_pairs_runs_by_seed(tmp_path):
-    """Means over a row's seeds; differences and Student's interval over the seeds that both rows have; unfinished runs do not count."""
+    """Means over a row's seeds; differences and Student's interval over the seeds that both rows have; unfinished runs
+    do not count."""
     import json
 
     from benchmarks.cifar10_short import table

@@ -14,11 +14,11 @@ from few_images import write_images
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
+from dkd.checkpoints.checkpointer import newest_whole
 from dkd.checkpoints.folder import MANIFEST
 from dkd.checkpoints.tensors import _MetadataUnpickler
 from dkd.cli import main
-from dkd.training.checkpointing import newest_whole
-from dkd.training.run_directory import RunDirectory
+from dkd.runs.directory import RunDirectory
 
 TRAINING = [
     "configs/quickstart.yaml", "teacher.weights=random", "train.max_steps=3", "train.precision=fp32", "run.trackers=[]", "data.workers=0",
@@ -29,9 +29,9 @@ TRAINING = [
 @pytest.fixture(autouse=True)
 def nothing_is_late(monkeypatch):
     """What is missing here stays missing: nobody need look again for it."""
-    from dkd.training import checkpointing
+    from dkd.checkpoints import checkpointer
 
-    monkeypatch.setattr(checkpointing, "LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(checkpointer, "LOOK_AGAIN_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,15 @@ def emptied(path):
 
 
 HARMS = [truncated, flipped, removed, emptied]
-FILES = ["manifest.json", "recipe.yaml", "state.json", "student.json", "student.safetensors", "training/.metadata", "training/__0_0.distcp"]
+FILES = [
+    "manifest.json",
+    "recipe.yaml",
+    "state.json",
+    "student.json",
+    "student.safetensors",
+    "training/.metadata",
+    "training/__0_0.distcp",
+]
 
 
 def test_a_checkpoint_has_these_files_and_no_others(run):
@@ -271,7 +279,9 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(run, trained, capsy
     assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
     assert "3 of 3 steps done" in capsys.readouterr().err
     assert (run / "student.safetensors").read_bytes() == (trained / "student.safetensors").read_bytes()
-    evaluations = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "evaluation" in line]
+    evaluations = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "evaluation" in line
+    ]
     assert len(evaluations) == 1
     starts = json.loads((run / "provenance.json").read_text())
     assert [start["step"] for start in starts] == [0, 3]
@@ -328,7 +338,9 @@ def small_disk(trained, tmp_path):
     """A file system with room for two and a half checkpoints, and a way to make it larger."""
     path = tmp_path / "disk"
     path.mkdir()
-    checkpoint = sum(file.stat().st_size for file in (trained / "checkpoints" / "step_00000003").rglob("*") if file.is_file())
+    checkpoint = sum(
+        file.stat().st_size for file in (trained / "checkpoints" / "step_00000003").rglob("*") if file.is_file()
+    )
     size = f"size={int(2.5 * checkpoint)}"
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", path], capture_output=True, text=True)
     if mounted.returncode != 0:
@@ -368,7 +380,9 @@ def test_what_a_run_cannot_go_on_with_is_said(run, capsys, change, message):
 
 def test_two_trainings_in_one_run_directory_are_refused(run, capsys):
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
         assert other.stdout.readline() == b"held\n"
         assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
         other.stdin.close()
@@ -376,8 +390,8 @@ def test_two_trainings_in_one_run_directory_are_refused(run, capsys):
 
 
 def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path):
+    from dkd.checkpoints.checkpointer import Checkpointer
     from dkd.config.schema import CheckpointSection
-    from dkd.training.checkpointing import Checkpointer
 
     folder = CheckpointFolder(tmp_path)
     for step in range(1, 8):
@@ -389,13 +403,17 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path):
 
 
 def test_the_clock_asks_for_checkpoints_too(monkeypatch):
+    from dkd.checkpoints import checkpointer
     from dkd.config.schema import CheckpointSection
-    from dkd.training import checkpointing
 
     now = [0.0]
-    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
-    schedule = checkpointing.CheckpointSchedule(CheckpointSection(every_epochs=2, every_steps=7, every_minutes=1), 10, 100)
-    assert [step for step in range(1, 101) if schedule.due(step, False)] == sorted({*range(7, 101, 7), *range(20, 101, 20)})
+    monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
+    schedule = checkpointer.CheckpointSchedule(
+        CheckpointSection(every_epochs=2, every_steps=7, every_minutes=1), 10, 100
+    )
+    assert [step for step in range(1, 101) if schedule.due(step, False)] == sorted(
+        {*range(7, 101, 7), *range(20, 101, 20)}
+    )
     assert not schedule.minutes_over()
     now[0] = 61.0
     assert schedule.minutes_over()

@@ -15,12 +15,23 @@ from dkd import load_student
 from dkd.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["train.max_steps=3", "train.precision=fp32", "train.global_batch=32", "train.micro_batch=16", "data.image_size=16"]
+TINY = [
+    "train.max_steps=3",
+    "train.precision=fp32",
+    "train.global_batch=32",
+    "train.micro_batch=16",
+    "data.image_size=16",
+]
 
 
 def run(*command, cwd=ROOT):
     result = subprocess.run(
-        [*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=limit(300), env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=limit(300),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
@@ -50,7 +61,9 @@ def test_a_run_directory_holds_what_it_promises(runs):
     student = folder / "student"
     lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "step" in line] == [1, 2, 3]
-    assert {"loss", "ce", "at", "sp", "kd", "lr", "images_per_second", "data_wait", "sp_row_difference"} <= set(lines[0])
+    assert {"loss", "ce", "at", "sp", "kd", "lr", "images_per_second", "data_wait", "sp_row_difference"} <= set(
+        lines[0]
+    )
     total = sum(lines[0][f"weight/{term}"] * lines[0][term] for term in ("ce", "at", "sp", "kd"))
     assert total == pytest.approx(lines[0]["loss"], rel=1e-6)
     assert yaml.safe_load((student / "recipe.yaml").read_text())["train"]["max_steps"] == 3
@@ -142,7 +155,8 @@ def test_every_command_explains_itself_with_examples(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["train", "--no-option", "x.yaml"], ["inspect", "--classes", "0", "resnet8"]]
+    "arguments",
+    [[], ["trian"], ["train"], ["train", "--no-option", "x.yaml"], ["inspect", "--classes", "0", "resnet8"]],
 )
 def test_wrong_commands_end_with_code_2(arguments):
     with pytest.raises(SystemExit) as exit_:
@@ -167,18 +181,21 @@ OWN_RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob(
 @pytest.mark.parametrize("recipe", OWN_RECIPES)
 def test_every_recipe_of_the_repository_is_valid(recipe):
     from dkd.config import load_recipe
-    from dkd.training.preflight import model_problems
+    from dkd.preflight.checks import model_problems
 
     loaded = load_recipe(ROOT / recipe)
     assert loaded.run.dir == f"runs/{loaded.run.name}"
-    problems = [str(p) for p in model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32), 64)]
+    problems = [
+        str(p)
+        for p in model_problems(loaded, loaded.data.image_size or {"imagenet": 224}.get(loaded.data.transforms, 32), 64)
+    ]
     assert all("no such file" in problem for problem in problems), problems  # a teacher that is not written yet
 
 
 @pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_options_of_training_work_together(tmp_path, compiled):
-    """Compiled models (a minute's work for a compiler), gradient clipping, a teacher with its own input, a schedule of loss weights, no
-    decay on norm and bias."""
+    """Compiled models (a minute's work for a compiler), gradient clipping, a teacher with its own input, a schedule of
+    loss weights, no decay on norm and bias."""
     run(
         sys.executable, "-m", "dkd", "train", "configs/quickstart.yaml", f"run.dir={tmp_path}/run", "teacher.weights=random",
         "teacher.input_size=32", "teacher.normalization={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}", "losses.at.resize=map",

@@ -89,7 +89,7 @@ class Tracker:
 
 
 class Tracking:
-    """What RunLog uses of Accelerate."""
+    """What RunLogger uses of Accelerate."""
 
     def __init__(self):
         self.trackers, self.calls = [Tracker()], 0
@@ -101,12 +101,12 @@ class Tracking:
 
 
 def test_a_tracker_that_fails_after_days_ends_no_training(tmp_path, capsys):
-    from dkd.training.progress import Progress
-    from dkd.training.run_directory import RunDirectory
-    from dkd.training.run_log import RunLog
+    from dkd.runs.directory import RunDirectory
+    from dkd.runs.logger import RunLogger
+    from dkd.runs.progress import Progress
 
     accelerator = Tracking()
-    log = RunLog(RunDirectory(tmp_path, writes=True), accelerator, Progress(3, 0, 1, shown=True))
+    log = RunLogger(RunDirectory(tmp_path, writes=True), accelerator, Progress(3, 0, 1, shown=True))
     log.write({"step": 1}, {"loss": 1.0}, 1)
     log.write({"step": 2}, {"loss": 1.0}, 2)
     assert capsys.readouterr().err.count("trackers cannot write (LookupError: no answer") == 1
@@ -122,6 +122,12 @@ def test_a_tracker_that_does_not_start_is_wrong_input(tmp_path, monkeypatch, cap
         raise LookupError("no key")
 
     monkeypatch.setattr(Accelerator, "init_trackers", fail)
-    words = ["train", str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={tmp_path / 'run'}", *TINY, "run.trackers=[tensorboard]"]
+    words = [
+        "train",
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"run.dir={tmp_path / 'run'}",
+        *TINY,
+        "run.trackers=[tensorboard]",
+    ]
     assert main(words) == 2
     assert "run.trackers: tensorboard cannot start: LookupError: no key" in capsys.readouterr().err

@@ -8,18 +8,18 @@ from PIL import Image
 from reference_material import require_cifar10
 
 from dkd.data import (
-    BatchMixing,
     DataError,
-    EvaluationBatches,
+    EvaluationLoader,
+    GlobalBatchSampler,
+    MixupCutmix,
     Normalize,
-    SampleOrder,
-    TrainingBatches,
+    TrainLoader,
     build_pipeline,
     in_memory,
     open_source,
 )
-from dkd.data.order import mix
 from dkd.data.sources import check_class_names, check_labels, to_rgb_tensor
+from dkd.rng import derive_seed
 
 
 def epoch_of(order, step=0, steps=None):
@@ -28,7 +28,7 @@ def epoch_of(order, step=0, steps=None):
 
 def all_ranks(world, micro_batch, **position):
     """The global batches that `world` ranks compute together, in the order of micro-batches."""
-    orders = [SampleOrder(100, 7, 24, micro_batch, rank, world) for rank in range(world)]
+    orders = [GlobalBatchSampler(100, 7, 24, micro_batch, rank, world) for rank in range(world)]
     per_rank = [list(order.micro_batches(0, 8)) for order in orders]
     return [key for micro_batches in zip(*per_rank, strict=True) for keys in micro_batches for key in keys]
 
@@ -39,7 +39,7 @@ def test_ranks_and_micro_steps_only_say_who_computes_which_samples(world, micro_
 
 
 def test_an_epoch_visits_each_sample_at_most_once_and_epochs_differ():
-    order = SampleOrder(100, 7, 24, 24)
+    order = GlobalBatchSampler(100, 7, 24, 24)
     first, second = epoch_of(order), epoch_of(order, step=4)
     assert len({index for _, index in first}) == len(first) == 96
     assert {epoch for epoch, _ in first} == {0}
@@ -48,7 +48,7 @@ def test_an_epoch_visits_each_sample_at_most_once_and_epochs_differ():
 
 
 def test_any_step_can_be_the_first():
-    order = SampleOrder(100, 7, 24, 12, rank=1, world_size=2)
+    order = GlobalBatchSampler(100, 7, 24, 12, rank=1, world_size=2)
     everything = list(order.micro_batches(0, 12))
     for step in (1, 4, 7):
         assert list(order.micro_batches(step, 12)) == everything[step * order.micro_steps :]
@@ -56,15 +56,15 @@ def test_any_step_can_be_the_first():
 
 def test_too_few_samples_and_uneven_batches_are_refused():
     with pytest.raises(ValueError, match="do not fill one global batch"):
-        SampleOrder(10, 0, 24, 24)
+        GlobalBatchSampler(10, 0, 24, 24)
     with pytest.raises(ValueError, match="do not divide"):
-        SampleOrder(100, 0, 24, 10)
+        GlobalBatchSampler(100, 0, 24, 10)
 
 
 def test_the_seed_of_a_sample_is_the_same_on_every_machine():
-    assert mix(0, 0, 0) != mix(0, 0, 1) != mix(0, 1, 0)
-    assert mix(0) == 0xE220A8397B1DCDAF >> 1  # the published first output of splitmix64 from state 0
-    assert len({mix(0, 0, index) for index in range(10_000)}) == 10_000
+    assert derive_seed(0, 0, 0) != derive_seed(0, 0, 1) != derive_seed(0, 1, 0)
+    assert derive_seed(0) == 0xE220A8397B1DCDAF >> 1  # the published first output of splitmix64 from state 0
+    assert len({derive_seed(0, 0, index) for index in range(10_000)}) == 10_000
 
 
 @pytest.mark.parametrize("preset", ["digits", "cifar", "imagenet"])
@@ -74,9 +74,9 @@ def test_augmentation_does_not_depend_on_workers_ranks_or_position(preset):
 
     def images(world, workers, first):
         per_rank = [
-            TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 16, 16 // world, rank, world), workers).steps(
-                first, first + 2
-            )
+            TrainLoader(
+                source, pipeline.train, GlobalBatchSampler(len(source), 1, 16, 16 // world, rank, world), workers
+            ).steps(first, first + 2)
             for rank in range(world)
         ]
         return torch.cat([batch.images for batches in zip(*per_rank, strict=True) for batch in batches])
@@ -94,16 +94,22 @@ def test_images_in_memory_and_on_disk_are_augmented_alike(preset):
     source = open_source("digits", training=True)
 
     class OnDisk:
-        labels, class_names, image, images, neighbours = source.labels, None, source.image, source.images, source.neighbours
+        labels, class_names, image, images, neighbours = (
+            source.labels,
+            None,
+            source.image,
+            source.images,
+            source.neighbours,
+        )
 
         def __len__(self):
             return len(source)
 
-    pipeline, order = build_pipeline(preset, image_size=32), SampleOrder(len(source), 1, 16, 16)
-    for a, b in zip(*(TrainingBatches(s, pipeline.train, order).steps(3, 6) for s in (source, OnDisk())), strict=True):
+    pipeline, order = build_pipeline(preset, image_size=32), GlobalBatchSampler(len(source), 1, 16, 16)
+    for a, b in zip(*(TrainLoader(s, pipeline.train, order).steps(3, 6) for s in (source, OnDisk())), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
-    for a, b in zip(*(EvaluationBatches(s, pipeline.validation, 100, 1, 3) for s in (source, OnDisk())), strict=True):
+    for a, b in zip(*(EvaluationLoader(s, pipeline.validation, 100, 1, 3) for s in (source, OnDisk())), strict=True):
         assert torch.equal(a.images[: a.valid], b.images[: b.valid])
         assert (a.valid, a.labels.tolist()) == (b.valid, b.labels.tolist())
 
@@ -122,7 +128,9 @@ def test_crops_and_flips_are_all_equally_likely():
             seen[crop.flip(-1).contiguous().numpy().tobytes()] = [top, left, True]
     assert len(seen) == 162
     count = 16200
-    drawn = CropAndFlip(32, 4, flip=True).of_batch(image.expand(count, -1, -1, -1), [mix(0, 0, index) for index in range(count)])
+    drawn = CropAndFlip(32, 4, flip=True).of_batch(
+        image.expand(count, -1, -1, -1), [derive_seed(0, 0, index) for index in range(count)]
+    )
     found = [tuple(seen[made.numpy().tobytes()]) for made in drawn]
     chi_square = sum((found.count(tuple(place)) - 100) ** 2 / 100 for place in seen.values())
     assert 100 < chi_square < 230  # beyond either once in thousands of seeds; these are fixed
@@ -143,13 +151,18 @@ def test_one_image_is_augmented_too_and_its_own_pixels_stay():
 
 
 def test_rand_augment_and_random_erasing_are_there_and_repeat():
-    stages = [{"RandomCrop": {"size": 16, "padding": 2}}, {"RandAugment": {"num_ops": 2}}, {"RandomErasing": {"p": 1.0, "value": 125}}]
+    stages = [
+        {"RandomCrop": {"size": 16, "padding": 2}},
+        {"RandAugment": {"num_ops": 2}},
+        {"RandomErasing": {"p": 1.0, "value": 125}},
+    ]
     pipeline = build_pipeline(stages, ["Identity"], 16, Normalize((0.5,) * 3, (0.5,) * 3))
     source = open_source("digits", training=True)
     pixels = torch.nn.functional.interpolate(source.pixels.float(), 16).to(torch.uint8)
     source.pixels = pixels
     once, again = (
-        next(iter(TrainingBatches(source, pipeline.train, SampleOrder(len(source), 1, 32, 32), workers).steps(0, 1))) for workers in (0, 1)
+        next(iter(TrainLoader(source, pipeline.train, GlobalBatchSampler(len(source), 1, 32, 32), workers).steps(0, 1)))
+        for workers in (0, 1)
     )
     assert torch.equal(once.images, again.images)
     assert all((image == 125).any() for image in once.images)  # an erased place in each
@@ -159,7 +172,9 @@ def test_rand_augment_and_random_erasing_are_there_and_repeat():
 
 def test_loading_leaves_the_random_state_of_training_alone():
     source = open_source("digits", training=True)
-    batches = TrainingBatches(source, build_pipeline("digits").train, SampleOrder(len(source), 1, 16, 16)).steps(0, 3)
+    batches = TrainLoader(source, build_pipeline("digits").train, GlobalBatchSampler(len(source), 1, 16, 16)).steps(
+        0, 3
+    )
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
@@ -170,7 +185,10 @@ def test_loading_leaves_the_random_state_of_training_alone():
 def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
     source = open_source("digits", training=False)
     for world, batch in ((1, 64), (2, 64), (4, 7), (3, 1000)):
-        parts = [list(EvaluationBatches(source, build_pipeline("digits").validation, batch, rank, world)) for rank in range(world)]
+        parts = [
+            list(EvaluationLoader(source, build_pipeline("digits").validation, batch, rank, world))
+            for rank in range(world)
+        ]
         assert len({len(part) for part in parts}) == 1
         assert {len(b.images) for part in parts for b in part} == {min(batch, -(-449 // world))}
         labels = torch.cat([batch.labels[: batch.valid] for part in parts for batch in part])
@@ -181,7 +199,10 @@ def test_evaluation_batches_cover_each_sample_once_in_batches_of_one_shape():
 def test_worker_processes_evaluate_neighbours_and_each_sample_once(workers):
     source = open_source("digits", training=False)
     for rank in range(2):
-        keys = [[index for _, index in batch] for batch in EvaluationBatches(source, lambda image: image, 20, rank, 2, workers)._keys]
+        keys = [
+            [index for _, index in batch]
+            for batch in EvaluationLoader(source, lambda image: image, 20, rank, 2, workers)._keys
+        ]
         of_workers = [[index for batch in keys[worker::workers] for index in batch] for worker in range(workers)]
         everything = [index for worker in of_workers for index in worker]
         first = rank * len(everything)
@@ -289,7 +310,11 @@ def test_the_same_label_must_mean_the_same_class(tmp_path):
 
 
 def test_postscript_is_not_an_image(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [{"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "path": "x.jpg"}, None], [0, 1])
+    write_parquet(
+        tmp_path / "a.parquet",
+        [{"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "path": "x.jpg"}, None],
+        [0, 1],
+    )
     source = open_source(str(tmp_path / "a.parquet"), training=True)
     with pytest.raises(DataError, match="no image in a known format"):
         source.image(0)
@@ -342,8 +367,12 @@ def test_torchvision_data_sets_open_by_name(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 3), ("t10k", 2)):
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(np.array([2051, count, 28, 28], ">i4").tobytes() + bytes(count * 784))
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(np.array([2049, count], ">i4").tobytes() + bytes(range(count)))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            np.array([2051, count, 28, 28], ">i4").tobytes() + bytes(count * 784)
+        )
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            np.array([2049, count], ">i4").tobytes() + bytes(range(count))
+        )
     train = open_source("torchvision:FashionMNIST", training=True, root=str(tmp_path))
     assert (len(train), train.labels.tolist(), tuple(train.image(0).shape)) == (3, [0, 1, 2], (3, 28, 28))
     assert len(open_source("torchvision:FashionMNIST", training=False, root=str(tmp_path))) == 2
@@ -356,7 +385,10 @@ def test_labels_outside_the_classes_are_refused():
 
 def test_transforms_by_name():
     pipeline = build_pipeline(
-        [{"Resize": {"size": [10, 10]}}, "RandomHorizontalFlip"], [{"Resize": {"size": [10, 10]}}], 10, Normalize((0,) * 3, (1,) * 3)
+        [{"Resize": {"size": [10, 10]}}, "RandomHorizontalFlip"],
+        [{"Resize": {"size": [10, 10]}}],
+        10,
+        Normalize((0,) * 3, (1,) * 3),
     )
     assert pipeline.train(torch.zeros(3, 4, 4, dtype=torch.uint8)).shape == (3, 10, 10)
     with pytest.raises(ValueError, match="'Rezise' is not a transform"):
@@ -379,7 +411,7 @@ def test_cifar10_parquet_is_what_it_says():
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
 def test_mixing_depends_on_its_seed_alone_and_mixes_labels_as_images(mixup, cutmix):
-    mixing = BatchMixing(10, mixup, cutmix)
+    mixing = MixupCutmix(10, mixup, cutmix)
     # One colour an image, its label's: so a mixed image's mean tells the mixed label.
     labels = torch.arange(6)
     images = (20 * labels).to(torch.uint8).view(6, 1, 1, 1).expand(6, 3, 16, 16)
@@ -397,13 +429,22 @@ def test_mixing_depends_on_its_seed_alone_and_mixes_labels_as_images(mixup, cutm
 
 def test_mixing_without_a_way_to_mix_is_an_error():
     with pytest.raises(ValueError, match="neither mixup nor cutmix"):
-        BatchMixing(10)
+        MixupCutmix(10)
 
 
 def test_folders_are_read_in_torchvisions_order(tmp_path):
     from torchvision.datasets import ImageFolder
 
-    for path in ("b/2.png", "b/10.png", "b/sub/1.PNG", "b/sub-a/1.jpg", "b/sub/deep/3.png", "a/x.png", "a/notes.txt", "c c/1.webp"):
+    for path in (
+        "b/2.png",
+        "b/10.png",
+        "b/sub/1.PNG",
+        "b/sub-a/1.jpg",
+        "b/sub/deep/3.png",
+        "a/x.png",
+        "a/notes.txt",
+        "c c/1.webp",
+    ):
         (tmp_path / "set" / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "set" / path, "PNG")
     (tmp_path / "elsewhere").mkdir()
@@ -440,7 +481,9 @@ def test_folders_that_hold_no_images_are_said(tmp_path):
     with pytest.raises(DataError, match="it holds no folder; images are expected as"):
         open_source(f"folder:{tmp_path}", training=True)
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match=r"no image in cat; images are expected as .*/CLASS/NAME, NAME ending in .jpg, "):
+    with pytest.raises(
+        DataError, match=r"no image in cat; images are expected as .*/CLASS/NAME, NAME ending in .jpg, "
+    ):
         open_source(f"folder:{tmp_path}", training=True)
 
 
@@ -555,13 +598,15 @@ def test_batches_of_photographs_are_as_decoded_by_pillow_and_augmented_by_torchv
     for index in range(12):
         file = io.BytesIO()
         size = (40 + 5 * index, 60 - 3 * index, 3)
-        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(file, "JPEG", quality=80, progressive=index % 2 == 1)
+        Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(
+            file, "JPEG", quality=80, progressive=index % 2 == 1
+        )
         cells.append({"bytes": file.getvalue(), "path": None})
     write_parquet(tmp_path / "a.parquet", cells, list(range(12)))
     source, pipeline, order = (
         open_source(str(tmp_path / "a.parquet"), training=True),
         build_pipeline("imagenet", image_size=32),
-        SampleOrder(12, 3, 12, 4),
+        GlobalBatchSampler(12, 3, 12, 4),
     )
     theirs = v2.Compose([v2.RandomResizedCrop(32, antialias=True), v2.RandomHorizontalFlip()])
     validation = v2.Compose([v2.Resize(37, antialias=True), v2.CenterCrop(32)])
@@ -570,14 +615,14 @@ def test_batches_of_photographs_are_as_decoded_by_pillow_and_augmented_by_torchv
         return torch.from_numpy(np.array(Image.open(io.BytesIO(cells[index]["bytes"])))).permute(2, 0, 1).contiguous()
 
     for workers in (0, 2):
-        loaded = TrainingBatches(source, pipeline.train, order, workers, image_size=32).steps(0, 1)
+        loaded = TrainLoader(source, pipeline.train, order, workers, image_size=32).steps(0, 1)
         for keys, batch in zip(order.micro_batches(0, 1), loaded, strict=True):
             assert batch.failure == ""
             for (epoch, index), made, label in zip(keys, batch.images, batch.labels, strict=True):
-                torch.manual_seed(mix(3, epoch, index))
+                torch.manual_seed(derive_seed(3, epoch, index))
                 assert torch.equal(made, theirs(image(index)))
                 assert label == index
-        batches = list(EvaluationBatches(source, pipeline.validation, 5, workers=workers, image_size=32))
+        batches = list(EvaluationLoader(source, pipeline.validation, 5, workers=workers, image_size=32))
         assert sorted(label for batch in batches for label in batch.labels[: batch.valid].tolist()) == list(range(12))
         for batch in batches:
             assert batch.images[batch.valid :].count_nonzero() == batch.labels[batch.valid :].count_nonzero() == 0
@@ -590,7 +635,8 @@ def test_normalising_leaves_the_batch_alone_and_is_the_same_sum():
     for images in (torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8), torch.rand(4, 3, 5, 7) * 255):
         before = images.clone()
         scale, shift = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in ([1 / (255 * s) for s in normalize.std], [-0.5, -0.5 / 0.3, -0.9 / 0.4])
+            torch.tensor(values).view(1, 3, 1, 1)
+            for values in ([1 / (255 * s) for s in normalize.std], [-0.5, -0.5 / 0.3, -0.9 / 0.4])
         )
         assert torch.equal(normalize(images), torch.addcmul(shift, images.float(), scale))
         assert torch.equal(images, before)
@@ -602,9 +648,10 @@ def test_normalising_leaves_the_batch_alone_and_is_the_same_sum():
     (2, 1, False, 2), (12, 1, False, 12), (96, 4, False, 16), (96, 8, False, 12), (3, 8, False, 1), (12, 1, True, 8), (24, 4, True, 4),
 ])  # fmt: skip
 def test_workers_are_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path, cores, ranks, streaming, workers):
+    from dkd import machine
+    from dkd.build import assembly
     from dkd.config.schema import DataSection
     from dkd.data import open_row_groups
-    from dkd.training import assembly, machine
 
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(cores)))
     write_images(tmp_path / "a.parquet", 16)
@@ -616,7 +663,7 @@ def test_workers_are_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path
 
 
 def test_what_a_cgroup_allows_counts(monkeypatch, tmp_path):
-    from dkd.training import machine
+    from dkd import machine
 
     monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
     monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
@@ -641,8 +688,14 @@ def test_what_a_cgroup_allows_counts(monkeypatch, tmp_path):
 
 
 def test_images_are_kept_in_memory_where_all_ranks_have_room_for_them(monkeypatch):
-    from dkd.training import assembly, machine
+    from dkd import machine
+    from dkd.build import assembly
 
-    for memory, ranks, most in ((512 * 2**30, 8, 2**30), (16 * 2**30, 1, 2**30), (16 * 2**30, 8, 2**28), (4 * 2**30, 2, 2**28)):
+    for memory, ranks, most in (
+        (512 * 2**30, 8, 2**30),
+        (16 * 2**30, 1, 2**30),
+        (16 * 2**30, 8, 2**28),
+        (4 * 2**30, 2, 2**28),
+    ):
         monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
         assert assembly._most_in_memory(ranks) == most

@@ -1,4 +1,5 @@
-"""The examples of docs/add_a_*.md, run as they stand there: the module written to a file, the command started beside it."""
+"""The examples of docs/add_a_*.md, run as they stand there: the module written to a file, the command started beside
+it."""
 
 import json
 import re
@@ -23,7 +24,10 @@ def example(request, tmp_path):
         name = re.match(r"# (\w+\.py)\n", block)[1]
         (tmp_path / name).write_text(block)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    (dkd .*)$", page.replace("\\\n", " "), re.MULTILINE)]
+    commands = [
+        shlex.split(line, comments=True)
+        for line in re.findall(r"^    (dkd .*)$", page.replace("\\\n", " "), re.MULTILINE)
+    ]
     (described,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     return request.param, tmp_path, commands, described
 
@@ -48,7 +52,10 @@ def test_the_example_trains_and_is_used(example):
         assert logged[0]["weight/positions"] == 10
         assert described["losses"]["custom"][0]["loss"] == recipe["losses"]["custom"][0]["loss"]
     elif page == "add_a_model":
-        assert (recipe["student"]["name"], recipe["student"]["options"]) == (described["student"]["name"], described["student"]["options"])
+        assert (recipe["student"]["name"], recipe["student"]["options"]) == (
+            described["student"]["name"],
+            described["student"]["options"],
+        )
         (inspects,) = [command for command in commands if command[1] == "inspect"]
         shown = run(folder, *inspects[1:]).stdout
         assert re.search(r"down +32×16×16", shown), shown
@@ -89,10 +96,17 @@ def test_the_example_trains_and_is_used(example):
         ),
         ("", ['losses.custom=[{name: ce, loss: "a:b", weight: 1, of: labels}]'], "name 'ce' is taken"),
         ("", ['losses.custom=[{name: mine, loss: "a:b", weight: 1}]'], "of: features needs pairs"),
-        ("", ['losses.custom=[{name: mine, loss: "a:b", weight: 1, of: labels, piars: []}]'], "unknown key; did you mean"),
         (
             "",
-            ["losses.custom=[{name: m, loss: 'a:b', weight: 1, of: labels}, {name: m, loss: 'a:b', weight: 1, of: labels}]"],
+            ['losses.custom=[{name: mine, loss: "a:b", weight: 1, of: labels, piars: []}]'],
+            "unknown key; did you mean",
+        ),
+        (
+            "",
+            [
+                "losses.custom=[{name: m, loss: 'a:b', weight: 1, of: labels}, {name: m, loss: 'a:b', weight: 1, of: "
+                "labels}]"
+            ],
             "two losses of one name",
         ),
         ("", ["data.train=python:gone:data"], "data.train: 'gone:data': cannot import 'gone'"),
@@ -107,7 +121,9 @@ def test_the_example_trains_and_is_used(example):
 def test_mistakes_in_ones_own_code_are_one_line_and_exit_code_2(tmp_path, module, overrides, said):
     (tmp_path / "my_code.py").write_text(module)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    result = run(tmp_path, "train", "configs/quickstart.yaml", "teacher.weights=random", f"run.dir={tmp_path}/run", *overrides)
+    result = run(
+        tmp_path, "train", "configs/quickstart.yaml", "teacher.weights=random", f"run.dir={tmp_path}/run", *overrides
+    )
     assert result.returncode == 2, result.stderr[-2000:]
     assert said in result.stderr
     assert all(line.startswith("dkd: ") for line in result.stderr.splitlines()), result.stderr

@@ -1,4 +1,5 @@
-"""The trainer under DDP, FSDP2 and DeepSpeed ZeRO, with whole and sharded teachers, on real launches of 1, 2 and 4 processes.
+"""The trainer under DDP, FSDP2 and DeepSpeed ZeRO, with whole and sharded teachers, on real launches of 1, 2 and 4
+processes.
 
 Here is a part of the matrix; `make test-matrix` runs all of it.
 """
@@ -21,15 +22,26 @@ PARITY = {
     ],
     4: [case("fsdp2", 4, "fsdp2", strategy="exchange"), case("zero3", 8, "replicated"), case("zero1", 4, "fsdp2")],
 }
-# Three epochs of 3 steps: training resumes after evaluations on the average, with no checkpoint between that would put things right.
+# Three epochs of 3 steps: training resumes after evaluations on the average, with no checkpoint between that would put
+# things right.
 SHORT = {"epochs": 3, "max_steps": 9, "clip_grad_norm": 1.0, "ema": {"decay": 0.5}}
 AVERAGED = [
-    {**case(engine, 8, strategy="exchange"), "precision": "fp32", "images": 96, "train": SHORT, "checkpoint": {"every_epochs": 100}}
+    {
+        **case(engine, 8, strategy="exchange"),
+        "precision": "fp32",
+        "images": 96,
+        "train": SHORT,
+        "checkpoint": {"every_epochs": 100},
+    }
     for engine in ENGINES
 ]
-# The losses of every engine that computes in float32 are held to those of DDP in float32; only DDP's are held to the plain loop in float64.
+# The losses of every engine that computes in float32 are held to those of DDP in float32; only DDP's are held to the
+# plain loop in float64.
 FLOAT32 = {
-    name_of(tried): {**case("ddp", tried["micro_batch"], "replicated", tried["model"], tried["strategy"]), "precision": "fp32"}
+    name_of(tried): {
+        **case("ddp", tried["micro_batch"], "replicated", tried["model"], tried["strategy"]),
+        "precision": "fp32",
+    }
     for cases in PARITY.values()
     for tried in cases
     if tried["precision"] == "fp32"
@@ -40,11 +52,15 @@ FEW = [{**case("fsdp2", 8, "fsdp2"), "samples": samples, "train": {"max_steps": 
 ]
 VIT_TRAINING = {"max_steps": 1, "global_batch": 4}
 VIT = [
-    {**case("fsdp2", 2, teacher, "vit"), "precision": "fp32", "samples": 2, "train": VIT_TRAINING} for teacher in ("replicated", "fsdp2")
+    {**case("fsdp2", 2, teacher, "vit"), "precision": "fp32", "samples": 2, "train": VIT_TRAINING}
+    for teacher in ("replicated", "fsdp2")
 ]
-# BatchNorm, accumulation, an average; steps 3 and 4 are broken, of which two in a row are allowed, and in another run steps 3 to 5.
+# BatchNorm, accumulation, an average; steps 3 and 4 are broken, of which two in a row are allowed, and in another run
+# steps 3 to 5.
 SKIPPING = {"max_steps": 7, "skip_nonfinite": 2, "ema": {"decay": 0.5}}
-BROKEN = {engine: {**case(engine, 8, model="regularized"), "nonfinite": [3, 4], "train": SKIPPING} for engine in ENGINES}
+BROKEN = {
+    engine: {**case(engine, 8, model="regularized"), "nonfinite": [3, 4], "train": SKIPPING} for engine in ENGINES
+}
 TOO_BROKEN = {engine: {**BROKEN[engine], "nonfinite": [3, 4, 5]} for engine in ENGINES}
 GRADIENTS = {"gradients": "sharded"}
 OTHER = {"other": "engine"}
@@ -68,7 +84,8 @@ def uses(cases):
 
 
 class Launches:
-    """world size -> case -> what each rank returned. A launch runs what the selected tests use, once one of them asks."""
+    """world size -> case -> what each rank returned. A launch runs what the selected tests use, once one of them
+    asks."""
 
     def __init__(self, items, folders):
         self.folders, self.found = folders, {}
@@ -77,7 +94,10 @@ class Launches:
             if hasattr(item.function, "uses"):
                 values = parameters(item)
                 cases = self.cases[values.get("world", 2)]
-                cases.update((name_of(case), case) for case in item.function.uses(**{k: v for k, v in values.items() if k != "world"}))
+                cases.update(
+                    (name_of(case), case)
+                    for case in item.function.uses(**{k: v for k, v in values.items() if k != "world"})
+                )
 
     def __getitem__(self, world):
         if world not in self.found:
@@ -96,7 +116,9 @@ def reference():
 
 
 @pytest.mark.parametrize(
-    ("world", "tried"), [(w, c) for w, cases in PARITY.items() for c in cases], ids=lambda v: v if isinstance(v, int) else name_of(v)
+    ("world", "tried"),
+    [(w, c) for w, cases in PARITY.items() for c in cases],
+    ids=lambda v: v if isinstance(v, int) else name_of(v),
 )
 @uses(lambda tried: [tried, *([FLOAT32[name_of(tried)]] if tried["precision"] == "fp32" else [])])
 def test_training_is_that_of_a_plain_loop(results, reference, world, tried):
@@ -139,8 +161,8 @@ def test_features_of_a_sharded_teacher_are_those_of_the_whole_one_bit_for_bit(re
         assert len(rank) == 9
         for name, found in rank.items():
             kept, total = found["kept"]
-            # On CPUs, torch computes the attention of float32 weights in float32 even under autocast: bfloat16 weights then differ by their
-            # rounding.
+            # On CPUs, torch computes the attention of float32 weights in float32 even under autocast: bfloat16 weights
+            # then differ by their rounding.
             assert found["equal"] or (found.get("attends") and found["difference"] < 2**-7), (name, found)
             # In bytes, with weights in bfloat16: half of a half, and the norms, which stay float32.
             share = 0.25 if "bfloat16" in name else 0.5
@@ -161,7 +183,8 @@ def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):
 @pytest.mark.parametrize("engine", ENGINES)
 @uses(lambda engine: [BROKEN[engine], TOO_BROKEN[engine]])
 def test_an_update_whose_gradient_is_not_finite_leaves_no_trace(results, engine):
-    """Neither in weights nor in statistics, optimizer, average. The rank where it began is named; a third one in a row ends all ranks."""
+    """Neither in weights nor in statistics, optimizer, average. The rank where it began is named; a third one in a row
+    ends all ranks."""
     ranks = returned(results[2], BROKEN[engine])
     for rank in ranks:
         hashes = rank["hashes"]
@@ -196,7 +219,10 @@ def test_a_gradient_that_is_not_finite_in_one_shard_is_found_on_all_ranks(result
 def test_getting_another_engine_than_asked_for_is_an_error_with_the_right_command(results):
     for rank in returned(results[2], OTHER):
         assert "2 processes of fsdp2 were launched, but Accelerate runs" in rank["message"]
-        assert "accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes N -m dkd train RECIPE" in rank["message"]
+        assert (
+            "accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes N -m dkd train RECIPE"
+            in rank["message"]
+        )
 
 
 TRAINED = [c for c in PARITY[2] if c["model"] == "regularized"] + AVERAGED
@@ -217,7 +243,10 @@ def test_a_fresh_launch_evaluates_every_engines_student_as_training_did(results,
 @pytest.mark.parametrize("world", PARITY)
 def test_the_whole_matrix(world, reference, tmp_path):
     cases = matrix(world)
-    ddp = {name_of(c): {**case("ddp", c["micro_batch"], "replicated", c["model"], c["strategy"]), "precision": "fp32"} for c in cases}
+    ddp = {
+        name_of(c): {**case("ddp", c["micro_batch"], "replicated", c["model"], c["strategy"]), "precision": "fp32"}
+        for c in cases
+    }
     found = launch(world, tmp_path, [*cases, *{name_of(c): c for c in ddp.values()}.values()], seconds=3600)
     wrong = {}
     for tried in cases:

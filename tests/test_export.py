@@ -56,8 +56,12 @@ def test_torchvision_round_trip(tmp_path):
         assert torch.equal(model(images(64)), load_student(run)(images(64)))
 
 
-# One plain network, and one of all that is awkward in ONNX: grouped and depthwise convolutions, shuffled channels. The others are slow.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wrn_16_1", "vgg8_cifar", "mobilenetv2_x0_5", "shufflenetv2", "nin_thin")]
+# One plain network, and one of all that is awkward in ONNX: grouped and depthwise convolutions, shuffled channels. The
+# others are slow.
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("wrn_16_1", "vgg8_cifar", "mobilenetv2_x0_5", "shufflenetv2", "nin_thin")
+]
 
 
 @pytest.mark.parametrize("name", ["resnet8", "shufflenetv1", *SLOW])

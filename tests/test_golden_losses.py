@@ -32,16 +32,22 @@ def test_values_and_gradients_of_public_implementations(dtype):
         value = factor * loss(student, reference[f"{inputs}/teacher"].to(dtype))
         (gradient,) = torch.autograd.grad(value, student)
         assert value.dtype == dtype
-        for name, ours, theirs in (("loss", value, reference[f"{case}/loss"][0]), ("gradient", gradient, reference[f"{case}/grad"])):
+        for name, ours, theirs in (
+            ("loss", value, reference[f"{case}/loss"][0]),
+            ("gradient", gradient, reference[f"{case}/grad"]),
+        ):
             error = (ours.double() - theirs).norm() / theirs.norm()
             assert error < TOLERANCE[dtype], f"{case}: {name} differs by {error:.1e}"
 
 
 def test_attention_of_tokens_is_that_of_their_grid():
-    """(b, 1 + H·W, C) with one class token in front, against the map (b, C, H, W) that the other tokens make, row by row."""
+    """(b, 1 + H·W, C) with one class token in front, against the map (b, C, H, W) that the other tokens make, row by
+    row."""
     tokens, maps = torch.randn(3, 17, 5, dtype=torch.float64), torch.randn(3, 7, 4, 4, dtype=torch.float64)
     grid = torch.stack([tokens[:, 1 + 4 * row : 5 + 4 * row].transpose(1, 2) for row in range(4)], dim=2)
-    torch.testing.assert_close(AttentionTransfer(class_tokens=1)(maps, tokens), AttentionTransfer()(maps, grid), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        AttentionTransfer(class_tokens=1)(maps, tokens), AttentionTransfer()(maps, grid), rtol=1e-12, atol=0
+    )
     with pytest.raises(ValueError, match="say how many class_tokens are in front"):
         AttentionTransfer()(maps, tokens)
     with pytest.raises(ValueError, match="17 tokens without 0 class tokens: no square grid"):

@@ -1,10 +1,14 @@
-"""The engines on GPUs: NCCL, bfloat16, compilation, channels_last. `make test-gpu`; one GPU is enough for one process."""
+"""The engines on GPUs: NCCL, bfloat16, compilation, channels_last. `make test-gpu`; one GPU is enough for one
+process."""
 
 import pytest
 import torch
 from engines import ENGINES, assert_same_training, case, launch, name_of, references, returned
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: nothing is checked")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU: nothing is checked"),
+]
 
 WORLD = min(4, 2 ** (torch.cuda.device_count().bit_length() - 1)) if torch.cuda.is_available() else 1
 PARITY = [
@@ -17,14 +21,23 @@ PARITY += [case(engine, 8, "zero3", strategy="exchange") for engine in ("zero2",
 SHORT = {"max_steps": 3}
 PARITY.append({**case("ddp", 16), "precision": "fp32"})
 DDP = {
-    name_of(c): {**case("ddp", c["micro_batch"], strategy=c["strategy"]), "precision": "fp32"} for c in PARITY if c["precision"] == "fp32"
+    name_of(c): {**case("ddp", c["micro_batch"], strategy=c["strategy"]), "precision": "fp32"}
+    for c in PARITY
+    if c["precision"] == "fp32"
 }
 FLOAT32 = {**case("ddp", 8), "precision": "fp32", "train": SHORT}
 FAST = [
     {**FLOAT32, "precision": "bf16", "train": {**SHORT, "channels_last": True}},
     {**FLOAT32, "precision": "fp16", "train": SHORT},
-    {**FLOAT32, "precision": "bf16", "train": {**SHORT, "channels_last": True, "compile": {"student": True, "teacher": True}}},
-    *({**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {**SHORT, "channels_last": True}} for engine in ENGINES[1:]),
+    {
+        **FLOAT32,
+        "precision": "bf16",
+        "train": {**SHORT, "channels_last": True, "compile": {"student": True, "teacher": True}},
+    },
+    *(
+        {**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {**SHORT, "channels_last": True}}
+        for engine in ENGINES[1:]
+    ),
 ]
 FEATURES = {"features": "all"}
 

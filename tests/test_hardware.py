@@ -1,4 +1,5 @@
-"""What `auto` means on each kind of hardware, that a run keeps it, and that all ranks choose alike. The hardware is pretended."""
+"""What `auto` means on each kind of hardware, that a run keeps it, and that all ranks choose alike. The hardware is
+pretended."""
 
 import json
 
@@ -9,8 +10,9 @@ import yaml
 from dkd.cli import main
 from dkd.config import recipe_changes
 from dkd.config.loading import load_recipe, validate
-from dkd.training import engine, hardware
-from dkd.training.hardware import Hardware, choose, probe, settled
+from dkd.engines import engine
+from dkd.preflight import hardware
+from dkd.preflight.hardware import Hardware, choose, probe, settled
 
 VALUES = {
     "data": {"train": "digits", "validation": "digits", "classes": 10, "transforms": "digits"},
@@ -81,7 +83,9 @@ def test_the_memory_format_is_no_matter_of_the_clock():
 def test_a_gpu_is_asked_for_units_and_not_for_an_emulation(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation))
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation)
+    )
     assert not probe("cuda").bf16
     assert asked == [False]
 
@@ -94,7 +98,12 @@ def test_a_gpu_is_asked_for_units_and_not_for_an_emulation(monkeypatch):
         ([OLD_GPU], False, "fp32", "T4 has no bfloat16 units"),
         ([GPU, OLD_GPU], True, "fp16", "T4 of rank 1 has no bfloat16 units"),
         ([FAST, FAST], True, "bf16", "Xeon has bfloat16 units; a convolution is 2.0 times as fast as in float32"),
-        ([FAST, FAST, SLOW], True, "fp32", "laptop of rank 2 has no bfloat16 units; a convolution takes 10.0 times as long as in float32"),
+        (
+            [FAST, FAST, SLOW],
+            True,
+            "fp32",
+            "laptop of rank 2 has no bfloat16 units; a convolution takes 10.0 times as long as in float32",
+        ),
     ],
 )
 def test_all_ranks_choose_what_the_slowest_of_them_is_fast_in(ranks, fp16_works, precision, reason):
@@ -135,7 +144,9 @@ def test_a_resumed_run_keeps_its_arithmetic_on_other_hardware():
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of_with_the_factor():
     (line,) = settled(recipe(train={"precision": "bf16"}), [FAST, SLOW])[1]
-    assert line.startswith("warning: train.precision is bf16, which laptop (rank 1) emulates: a convolution takes 10.0 times as long")
+    assert line.startswith(
+        "warning: train.precision is bf16, which laptop (rank 1) emulates: a convolution takes 10.0 times as long"
+    )
     assert settled(recipe(train={"precision": "bf16"}), [FAST])[1] == []
 
 
@@ -163,7 +174,14 @@ def test_deterministic_asks_torch_for_bits(monkeypatch):
 
 
 def train(tmp_path, *overrides):
-    small = ["teacher=null", "losses={}", "run.trackers=[]", "train.global_batch=512", "data.image_size=8", "train.max_steps=1"]
+    small = [
+        "teacher=null",
+        "losses={}",
+        "run.trackers=[]",
+        "train.global_batch=512",
+        "data.image_size=8",
+        "train.max_steps=1",
+    ]
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(VALUES))
     return main(["train", str(path), f"run.dir={tmp_path / 'run'}", *small, *overrides])
@@ -178,7 +196,9 @@ def test_a_run_stores_the_choice_and_a_resume_on_other_hardware_keeps_it(tmp_pat
 
     monkeypatch.setattr(hardware, "probe", lambda device: FAST)
     assert train(tmp_path, "train.max_steps=2", "--allow-recipe-change") == 0
-    assert "precision fp32, as at the run's first start; this hardware alone would choose bf16" in capsys.readouterr().err
+    assert (
+        "precision fp32, as at the run's first start; this hardware alone would choose bf16" in capsys.readouterr().err
+    )
     assert load_recipe(tmp_path / "run" / "recipe.yaml").train.precision == "fp32"
 
     assert train(tmp_path, "--dry-run", f"run.dir={tmp_path / 'other'}") == 0

@@ -1,4 +1,5 @@
-"""JPEG files are decoded by the fastest decoder whose pixels are Pillow's: what decides that, and that nothing else differs."""
+"""JPEG files are decoded by the fastest decoder whose pixels are Pillow's: what decides that, and that nothing else
+differs."""
 
 import io
 import random
@@ -62,7 +63,8 @@ def test_without_simplejpeg_pillow_decodes(monkeypatch):
 def test_a_decoder_with_pillows_pixels_is_taken_and_named(monkeypatch):
     decoder = chosen(monkeypatch, stand_in(pillows_pixels))
     assert decoder.name.startswith("simplejpeg 9.9, pixels as by Pillow ")
-    # Baseline and progressive, three samplings, with and without restart markers, three ways to say what the colours are.
+    # Baseline and progressive, three samplings, with and without restart markers, three ways to say what the colours
+    # are.
     assert len(decoder.kinds) == 2 * 3 * 2 * 3
     assert decoder.header(saved()) is not None
 
@@ -76,7 +78,9 @@ def test_a_decoder_that_differs_in_one_pixel_of_one_kind_is_not_taken(monkeypatc
 
     decoder = chosen(monkeypatch, stand_in(differs))
     assert decoder.decode is None
-    assert "simplejpeg 9.9 is not used: its pixels differ from Pillow's, first in a trial image of 70×47" in decoder.name
+    assert (
+        "simplejpeg 9.9 is not used: its pixels differ from Pillow's, first in a trial image of 70×47" in decoder.name
+    )
 
 
 def test_a_decoder_that_fails_is_not_taken(monkeypatch):
@@ -159,7 +163,14 @@ def test_pixels_and_errors_are_pillows_for_damaged_files_too():
     if jpeg.jpeg_decoder().decode is None:
         pytest.skip(f"its libjpeg has other pixels here: {jpeg.jpeg_decoder().name}")
     generator = random.Random(0)
-    files = [*jpeg.trial_images(), saved("L"), saved("CMYK"), saved(exif=exif(orientation=6)), saved(exif=exif()), saved(comment=b"words")]
+    files = [
+        *jpeg.trial_images(),
+        saved("L"),
+        saved("CMYK"),
+        saved(exif=exif(orientation=6)),
+        saved(exif=exif()),
+        saved(comment=b"words"),
+    ]
     decoded = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -185,7 +196,10 @@ def test_photographs_have_pillows_pixels():
     pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: pip install 'dkd[fast]'")
     folder = FOLDER / "data" / "imagenet1k_sample"
     if not folder.exists():
-        pytest.skip(f"photographs are not there: {folder} (set DKD_TEST_MATERIAL to the folder that holds data/imagenet1k_sample/)")
+        pytest.skip(
+            f"photographs are not there: {folder} (set DKD_TEST_MATERIAL to the folder that holds "
+            "data/imagenet1k_sample/)"
+        )
     import pyarrow.parquet as parquet
 
     cells = parquet.read_table(sorted(folder.glob("*.parquet"))[0])["image"].to_pylist()

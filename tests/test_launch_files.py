@@ -1,4 +1,5 @@
-"""Every file of launch/, by the command that docs/engines.md gives; and launches that would be something else than was asked for."""
+"""Every file of launch/, by the command that docs/engines.md gives; and launches that would be something else than was
+asked for."""
 
 import json
 import os
@@ -10,8 +11,8 @@ import pytest
 from launched import child_environment, limit
 from reference_material import FOLDER
 
+from dkd import launch
 from dkd.cli import main
-from dkd.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
@@ -21,7 +22,9 @@ RECIPE = "configs/examples/cifar10_wrn16-2_wrn16-1.yaml"
 def accelerate_launch(*arguments):
     """The environment of a user's shell: nothing of this test's own launch."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(300), env=child_environment())
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=limit(300), env=child_environment()
+    )
 
 
 ONE_OF_EACH = ("cpu", "zero2")  # started for real by `make test`; all of them by `make test-all`
@@ -29,7 +32,8 @@ ONE_OF_EACH = ("cpu", "zero2")  # started for real by `make test`; all of them b
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monkeypatch):
-    """What `accelerate launch` would tell its ranks; tests/test_engines.py trains under just that environment, for each engine."""
+    """What `accelerate launch` would tell its ranks; tests/test_engines.py trains under just that environment, for each
+    engine."""
     import torch.distributed.run as torchrun
     from accelerate.commands import launch as command
     from engines import environment
@@ -37,7 +41,18 @@ def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monke
     told = {}
     monkeypatch.setattr(torchrun, "run", lambda arguments: told.update(os.environ, processes=arguments.nproc_per_node))
     monkeypatch.chdir(ROOT)
-    words = ["--config_file", str(file.relative_to(ROOT)), "--num_processes", "2", "--main_process_port", "0", "-m", "dkd", "train", "x"]
+    words = [
+        "--config_file",
+        str(file.relative_to(ROOT)),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "-m",
+        "dkd",
+        "train",
+        "x",
+    ]
     command.launch_command(command.launch_command_parser().parse_args(words))
     assert told.pop("processes") == "2"
     engine = {"cpu": "ddp"}.get(file.stem, file.stem)
@@ -108,7 +123,8 @@ def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
 
 
 def test_deepspeeds_buffers_fit_the_student(tmp_path, monkeypatch):
-    """Left alone, DeepSpeed would take 2 GB of each GPU for gradients under way, and not overlap them with the backward."""
+    """Left alone, DeepSpeed would take 2 GB of each GPU for gradients under way, and not overlap them with the
+    backward."""
     from dkd.config import load_recipe
 
     file = tmp_path / "deepspeed.json"
@@ -141,34 +157,72 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
             [],
             "FSDP version 1; only version 2 is supported: launch/accelerate/fsdp2.yaml",
         ),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None, [], "asks for fsdp2, but started one process without a launcher"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            None,
+            [],
+            "asks for fsdp2, but started one process without a launcher",
+        ),
         ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, None, [], "BatchNorm would see every batch twice"),
-        ({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, None, [], "Accelerate cannot do that with BatchNorm's buffers"),
+        (
+            {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            None,
+            [],
+            "Accelerate cannot do that with BatchNorm's buffers",
+        ),
         ({**FSDP2, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, None, [], "TRANSFORMER_BASED_WRAP finds the blocks"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, [], "train.compile: the launch asks for a dynamo_backend"),
         (DEEPSPEED, None, [], "DeepSpeed without a DeepSpeed file"),
         (DEEPSPEED, {"zero_optimization": {"stage": 0}}, [], "DeepSpeed with ZeRO stage 0; take stage 1, 2 or 3"),
-        ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"}, None, [], "DeepSpeed file 'no.json' cannot be read"),
+        (
+            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no.json"},
+            None,
+            [],
+            "DeepSpeed file 'no.json' cannot be read",
+        ),
         (DEEPSPEED, {"gradient_clipping": 5.0}, [], 'says gradient_clipping = 5.0, the recipe 0.0; write "auto" there'),
-        (DEEPSPEED, {"train_micro_batch_size_per_gpu": 3}, [], "says train_micro_batch_size_per_gpu = 3, the recipe 64"),
+        (
+            DEEPSPEED,
+            {"train_micro_batch_size_per_gpu": 3},
+            [],
+            "says train_micro_batch_size_per_gpu = 3, the recipe 64",
+        ),
         (DEEPSPEED, {"bf16": {"enabled": True}}, [], "turns on bf16; leave it out"),
         (DEEPSPEED, {"optimizer": {"type": "Adam"}}, [], "holds 'optimizer'; leave it out"),
         (DEEPSPEED, {}, ["train.precision=fp64"], "train.precision: DeepSpeed keeps its weights in float32"),
         (DEEPSPEED, {}, ["train.compile.student=true"], "train.compile.student: is not supported under zero2"),
         ({}, None, ["teacher.placement=zero3"], "teacher.placement: zero3 needs a student under DeepSpeed"),
-        ({}, None, ["teacher.placement=fsdp2", "train.compile.teacher=true"], "train.compile.teacher: is not supported with"),
+        (
+            {},
+            None,
+            ["teacher.placement=fsdp2", "train.compile.teacher=true"],
+            "train.compile.teacher: is not supported with",
+        ),
         ({}, None, ["teacher.mesh=node"], "teacher.mesh: belongs to teacher.placement=fsdp2"),
-        ({}, None, ["teacher.weights_dtype=bf16", "train.precision=fp32"], "teacher.weights_dtype: bf16 needs train.precision=bf16"),
+        (
+            {},
+            None,
+            ["teacher.weights_dtype=bf16", "train.precision=fp32"],
+            "teacher.weights_dtype: bf16 needs train.precision=bf16",
+        ),
     ],
 )
-def test_what_a_launch_cannot_do_is_refused_before_it_starts(environment, deepspeed, overrides, message, tmp_path, monkeypatch, capsys):
+def test_what_a_launch_cannot_do_is_refused_before_it_starts(
+    environment, deepspeed, overrides, message, tmp_path, monkeypatch, capsys
+):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     if deepspeed is not None:
         file = tmp_path / "deepspeed.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **deepspeed}))
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    arguments = [f"run.dir={tmp_path / 'run'}", "teacher.weights=random", "train.global_batch=64", "train.micro_batch=64", *overrides]
+    arguments = [
+        f"run.dir={tmp_path / 'run'}",
+        "teacher.weights=random",
+        "train.global_batch=64",
+        "train.micro_batch=64",
+        *overrides,
+    ]
     assert main(["train", str(ROOT / "configs" / "quickstart.yaml"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

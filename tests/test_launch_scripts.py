@@ -30,7 +30,18 @@ def dry_run(script, *words, **variables):
 
 def test_on_one_machine():
     engine = str(LAUNCH / "accelerate" / "cpu.yaml")
-    begin = ["accelerate", "launch", "--config_file", engine, "--num_processes", "2", "--main_process_port", "0", "--max_restarts", "0"]
+    begin = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        engine,
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "--max_restarts",
+        "0",
+    ]
     assert dry_run("local.sh", *WORDS) == [*begin, "-m", "dkd", "train", *WORDS]
     words = dry_run("local.sh", *WORDS, ENGINE="zero2", PROCESSES="8", MAX_RESTARTS="3")
     assert words[3:6] == [str(LAUNCH / "accelerate" / "zero2.yaml"), "--num_processes", "8"]
@@ -46,9 +57,29 @@ def test_by_torchrun():
 
 
 def test_on_a_slurm_cluster():
-    words = dry_run("slurm/train.sbatch", *WORDS, PROCESSES_PER_NODE="4", SLURM_NNODES="3", SLURM_JOB_ID="77", ENGINE="fsdp2")
-    begin = ["accelerate", "launch", "--config_file", "launch/accelerate/fsdp2.yaml", "--num_machines", "3", "--machine_rank", "0"]
-    begin += ["--num_processes", "12", "--main_process_ip", "first-node", "--main_process_port", "15077", "--max_restarts", "0"]
+    words = dry_run(
+        "slurm/train.sbatch", *WORDS, PROCESSES_PER_NODE="4", SLURM_NNODES="3", SLURM_JOB_ID="77", ENGINE="fsdp2"
+    )
+    begin = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        "launch/accelerate/fsdp2.yaml",
+        "--num_machines",
+        "3",
+        "--machine_rank",
+        "0",
+    ]
+    begin += [
+        "--num_processes",
+        "12",
+        "--main_process_ip",
+        "first-node",
+        "--main_process_port",
+        "15077",
+        "--max_restarts",
+        "0",
+    ]
     assert words[: len(begin)] == begin
     assert words[-len(WORDS) - 3 :] == ["-m", "dkd", "train", *WORDS]
 
@@ -81,7 +112,9 @@ def test_without_a_recipe_a_script_says_how_it_is_used(script):
     assert "--dry-run" in result.stdout
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed; make test-cluster installs Debian's")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed; make test-cluster installs Debian's"
+)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
     result = subprocess.run(["shellcheck", script], capture_output=True, text=True, timeout=limit(60))

@@ -30,10 +30,22 @@ def test_they_stop_after_a_checkpoint(tmp_path):
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dkd", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "dkd",
+        "train",
+    ]
     run = tmp_path / "run"
     with (tmp_path / "said").open("w") as said:
-        launcher = subprocess.Popen([*command, tmp_path / "recipe.yaml", f"run.dir={run}"], env=environment, stdout=said, stderr=said)
+        launcher = subprocess.Popen(
+            [*command, tmp_path / "recipe.yaml", f"run.dir={run}"], env=environment, stdout=said, stderr=said
+        )
     try:
         wait_for((run / "checkpoints" / "step_00000002").is_dir, tmp_path, 120)
         os.kill(launcher.pid, signal.SIGKILL)

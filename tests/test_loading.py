@@ -1,4 +1,5 @@
-"""Worker processes: the memory they share with their rank, and what happens when one hangs, is killed, or has no room for a batch."""
+"""Worker processes: the memory they share with their rank, and what happens when one hangs, is killed, or has no room
+for a batch."""
 
 import gc
 import json
@@ -15,9 +16,9 @@ import torch
 from launched import limit, pause
 
 from dkd.cli import main
-from dkd.data import EvaluationBatches, SampleOrder, TrainingBatches, open_source
-from dkd.data.batches import FilledSlot
+from dkd.data import EvaluationLoader, GlobalBatchSampler, TrainLoader, open_source
 from dkd.data.jpeg import jpeg_decoder
+from dkd.data.loader import FilledSlot
 from dkd.data.worker_memory import BatchSlots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def as_it_is(image):
 
 def in_order(source, batch, workers, **options):
     """The images of a source in batches, in their order: whose turn it is is known."""
-    return EvaluationBatches(source, as_it_is, batch, workers=workers, image_size=8, **options)
+    return EvaluationLoader(source, as_it_is, batch, workers=workers, image_size=8, **options)
 
 
 def stop_this_process():
@@ -237,21 +238,21 @@ def test_batches_stay_what_they_are_while_they_are_held(workers):
 
 
 def test_the_memory_that_is_shared_is_known_beforehand():
-    order = SampleOrder(1348, 0, 32, 16)
+    order = GlobalBatchSampler(1348, 0, 32, 16)
     transform = torch.nn.Identity()
-    batches = TrainingBatches(open_source("digits", training=True), transform, order, workers=2, image_size=8)
+    batches = TrainLoader(open_source("digits", training=True), transform, order, workers=2, image_size=8)
     # Two loaded ahead, and half of the three that a step of two micro-batches holds; images and labels.
     assert batches.shared_bytes == 2 * (2 + 2) * (16 * 3 * 8 * 8 + 16 * 8)
-    assert TrainingBatches(open_source("digits", training=True), transform, order, image_size=8).shared_bytes == 0
+    assert TrainLoader(open_source("digits", training=True), transform, order, image_size=8).shared_bytes == 0
 
 
 SMALL_SHARED_MEMORY = """
 import sys
 sys.path.insert(0, "tests")
 from test_loading import Numbered, as_it_is
-from dkd.data import SampleOrder, TrainingBatches
-order = SampleOrder(240, 0, 20, 20)
-batches = TrainingBatches(Numbered(240, size=224), as_it_is, order, workers=2, image_size=224)
+from dkd.data import GlobalBatchSampler, TrainLoader
+order = GlobalBatchSampler(240, 0, 20, 20)
+batches = TrainLoader(Numbered(240, size=224), as_it_is, order, workers=2, image_size=224)
 for batch in batches.steps(0, 12):
     assert not batch.failure, batch.failure
     assert batch.images[:, 0, 0, 0].tolist() == batch.labels.tolist()
@@ -264,7 +265,8 @@ for batch in list(batches.steps(0, 12)):
 
 
 def test_a_small_shared_memory_is_enough_and_an_error_where_it_is_not():
-    """Batches of 3 MB and a /dev/shm of 2, as Docker's 64 MB are to many workers. What is held beyond the slots has to go there."""
+    """Batches of 3 MB and a /dev/shm of 2, as Docker's 64 MB are to many workers. What is held beyond the slots has to
+    go there."""
     command = ["unshare", "--mount", "--propagation", "private", "bash", "-c"]
     mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
     tried = subprocess.run([*command, mount], capture_output=True, text=True)
@@ -282,4 +284,7 @@ def test_a_small_shared_memory_is_enough_and_an_error_where_it_is_not():
     passed, failure = result.stdout.splitlines()
     assert passed == "passed"
     assert failure.startswith("a batch of 3.0 MB does not fit /dev/shm, which has ")
-    assert "of 2.1 MB free: make it larger (docker run --shm-size=8g, or --ipc=host), or take fewer data.workers" in failure
+    assert (
+        "of 2.1 MB free: make it larger (docker run --shm-size=8g, or --ipc=host), or take fewer data.workers"
+        in failure
+    )

@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from dkd import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
-from dkd.config.loss_sections import SimilarityPreservingSection
+from dkd.config.losses import SimilarityPreservingSection
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -40,7 +40,9 @@ def test_the_gradient_of_a_sample_without_features_is_bounded_by_the_floor():
         value, gradient = value_and_gradient(SimilarityPreserving(floor=floor), student, teacher)
         dead, others = gradient[1].norm().item(), gradient.norm(dim=1)[[0, 2, 3, 4, 5]].mean().item()
         bound[floor] = dead / others
-        assert value == pytest.approx(SimilarityPreserving(floor=0)(student, teacher).item(), rel=1e-12)  # a row of zeros stays one
+        assert value == pytest.approx(
+            SimilarityPreserving(floor=0)(student, teacher).item(), rel=1e-12
+        )  # a row of zeros stays one
     assert bound[0.0] > 1e9  # what the published formula does, silently
     assert bound[0.01] < 10 / 0.01
     assert bound[0.1] < 10 / 0.1
@@ -58,7 +60,8 @@ def test_the_floor_changes_no_bit_where_no_row_is_below_it(dtype, shape):
 
 
 def test_the_floor_is_a_constant_to_the_gradient():
-    """Against autograd of the formula as docs/losses.md writes it, most rows below the floor in one and none in the other."""
+    """Against autograd of the formula as docs/losses.md writes it, most rows below the floor in one and none in the
+    other."""
     student, teacher = small_rows()
     for floor in (0.01, 0.9):
 
@@ -79,7 +82,11 @@ def test_models_that_agree_lose_nothing_by_the_floor():
 
 
 def test_features_that_are_all_zero_have_a_gradient_that_is_a_number():
-    for loss, shape in ((SimilarityPreserving(), (4, 5)), (AttentionTransfer(), (4, 5, 3, 3)), (AttentionTransfer(p=4), (4, 5, 3, 3))):
+    for loss, shape in (
+        (SimilarityPreserving(), (4, 5)),
+        (AttentionTransfer(), (4, 5, 3, 3)),
+        (AttentionTransfer(p=4), (4, 5, 3, 3)),
+    ):
         _, gradient = value_and_gradient(loss, torch.zeros(shape), randn(*shape, dtype=torch.float32))
         assert torch.equal(gradient, torch.zeros(shape)), loss
 
@@ -111,7 +118,10 @@ def test_a_recipe_and_a_loop_of_ones_own_have_the_same_floor():
 def test_values_and_gradients_do_not_depend_on_the_scale_of_features(loss, scales):
     """Both losses normalise: k times the features leave the value, and make the gradient 1/k of what it was."""
     side = 4 if getattr(loss, "resize", "") == "map" else 3
-    student, teacher = randn(3, 4, 3, 3, seed=5, dtype=torch.float32), randn(3, 6, side, side, seed=6, dtype=torch.float32)
+    student, teacher = (
+        randn(3, 4, 3, 3, seed=5, dtype=torch.float32),
+        randn(3, 6, side, side, seed=6, dtype=torch.float32),
+    )
     value, gradient = value_and_gradient(loss, student, teacher)
     for scale in scales:
         scaled, scaled_gradient = value_and_gradient(loss, student * scale, teacher * scale)
@@ -152,14 +162,26 @@ MAPS, MAP_LABELS = torch.zeros(2, 5, 3, 3), torch.zeros(2, 3, 3, dtype=torch.int
     [
         (lambda: CrossEntropy()(MAPS, MAP_LABELS), r"logits must have the shape \(b, K\).* not \(2, 5, 3, 3\)"),
         (lambda: CrossEntropy()(MAPS, MAPS), r"logits must have the shape \(b, K\)"),
-        (lambda: CrossEntropy()(LOGITS, torch.zeros(2, 1, dtype=torch.int64)), r"labels must be whole numbers of shape \(2,\)"),
+        (
+            lambda: CrossEntropy()(LOGITS, torch.zeros(2, 1, dtype=torch.int64)),
+            r"labels must be whole numbers of shape \(2,\)",
+        ),
         (lambda: CrossEntropy()(LOGITS, torch.zeros(2, 4)), r"labels must be .* not float32 of shape \(2, 4\)"),
         (lambda: SoftTargets()(MAPS, MAPS), r"student logits must have the shape \(b, K\)"),
         (lambda: SoftTargets()(LOGITS[0], LOGITS[0]), r"student logits must have the shape \(b, K\).* not \(5,\)"),
-        (lambda: SoftTargets()(LOGITS.cfloat(), LOGITS.cfloat()), "student logits must be real floating-point numbers, not complex64"),
+        (
+            lambda: SoftTargets()(LOGITS.cfloat(), LOGITS.cfloat()),
+            "student logits must be real floating-point numbers, not complex64",
+        ),
         (lambda: GradientAttention()(MAPS, MAPS, MAPS, MAP_LABELS), r"logits must have the shape \(b, K\)"),
-        (lambda: SimilarityPreserving()(LOGITS.cfloat(), LOGITS), "features must be real floating-point numbers, not complex64"),
-        (lambda: AttentionTransfer()(MAPS, MAPS.cdouble()), "features must be real floating-point numbers, not complex128"),
+        (
+            lambda: SimilarityPreserving()(LOGITS.cfloat(), LOGITS),
+            "features must be real floating-point numbers, not complex64",
+        ),
+        (
+            lambda: AttentionTransfer()(MAPS, MAPS.cdouble()),
+            "features must be real floating-point numbers, not complex128",
+        ),
         (lambda: AttentionTransfer()(MAPS.long(), MAPS), "features must be real floating-point numbers, not int64"),
         (lambda: SimilarityPreserving()([], []), "a loss needs at least one tensor of each model, and got none"),
         (lambda: AttentionTransfer()([], []), "a loss needs at least one tensor of each model, and got none"),

@@ -10,11 +10,11 @@ import pytest
 import torch.distributed as dist
 from launched import limit, pause
 
-from dkd.training import stopping
-from dkd.training.launch_check import Findings, compare
-from dkd.training.meeting import MeetingError, Refused, meet
-from dkd.training.stopping import StopRequests
-from dkd.training.watch import Sign, told
+from dkd.commands.launch_check.check import Findings, compare
+from dkd.distributed import stop_signals
+from dkd.distributed.heartbeat import RankStatus, told
+from dkd.distributed.rendezvous import Refused, RendezvousError, meet
+from dkd.distributed.stop_signals import StopRequests
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def together(store, ranks, timeout=None, refusals=None, delays=None):
         time.sleep((delays or {}).get(rank, 0))
         try:
             found[rank] = meet(store(), rank, 3, limit(10) if timeout is None else timeout, (refusals or {}).get(rank))
-        except (MeetingError, Refused) as error:
+        except (RendezvousError, Refused) as error:
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
@@ -51,7 +51,7 @@ def test_every_start_has_a_name_of_its_own_whatever_earlier_ones_left(store):
 
 def test_ranks_of_a_start_that_died_before_it_met_do_not_take_part(store):
     """Ranks 0 and 2 came, and were killed; then all three come, rank 2 long after the others."""
-    assert all(isinstance(found, MeetingError) for found in together(store, (0, 2), timeout=pause(0.5)).values())
+    assert all(isinstance(found, RendezvousError) for found in together(store, (0, 2), timeout=pause(0.5)).values())
     found = together(store, (0, 1, 2), delays={2: 1.0})
     assert len(set(found.values())) == 1
     assert isinstance(found[0], str)
@@ -62,7 +62,7 @@ def test_a_first_rank_that_comes_again_starts_those_that_waited_for_the_one_befo
     waiting = threading.Thread(target=lambda: found.update(together(store, (1, 2), timeout=limit(10))))
     waiting.start()
     time.sleep(0.3)  # they are there, and rank 0 offers them its name before it ends
-    assert isinstance(together(store, (0,), timeout=0)[0], MeetingError)
+    assert isinstance(together(store, (0,), timeout=0)[0], RendezvousError)
     found |= together(store, (0,))
     waiting.join()
     assert len(set(found.values())) == 1
@@ -84,7 +84,9 @@ def test_a_rank_that_cannot_take_part_tells_all(store):
 
 def signs(**places):
     """rank0=(count, place, what, end)"""
-    return {int(rank[4:]): Sign(count, "node", place, what, end) for rank, (count, place, what, end) in places.items()}
+    return {
+        int(rank[4:]): RankStatus(count, "node", place, what, end) for rank, (count, place, what, end) in places.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,12 @@ def signs(**places):
         ),
         # Rank 1 ended by itself; rank 2 waits, as this one does.
         (
-            signs(rank0=(5, (2,), "x", ""), rank1=(5, (2,), "x", "ValueError: 3"), rank2=(5, (2,), "x", "gave up waiting")),
-            signs(rank0=(8, (2,), "x", ""), rank1=(5, (2,), "x", "ValueError: 3"), rank2=(5, (2,), "x", "gave up waiting")),
+            signs(
+                rank0=(5, (2,), "x", ""), rank1=(5, (2,), "x", "ValueError: 3"), rank2=(5, (2,), "x", "gave up waiting")
+            ),
+            signs(
+                rank0=(8, (2,), "x", ""), rank1=(5, (2,), "x", "ValueError: 3"), rank2=(5, (2,), "x", "gave up waiting")
+            ),
             ["rank 1 on node: ended at x: ValueError: 3"],
         ),
         (signs(rank0=(5, (2,), "x", "")), signs(rank0=(6, (2,), "x", "")), ["rank 1: has not come"]),
@@ -117,14 +123,14 @@ def test_what_signs_of_life_say(before, now, said):
 
 @pytest.fixture
 def noted():
-    kept = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    stopping.note_signals()
+    kept = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
+    stop_signals.note_signals()
     yield
-    stopping.stop_noting()
-    assert {number: signal.getsignal(number) for number in stopping.SIGNALS} == kept
+    stop_signals.stop_noting()
+    assert {number: signal.getsignal(number) for number in stop_signals.SIGNALS} == kept
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", stop_signals.SIGNALS)
 def test_a_signal_leaves_a_note_and_does_nothing_else(noted, tmp_path, number):
     requests = StopRequests(tmp_path, looks=True)
     assert requests.asked_by() is None
@@ -142,17 +148,31 @@ def test_a_stop_file_is_seen_by_the_rank_that_looks(noted, tmp_path):
 
 @pytest.mark.parametrize(
     ("variables", "code"),
-    [({}, 75), ({"TORCHELASTIC_MAX_RESTARTS": "0"}, 75), ({"TORCHELASTIC_MAX_RESTARTS": "3"}, 0), ({"DKD_STOP_EXIT_CODE": "9"}, 9)],
+    [
+        ({}, 75),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0"}, 75),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3"}, 0),
+        ({"DKD_STOP_EXIT_CODE": "9"}, 9),
+    ],
 )
 def test_the_exit_code_of_a_stop(monkeypatch, variables, code):
     for name in ("TORCHELASTIC_MAX_RESTARTS", "DKD_STOP_EXIT_CODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert stopping.exit_code() == code
+    assert stop_signals.exit_code() == code
 
 
-FACTS = {"host": "node1", "engine": "ddp", "device": "cuda", "device_name": "A", "memory": 80, "nccl": "2", "python": "3.11", "code": "c"}
+FACTS = {
+    "host": "node1",
+    "engine": "ddp",
+    "device": "cuda",
+    "device_name": "A",
+    "memory": 80,
+    "nccl": "2",
+    "python": "3.11",
+    "code": "c",
+}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,11 @@ FACTS = {"host": "node1", "engine": "ddp", "device": "cuda", "device_name": "A",
         ({"package torch": "2.13"}, ["torch differs: 2.14 on rank 0 (node1); 2.13 on rank 1 (node2)"], []),
         ({"code": "d"}, ["the code of dkd differs: c on rank 0 (node1); d on rank 1 (node2)"], []),
         ({"device_name": "B"}, [], ["the devices differ: A on rank 0 (node1); B on rank 1 (node2)"]),
-        ({"host": "node1", "device_id": "0"}, ["rank 0 and rank 1 have the same GPU of node1: give each process one of its own"], []),
+        (
+            {"host": "node1", "device_id": "0"},
+            ["rank 0 and rank 1 have the same GPU of node1: give each process one of its own"],
+            [],
+        ),
         ({"clock": 100.0}, [], ["clocks differ by 100 s, or ranks came so late; node1 is behind"]),
     ],
 )

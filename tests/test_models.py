@@ -18,8 +18,9 @@ from dkd.models import (
 )
 from dkd.models.weights import read_file
 
-# Parameters with 100 classes. In millions as published: CRD's CIFAR-100 benchmark (resnet20 0.28, resnet32 0.47, resnet56 0.86,
-# resnet110 1.74, resnet8x4 1.23, resnet32x4 7.43, wrn_16_2 0.70, wrn_40_1 0.57, wrn_40_2 2.26) and the WRN paper's table 4 (wrn_16_8 11.0).
+# Parameters with 100 classes. In millions as published: CRD's CIFAR-100 benchmark (resnet20 0.28, resnet32 0.47,
+# resnet56 0.86, resnet110 1.74, resnet8x4 1.23, resnet32x4 7.43, wrn_16_2 0.70, wrn_40_1 0.57, wrn_40_2 2.26) and the
+# WRN paper's table 4 (wrn_16_8 11.0).
 PARAMETERS = {
     "resnet8": 83_892,
     "resnet14": 181_108,
@@ -164,7 +165,10 @@ def test_weights_load_from_files_of_tensors(tmp_path, kind):
     if kind == "safetensors":
         save_file(state, path)
     else:
-        torch.save({"pth": state, "nested": {"model": state}, "prefixed": {f"module.{k}": v for k, v in state.items()}}[kind], path)
+        torch.save(
+            {"pth": state, "nested": {"model": state}, "prefixed": {f"module.{k}": v for k, v in state.items()}}[kind],
+            path,
+        )
     load_weights(target, "resnet8", str(path))
     assert all(torch.equal(a, b) for a, b in zip(state.values(), target.state_dict().values(), strict=True))
 
@@ -205,7 +209,10 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, content, suffix):
 
 def test_a_student_file_that_names_code_is_not_run_unasked(tmp_path):
     save_student(
-        tmp_path, ModelSpec("torchvision.models:resnet18", 10), build_model(ModelSpec("torchvision/resnet18", 10)).state_dict(), {}
+        tmp_path,
+        ModelSpec("torchvision.models:resnet18", 10),
+        build_model(ModelSpec("torchvision/resnet18", 10)).state_dict(),
+        {},
     )
     with pytest.raises(UnknownModelError, match="is code to be imported and run"):
         load_student(tmp_path)

@@ -10,7 +10,8 @@ from dkd.config import load_recipe
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 
-# The stages of each family, in order: path and (channels, pixels) at 32×32, or at 224×224 for the models of ImageNet. From the papers.
+# The stages of each family, in order: path and (channels, pixels) at 32×32, or at 224×224 for the models of ImageNet.
+# From the papers.
 WIDE = {1: (16, 32, 64), 2: (32, 64, 128), 8: (128, 256, 512)}
 STAGES = {
     **{
@@ -20,7 +21,10 @@ STAGES = {
     **{f"resnet{d}": [(f"layer{i + 1}", 16 << i, 32 >> i) for i in range(3)] for d in (8, 20, 32, 56, 110)},
     **{f"resnet{d}x4": [(f"layer{i + 1}", 64 << i, 32 >> i) for i in range(3)] for d in (8, 32)},
     "resnet50_cifar": [(f"layer{i + 1}", 256 << i, 32 >> i) for i in range(4)],
-    **{f"vgg{d}_cifar": [("block1", 128, 16), ("block2", 256, 8), ("block3", 512, 4), ("block4", 512, 4)] for d in (8, 13)},
+    **{
+        f"vgg{d}_cifar": [("block1", 128, 16), ("block2", 256, 8), ("block3", 512, 4), ("block4", 512, 4)]
+        for d in (8, 13)
+    },
     "mobilenetv2_x0_5": [("blocks.1", 12, 16), ("blocks.2", 16, 8), ("blocks.4", 48, 4), ("blocks.6", 160, 2)],
     "shufflenetv1": [("layer1", 240, 16), ("layer2", 480, 8), ("layer3", 960, 4)],
     "shufflenetv2": [("layer1", 116, 16), ("layer2", 232, 8), ("layer3", 464, 4)],
@@ -51,13 +55,15 @@ def test_every_recipe_passes_dkd_plan_and_its_tap_table_is_right(path, capsys):
             continue
         reduced = 32 // recipe.data.image_size if recipe.data.image_size else 1
         student, teacher = (
-            [(tap, channels, side // reduced) for tap, channels, side in STAGES[model.name]] for model in (recipe.student, recipe.teacher)
+            [(tap, channels, side // reduced) for tap, channels, side in STAGES[model.name]]
+            for model in (recipe.student, recipe.teacher)
         )
         shown = [line.removeprefix(f"{key} ").strip() for line in lines if line.startswith(f"{key} ") and "←" in line]
         assert len(shown) == len(section.paths)
         for line, (s, t) in zip(shown, section.paths, strict=True):
             (i, ours), (j, theirs) = (
-                next((i, stage) for i, stage in enumerate(stages) if stage[0] == tap) for stages, tap in ((student, s), (teacher, t))
+                next((i, stage) for i, stage in enumerate(stages) if stage[0] == tap)
+                for stages, tap in ((student, s), (teacher, t))
             )
             assert i == j, f"{s} and {t} are stages {i + 1} and {j + 1}"
             wanted = f"{s} {ours[1]}×{ours[2]}×{ours[2]}  ←  {t} {theirs[1]}×{theirs[2]}×{theirs[2]}"
@@ -68,11 +74,14 @@ def test_every_recipe_passes_dkd_plan_and_its_tap_table_is_right(path, capsys):
                 assert f"= {beta / min(ours[2], theirs[2]) ** 2:.4g} a sample's squared distance" in line
             else:
                 assert (
-                    line.endswith(f"= {section.gamma * recipe.train.global_batch / section.reference_batch:g}") or section.scope == "local"
+                    line.endswith(f"= {section.gamma * recipe.train.global_batch / section.reference_batch:g}")
+                    or section.scope == "local"
                 )
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "official" in path.parts], ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "official" in path.parts], ids=lambda path: str(path.relative_to(CONFIGS))
+)
 def test_the_teacher_of_a_recipe_is_what_another_recipe_leaves(path):
     recipe = load_recipe(path)
     if recipe.teacher is None or recipe.teacher.weights == "IMAGENET1K_V1":

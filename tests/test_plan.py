@@ -1,4 +1,5 @@
-"""`dkd plan`: what a recipe would move, hold and compute. That its bytes are those of a real step is in test_ranks.py."""
+"""`dkd plan`: what a recipe would move, hold and compute. That its bytes are those of a real step is in
+test_ranks.py."""
 
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def planned(capsys, *arguments):
 
 def test_a_plan_needs_neither_data_nor_weights(capsys):
     """The example of docs/global_batch.md: 206 M elements by gather and 55 M by exchange, times 63/64."""
-    code, out, _ = planned(capsys, "--nodes", "8", "--gpus-per-node", "8", "train.global_batch=4096", "teacher.weights=no/such.safetensors")
+    code, out, _ = planned(
+        capsys, "--nodes", "8", "--gpus-per-node", "8", "train.global_batch=4096", "teacher.weights=no/such.safetensors"
+    )
     assert code == 0
     assert "4,096 = 64 × 64 ranks × 1 micro-step\n" in out
     assert "Gram matrices of 4,096 rows, 64 on each of 64 ranks, once a step" in out
@@ -42,7 +45,10 @@ def test_features_of_one_size_share_collectives(capsys):
 
 def test_the_floor_of_rows_is_one_more_collective(capsys):
     _, out, _ = planned(capsys)
-    assert "floor       one more collective once a step, of one number a tensor: the mean norm of the rows (losses.sp.floor)" in out
+    assert (
+        "floor       one more collective once a step, of one number a tensor: the mean norm of the rows "
+        "(losses.sp.floor)" in out
+    )
     for without in ("losses.sp.floor=0", "losses.sp.scope=local"):
         _, out, _ = planned(capsys, without)
         assert "one more collective" not in out
@@ -51,20 +57,37 @@ def test_the_floor_of_rows_is_one_more_collective(capsys):
 @pytest.mark.parametrize(
     ("teacher", "tap", "kind"),
     [
-        ("vit_b_16", "encoder", "d = 151,296, 4 bytes"),  # ends with a LayerNorm, which CUDA's autocast computes in float32
+        (
+            "vit_b_16",
+            "encoder",
+            "d = 151,296, 4 bytes",
+        ),  # ends with a LayerNorm, which CUDA's autocast computes in float32
         ("convnext_tiny", "features", "d = 37,632, 4 bytes"),
-        ("googlenet", "inception5b", "d = 50,176, 2 bytes"),  # returns a tuple in training, but a teacher does not train
+        (
+            "googlenet",
+            "inception5b",
+            "d = 50,176, 2 bytes",
+        ),  # returns a tuple in training, but a teacher does not train
         ("regnet_y_400mf", "trunk_output", "d = 21,560, 2 bytes"),  # cannot be built on meta tensors
     ],
 )
 def test_teachers_of_all_kinds_can_be_planned(capsys, teacher, tap, kind):
-    code, out, _ = planned(capsys, f"teacher.name=torchvision/{teacher}", "losses.at=null", f"losses.sp.pairs=[[layer4, {tap}]]")
+    code, out, _ = planned(
+        capsys, f"teacher.name=torchvision/{teacher}", "losses.at=null", f"losses.sp.pairs=[[layer4, {tap}]]"
+    )
     assert code == 0
     assert f"teacher {tap}, {kind} each" in out
 
 
 def test_accumulation_scopes_and_fixed_strategies(capsys):
-    arguments = ["--nodes", "2", "train.global_batch=4096", "train.micro_batch=64", "losses.sp.scope=node", "losses.sp.strategy=gather"]
+    arguments = [
+        "--nodes",
+        "2",
+        "train.global_batch=4096",
+        "train.micro_batch=64",
+        "losses.sp.scope=node",
+        "losses.sp.strategy=gather",
+    ]
     _, out, _ = planned(capsys, *arguments)
     assert "4,096 = 64 × 16 ranks × 4 micro-steps" in out
     assert "Gram matrices of 2,048 rows, 256 on each of 8 ranks, once a step" in out
@@ -85,7 +108,7 @@ def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
     import small_models
 
     from dkd.config import load_recipe
-    from dkd.training.preflight import model_problems
+    from dkd.preflight.checks import model_problems
 
     built = []
     init = small_models.Regularized.__init__
@@ -96,7 +119,12 @@ def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
 
     monkeypatch.setattr(small_models.Regularized, "__init__", counted)
     taps = ["layer1", "layer2", "layer3"]
-    own = ["student.name=small_models:Regularized", "teacher.name=small_models:Regularized", "teacher.weights=random", "losses.sp=null"]
+    own = [
+        "student.name=small_models:Regularized",
+        "teacher.name=small_models:Regularized",
+        "teacher.weights=random",
+        "losses.sp=null",
+    ]
     recipe = load_recipe(RECIPE, [*own, f"losses.at.pairs={[[tap, tap] for tap in taps]}"])
     assert model_problems(recipe, 16, 4) == []
     assert len(built) == 3  # shapes and training of the student, shapes of the teacher
@@ -107,10 +135,19 @@ def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "3"], "dkd: train.global_batch: train.global_batch=256 is not a multiple of 240 = micro_batch 10 × 24 processes"),
+        (
+            ["--nodes", "3"],
+            "dkd: train.global_batch: train.global_batch=256 is not a multiple of 240 = micro_batch 10 × 24 processes",
+        ),
         (["losses.sp.scope=3"], "dkd: losses.sp.scope: scope=3: groups of 3 ranks do not divide 8 ranks"),
-        (["losses.sp.pairs=[[layer5, layer4]]"], "dkd: losses.sp.pairs.0: 'layer5' is not a module of ResNet; did you mean"),
-        (["train.global_batch=8", "data.mixup=0.2"], "dkd: data.mixup: a micro-batch of 1 image has none to mix it with"),
+        (
+            ["losses.sp.pairs=[[layer5, layer4]]"],
+            "dkd: losses.sp.pairs.0: 'layer5' is not a module of ResNet; did you mean",
+        ),
+        (
+            ["train.global_batch=8", "data.mixup=0.2"],
+            "dkd: data.mixup: a micro-batch of 1 image has none to mix it with",
+        ),
     ],
 )
 def test_wrong_plans_exit_with_2(capsys, arguments, message):

@@ -19,14 +19,17 @@ WORLDS = (1, 2, 4)
 
 
 class Launches:
-    """world size -> case -> what each rank returned. A launch runs the cases that the selected tests speak of, once one of them asks."""
+    """world size -> case -> what each rank returned. A launch runs the cases that the selected tests speak of, once one
+    of them asks."""
 
     def __init__(self, items, folders):
         known = {case.__name__ for case in (*loss_cases.CASES, *evaluation_cases.CASES, *trainer_cases.CASES)}
         self.cases = {world: set() for world in WORLDS}
         for item in items:
             values = parameters(item)
-            names = names_in(item.function, known) | {value for value in values.values() if isinstance(value, str) and value in known}
+            names = names_in(item.function, known) | {
+                value for value in values.values() if isinstance(value, str) and value in known
+            }
             # What several ranks return is often compared with what one returns.
             for world in {1, values["world"]} if "world" in values else WORLDS:
                 self.cases[world] |= names
@@ -78,7 +81,8 @@ def test_half_precision_features_travel_as_they_are_and_lose_nothing_by_it(resul
         for strategy, found in ways.items():
             assert found["equal"], strategy
             assert found["rounded equal"], strategy
-            # comm_dtype rounds float32 features, and for exchange their gradients too, to 8 bits: 2⁻⁹ each at most, less in the norm.
+            # comm_dtype rounds float32 features, and for exchange their gradients too, to 8 bits: 2⁻⁹ each at most,
+            # less in the norm.
             assert found["gradient error"] < 4e-3 or world == 1, (strategy, found)
             own, promoted = found["bytes"]
             assert own < promoted or world == 1
@@ -103,7 +107,9 @@ def test_a_step_receives_the_bytes_that_the_plan_says(results, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_half_precision_features_are_promoted(results, world):
-    assert all(dtype == "torch.float32" for dtype, _ in returned(results, world, "half_precision_features_are_promoted"))
+    assert all(
+        dtype == "torch.float32" for dtype, _ in returned(results, world, "half_precision_features_are_promoted")
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -207,7 +213,10 @@ def plain_loop(changes, micro_batch):
         "nothing": recipe,
         "batch norm": (with_norm := {**recipe, "student": {**recipe["student"], "norm": "batch"}}),
         "batch norm, no sp": {**with_norm, "losses": {**recipe["losses"], "sp": None}},
-        "regularized": {**recipe, **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()}},
+        "regularized": {
+            **recipe,
+            **{key: {**recipe[key], **value} for key, value in trainer_cases.REGULARIZED.items()},
+        },
         "gradients": {**recipe, "losses": by_pixels["transfer"]},
         "mirrored": {**recipe, "losses": by_pixels["symmetric"]},
         "sp of micro-batches": {**recipe, "losses": sp},
@@ -253,7 +262,8 @@ REFERENCES = {
     ],
 )
 def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, case, world):
-    """In float64. Sums are taken in another order on every number of ranks, and steps of momentum amplify that from 1e-16."""
+    """In float64. Sums are taken in another order on every number of ranks, and steps of momentum amplify that from
+    1e-16."""
     (wanted, state), many = plain_loop(*REFERENCES[case]), returned(results, world, case)
     assert len(many[0]["lines"]) == len(wanted) == STEPS
     for ours, plain in zip(many[0]["lines"], wanted, strict=True):
@@ -261,13 +271,18 @@ def test_training_on_any_number_of_ranks_is_that_of_a_plain_loop(results, case, 
             assert math.isclose(ours[name], value, rel_tol=1e-9), (ours["step"], name, ours[name], value)
     assert set(many[0]["state"]) == {f"model.{key}" for key in state}
     for key, values in state.items():
-        assert many[0]["state"][f"model.{key}"] == pytest.approx(values.double().flatten()[:64].tolist(), rel=1e-7, abs=1e-9), key
+        assert many[0]["state"][f"model.{key}"] == pytest.approx(
+            values.double().flatten()[:64].tolist(), rel=1e-7, abs=1e-9
+        ), key
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_gram_matrices_of_nodes_are_those_of_their_ranks(results, world):
     """Two machines, said by LOCAL_WORLD_SIZE: the groups of `gram_matrices_of_groups`, for 5 steps."""
-    wanted, lines = plain_loop(*REFERENCES["gram_matrices_of_groups"])[0], returned(results, world, "gram_matrices_of_nodes")[0]["lines"]
+    wanted, lines = (
+        plain_loop(*REFERENCES["gram_matrices_of_groups"])[0],
+        returned(results, world, "gram_matrices_of_nodes")[0]["lines"],
+    )
     assert len(lines) == 5
     for ours, plain in zip(lines, wanted, strict=False):
         for name, value in plain.items():
@@ -293,7 +308,8 @@ def test_gradient_attention_with_batch_norm_is_the_same_on_any_number_of_ranks(r
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_mistakes_in_the_arithmetic_would_be_noticed(results, world):
-    """The check above, on trainers that each have one mistake: after two steps the losses are off by far more than its tolerance."""
+    """The check above, on trainers that each have one mistake: after two steps the losses are off by far more than its
+    tolerance."""
     wanted = plain_loop("nothing", 32)[0]
     for mistake, lines in returned(results, world, "mutated_trainings")[0].items():
         if "divisor" in mistake and world == 4:
@@ -356,8 +372,8 @@ def test_a_rank_that_skips_a_step_ends_all_ranks_and_is_named(results, world):
     messages = set(returned(results, world, "a_rank_that_skips_a_step_ends_all_ranks"))
     assert len(messages) == 1
     assert (
-        f"ranks are at different steps (rank 0 at 3, {'rank 1' if world == 2 else 'rank 1 at 3, rank 2 at 3, rank 3'} at 4)"
-        in messages.pop()
+        f"ranks are at different steps (rank 0 at 3, {'rank 1' if world == 2 else 'rank 1 at 3, rank 2 at 3, rank 3'} "
+        "at 4)" in messages.pop()
     )
 
 
@@ -385,7 +401,9 @@ def test_an_image_that_cannot_be_read_ends_all_ranks_with_its_name(results, worl
     assert all(rank == ranks[0] for rank in ranks)
     assert list(ranks[0]) == ["truncated", "of zero bytes", "no image"]
     for (how, message), index in zip(ranks[0].items(), (5, 21, 22), strict=True):
-        assert re.match(rf"step \d+: rank \d: .*broken {how}.parquet: image {index} \(no name\) cannot be read: ", message)
+        assert re.match(
+            rf"step \d+: rank \d: .*broken {how}.parquet: image {index} \(no name\) cannot be read: ", message
+        )
         assert "data.on_error=skip" in message
 
 
@@ -393,7 +411,9 @@ def test_an_image_that_cannot_be_read_ends_all_ranks_with_its_name(results, worl
 def test_an_image_of_another_size_ends_all_ranks_and_its_rank_is_named(results, world):
     messages = set(returned(results, world, "an_image_of_another_size_ends_all_ranks"))
     assert len(messages) == 1
-    assert re.match(r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop", message := messages.pop()), message
+    assert re.match(
+        r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop", message := messages.pop()
+    ), message
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -408,12 +428,17 @@ def test_features_of_another_shape_on_one_rank_end_all_ranks_and_it_is_named(res
 @pytest.mark.parametrize("world", WORLDS)
 def test_images_that_cannot_be_read_are_replaced_alike_on_any_number_of_ranks(results, world):
     one, many = (returned(results, w, "unreadable_images_are_replaced") for w in (1, world))
-    assert [line.get("replaced_images") for line in many[0]["lines"]] == [line.get("replaced_images") for line in one[0]["lines"]]
+    assert [line.get("replaced_images") for line in many[0]["lines"]] == [
+        line.get("replaced_images") for line in one[0]["lines"]
+    ]
     assert sum(line.get("replaced_images", 0) for line in many[0]["lines"]) == 6  # three in each of two epochs
     for a, b in zip(one[0]["lines"], many[0]["lines"], strict=True):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
     for rank in many:
-        assert rank["evaluation"] == {**one[0]["evaluation"], "loss": pytest.approx(one[0]["evaluation"]["loss"], rel=1e-7)}
+        assert rank["evaluation"] == {
+            **one[0]["evaluation"],
+            "loss": pytest.approx(one[0]["evaluation"]["loss"], rel=1e-7),
+        }
     assert many[0]["evaluation"]["samples"] == 93
 
 
@@ -428,9 +453,16 @@ def test_an_image_that_cannot_be_read_ends_an_evaluation_on_all_ranks(results, w
 def test_groups_within_process_groups_that_are_not_the_default_one(tmp_path):
     """Two halves of a job of eight, each a batch of its own with `scope=2`: both make their groups at the same time."""
     script = Path(__file__).parent / "ranks" / "eight_ranks.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+    }
     # A session of its own, so that no rank outlives a test that fails.
-    with subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment, start_new_session=True) as ranks:
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env=environment, start_new_session=True
+    ) as ranks:
         try:
             ranks.wait(120)
         finally:

@@ -49,7 +49,14 @@ def test_the_page_holds_every_picture_and_loads_nothing(page):
     html = page.read_text()
     pictures = sorted(path.stem for path in (page.parent / "compared_pictures").glob("*.png"))
     assert html.count('<img src="data:image/png;base64,') == len(pictures) == html.count("<img")
-    for wanted in ("accuracy", "accuracy_by_class", "throughput", "taught_loss_terms", "taught_schedules", "taught_attention_maps"):
+    for wanted in (
+        "accuracy",
+        "accuracy_by_class",
+        "throughput",
+        "taught_loss_terms",
+        "taught_schedules",
+        "taught_attention_maps",
+    ):
         assert wanted in pictures
     for pair in ("layer1_block1", "layer2_block2", "layer3_block3"):
         assert f"taught_Gram_matrices_{pair}" in pictures
@@ -65,7 +72,9 @@ def test_pictures_of_two_pairs_of_one_tap_and_of_names_alike_do_not_collide(runs
     at = "    - - layer1\n      - block1\n    - - layer2\n      - block2\n"
     assert at in recipe
     (twice / "recipe.yaml").write_text(recipe.replace(at, at + "    - - layer2\n      - block3\n"))
-    assert main(["report", str(twice), str(runs / "taught"), "--output", str(tmp_path / "x.html"), "--images", "50"]) == 0
+    assert (
+        main(["report", str(twice), str(runs / "taught"), "--output", str(tmp_path / "x.html"), "--images", "50"]) == 0
+    )
     pictures = {path.stem for path in (tmp_path / "x_pictures").iterdir()}
     assert {"é_a_Gram_matrices_layer2_block2", "é_a_Gram_matrices_layer2_block3"} <= pictures
     assert main(["report", str(twice), str(twice)]) == 2
@@ -119,7 +128,9 @@ def test_accuracies_of_classes_and_gram_matrices_are_the_students(runs):
     rows = features["layer2"].flatten(1).double().numpy()
     gram = rows @ rows.T
     assert seen.student.gram["layer2"] == pytest.approx(gram / np.linalg.norm(gram, axis=1, keepdims=True), abs=1e-4)
-    assert seen.student.attention["layer2"] == pytest.approx(features["layer2"].square().sum(1).numpy(), rel=1e-4, abs=1e-5)
+    assert seen.student.attention["layer2"] == pytest.approx(
+        features["layer2"].square().sum(1).numpy(), rel=1e-4, abs=1e-5
+    )
     assert seen.student.channels["layer2"] == pytest.approx(features["layer2"].mean((2, 3)).numpy(), rel=1e-4, abs=1e-5)
 
 
@@ -149,12 +160,24 @@ def student_of(folder, classes=("0", "1"), name="resnet8"):
     for number, label in enumerate(classes):
         (data / label).mkdir(parents=True)
         (data / label / "0.png").write_bytes(encoded(np.full((16, 16, 3), 40 * number, dtype=np.uint8)))
-    alone = ["teacher=null", "losses={}", f"student.name={name}", f"data.classes={len(classes)}", f"run.dir={run}", "train.precision=fp32"]
-    recipe = load_recipe(ROOT / "configs/quickstart.yaml", [*alone, f"data.validation=folder:{data}", "data.image_size=16"])
+    alone = [
+        "teacher=null",
+        "losses={}",
+        f"student.name={name}",
+        f"data.classes={len(classes)}",
+        f"run.dir={run}",
+        "train.precision=fp32",
+    ]
+    recipe = load_recipe(
+        ROOT / "configs/quickstart.yaml", [*alone, f"data.validation=folder:{data}", "data.image_size=16"]
+    )
     spec = ModelSpec("resnet8", len(classes))
     save_student(run, spec, build_model(spec).state_dict(), {"image_size": 16})
     (run / "recipe.yaml").write_text(recipe_to_yaml(recipe))
-    lines = [{"step": s, "loss": 1.0 / s, "ce": 1.0 / s, "weight/ce": 1.0, "lr": 0.1, "images_per_second": 10.0} for s in (1, 2, 3)]
+    lines = [
+        {"step": s, "loss": 1.0 / s, "ce": 1.0 / s, "weight/ce": 1.0, "lr": 0.1, "images_per_second": 10.0}
+        for s in (1, 2, 3)
+    ]
     lines.append({"evaluation": {"steps": 3, "epoch": 1.0, "top1": 0.5}})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
@@ -165,7 +188,11 @@ def test_names_are_no_mathematics_and_stay_in_legends(tmp_path, capsys, monkeypa
 
     legends, ticks = [], []
     hidden = figures._legend
-    monkeypatch.setattr(figures, "_legend", lambda axis, drawn, **place: (hidden(axis, drawn, **place), legends.append(axis.get_legend())))
+    monkeypatch.setattr(
+        figures,
+        "_legend",
+        lambda axis, drawn, **place: (hidden(axis, drawn, **place), legends.append(axis.get_legend())),
+    )
     grid = figures._grid
     monkeypatch.setattr(figures, "_grid", lambda *a, **k: (made := grid(*a, **k), ticks.extend(made[1]))[0])
     run = student_of(tmp_path / "one", HOSTILE)
@@ -251,7 +278,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, said, capsys):
     assert said in line
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium): the page is not opened in a browser")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed (apt-get install chromium): the page is not opened in a browser"
+)
 def test_a_browser_loads_every_picture_and_asks_for_nothing_else(page, tmp_path):
     """The page with one script added, that says what the browser has loaded."""
     script = """<script>addEventListener("load", () => {
@@ -267,9 +296,19 @@ def test_a_browser_loads_every_picture_and_asks_for_nothing_else(page, tmp_path)
     });</script>"""
     probe = tmp_path / "probe.html"
     probe.write_text(page.read_text().replace("</body>", script + "</body>"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--window-size=1240,900"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+        "--window-size=1240,900",
+    ]
     result = subprocess.run(
-        [*command, "--virtual-time-budget=20000", "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=180
+        [*command, "--virtual-time-budget=20000", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     found = re.findall(r'<pre id="found">(.*?)</pre>', result.stdout)[-1]  # the script's own text comes before it
     pictures = len(list((page.parent / "compared_pictures").glob("*.png")))

@@ -1,4 +1,5 @@
-"""What train.sbatch does with how a training ends, with stand-ins for srun and scontrol. On a real cluster: tests/cluster/test_slurm.py."""
+"""What train.sbatch does with how a training ends, with stand-ins for srun and scontrol. On a real cluster:
+tests/cluster/test_slurm.py."""
 
 import os
 import signal
@@ -41,9 +42,20 @@ class Batch:
             (folder / name).chmod(0o755)
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
         path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-        slurm = {"SLURM_JOB_ID": "70", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_RESTART_COUNT": "0"}
+        slurm = {
+            "SLURM_JOB_ID": "70",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_NNODES": "2",
+            "SLURM_RESTART_COUNT": "0",
+        }
         self.process = subprocess.Popen(
-            ["bash", ROOT / "launch" / "slurm" / "train.sbatch", "configs/quickstart.yaml", f"run.dir={self.run_dir}", *words],
+            [
+                "bash",
+                ROOT / "launch" / "slurm" / "train.sbatch",
+                "configs/quickstart.yaml",
+                f"run.dir={self.run_dir}",
+                *words,
+            ],
             cwd=ROOT,
             env={**kept, **slurm, "PATH": path, "FAKE": str(folder), "ENGINE": "cpu", "CHECK": "0", **variables},
             text=True,
@@ -62,7 +74,11 @@ class Batch:
 
     def requeued(self):
         path = self.folder / "asked"
-        return [line.split()[1] for line in path.read_text().splitlines() if line.startswith("requeue")] if path.exists() else []
+        return (
+            [line.split()[1] for line in path.read_text().splitlines() if line.startswith("requeue")]
+            if path.exists()
+            else []
+        )
 
 
 def test_a_finished_training_ends_the_job(tmp_path):
@@ -144,16 +160,21 @@ def test_the_warning_reaches_the_training_and_its_exit_code_the_job(tmp_path):
 
 
 def test_options_go_to_the_training_alone_and_are_the_same_after_a_requeue(tmp_path):
-    """dkd itself knows a later start of the job, and replaces nothing that the job has begun (test_run_directory.py). After a start that
-    was cut off before it had replaced the older run, a start without the option would resume that run."""
+    """dkd itself knows a later start of the job, and replaces nothing that the job has begun (test_run_directory.py).
+    After a start that was cut off before it had replaced the older run, a start without the option would resume that
+    run."""
     batch = Batch(tmp_path, "--overwrite", "--allow-recipe-change", FAKE_TRAIN=FINISHED, CHECK="1")
     assert batch.finish()[0] == 0
     check, train = batch.steps()
     assert "--overwrite" not in check
     assert train.endswith("--overwrite --allow-recipe-change")
-    batch = Batch(tmp_path, "--overwrite", "--allow-recipe-change", FAKE_TRAIN=FINISHED, CHECK="1", SLURM_RESTART_COUNT="1")
+    batch = Batch(
+        tmp_path, "--overwrite", "--allow-recipe-change", FAKE_TRAIN=FINISHED, CHECK="1", SLURM_RESTART_COUNT="1"
+    )
     assert batch.finish()[0] == 0
-    assert batch.steps()[2:] == [f"train configs/quickstart.yaml run.dir={tmp_path}/run --overwrite --allow-recipe-change"]
+    assert batch.steps()[2:] == [
+        f"train configs/quickstart.yaml run.dir={tmp_path}/run --overwrite --allow-recipe-change"
+    ]
 
 
 def test_a_container_without_the_jobs_variables_gets_those_that_tell_a_restart_from_a_new_launch(tmp_path):
@@ -161,9 +182,21 @@ def test_a_container_without_the_jobs_variables_gets_those_that_tell_a_restart_f
     (tmp_path / "accelerate").write_text("#!/bin/bash\nenv > $0.environment\n")
     (tmp_path / "accelerate").chmod(0o755)
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    job = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "2", "SLURM_NODEID": "0"}
+    job = {
+        "SLURM_JOB_ID": "71",
+        "SLURM_ARRAY_JOB_ID": "70",
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURM_NODEID": "0",
+    }
     variables = dict.fromkeys(("SETUP", "VENV", "CONDA_ENV", "NETWORK_INTERFACE", "DRY_RUN", "RUN_DIR"), "")
-    variables |= {"PATH": path, "CONTAINER": f"env -i PATH={path}", "ENGINE": "x", "SLURM_NNODES": "1", "PROCESSES_PER_NODE": "1"}
+    variables |= {
+        "PATH": path,
+        "CONTAINER": f"env -i PATH={path}",
+        "ENGINE": "x",
+        "SLURM_NNODES": "1",
+        "PROCESSES_PER_NODE": "1",
+    }
     variables |= {"MASTER_ADDR": "node1", "MASTER_PORT": "1", "MAX_RESTARTS": "0", **job}
     command = ["bash", ROOT / "launch" / "slurm" / "node.sh", "train", "recipe.yaml"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit(30))

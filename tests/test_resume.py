@@ -1,4 +1,5 @@
-"""Trainings that are interrupted and go on: bit for bit the same on as many processes, and the same up to rounding on others.
+"""Trainings that are interrupted and go on: bit for bit the same on as many processes, and the same up to rounding on
+others.
 
 An interruption here ends the trainer between two steps; tests/test_crash.py kills processes.
 """
@@ -16,7 +17,8 @@ ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias
 # 12 steps in epochs of 5, a checkpoint every 3 steps and at the end of each epoch.
 MID_EPOCH = [4, 5, 8, None]  # before 8, step 7 is logged, which is computed again from the checkpoint after 6
 EVERY_STEP = [*range(1, 12), None]
-# Where each start goes on: at the newest checkpoint before the interruption. The one after step 6 fails on the full disk.
+# Where each start goes on: at the newest checkpoint before the interruption. The one after step 6 fails on the full
+# disk.
 ON_FULL_DISK = [8, 11, None]
 STARTS = {
     tuple(MID_EPOCH): [0, 3, 5, 6],
@@ -28,7 +30,14 @@ STARTS = {
 
 
 def case(run, engine, interruptions, **more):
-    values = {"run": run, "engine": engine, "interruptions": interruptions, "model": "regularized", "workers": 0, "micro_batch": 8}
+    values = {
+        "run": run,
+        "engine": engine,
+        "interruptions": interruptions,
+        "model": "regularized",
+        "workers": 0,
+        "micro_batch": 8,
+    }
     return {**values, "precision": "fp32", "optimizer": ADAMW, **more}
 
 
@@ -54,8 +63,9 @@ def variants(world):
     return found
 
 
-# What `make test-all` adds: engines that share the code of one that runs (the stages of ZeRO that of each other); one process, on which
-# engines other than DDP have nothing to share, for what two processes show as well; and two processes for what one shows.
+# What `make test-all` adds: engines that share the code of one that runs (the stages of ZeRO that of each other); one
+# process, on which engines other than DDP have nothing to share, for what two processes show as well; and two processes
+# for what one shows.
 SHORTENED = {
     1: ("fsdp2, ", "zero1, ", "zero2, ", "zero3, ", "ddp, worker", "ddp, tied", "full disk", "streaming"),
     2: ("zero1, worker", "zero1, tied", "zero2, accumulated", "zero2, tied", "fsdp2, worker", "any step", "bf16"),
@@ -89,7 +99,8 @@ def returned(results, name):
 
 
 class Launches:
-    """world size -> training -> what it returned. A launch runs what the selected tests ask for, once one of them does."""
+    """world size -> training -> what it returned. A launch runs what the selected tests ask for, once one of them
+    does."""
 
     def __init__(self, items, folders):
         self.folders, self.found, self.cases = folders, {}, {1: {}, 2: {}}
@@ -139,7 +150,9 @@ def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, w
 @uses(lambda world, rank: [(world, f"full disk of rank {rank}")])
 def test_a_checkpoint_that_a_full_disk_does_not_take_ends_nothing(results, world, rank):
     """Nor does it harm the one before, from which the interrupted run goes on."""
-    whole, interrupted = (returned(results[world], f"full disk of rank {rank}, {which}") for which in ("whole", "interrupted"))
+    whole, interrupted = (
+        returned(results[world], f"full disk of rank {rank}, {which}") for which in ("whole", "interrupted")
+    )
     errors = dict(whole["written"])
     assert list(errors) == [3, 5, 6, 9, 10, 12]
     assert "File too large" in errors.pop(6)
@@ -172,11 +185,14 @@ MOVES = {
 def moved(name, engine, until):
     precision = "fp64" if all(e in ("ddp", "fsdp2") for e in MOVES[name]) else "fp32"
     streaming = name in ("fsdp2", "zero2")
-    return case(f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=2 if streaming else 0)
+    return case(
+        f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=2 if streaming else 0
+    )
 
 
 def by_default_batch(streaming, until):
-    """Micro-batches of global_batch / processes: the unit of batch statistics changes with the launch, what is sampled does not."""
+    """Micro-batches of global_batch / processes: the unit of batch statistics changes with the launch, what is sampled
+    does not."""
     return case(f"default batch {streaming}", "ddp", [until], micro_batch=None, streaming=streaming, model="plain")
 
 
@@ -203,10 +219,11 @@ def moves(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_a_training_goes_on_with_another_number_of_processes(moves, name):
-    """2 processes, then 4, then 1: each image of each step is the same, and so is its augmentation; terms and weights up to the order of
-    sums.
+    """2 processes, then 4, then 1: each image of each step is the same, and so is its augmentation; terms and weights
+    up to the order of sums.
 
-    float64: 1e-9. float32: 2e-4 of a term and 1e-3 of a tensor's largest weight, since AdamW's first steps divide a small gradient by its
+    float64: 1e-9. float32: 2e-4 of a term and 1e-3 of a tensor's largest weight, since AdamW's first steps divide a
+    small gradient by its
     own size and so pass its rounding on as it is.
     """
     ours = returned(moves, f"moved {name}")
@@ -219,7 +236,12 @@ def test_a_training_goes_on_with_another_number_of_processes(moves, name):
     assert len(ours["steps"]) == len(whole["steps"]) == 12
     for line, wanted in zip(ours["steps"], whole["steps"], strict=True):
         for key in ("loss", "ce", "at", "sp", "kd"):
-            assert math.isclose(line[key], wanted[key], rel_tol=1e-9 if exact else 2e-4), (line["step"], key, line[key], wanted[key])
+            assert math.isclose(line[key], wanted[key], rel_tol=1e-9 if exact else 2e-4), (
+                line["step"],
+                key,
+                line[key],
+                wanted[key],
+            )
     for key, values in whole["state"].items():
         largest = max(map(abs, values))
         assert ours["state"][key] == pytest.approx(values, rel=0, abs=(1e-9 if exact else 1e-3) * largest + 1e-12), key
@@ -227,4 +249,6 @@ def test_a_training_goes_on_with_another_number_of_processes(moves, name):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_which_images_are_seen_depends_on_neither_processes_nor_micro_batches(moves, streaming):
-    assert returned(moves, f"default batch {streaming}")["images"] == returned(moves, f"whole fp32 {streaming}")["images"]
+    assert (
+        returned(moves, f"default batch {streaming}")["images"] == returned(moves, f"whole fp32 {streaming}")["images"]
+    )

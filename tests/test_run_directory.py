@@ -1,4 +1,5 @@
-"""The folder of a run: who may write what in it, what is recognised in it, and what happens when somebody else changes it."""
+"""The folder of a run: who may write what in it, what is recognised in it, and what happens when somebody else changes
+it."""
 
 import json
 import os
@@ -13,11 +14,12 @@ import torch
 from launched import limit
 from safetensors.torch import load_file
 
-from dkd.checkpoints import CheckpointFolder
+from dkd.checkpoints import CheckpointFolder, checkpointer
 from dkd.cli import main
 from dkd.config import RecipeError, load_recipe
-from dkd.training import checkpointing, launches, resuming
-from dkd.training.run_directory import RunDirectory, check_run_directory
+from dkd.runs import launches
+from dkd.runs.directory import RunDirectory, check_run_directory
+from dkd.training import resume
 from dkd.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ def alone(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("SLURM_", "TORCHELASTIC_", "DKD_")):
             monkeypatch.delenv(name)
-    for module in (checkpointing, resuming):
+    for module in (checkpointer, resume):
         monkeypatch.setattr(module, "LOOK_AGAIN_SECONDS", 0.0)
 
 
@@ -68,7 +70,12 @@ def starts(run):
 def launched(*words):
     """By torch's launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit(420), env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
@@ -288,7 +295,9 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {"student.safetensors", "student.json", "recipe.yaml", "metrics.jsonl", "state.json", ".lock"} <= {path.name for path in files}
+    assert {"student.safetensors", "student.json", "recipe.yaml", "metrics.jsonl", "state.json", ".lock"} <= {
+        path.name for path in files
+    }
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
@@ -350,7 +359,10 @@ def test_a_run_whose_folder_is_changed_does_not_end_as_if_all_were_well(tmp_path
     changed_while_training(monkeypatch, actions[how])
     assert train(run) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "Traceback" not in line]
-    assert sum(line.startswith("warning: the checkpoint after step 2 could not be written (run.dir ") for line in lines) == 1
+    assert (
+        sum(line.startswith("warning: the checkpoint after step 2 could not be written (run.dir ") for line in lines)
+        == 1
+    )
     (last,) = [line for line in lines if line.startswith("dkd: ")]
     words = {
         "emptied": "files of the run were deleted",
@@ -372,7 +384,9 @@ def test_a_run_whose_folder_is_changed_does_not_end_as_if_all_were_well(tmp_path
         monkeypatch.undo()
         assert train(moved) == 0
         assert starts(moved) == [0, 1]
-        assert torch.equal(load_file(moved / "student.safetensors")["fc.bias"], load_file(rescued / "student.safetensors")["fc.bias"])
+        assert torch.equal(
+            load_file(moved / "student.safetensors")["fc.bias"], load_file(rescued / "student.safetensors")["fc.bias"]
+        )
 
 
 def test_a_folder_that_is_moved_back_in_time_loses_nothing(tmp_path, monkeypatch, capsys):
@@ -403,8 +417,8 @@ def test_pruning_touches_no_folder_of_another_run(tmp_path):
     for step in (1, 2, 3):
         other.path_of(step).mkdir(parents=True)
     other.writing_path(4).mkdir()
-    checkpointer = checkpointing.Checkpointer(CheckpointSection(keep_last=1), run_dir.checkpoints, None, 0, 1, 60)
-    assert "was replaced by another folder" in checkpointer.prune()
+    writer = checkpointer.Checkpointer(CheckpointSection(keep_last=1), run_dir.checkpoints, None, 0, 1, 60)
+    assert "was replaced by another folder" in writer.prune()
     run_dir.checkpoints.discard(4)
     assert other.steps() == [1, 2, 3]
     assert other.writing_path(4).is_dir()
@@ -412,7 +426,9 @@ def test_pruning_touches_no_folder_of_another_run(tmp_path):
 
 
 def test_why_older_checkpoints_stay_is_reported_at_the_end(run, monkeypatch, capsys):
-    monkeypatch.setattr(CheckpointFolder, "remove_all_but", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        CheckpointFolder, "remove_all_but", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     assert train(run) == 0
     assert "warning: older checkpoints could not be removed ([Errno 13] Permission denied)" in capsys.readouterr().err
 
@@ -422,13 +438,13 @@ def test_why_older_checkpoints_stay_is_reported_at_the_end(run, monkeypatch, cap
 
 def test_the_recipe_is_compared_again_when_the_folder_is_claimed(tmp_path, monkeypatch, trained, capsys):
     """Another launch of another recipe may have trained in it while this one was opening its data."""
-    check = resuming.RunDirectory.take_over
+    check = resume.RunDirectory.take_over
 
     def late(run_dir, *rest):
         shutil.copytree(trained, run_dir.path, dirs_exist_ok=True)
         return check(run_dir, *rest)
 
-    monkeypatch.setattr(resuming.RunDirectory, "take_over", late)
+    monkeypatch.setattr(resume.RunDirectory, "take_over", late)
     assert train(tmp_path / "run", "optimizer.lr=0.01") == 2
     assert any("optimizer.lr: " in line for line in said(capsys))
     assert starts(tmp_path / "run") == [0]
@@ -438,7 +454,7 @@ def test_a_refused_second_training_hears_who_holds_the_folder(run, capsys):
     code = """
 import sys
 from pathlib import Path
-from dkd.training.run_place import RunPlace
+from dkd.runs.place import RunPlace
 place = RunPlace(Path(sys.argv[1]))
 place.claim()
 print("held", flush=True)
@@ -461,7 +477,10 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", none)
     assert train(tmp_path / "run", "train.max_steps=1") == 0
-    assert "cannot be locked (No locks available): nothing keeps a second training from starting" in capsys.readouterr().err
+    assert (
+        "cannot be locked (No locks available): nothing keeps a second training from starting"
+        in capsys.readouterr().err
+    )
 
 
 # ---- damage ----
@@ -515,7 +534,11 @@ def test_damaged_files_end_commands_with_one_line_and_code_2(run, tmp_path, caps
 ])  # fmt: skip
 def test_a_description_of_other_kinds_than_a_students_is_damage(run, tmp_path, capsys, facts):
     (run / "student.json").write_text(facts)
-    for words in (["report", run, "--output", tmp_path / "r.html"], ["evaluate", run], ["export", run, "--format", "safetensors"]):
+    for words in (
+        ["report", run, "--output", tmp_path / "r.html"],
+        ["evaluate", run],
+        ["export", run, "--format", "safetensors"],
+    ):
         assert main([*map(str, words)]) == 2
         assert "student.json' is damaged: " in said(capsys)[0]
 
@@ -576,7 +599,9 @@ def test_a_checkpoint_that_is_a_link_is_reported_once(run, tmp_path, capsys):
     less = ["checkpoint.keep_last=1", "--allow-recipe-change"]
     assert train(run, *less) == 0
     err = capsys.readouterr().err
-    assert "step_00000003: it is a link; put the folder that it leads to in its place; an older checkpoint is taken" in err
+    assert (
+        "step_00000003: it is a link; put the folder that it leads to in its place; an older checkpoint is taken" in err
+    )
     assert "2 of 3 steps done" in err
     assert train(run, *less) == 0
     assert "warning" not in capsys.readouterr().err

@@ -9,9 +9,9 @@ import yaml
 
 from dkd.cli import main
 from dkd.config.loading import validate
-from dkd.config.problems import RecipeError
+from dkd.config.messages import RecipeError
+from dkd.distributed.async_mean import AsyncMean
 from dkd.training.evaluation import Evaluation
-from dkd.training.rank_means import RankMeans
 
 RECIPE = {
     "run": {"name": "numbers", "trackers": []},
@@ -47,7 +47,7 @@ def write_recipe(folder, **changes):
 def test_terms_and_bookkeeping_do_not_share_names():
     terms = {name: torch.tensor(float(i)) for i, name in enumerate([*BOOKKEEPING, "place squared", "loss", "skipped"])}
     counts = {name: -1.0 - i for i, name in enumerate(["loss", *BOOKKEEPING, "skipped"])}
-    means = RankMeans(1500, terms, counts)
+    means = AsyncMean(1500, terms, counts)
     for numbers in (means.read(), means.local()):
         assert numbers.terms == {name: value.item() for name, value in terms.items()}
         assert numbers.counts == counts
@@ -71,7 +71,11 @@ def test_names_that_a_line_uses_are_refused(tmp_path):
     sp = {"gamma": 1, "reference_batch": 128, "pairs": [["layer3", "layer3"]]}
     assert main(["train", write_recipe(tmp_path, **changes, losses={"sp": sp})]) == 0
     lines = [only_json(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    used = {key for line in lines if "step" in line for key in line if "/" not in key} | {"evaluation", "checkpoint", "skipped"}
+    used = {key for line in lines if "step" in line for key in line if "/" not in key} | {
+        "evaluation",
+        "checkpoint",
+        "skipped",
+    }
     assert {"loss", "step", "sp_row_difference"} < used
     for name in sorted(used | {"at", "kd", "gradient_at", "replaced_images"}):
         custom = [{"name": name, "loss": "dkd:CrossEntropy", "weight": 1, "of": "labels"}]
@@ -130,7 +134,7 @@ def test_terms_of_a_single_micro_step_are_logged_as_they_are_and_those_of_severa
 
 def test_the_launchs_engine_is_read_once_and_not_in_every_step(tmp_path, monkeypatch):
     """DeepSpeed's file may move or change while training runs."""
-    from dkd.training import launch
+    from dkd import launch
     from dkd.training.trainer import Trainer
 
     trainer = Trainer(validate({**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}))

@@ -1,4 +1,5 @@
-"""A run that is asked to stop ends behind a checkpoint, with a file and an exit code that say so; the same command goes on."""
+"""A run that is asked to stop ends behind a checkpoint, with a file and an exit code that say so; the same command goes
+on."""
 
 import hashlib
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from launched import child_environment, limit
 
-from dkd.training import stopping
+from dkd.distributed import stop_signals
 
 TESTS = Path(__file__).resolve().parent
 RECIPE = """
@@ -36,7 +37,9 @@ def recipe(tmp_path):
 def start(*words):
     environment = child_environment()
     command = [sys.executable, "-m", "dkd", *map(str, words)]
-    return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def finish(process, action=lambda: None, run=None, step=0):
@@ -99,10 +102,10 @@ def test_a_terminal_that_closes_asks_a_run_to_stop_unless_nohup_started_it():
     try:
         for ignored in (False, True):
             signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-            stopping.note_signals()
+            stop_signals.note_signals()
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stopping.signalled() == (None if ignored else signal.SIGHUP)
-            stopping.stop_noting()
+            assert stop_signals.signalled() == (None if ignored else signal.SIGHUP)
+            stop_signals.stop_noting()
             assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -7,21 +7,24 @@ from reference_material import require_cifar10
 
 from dkd.data import (
     DataError,
-    EvaluationBatches,
-    SampleOrder,
-    StreamedOrder,
-    TrainingBatches,
+    EvaluationLoader,
+    GlobalBatchSampler,
+    StreamedBatchSampler,
+    TrainLoader,
     build_pipeline,
     open_row_groups,
     open_source,
 )
-from dkd.data.order import mix
+from dkd.rng import derive_seed
 
 SIZES = (30, 12, 30, 5, 23)
 
 
 def streamed(world=1, micro_batch=24, **more):
-    orders = [StreamedOrder(100, 7, 24, micro_batch, rank, world, SIZES, **{"lanes": 16, "window": 8, **more}) for rank in range(world)]
+    orders = [
+        StreamedBatchSampler(100, 7, 24, micro_batch, rank, world, SIZES, **{"lanes": 16, "window": 8, **more})
+        for rank in range(world)
+    ]
     per_rank = [list(order.micro_batches(0, 12)) for order in orders]
     return [key for micro_batches in zip(*per_rank, strict=True) for keys in micro_batches for key in keys]
 
@@ -41,7 +44,8 @@ def test_a_streamed_epoch_visits_each_sample_at_most_once_and_epochs_differ(lane
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "lanes", "workers", "readers"), [(20, 16, 4, 1), (10, 32, 4, 1), (10, 16, 4, 2), (20, 16, 3, 3), (20, 16, 8, 1)]
+    ("micro_batch", "lanes", "workers", "readers"),
+    [(20, 16, 4, 1), (10, 32, 4, 1), (10, 16, 4, 2), (20, 16, 3, 3), (20, 16, 8, 1)],
 )
 def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch, micro_batch, lanes, workers, readers):
     """Each rank and worker process in turn, with as many row groups in memory as the order asks for."""
@@ -49,10 +53,12 @@ def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch,
     source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
     read = []
     column = source._column
-    monkeypatch.setattr(source, "_column", lambda group: (read.append(group) if group not in source._kept else None, column(group))[1])
+    monkeypatch.setattr(
+        source, "_column", lambda group: (read.append(group) if group not in source._kept else None, column(group))[1]
+    )
     world, reads, most = 2, 0, 0
     for rank in range(world):
-        order = StreamedOrder(2000, 0, 40, micro_batch, rank, world, tuple(source.sizes.tolist()), lanes, 30)
+        order = StreamedBatchSampler(2000, 0, 40, micro_batch, rank, world, tuple(source.sizes.tolist()), lanes, 30)
         assert order.readers(workers) == readers
         batches = list(order.micro_batches(0, order.steps_per_epoch))
         for worker in range(workers):
@@ -99,20 +105,23 @@ def test_what_cannot_be_streamed_is_said(tmp_path, spec, message):
 
 
 def augmented(source, transform, index):
-    return transform.of_batch(source.image(index)[None], [mix(0, 0, index)])[0]
+    return transform.of_batch(source.image(index)[None], [derive_seed(0, 0, index)])[0]
 
 
 def test_a_batch_that_cannot_be_made_tells_why_where_the_trainer_asks_for_that(tmp_path):
     write_images(tmp_path / "a.parquet", 20, broken=[(index, "no image") for index in range(20)])
-    source, transform = open_source(str(tmp_path / "a.parquet"), training=True), build_pipeline("cifar", image_size=16).train
-    order = SampleOrder(20, 0, 10, 10)
-    batch = next(TrainingBatches(source, transform, order, replace=True, image_size=16).steps(0, 1))
+    source, transform = (
+        open_source(str(tmp_path / "a.parquet"), training=True),
+        build_pipeline("cifar", image_size=16).train,
+    )
+    order = GlobalBatchSampler(20, 0, 10, 10)
+    batch = next(TrainLoader(source, transform, order, replace=True, image_size=16).steps(0, 1))
     assert batch.failure.startswith("100 images one after the other cannot be read, the last: ")
     assert batch.images.shape == (10, 3, 16, 16)
-    fails = TrainingBatches(open_source("digits", training=True), lambda image: 1 / 0, order, image_size=16)
+    fails = TrainLoader(open_source("digits", training=True), lambda image: 1 / 0, order, image_size=16)
     assert next(fails.steps(0, 1)).failure == "ZeroDivisionError in loading: division by zero"
     with pytest.raises(DataError, match="100 images one after the other"):
-        next(TrainingBatches(source, transform, order, replace=True).steps(0, 1))
+        next(TrainLoader(source, transform, order, replace=True).steps(0, 1))
 
 
 def test_a_damaged_row_group_is_an_unreadable_image_for_each_of_its_rows(tmp_path):
@@ -145,7 +154,7 @@ def test_files_that_differ_in_columns_or_classes_are_refused_and_empty_ones_left
 
 
 def test_rows_are_shuffled_within_windows_of_a_lane():
-    order = StreamedOrder(4000, 0, 32, 32, 0, 1, (100,) * 40, 8, 64)
+    order = StreamedBatchSampler(4000, 0, 32, 32, 0, 1, (100,) * 40, 8, 64)
     lane = order.epoch(0).view(order.steps_per_epoch, 32)[0::8].flatten()  # one slice: every eighth step
     for window in lane.split(64):
         assert window.tolist() != sorted(window.tolist())
@@ -156,9 +165,14 @@ def test_rows_are_shuffled_within_windows_of_a_lane():
 def test_unreadable_images_are_replaced_by_others_and_named(tmp_path, workers):
     broken = {3: "truncated", 4: "of zero bytes", 9: "no image", 11: "damaged in its EXIF"}
     write_images(tmp_path / "a.parquet", 40, broken=list(broken.items()))
-    source, transform = open_source(str(tmp_path / "a.parquet"), training=True), build_pipeline("cifar", image_size=16).train
-    order = SampleOrder(40, 0, 40, 10)
-    blank, replaced = (list(TrainingBatches(source, transform, order, workers, replace=replace).steps(0, 1)) for replace in (False, True))
+    source, transform = (
+        open_source(str(tmp_path / "a.parquet"), training=True),
+        build_pipeline("cifar", image_size=16).train,
+    )
+    order = GlobalBatchSampler(40, 0, 40, 10)
+    blank, replaced = (
+        list(TrainLoader(source, transform, order, workers, replace=replace).steps(0, 1)) for replace in (False, True)
+    )
     for batches in (blank, replaced):
         named = sorted(message.split("image ")[1].split(" ")[0] for batch in batches for message in batch.unreadable)
         assert named == ["11", "3", "4", "9"]
@@ -166,22 +180,30 @@ def test_unreadable_images_are_replaced_by_others_and_named(tmp_path, workers):
     keys = [index for batch in order.micro_batches(0, 1) for _, index in batch]
     for place, index in enumerate(keys):
         (without, _), (image, label) = (
-            (batches[place // 10].images[place % 10], batches[place // 10].labels[place % 10]) for batches in (blank, replaced)
+            (batches[place // 10].images[place % 10], batches[place // 10].labels[place % 10])
+            for batches in (blank, replaced)
         )
         if index not in broken:
             assert torch.equal(without, image)
             continue
         assert without.count_nonzero() == 0
         # Another image, with its own label, augmented as it always is in this epoch.
-        wanted = [other for other in range(40) if other not in broken and torch.equal(augmented(source, transform, other), image)]
+        wanted = [
+            other
+            for other in range(40)
+            if other not in broken and torch.equal(augmented(source, transform, other), image)
+        ]
         assert len(wanted) == 1
         assert label == source.labels[wanted[0]]
 
 
 def test_unreadable_images_do_not_count_in_an_evaluation(tmp_path):
     write_images(tmp_path / "a.parquet", 20, broken=[(3, "truncated"), (19, "no image")])
-    source, transform = open_source(str(tmp_path / "a.parquet"), training=False), build_pipeline("cifar", image_size=16).validation
-    batches = list(EvaluationBatches(source, transform, 8))
+    source, transform = (
+        open_source(str(tmp_path / "a.parquet"), training=False),
+        build_pipeline("cifar", image_size=16).validation,
+    )
+    batches = list(EvaluationLoader(source, transform, 8))
     assert [batch.valid for batch in batches] == [7, 8, 3]
     labels = [label for batch in batches for label in batch.labels[: batch.valid].tolist()]
     assert labels == [label for index, label in enumerate(source.labels.tolist()) if index not in (3, 19)]
@@ -190,8 +212,9 @@ def test_unreadable_images_do_not_count_in_an_evaluation(tmp_path):
 
 @pytest.mark.parametrize("sizes", [(1797,), (1000, 797), (1000, 790, 7), (300,) * 5 + (297,), (100,) * 17 + (97,)])
 def test_every_sample_comes_about_equally_often_however_many_row_groups(sizes):
-    """1,536 of 1,797 rows an epoch: over 50 epochs a row comes 42.7 times, and with a standard deviation of 2.5 as by a coin."""
-    order = StreamedOrder(1797, 0, 512, 512, 0, 1, sizes)
+    """1,536 of 1,797 rows an epoch: over 50 epochs a row comes 42.7 times, and with a standard deviation of 2.5 as by a
+    coin."""
+    order = StreamedBatchSampler(1797, 0, 512, 512, 0, 1, sizes)
     seen = torch.zeros(1797)
     positions = []
     for epoch in range(50):
@@ -209,7 +232,7 @@ def test_every_sample_comes_about_equally_often_however_many_row_groups(sizes):
 
 
 def test_a_row_is_left_out_as_often_in_a_short_row_group_as_in_a_long_one():
-    order = StreamedOrder(1000, 0, 400, 400, 0, 1, (790, 200, 10))
+    order = StreamedBatchSampler(1000, 0, 400, 400, 0, 1, (790, 200, 10))
     seen = torch.zeros(1000)
     for epoch in range(400):
         seen[order.epoch(epoch)] += 1
@@ -217,12 +240,12 @@ def test_a_row_is_left_out_as_often_in_a_short_row_group_as_in_a_long_one():
 
 
 def test_few_row_groups_are_told_of_at_the_start(tmp_path):
-    from dkd.training.announcement import _streaming
+    from dkd.training.summary import _streaming
 
     def said(row_group):
         write_images(tmp_path / "a.parquet", 160, pixels=4, row_group=row_group)
         source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
-        order = StreamedOrder(160, 0, 16, 16, 0, 1, tuple(source.sizes.tolist()), 8, 8)
+        order = StreamedBatchSampler(160, 0, 16, 16, 0, 1, tuple(source.sizes.tolist()), 8, 8)
         return " ".join(_streaming(order, source, 1))
 
     assert "1 row group in an order drawn anew each epoch, 8 lanes" in said(160)
@@ -259,7 +282,9 @@ def test_a_path_in_a_cell_leads_only_to_files_of_the_data_set(tmp_path, opened):
         "pipe.png": "is no regular file",
     }
     paths = ["sub/inside.png", *refused]
-    cells = pa.array([{"bytes": None, "path": path} for path in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    cells = pa.array(
+        [{"bytes": None, "path": path} for path in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
     parquet.write_table(pa.table({"image": cells, "label": pa.array(range(len(paths)))}), folder / "a.parquet")
     source = opened(str(folder / "a.parquet"), training=True)
     assert source.image(0).unique().tolist() == [77]

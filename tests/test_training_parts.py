@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from dkd.config.loss_sections import WeightSchedule
+from dkd.build.optimizers import build_optimizer
+from dkd.build.schedules import learning_rate, loss_weight
+from dkd.config.losses import WeightSchedule
 from dkd.config.schema import AdamWSection, ConstantSchedule, CosineSchedule, OneCycleSchedule, SgdSection, StepSchedule
+from dkd.distillation import FrozenTeacher
+from dkd.distillation.batch_norm import BatchNormStatistics
+from dkd.engines.ema import WeightAverage
 from dkd.models import ModelSpec, build_model, weights_fingerprint
-from dkd.teacher import FrozenTeacher
-from dkd.training.batch_statistics import RunningStatistics
-from dkd.training.ema import WeightAverage
-from dkd.training.optimizers import build_optimizer
-from dkd.training.schedules import learning_rate, loss_weight
 
 
 def curve(schedule, peak=1.0, steps_per_epoch=10, total=100):
@@ -41,7 +41,9 @@ def test_one_cycle_is_torchs():
     for share in (0.3, 0.25):
         ours = curve(OneCycleSchedule(name="one_cycle", peak=share, start=0.04, final=1e-4), peak=0.5)
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5, momentum=0.9)
-        theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=100, pct_start=share, div_factor=25, final_div_factor=400)
+        theirs = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.5, total_steps=100, pct_start=share, div_factor=25, final_div_factor=400
+        )
         for step, value in enumerate(ours):
             assert math.isclose(value, theirs.get_last_lr()[0], rel_tol=1e-9), step
             optimizer.step()
@@ -100,7 +102,7 @@ def test_running_statistics_move_once_a_step_by_the_mean_over_micro_batches():
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3, momentum=0.3)
     micro_batches = torch.randn(4, 5, 3, 2, 2)
-    statistics = RunningStatistics(norm, micro_steps=4, world_size=1)
+    statistics = BatchNormStatistics(norm, micro_steps=4, world_size=1)
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     for step in range(2):
         statistics.start_step()
@@ -141,7 +143,7 @@ def test_a_fingerprint_sees_one_bit():
 def test_random_states_come_back():
     import random
 
-    from dkd.training.random_state import random_states, restore_random_states
+    from dkd.rng import random_states, restore_random_states
 
     def draw():
         return torch.rand(2).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()
@@ -159,7 +161,7 @@ def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from dkd.training.engine import _settle_buckets
+    from dkd.engines.engine import _settle_buckets
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

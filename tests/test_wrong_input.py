@@ -1,4 +1,5 @@
-"""Whatever dkd is given that is wrong (files, YAML, names, arguments, environment variables): exit code 2 and one line that can be read."""
+"""Whatever dkd is given that is wrong (files, YAML, names, arguments, environment variables): exit code 2 and one line
+that can be read."""
 
 import io
 import json
@@ -33,7 +34,15 @@ def refused(capsys, *arguments):
 
 
 def dry_run(tmp_path, *overrides):
-    return ["train", QUICKSTART, "--dry-run", f"run.dir={tmp_path}/run", "teacher.weights=random", "train.precision=fp32", *overrides]
+    return [
+        "train",
+        QUICKSTART,
+        "--dry-run",
+        f"run.dir={tmp_path}/run",
+        "teacher.weights=random",
+        "train.precision=fp32",
+        *overrides,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +168,9 @@ def test_a_thousand_problems_are_not_a_thousand_lines(tmp_path, capsys):
     assert lines[-1] == "dkd: and 985 more problems"
 
 
-@pytest.mark.parametrize("command", [["train"], ["plan"], ["status"], ["launch-check"], ["evaluate"], ["export", "--format", "onnx"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["plan"], ["status"], ["launch-check"], ["evaluate"], ["export", "--format", "onnx"]]
+)
 def test_paths_that_the_system_refuses(tmp_path, capsys, command):
     assert "File name too long" in refused(capsys, *command, tmp_path / LONG)
 
@@ -197,7 +208,9 @@ def test_ranks_that_do_not_fit_their_number(capsys, monkeypatch):
 def test_too_few_open_files_are_said_at_once(capsys, monkeypatch, limits):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
     line = refused(capsys, "inspect", "resnet8")
-    assert f"this process may open {limits[1]} files at once, and dkd needs 256; raise the limit: ulimit -n 1024" in line
+    assert (
+        f"this process may open {limits[1]} files at once, and dkd needs 256; raise the limit: ulimit -n 1024" in line
+    )
 
 
 def test_a_low_limit_of_open_files_is_raised_where_it_can_be(capsys, monkeypatch):
@@ -252,7 +265,11 @@ class Gone(io.StringIO):
 
 @pytest.mark.parametrize(
     ("stream", "said"),
-    [(Full(), ["dkd: the result cannot be written to standard output: No space left on device"]), (Gone(), []), (None, ["it is closed"])],
+    [
+        (Full(), ["dkd: the result cannot be written to standard output: No space left on device"]),
+        (Gone(), []),
+        (None, ["it is closed"]),
+    ],
 )
 def test_a_result_that_is_lost_is_no_success(capsys, monkeypatch, stream, said):
     monkeypatch.setattr(sys, "stdout", stream)
@@ -348,12 +365,12 @@ def test_a_bug_of_dkd_shows_its_traceback(monkeypatch, error):
 
 
 def test_a_bug_in_the_checks_is_not_taken_for_a_wrong_recipe(tmp_path, monkeypatch):
-    from dkd.training import preflight
+    from dkd.preflight import checks
 
     def broken(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(preflight, "check_training", broken)
+    monkeypatch.setattr(checks, "check_training", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(dry_run(tmp_path))
 
@@ -408,7 +425,9 @@ def test_a_command_that_imports_code_says_so(capsys, command):
     assert "import" in said
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "resnet8", "--classes", "9" * 5000], ["launch-check", "--seconds", "9" * 12]])
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "resnet8", "--classes", "9" * 5000], ["launch-check", "--seconds", "9" * 12]]
+)
 def test_numbers_of_arguments_are_bounded(capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -148,7 +148,19 @@ def test_the_base_of_these_recipes_is_right(recipe_file, capsys):
 
 
 def test_all_problems_are_shown_at_once(recipe_file, capsys):
-    assert main(["train", str(recipe_file), "student.name=resnet9", "train.precision=fp16", "data.train=x.parquet", "--dry-run"]) == 2
+    assert (
+        main(
+            [
+                "train",
+                str(recipe_file),
+                "student.name=resnet9",
+                "train.precision=fp16",
+                "data.train=x.parquet",
+                "--dry-run",
+            ]
+        )
+        == 2
+    )
     lines = capsys.readouterr().err
     assert "student.name" in lines
     assert "data.train" in lines
@@ -157,9 +169,14 @@ def test_all_problems_are_shown_at_once(recipe_file, capsys):
 
 
 def test_options_and_overrides_come_in_any_order(recipe_file, capsys):
-    for arguments in (["--dry-run", "train.epochs=3", str(recipe_file)], [str(recipe_file), "--dry-run", "train.epochs=3"]):
+    for arguments in (
+        ["--dry-run", "train.epochs=3", str(recipe_file)],
+        [str(recipe_file), "--dry-run", "train.epochs=3"],
+    ):
         code = main(["train", *arguments])
-        assert code == (0 if arguments[0] == str(recipe_file) else 2), arguments  # the recipe comes before the overrides
+        assert code == (0 if arguments[0] == str(recipe_file) else 2), (
+            arguments
+        )  # the recipe comes before the overrides
     assert "epochs: 3" in capsys.readouterr().out
 
 
@@ -181,7 +198,7 @@ def test_what_cannot_differentiate_twice_is_refused(recipe_file, capsys, overrid
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_gradient_attention_is_refused_under_engines_that_shard(recipe_file, capsys, monkeypatch, engine):
-    from dkd.training import engine as engines
+    from dkd.engines import engine as engines
 
     monkeypatch.setattr(engines, "_engine_or_none", lambda: engine)
     assert main(["train", str(recipe_file), "losses.gradient_at={beta: 1}"]) == 2
@@ -206,7 +223,12 @@ def test_a_preset_fills_what_is_left_out_and_survives_being_written(tmp_path, pr
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "is not YAML"), ("- 1", "holds no recipe"), ("run: {}\nrun: {}", "key 'run' is there twice"), ("", "holds no recipe")],
+    [
+        ("a: [1", "is not YAML"),
+        ("- 1", "holds no recipe"),
+        ("run: {}\nrun: {}", "key 'run' is there twice"),
+        ("", "holds no recipe"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path, capsys, text, message):
     path = tmp_path / "recipe.yaml"
@@ -224,7 +246,9 @@ def test_a_missing_recipe_names_the_nearest(recipe_file, capsys):
 
 def test_the_process_itself_exits_with_2_and_prints_no_traceback(recipe_file):
     result = subprocess.run(
-        [sys.executable, "-m", "dkd", "train", str(recipe_file), "losses.sp.pairs=[[layer9, block3]]"], capture_output=True, text=True
+        [sys.executable, "-m", "dkd", "train", str(recipe_file), "losses.sp.pairs=[[layer9, block3]]"],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
@@ -239,7 +263,10 @@ def test_a_run_is_not_overwritten_unasked(recipe_file, capsys):
     assert main(["train", str(recipe_file)]) == 2
     assert "holds a run already, whose recipe.yaml cannot be read" in capsys.readouterr().err
     assert main(["train", str(recipe_file), "--fresh"]) == 2
-    assert "holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite" in capsys.readouterr().err
+    assert (
+        "holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite"
+        in capsys.readouterr().err
+    )
     assert (run / "metrics.jsonl").read_text() == "precious\n"
 
 
@@ -271,7 +298,9 @@ def test_the_resolved_recipe_reads_back_to_itself(recipe_file):
     ("ACCELERATE_USE_FSDP", "true", "the launch asks for FSDP version 1"),
     ("WORLD_SIZE", "3", "train.global_batch=64 is not a multiple of 63 = micro_batch 21 × 3 processes"),
 ])  # fmt: skip
-def test_a_launch_that_disagrees_with_the_recipe_is_an_error(recipe_file, capsys, monkeypatch, variable, value, message):
+def test_a_launch_that_disagrees_with_the_recipe_is_an_error(
+    recipe_file, capsys, monkeypatch, variable, value, message
+):
     monkeypatch.setenv(variable, value)
     assert main(["train", str(recipe_file)]) == 2
     assert message in capsys.readouterr().err
@@ -292,7 +321,9 @@ def test_a_wrong_recipe_ends_every_process_of_a_launch(recipe_file):
     ]
     result = subprocess.run([*command, "data.train=x.parquet"], capture_output=True, text=True, timeout=limit(120))
     assert result.returncode != 0
-    assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == ["dkd: data.train: no file matches 'x.parquet'"]
+    assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == [
+        "dkd: data.train: no file matches 'x.parquet'"
+    ]
 
 
 LIST_OF_TRANSFORMS = [
@@ -320,6 +351,9 @@ def test_wrong_transforms_are_named_where_they_stand(recipe_file, capsys, transf
 def test_yaml_anchors_and_merge_keys_work(tmp_path):
     path = tmp_path / "recipe.yaml"
     base = {key: value for key, value in BASE.items() if key != "optimizer"}
-    path.write_text(yaml.safe_dump({**base, "losses": {"kd": {"alpha": 1}}}) + "optimizer: {<<: {name: sgd, momentum: 0.5}, lr: 0.3}\n")
+    path.write_text(
+        yaml.safe_dump({**base, "losses": {"kd": {"alpha": 1}}})
+        + "optimizer: {<<: {name: sgd, momentum: 0.5}, lr: 0.3}\n"
+    )
     optimizer = load_recipe(path).optimizer
     assert (optimizer.lr, optimizer.momentum) == (0.3, 0.5)

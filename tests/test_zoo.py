@@ -9,8 +9,9 @@ import torch
 
 from dkd.models import ModelSpec, TappedModel, WeightsError, build_model, load_weights
 
-# name: parameters with 100 classes, tensors in its state, and the first three logits of `images()` under the weights of `fill`. Logits are
-# those of another implementation of the architectures of RepDistiller and mdistiller, in float64; they depend on its names of tensors, too.
+# name: parameters with 100 classes, tensors in its state, and the first three logits of `images()` under the weights of
+# `fill`. Logits are those of another implementation of the architectures of RepDistiller and mdistiller, in float64;
+# they depend on its names of tensors, too.
 ZOO = {
     "vgg8_cifar": (3_965_028, 37, [-0.0363145, -0.0637956, -0.1534896]),
     "vgg13_cifar": (9_462_180, 72, [-0.0373315, -0.0961016, -0.10836]),
@@ -46,7 +47,9 @@ def fill(model):
         if name.endswith("num_batches_tracked"):
             continue
         called = theirs(name) if type(model).__name__ == "WideResNet" else name
-        drawn = torch.rand(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(called.encode())), dtype=torch.float64)
+        drawn = torch.rand(
+            value.shape, generator=torch.Generator().manual_seed(zlib.crc32(called.encode())), dtype=torch.float64
+        )
         if value.ndim == 4:
             drawn = (drawn - 0.5) * 2 * math.sqrt(2 / value[0].numel())
         elif value.ndim == 2:
@@ -109,7 +112,9 @@ def test_nin_without_norms():
         build_model(ModelSpec("resnet8", 10, "none"))
 
 
-@pytest.mark.parametrize("written", ["ckpt_epoch_240.pth", "wrn_last.pth", "student_best", "latest", "weights.safetensors"])
+@pytest.mark.parametrize(
+    "written", ["ckpt_epoch_240.pth", "wrn_last.pth", "student_best", "latest", "weights.safetensors"]
+)
 def test_files_of_other_projects_load(tmp_path, written):
     """Names and nesting as RepDistiller (.pth) and mdistiller write them."""
     source, target = (fill(build_model(ModelSpec("wrn_16_1", 10))) for _ in range(2))
@@ -122,7 +127,9 @@ def test_files_of_other_projects_load(tmp_path, written):
 
         save_file(state, path)
     else:
-        both = {f"module.student.{k}": v for k, v in state.items()} | {f"module.teacher.{k}": v * 0 for k, v in state.items()}
+        both = {f"module.student.{k}": v for k, v in state.items()} | {
+            f"module.teacher.{k}": v * 0 for k, v in state.items()
+        }
         content = {
             "ckpt_epoch_240.pth": {
                 "epoch": 240,
@@ -136,7 +143,9 @@ def test_files_of_other_projects_load(tmp_path, written):
         }
         torch.save(content[written], path)
     load_weights(target, "wrn_16_1", str(path))
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -151,7 +160,10 @@ def test_names_of_ones_own_model_stay_though_they_look_like_those_of_others(tmp_
             super().__init__()
             self.block1 = Layers()
 
-    for source, target in ((Own(), Own()), (torch.nn.ModuleDict({"module": Own()}), torch.nn.ModuleDict({"module": Own()}))):
+    for source, target in (
+        (Own(), Own()),
+        (torch.nn.ModuleDict({"module": Own()}), torch.nn.ModuleDict({"module": Own()})),
+    ):
         path = tmp_path / f"weights{suffix}"
         if suffix == ".pth":
             torch.save(source.state_dict(), path)
@@ -160,7 +172,9 @@ def test_names_of_ones_own_model_stay_though_they_look_like_those_of_others(tmp_
 
             save_file(source.state_dict(), path)
         load_weights(target, "my:Own", str(path))
-        assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+        )
 
 
 def test_names_of_others_do_not_hide_what_does_not_fit(tmp_path):

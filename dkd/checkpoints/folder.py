@@ -7,8 +7,8 @@ RUN/checkpoints/
   removing_00000100/    the same of one being removed
   damaged_00000350/     set aside: its files were not what had been written
 
-A checkpoint is written into writing_N. Once all of it is on the disk, and its manifest too, the folder is renamed: at any moment, what is
-called step_N is whole. Older ones are removed only after that.
+A checkpoint is written into writing_N. Once all of it is on the disk, and its manifest too, the folder is renamed: at
+any moment, what is called step_N is whole. Older ones are removed only after that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class CheckpointFolder:
 
     Args:
         path: RUN/checkpoints; made by the first checkpoint.
-        run_problem: returns why RUN is no longer the folder of this training; None: it is. Nothing is changed in another's.
+        run_problem: returns why RUN is no longer the folder of this training; None: it is. Nothing is changed in
+            another's.
     """
 
     def __init__(self, path: Path, run_problem: Callable[[], str | None] = lambda: None) -> None:
@@ -58,7 +59,8 @@ class CheckpointFolder:
         return self.path / f"writing_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Return the steps of all whole checkpoints, oldest first. Whether they are still what they were, `problem` tells."""
+        """Return the steps of all whole checkpoints, oldest first. Whether they are still what they were, `problem`
+        tells."""
         if not self.path.is_dir():
             return []
         return sorted(int(match[1]) for match in map(_STEP.fullmatch, os.listdir(self.path)) if match)
@@ -165,7 +167,8 @@ class CheckpointFolder:
         return hashlib.sha256(content).hexdigest() if reason is None else None
 
     def late(self, step: int) -> str | None:
-        """Return which file of a checkpoint is not there, or not to its end; None: all are. Over a network, it may only be late."""
+        """Return which file of a checkpoint is not there, or not to its end; None: all are. Over a network, it may only
+        be late."""
         return self._problem(step, contents=False)
 
     def problem(self, step: int) -> str | None:

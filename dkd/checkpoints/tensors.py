@@ -1,8 +1,9 @@
-"""Named tensors in a folder, by torch.distributed.checkpoint: each rank writes its part, and any number of ranks reads them back.
+"""Named tensors in a folder, by torch.distributed.checkpoint: each rank writes its part, and any number of ranks reads
+them back.
 
-torch's reader unpickles `.metadata` as it is, and unpickles entries that the metadata calls bytes. Here the metadata may name nothing but
-torch's own classes of metadata, and every entry must be a tensor, which torch reads with `weights_only=True`: reading runs no code of a
-file.
+torch's reader unpickles `.metadata` as it is, and unpickles entries that the metadata calls bytes. Here the metadata
+may name nothing but torch's own classes of metadata, and every entry must be a tensor, which torch reads with
+`weights_only=True`: reading runs no code of a file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class SavedTensor(NamedTuple):
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write `tensors`: plain ones, equal on all ranks that name them, or DTensors, of which each rank writes its shards. A collective.
+    """Write `tensors`: plain ones, equal on all ranks that name them, or DTensors, of which each rank writes its
+    shards. A collective.
 
     Args:
         folder: on a file system that all ranks share; it may hold other files.
@@ -61,7 +63,8 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 
 
 def missing_file(folder: Path) -> str | None:
-    """Return what this process does not see, or not to its end, of what all ranks have written by `save_tensors`; None: it sees all.
+    """Return what this process does not see, or not to its end, of what all ranks have written by `save_tensors`; None:
+    it sees all.
 
     A file system over a network may show it a little later.
     """
@@ -94,7 +97,8 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 
 
 def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
-    """Name -> shape and dtype of everything in `folder`. Raises CheckpointError when its metadata is damaged or holds more than tensors."""
+    """Name -> shape and dtype of everything in `folder`. Raises CheckpointError when its metadata is damaged or holds
+    more than tensors."""
     entries = _read_metadata(folder).state_dict_metadata
     return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
 
@@ -103,7 +107,8 @@ _PythonUnpickler: Any = pickle._Unpickler
 
 
 class _MetadataUnpickler(_PythonUnpickler):
-    """The one written in Python, whose steps can be overridden: a pickle may change attributes of what it names, so of classes too."""
+    """The one written in Python, whose steps can be overridden: a pickle may change attributes of what it names, so of
+    classes too."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -119,14 +124,22 @@ class _MetadataUnpickler(_PythonUnpickler):
             return _path_as_text  # where the checkpoint was written, which nobody asks
         if (module, name) == ("builtins", "getattr"):
             return _memory_format  # as some versions of Python pickle members of an Enum
-        if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _ALLOWED.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise CheckpointError(f".metadata names {module}.{name}, which is no part of a checkpoint; it was not loaded")
 
 
 def _memory_format(encoding: Any, name: str) -> Any:
-    if getattr(encoding, "__name__", "") != "_MEM_FORMAT_ENCODING" or type(name) is not str or name not in encoding.__members__:
-        raise CheckpointError(f".metadata asks for {name!r} of {encoding!r}, which is no part of a checkpoint; it was not loaded")
+    if (
+        getattr(encoding, "__name__", "") != "_MEM_FORMAT_ENCODING"
+        or type(name) is not str
+        or name not in encoding.__members__
+    ):
+        raise CheckpointError(
+            f".metadata asks for {name!r} of {encoding!r}, which is no part of a checkpoint; it was not loaded"
+        )
     return encoding[name]
 
 
@@ -139,8 +152,12 @@ def _read_metadata(folder: Path) -> Metadata:
         with (folder / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         entries = metadata.state_dict_metadata
-        tensors_only = all(type(name) is str and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items())
-        tensors_only = tensors_only and all(isinstance(tuple(e.size), tuple) and e.properties.dtype for e in entries.values())
+        tensors_only = all(
+            type(name) is str and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items()
+        )
+        tensors_only = tensors_only and all(
+            isinstance(tuple(e.size), tuple) and e.properties.dtype for e in entries.values()
+        )
         names = _files(metadata)
         here = all(type(name) is str and "/" not in name and name not in ("", ".", "..") for name in names)
     except (CheckpointError, OSError):

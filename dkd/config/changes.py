@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dkd.config.problems import Problem
+from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 
 # A run may be moved; a preset is only where other keys had their values from.
 _WHERE_NOT_WHAT = {"run.dir", "losses.at.preset", "losses.sp.preset"}
-# A run keeps what these meant at its first start; see dkd/training/hardware.py.
+# A run keeps what these meant at its first start; see dkd/preflight/hardware.py.
 _LEFT_TO_HARDWARE = {"train.precision", "train.channels_last", "teacher.weights_dtype"}
 
 

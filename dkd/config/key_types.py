@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from dkd.config.problems import shown
+from dkd.config.messages import shown
 
 MOST = 10**12
 """The largest whole number of a recipe: products of two such numbers can still be a float."""

@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dkd.config import yaml_text
-from dkd.config.problems import Problem, RecipeError, did_you_mean, shown
+from dkd.config.messages import Problem, RecipeError, shown
 from dkd.config.schema import Recipe
+from dkd.text import did_you_mean
 
 _MOST_PROBLEMS = 20
 _BEGINS_YAML = tuple("*&!%@`|>,?[{")  # characters that begin something else than text, and that names of files have
@@ -44,7 +45,9 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         details = error.errors()
-        more = [Problem("", f"and {len(details) - _MOST_PROBLEMS} more problems")] if len(details) > _MOST_PROBLEMS else []
+        more = (
+            [Problem("", f"and {len(details) - _MOST_PROBLEMS} more problems")] if len(details) > _MOST_PROBLEMS else []
+        )
         raise RecipeError([*map(_problem, details[:_MOST_PROBLEMS]), *more]) from None
     problems = list(_disagreements(recipe))
     if problems:
@@ -95,7 +98,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError.at("", f"{name} cannot be read: {error.strerror or error}") from error
     if not isinstance(values, dict):
-        raise RecipeError.at("", f"{name} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`")
+        raise RecipeError.at(
+            "", f"{name} holds no recipe: a recipe is keys and values at the top, such as `student: {{name: ...}}`"
+        )
     return values
 
 
@@ -116,10 +121,14 @@ def _problem(detail: Any) -> Problem:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = _fields(model)
-        elsewhere = [dotted for dotted in _all_paths() if dotted.rpartition(".")[2] == path[-1] and dotted != ".".join(path)]
+        elsewhere = [
+            dotted for dotted in _all_paths() if dotted.rpartition(".")[2] == path[-1] and dotted != ".".join(path)
+        ]
         nearest = did_you_mean(str(path[-1]), known)
         if nearest:
-            nearest = f"; did you mean {'.'.join([*path[:-1], nearest.removeprefix('; did you mean ').removesuffix('?')])}?"
+            nearest = (
+                f"; did you mean {'.'.join([*path[:-1], nearest.removeprefix('; did you mean ').removesuffix('?')])}?"
+            )
         elif elsewhere:
             nearest = f"; did you mean {' or '.join(elsewhere)}?"
         return Problem(".".join(path), "unknown key" + (nearest or f"; allowed here: {', '.join(known)}"))
@@ -138,7 +147,11 @@ def _problem(detail: Any) -> Problem:
     if kind == "invalid_key":
         return Problem(".".join(path), f"{value!r} is not a key; keys are text")
     if kind in ("too_short", "too_long"):
-        bounds = [f"{word} {context[key]}" for word, key in (("at least", "min_length"), ("at most", "max_length")) if key in context]
+        bounds = [
+            f"{word} {context[key]}"
+            for word, key in (("at least", "min_length"), ("at most", "max_length"))
+            if key in context
+        ]
         return Problem(".".join(path), f"must have {bounds[0]} items, not {value!r}")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return Problem(".".join(path), f"must be a section (keys and values), not {value!r}")
@@ -148,7 +161,13 @@ def _problem(detail: Any) -> Problem:
     return Problem(".".join(path), f"must be {_PLAIN_WORDS.get(wording, wording)}, not {value!r}")
 
 
-_PLAIN_WORDS = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false", "list": "a list"}
+_PLAIN_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+    "list": "a list",
+}
 
 
 def _not_allowed(value: object, allowed: str) -> str:
@@ -157,7 +176,8 @@ def _not_allowed(value: object, allowed: str) -> str:
 
 
 def _walk(location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[str]]:
-    """The section a location ends in, and its path as the user wrote it: pydantic adds the names of union members to it."""
+    """The section a location ends in, and its path as the user wrote it: pydantic adds the names of union members to
+    it."""
     model: type[BaseModel] | None = Recipe
     path: list[str] = []
     for part in location:
@@ -225,13 +245,22 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
     if recipe.teacher is not None and not losses.needs_teacher:
         problems.append(
             Problem(
-                "teacher", "no loss uses it; add one that does, such as losses.at, losses.sp or losses.kd, or remove it with teacher=null"
+                "teacher",
+                "no loss uses it; add one that does, such as losses.at, losses.sp or losses.kd, or remove it with "
+                "teacher=null",
             )
         )
-    if recipe.teacher is not None and losses.needs_teacher_logits and recipe.teacher.classes not in (None, recipe.data.classes):
+    if (
+        recipe.teacher is not None
+        and losses.needs_teacher_logits
+        and recipe.teacher.classes not in (None, recipe.data.classes)
+    ):
         needs = losses.needs_teacher_logits[0]
         problems.append(
-            Problem("teacher.classes", f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs")
+            Problem(
+                "teacher.classes",
+                f"{recipe.teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs",
+            )
         )
     if losses.gradient_at is not None:
         transfers = losses.gradient_at.form == "transfer"
@@ -239,21 +268,30 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
             if on:
                 problems.append(
                     Problem(
-                        f"train.compile.{key}", "losses.gradient_at differentiates twice, which a compiled model cannot; set it to false"
+                        f"train.compile.{key}",
+                        "losses.gradient_at differentiates twice, which a compiled model cannot; set it to false",
                     )
                 )
         if train.sync_batch_norm:
-            problems.append(Problem("train.sync_batch_norm", "losses.gradient_at differentiates twice, which SyncBatchNorm cannot"))
+            problems.append(
+                Problem("train.sync_batch_norm", "losses.gradient_at differentiates twice, which SyncBatchNorm cannot")
+            )
         if train.precision == "fp16":
             problems.append(
                 Problem(
-                    "train.precision", "losses.gradient_at: gradients of images vanish in fp16, without its loss scaling; use bf16 or fp32"
+                    "train.precision",
+                    "losses.gradient_at: gradients of images vanish in fp16, without its loss scaling; use bf16 or "
+                    "fp32",
                 )
             )
         if transfers and recipe.teacher is not None and recipe.teacher.placement != "replicated":
-            problems.append(Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated"))
+            problems.append(
+                Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated")
+            )
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
-        problems.append(Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"))
+        problems.append(
+            Problem("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}")
+        )
     if recipe.data.streaming and recipe.data.in_memory is True:
         problems.append(Problem("data.in_memory", "does not go with data.streaming; remove one of the two"))
     if isinstance(recipe.data.transforms, list):
@@ -264,6 +302,9 @@ def _disagreements(recipe: Recipe) -> list[Problem]:
             problems.append(Problem("data.validation_transforms", "must be a list too when data.transforms is one"))
     elif recipe.data.validation_transforms is not None:
         problems.append(
-            Problem("data.validation_transforms", f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}")
+            Problem(
+                "data.validation_transforms",
+                f"belongs to a list of data.transforms, not to the preset {recipe.data.transforms!r}",
+            )
         )
     return problems

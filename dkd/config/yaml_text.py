@@ -12,7 +12,8 @@ from dkd.errors import InputError
 
 MOST_CHARACTERS = 2**20
 MOST_VALUES = 20_000
-"""Values of a document, each alias counted as all that it stands for. The recipes of this repository have fewer than 200."""
+"""Values of a document, each alias counted as all that it stands for. The recipes of this repository have fewer than
+200."""
 DEEPEST = 50
 """Levels of lists and mappings inside each other, aliases followed."""
 
@@ -45,10 +46,12 @@ def read(text: str) -> Any:
 
 
 def read_argument(text: str) -> Any:
-    """Return the value of one argument of a command line. As `read`, but `#` begins no comment: on a command line it is part of a name.
+    """Return the value of one argument of a command line. As `read`, but `#` begins no comment: on a command line it is
+    part of a name.
 
     Raises:
-        YamlTextError: as `read`; or YAML would read a part of the text as a comment, and the rest is more than plain text.
+        YamlTextError: as `read`; or YAML would read a part of the text as a comment, and the rest is more than plain
+            text.
     """
     if "#" in text and len(text) <= MOST_CHARACTERS:
         try:
@@ -109,16 +112,23 @@ class _Loader(yaml.SafeLoader):
     def _extent(self, node: yaml.Node) -> _Extent:
         if isinstance(node, yaml.ScalarNode):
             if any("\ud800" <= character <= "\udfff" for character in node.value):
-                raise yaml.composer.ComposerError(None, None, f"{node.value[:60]!r} holds half of a character", node.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"{node.value[:60]!r} holds half of a character", node.start_mark
+                )
             return _Extent(1, 1, len(node.value))
-        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = (
+            [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        )
         within = [self._extents[id(child)] for child in children]
         extent = _Extent(
             1 + sum(child.values for child in within),
             1 + max((child.levels for child in within), default=0),
             sum(child.characters for child in within),
         )
-        for count, most, what in ((extent.values, MOST_VALUES, "values"), (extent.characters, MOST_CHARACTERS, "characters")):
+        for count, most, what in (
+            (extent.values, MOST_VALUES, "values"),
+            (extent.characters, MOST_CHARACTERS, "characters"),
+        ):
             if count > most:
                 raise _TooLarge(f"holds more than {most:,} {what} (an alias counts as all that it stands for)")
         if extent.levels > DEEPEST:
@@ -130,7 +140,9 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of int(), float(), date() and PyYAML's own tables: they expect that a tag tells the truth
+        except (
+            Exception
+        ) as error:  # of int(), float(), date() and PyYAML's own tables: they expect that a tag tells the truth
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
                 None, None, f"{str(node.value)[:60]!r} cannot be read as {kind}: {str(error)[:100]}", node.start_mark

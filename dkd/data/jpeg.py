@@ -1,8 +1,9 @@
 """Decodes JPEG files by the fastest decoder whose pixels are Pillow's, bit for bit.
 
 Pillow is the reference: which files can be read, how they are turned, and every pixel. Where simplejpeg is installed
-(`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow's, it decodes the files that are
-of the kinds tried. All others go to Pillow: grayscale and CMYK, other samplings, whatever is damaged.
+(`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow's, it
+decodes the files that are of the kinds tried. All others go to Pillow: grayscale and CMYK, other samplings, whatever is
+damaged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Header(NamedTuple):
     height: int
     width: int
     plain: bool
-    """Tells that there is no metadata but JFIF's: nothing that turns the image, and nothing that Pillow might refuse."""
+    """Tells that there is no metadata but JFIF's: nothing that turns the image, and nothing that Pillow might
+    refuse."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class JpegDecoder:
         return header if limit is None or header.width * header.height <= limit else None
 
     def pixels(self, content: bytes, header: Header) -> np.ndarray | None:
-        """Decode a file to uint8 (H, W, 3). Returns None where something in it is unusual: Pillow then tells whether it can be read."""
+        """Decode a file to uint8 (H, W, 3). Returns None where something in it is unusual: Pillow then tells whether it
+        can be read."""
         assert self.decode is not None
         try:
             pixels = self.decode(content)
@@ -138,7 +141,8 @@ def jpeg_decoder() -> JpegDecoder:
 
 
 def tried_kinds(decode: Decode) -> frozenset[Kind] | str:
-    """Return the kinds of the trial images when all are decoded as by Pillow, else the reason why this decoder cannot be used."""
+    """Return the kinds of the trial images when all are decoded as by Pillow, else the reason why this decoder cannot
+    be used."""
     kinds = set()
     try:
         for content in trial_images():
@@ -156,19 +160,30 @@ def tried_kinds(decode: Decode) -> frozenset[Kind] | str:
 
 
 def trial_images() -> Iterator[bytes]:
-    """Make JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise that overflows,
-    progressive scans, restart markers, and the three ways to say that colours are YCbCr."""
+    """Make JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise
+    that overflows, progressive scans, restart markers, and the three ways to say that colours are YCbCr."""
     generator = np.random.default_rng(0)
-    ways: list[dict[str, Any]] = [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"progressive": True, "restart_marker_rows": 1}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"progressive": True},
+        {"restart_marker_blocks": 2},
+        {"progressive": True, "restart_marker_rows": 1},
+    ]
     sizes = (1, 1), (9, 7), (16, 16), (33, 18), (70, 47), (157, 39)
     for number, (width, height) in enumerate(sizes):
         pixels = generator.integers(0, 2, (height, width, 3)) * 255
-        smooth = np.linspace(0, 255, width)[None, :, None] * np.linspace(1, 0.2, height)[:, None, None] * np.array([1.0, 0.7, 0.3])
+        smooth = (
+            np.linspace(0, 255, width)[None, :, None]
+            * np.linspace(1, 0.2, height)[:, None, None]
+            * np.array([1.0, 0.7, 0.3])
+        )
         pixels = np.where(np.arange(width)[None, :, None] < 0.6 * width, smooth, pixels).astype(np.uint8)
         for sampling in (0, 1, 2):
             for way in ways:
                 file = io.BytesIO()
-                Image.fromarray(pixels).save(file, "JPEG", quality=(40, 75, 95)[(number + sampling) % 3], subsampling=sampling, **way)
+                Image.fromarray(pixels).save(
+                    file, "JPEG", quality=(40, 75, 95)[(number + sampling) % 3], subsampling=sampling, **way
+                )
                 content = file.getvalue()
                 yield content
                 if (width, height) == sizes[-1] and content[2:4] == b"\xff\xe0":

@@ -71,7 +71,8 @@ def open_source(
         spec: as above.
         training: which part to take where a data set has two (digits, torchvision, hub).
         root: where torchvision data sets look for their files.
-        image_column, label_column: columns of parquet and hub data; None: the first image column, and the only other whole-number column.
+        image_column, label_column: columns of parquet and hub data; None: the first image column, and the only other
+            whole-number column.
 
     Raises:
         DataError: what is missing, with what there is.
@@ -93,7 +94,8 @@ def open_source(
 
 
 def check_spec(spec: str) -> None:
-    """The part of `open_source` that costs nothing: does `spec` name a kind of data set, and are there files? Raises DataError."""
+    """The part of `open_source` that costs nothing: does `spec` name a kind of data set, and are there files? Raises
+    DataError."""
     kind, rest = split_spec(spec)
     if kind in ("parquet", "webdataset"):
         matching_files(rest)
@@ -112,7 +114,8 @@ def split_spec(spec: str) -> tuple[str, str]:
         if spec.endswith(suffix):
             return files, spec
     raise DataError(
-        f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, folder:PATH, "
+        f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, "
+        "folder:PATH, "
         "torchvision:NAME, python:MODULE:CALLABLE or digits"
     )
 
@@ -126,9 +129,13 @@ def check_class_names(train: ImageSource, validation: ImageSource) -> None:
     """Where both sources name their classes, a label must mean the same in both. Raises DataError."""
     ours, theirs = train.class_names, validation.class_names
     if ours is not None and theirs is not None and ours != theirs:
-        label = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+        label = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
         there, here = ((names[label] if label < len(names) else "no class") for names in (ours, theirs))
-        raise DataError(f"label {label} is {there!r} in the training data and {here!r} here; both need the same classes")
+        raise DataError(
+            f"label {label} is {there!r} in the training data and {here!r} here; both need the same classes"
+        )
 
 
 def check_labels(source: ImageSource, classes: int) -> None:
@@ -137,28 +144,34 @@ def check_labels(source: ImageSource, classes: int) -> None:
         raise DataError("the data set is empty")
     low, high = int(source.labels.min()), int(source.labels.max())
     if low < 0 or high >= classes:
-        raise DataError(f"labels go from {low} to {high}, but data.classes is {classes}: they must lie in 0 … {classes - 1}")
+        raise DataError(
+            f"labels go from {low} to {high}, but data.classes is {classes}: they must lie in 0 … {classes - 1}"
+        )
 
 
 def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
-    """Return uint8 (3, H, W), a view of rows of RGB pixels, turned by the image's EXIF orientation; grayscale of 8 or 16 bits, palette and
-    CMYK become RGB, alpha is dropped."""
+    """Return uint8 (3, H, W), a view of rows of RGB pixels, turned by the image's EXIF orientation; grayscale of 8 or
+    16 bits, palette and CMYK become RGB, alpha is dropped."""
     upright = ImageOps.exif_transpose(image) if image.getexif() else image
     if upright.mode.startswith("I;16"):
         # Pillow would cut 16 bits to 8 instead of scaling them.
         upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
     elif upright.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers (mode {upright.mode}), whose range nothing tells; store 8 or 16 bits")
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {upright.mode}), whose range nothing tells; store 8 or 16 bits"
+        )
     return _of_rows(np.array(upright if upright.mode == "RGB" else upright.convert("RGB")))
 
 
 def _of_rows(pixels: np.ndarray) -> torch.Tensor:
-    """View uint8 (H, W, 3) as (3, H, W): a transposed copy would cost as much as half the decoding, and resizing would undo it."""
+    """View uint8 (H, W, 3) as (3, H, W): a transposed copy would cost as much as half the decoding, and resizing would
+    undo it."""
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_pixels(content: bytes) -> torch.Tensor:
-    """Decode an image file's content to uint8 (3, H, W), as `to_rgb_tensor` makes it of Pillow's image. Raises what Pillow raises."""
+    """Decode an image file's content to uint8 (3, H, W), as `to_rgb_tensor` makes it of Pillow's image. Raises what
+    Pillow raises."""
     decoder = jpeg_decoder()
     header = decoder.header(content)
     if header is not None and header.plain:
@@ -166,7 +179,12 @@ def decode_pixels(content: bytes) -> torch.Tensor:
         if pixels is not None:
             return _of_rows(pixels)
     with _open_image(io.BytesIO(content)) as image:
-        if header is not None and not header.plain and image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) == 1:
+        if (
+            header is not None
+            and not header.plain
+            and image.format == "JPEG"
+            and image.getexif().get(_ORIENTATION, 1) == 1
+        ):
             pixels = decoder.pixels(content, header)
             if pixels is not None:
                 return _of_rows(pixels)
@@ -201,7 +219,8 @@ class _InMemory(_Indexed):
 
 
 def in_memory(source: ImageSource, limit_bytes: int | None = 2**30) -> ImageSource | None:
-    """`source` decoded once into one uint8 tensor, or None when that cannot be: images of several sizes, or more than `limit_bytes`."""
+    """`source` decoded once into one uint8 tensor, or None when that cannot be: images of several sizes, or more than
+    `limit_bytes`."""
     if isinstance(source, _InMemory):
         return source
     first = source.image(0)
@@ -236,8 +255,8 @@ class _Digits(_InMemory):
 
 
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return (N, 8, 8) pixels from 0 to 16 and (N,) labels. From scikit-learn's file: importing scikit-learn, with SciPy and pandas, takes
-    longer than all that is done with the digits in a test. Raises DataError."""
+    """Return (N, 8, 8) pixels from 0 to 16 and (N,) labels. From scikit-learn's file: importing scikit-learn, with
+    SciPy and pandas, takes longer than all that is done with the digits in a test. Raises DataError."""
     package = importlib.util.find_spec("sklearn")
     folders = list(package.submodule_search_locations or []) if package is not None else []
     if not folders:
@@ -268,11 +287,15 @@ class _HuggingFace(_Indexed):
         folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
     """
 
-    def __init__(self, dataset: Any, name: str, image_column: str | None, label_column: str | None, folder: str | None = None) -> None:
+    def __init__(
+        self, dataset: Any, name: str, image_column: str | None, label_column: str | None, folder: str | None = None
+    ) -> None:
         from datasets import Image as ImageFeature
 
         self.name, self._folder = name, folder
-        self.image_column, self.label_column = image_and_label_columns(dataset.features, name, image_column, label_column)
+        self.image_column, self.label_column = image_and_label_columns(
+            dataset.features, name, image_column, label_column
+        )
         # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
         images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
         self.dataset = images.cast_column(self.image_column, ImageFeature(decode=False))
@@ -292,7 +315,8 @@ class _HuggingFace(_Indexed):
 
 
 def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None, folder: str | None = None) -> torch.Tensor:
-    """Decode a cell of an image column, encoded bytes or {bytes, path}, to uint8 (3, H, W). Raises DataError, naming the image.
+    """Decode a cell of an image column, encoded bytes or {bytes, path}, to uint8 (3, H, W). Raises DataError, naming
+    the image.
 
     Args:
         folder: the data set's, where a path without bytes may lead to a file; None: nowhere.
@@ -307,14 +331,21 @@ def decode(name: str, index: int, encoded: Mapping[str, Any] | bytes | None, fol
 
 
 def _file_of_data_set(path: str, folder: str | None) -> bytes:
-    """Read the file that a cell names instead of holding its content. A data set may come from anybody: it must not choose which files of
-    this machine are opened. Raises ValueError for a path that leads out of the data set's folder, by links too."""
+    """Read the file that a cell names instead of holding its content. A data set may come from anybody: it must not
+    choose which files of this machine are opened. Raises ValueError for a path that leads out of the data set's folder,
+    by links too."""
     if folder is None:
-        raise ValueError("its cell holds a path and no bytes, and this kind of data set has no folder for it; store the images' bytes")
+        raise ValueError(
+            "its cell holds a path and no bytes, and this kind of data set has no folder for it; store the images' "
+            "bytes"
+        )
     top = os.path.realpath(folder)
     real = os.path.realpath(os.path.join(top, path))
     if os.path.commonpath([top, real]) != top:
-        raise ValueError(f"its cell holds no bytes and a path that leads out of the data set's folder {folder!r}; store the images' bytes")
+        raise ValueError(
+            f"its cell holds no bytes and a path that leads out of the data set's folder {folder!r}; store the images' "
+            "bytes"
+        )
     return read_file(real)
 
 
@@ -328,7 +359,8 @@ def read_file(path: str) -> bytes:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Whatever goes wrong with an image is a DataError that names it: damaged ones make Pillow raise errors of many kinds."""
+    """Whatever goes wrong with an image is a DataError that names it: damaged ones make Pillow raise errors of many
+    kinds."""
     try:
         yield
     except MemoryError:
@@ -346,7 +378,9 @@ def whole_labels(labels: Any, name: str, column: str) -> np.ndarray:
     return labels.to_numpy().astype(np.int64)
 
 
-def image_and_label_columns(features: Mapping[str, Any], name: str, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+def image_and_label_columns(
+    features: Mapping[str, Any], name: str, image_column: str | None, label_column: str | None
+) -> tuple[str, str]:
     """The columns asked for, or the only ones whose types fit. Raises DataError."""
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
@@ -357,17 +391,23 @@ def image_and_label_columns(features: Mapping[str, Any], name: str, image_column
         return isinstance(feature, ImageFeature) or bytes_column or struct_column
 
     def is_label(feature: Any) -> bool:
-        return isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int"))
+        return isinstance(feature, ClassLabel) or (
+            isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int")
+        )
 
     found = []
     for key, asked, fits in (("image_column", image_column, is_image), ("label_column", label_column, is_label)):
         candidates = [column for column, feature in features.items() if fits(feature)]
         if asked is not None and asked not in candidates:
             raise DataError(
-                f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: {', '.join(candidates)}"
+                f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: "
+                f"{', '.join(candidates)}"
             )
         if asked is None and len(candidates) != 1:
-            raise DataError(f"{name}: say data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})")
+            raise DataError(
+                f"{name}: say data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of "
+                f"{', '.join(features)})"
+            )
         found.append(asked or candidates[0])
     return found[0], found[1]
 
@@ -380,7 +420,8 @@ def _data_files(kind: str, pattern: str, image_column: str | None, label_column:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        # `datasets` keeps a copy by name, paths and times of change. A file replaced by one with an old time would be read from the copy.
+        # `datasets` keeps a copy by name, paths and times of change. A file replaced by one with an old time would be
+        # read from the copy.
         dataset = load_dataset(kind, name=f"dkd_{content_mark(files)}", data_files={"train": files}, split="train")
     except (DatasetGenerationError, pa.ArrowInvalid, OSError, ValueError) as error:
         raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
@@ -393,10 +434,10 @@ _BLOCK, _BLOCKS_A_FILE, _BLOCKS_IN_ALL, _SMALL = 4096, 8, 4096, 2**20
 
 
 def content_mark(files: Sequence[str]) -> str:
-    """Compute a digest that differs when a file has been replaced, without reading terabytes: of each file its size and time of change,
-    its end (where parquet keeps its footer, with the sizes and statistics of all row groups), and blocks spread evenly over it; of a file
-    up to 1 MiB, all of it. Inode numbers and times of status changes are left out: they differ between machines that hold copies of the
-    same files. Raises OSError."""
+    """Compute a digest that differs when a file has been replaced, without reading terabytes: of each file its size and
+    time of change, its end (where parquet keeps its footer, with the sizes and statistics of all row groups), and
+    blocks spread evenly over it; of a file up to 1 MiB, all of it. Inode numbers and times of status changes are left
+    out: they differ between machines that hold copies of the same files. Raises OSError."""
     blocks = max(_BLOCKS_A_FILE, _BLOCKS_IN_ALL // len(files))
     with ThreadPoolExecutor(min(16, len(files))) as pool:
         digests = list(pool.map(lambda path: _content_digest(path, blocks), files))
@@ -449,7 +490,8 @@ def _saved_to_disk(path: str, training: bool, image_column: str | None, label_co
 
 
 def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:
-    """NAME[@CONFIG][:SPLIT] -> name, configuration, split, which is by default that of the part. Raises DataError for an unknown one."""
+    """NAME[@CONFIG][:SPLIT] -> name, configuration, split, which is by default that of the part. Raises DataError for
+    an unknown one."""
     from datasets import get_dataset_split_names
 
     name, _, split = name.partition(":")
@@ -496,7 +538,8 @@ class _Folder(_Indexed):
             raise DataError(f"folder:{path}: it holds no folder; images are expected as {path}/CLASS/NAME.jpg")
         if without := [name for name, images in classes.items() if not images]:
             raise DataError(
-                f"folder:{path}: no image in {', '.join(without)}; images are expected as {path}/CLASS/NAME, NAME ending in "
+                f"folder:{path}: no image in {', '.join(without)}; images are expected as {path}/CLASS/NAME, NAME "
+                "ending in "
                 f"{', '.join(IMAGE_SUFFIXES)}"
             )
         # A million Python strings would be copied into each worker process, as it counts references to them.
@@ -514,10 +557,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 def _classes_of_folder(path: str) -> dict[str, list[str]]:
-    """List the folders in `path`, sorted by name, each with the paths of its images. Links are followed, but not to where `path` itself
-    lies, nor twice to one folder. Raises OSError."""
+    """List the folders in `path`, sorted by name, each with the paths of its images. Links are followed, but not to
+    where `path` itself lies, nor twice to one folder. Raises OSError."""
     with os.scandir(path) as entries:
-        tops = {entry.name: os.path.join(path, entry.name) for entry in sorted(entries, key=lambda entry: entry.name) if entry.is_dir()}
+        tops = {
+            entry.name: os.path.join(path, entry.name)
+            for entry in sorted(entries, key=lambda entry: entry.name)
+            if entry.is_dir()
+        }
     above = [os.path.realpath(path)]
     while above[-1] != os.path.dirname(above[-1]):
         above.append(os.path.dirname(above[-1]))
@@ -582,20 +629,27 @@ class _Torchvision(_Files):
             except TypeError:
                 continue  # it does not take this argument
             except (RuntimeError, FileNotFoundError, ValueError) as error:
-                problems.append(str(error).replace("You can use download=True to download it", "dkd does not download it"))
+                problems.append(
+                    str(error).replace("You can use download=True to download it", "dkd does not download it")
+                )
         if dataset is None:
             raise DataError(
-                f"torchvision:{name} cannot be opened under data.root={root!r}: {problems[0] if problems else 'unknown arguments'}"
+                f"torchvision:{name} cannot be opened under data.root={root!r}: "
+                f"{problems[0] if problems else 'unknown arguments'}"
             )
-        labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
+        labels = next(
+            (getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None
+        )
         if labels is None:
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
         super().__init__(dataset, np.asarray(labels).tolist(), f"torchvision:{name}")
 
 
 class _UserData(_Indexed):
-    """What the user's own callable returns for `training`: an object with `labels` (or `targets`), a whole number for each image, and
-    `data[i]` that is an image, or a tuple that begins with one: a PIL image, or uint8 pixels (3, H, W) of torch or (H, W, 3) of numpy."""
+    """What the user's own callable returns for `training`: an object with `labels` (or `targets`), a whole number for
+    each image, and
+    `data[i]` that is an image, or a tuple that begins with one: a PIL image, or uint8 pixels (3, H, W) of torch or (H,
+    W, 3) of numpy."""
 
     def __init__(self, name: str, training: bool) -> None:
         try:
@@ -607,10 +661,14 @@ class _UserData(_Indexed):
         self._name = name
         labels = getattr(self._data, "labels", getattr(self._data, "targets", None))
         if labels is None or not hasattr(self._data, "__getitem__"):
-            raise DataError(f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index")
+            raise DataError(
+                f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index"
+            )
         found = np.asarray(labels)
         if found.ndim != 1 or found.dtype.kind not in "iu":
-            raise DataError(f"{name!r}: its labels are {found.dtype} of shape {found.shape}, not a whole number for each image")
+            raise DataError(
+                f"{name!r}: its labels are {found.dtype} of shape {found.shape}, not a whole number for each image"
+            )
         if hasattr(self._data, "__len__") and len(self._data) != len(found):
             raise DataError(f"{name!r} has {len(found)} labels for {len(self._data)} images")
         self.labels = found.astype(np.int64)
@@ -623,9 +681,15 @@ class _UserData(_Indexed):
             found = item[0] if isinstance(item, tuple | list) else item
             if isinstance(found, Image.Image):
                 return to_rgb_tensor(found)
-            pixels = found if isinstance(found, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1)
+            pixels = (
+                found
+                if isinstance(found, torch.Tensor)
+                else torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1)
+            )
         except Exception as error:  # the user's code may raise anything
             raise DataError(f"image {index} of {self._name} cannot be read: {describe_error(error)}") from error
         if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[0] != 3:
-            raise DataError(f"image {index} of {self._name} is {pixels.dtype} {tuple(pixels.shape)}, not uint8 (3, H, W)")
+            raise DataError(
+                f"image {index} of {self._name} is {pixels.dtype} {tuple(pixels.shape)}, not uint8 (3, H, W)"
+            )
         return pixels

@@ -1,5 +1,5 @@
-"""What happens to an image between its source and the model: torchvision v2 transforms a sample at a time, on uint8, then normalisation a
-batch at a time, on the device that trains."""
+"""What happens to an image between its source and the model: torchvision v2 transforms a sample at a time, on uint8,
+then normalisation a batch at a time, on the device that trains."""
 
 from __future__ import annotations
 
@@ -34,10 +34,14 @@ class Normalize:
 
 
 @functools.cache
-def _scale_and_shift(normalize: Normalize, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _scale_and_shift(
+    normalize: Normalize, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     # Kept on the device: a copy from the host in every step would make the host wait for the device.
     scale = torch.tensor([1 / (255 * s) for s in normalize.std], dtype=dtype, device=device)
-    shift = torch.tensor([-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], dtype=dtype, device=device)
+    shift = torch.tensor(
+        [-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], dtype=dtype, device=device
+    )
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 
@@ -50,7 +54,8 @@ class BatchTransform(Protocol):
         ...
 
     def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """uint8 (b, 3, h, w) -> (b, 3, H, W). What is random for an image depends on its seed alone, not on its neighbours."""
+        """uint8 (b, 3, h, w) -> (b, 3, H, W). What is random for an image depends on its seed alone, not on its
+        neighbours."""
         ...
 
 
@@ -91,8 +96,8 @@ class CropAndFlip:
 
 
 class ResizedCropAndFlip:
-    """Crops and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip do: the same draws, the same pixels, in half the time on
-    an image whose pixels have their three colours side by side, as a decoder leaves them.
+    """Crops and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip do: the same draws, the same pixels,
+    in half the time on an image whose pixels have their three colours side by side, as a decoder leaves them.
 
     Args:
         size: side of what comes out, pixels.
@@ -107,7 +112,8 @@ class ResizedCropAndFlip:
         place = self._crop.make_params([image])
         top, left = place["top"], place["left"]
         region = image[:, top : top + place["height"], left : left + place["width"]]
-        # Resizing works on pixels with their colours side by side, in one piece of memory; it would bring all else into that form and back.
+        # Resizing works on pixels with their colours side by side, in one piece of memory; it would bring all else into
+        # that form and back.
         whole = region.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         resized = v2.functional.resize_image(whole, self._size, antialias=True)
         return resized.flip(-1) if torch.rand(1) < 0.5 else resized
@@ -125,8 +131,8 @@ class ImagePipeline:
     """The transforms of a recipe, built.
 
     Args:
-        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator, or, by a
-            BatchTransform, from a seed for each image.
+        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator,
+            or, by a BatchTransform, from a seed for each image.
         image_size: pixels.
         normalize: to be applied to batches, on the device.
     """
@@ -143,7 +149,10 @@ DIGITS = Normalize((0.305, 0.305, 0.305), (0.376, 0.376, 0.376))
 
 
 def build_pipeline(
-    stages: Stages, validation_stages: Stages | None = None, image_size: int | None = None, normalize: Normalize | None = None
+    stages: Stages,
+    validation_stages: Stages | None = None,
+    image_size: int | None = None,
+    normalize: Normalize | None = None,
 ) -> ImagePipeline:
     """Presets, or transforms by name.
 
@@ -161,7 +170,9 @@ def build_pipeline(
         train, validation, default = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}[stages](size)
         return ImagePipeline(train, validation, size, normalize or default)
     if validation_stages is None or isinstance(validation_stages, str) or image_size is None or normalize is None:
-        raise ValueError("a list of transforms needs a list of validation transforms, an image size and a normalisation")
+        raise ValueError(
+            "a list of transforms needs a list of validation transforms, an image size and a normalisation"
+        )
     return ImagePipeline(transforms_by_name(stages), transforms_by_name(validation_stages), image_size, normalize)
 
 
@@ -175,7 +186,8 @@ def _cifar(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
 
 
 def _imagenet(size: int) -> tuple[ResizedCropAndFlip, v2.Transform, Normalize]:
-    """A random resized crop and a random flip; for validation the shorter side at 256/224 of the size and a centre crop."""
+    """A random resized crop and a random flip; for validation the shorter side at 256/224 of the size and a centre
+    crop."""
     validation = v2.Compose([_resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     return ResizedCropAndFlip(size), validation, IMAGENET
 

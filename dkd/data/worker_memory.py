@@ -1,8 +1,9 @@
-"""Holds memory that a rank shares with the worker processes that it forks: for batches, and for signs of how far each worker is.
+"""Holds memory that a rank shares with the worker processes that it forks: for batches, and for signs of how far each
+worker is.
 
-A batch through DataLoader's own queues is a file in /dev/shm, made, zeroed and mapped anew each time, which costs as much as decoding its
-images; where it does not fit, a thread of the worker drops it, and the rank waits for ever. The slots here are mapped once, before the
-fork. They are no files, and so need no room in /dev/shm.
+A batch through DataLoader's own queues is a file in /dev/shm, made, zeroed and mapped anew each time, which costs as
+much as decoding its images; where it does not fit, a thread of the worker drops it, and the rank waits for ever. The
+slots here are mapped once, before the fork. They are no files, and so need no room in /dev/shm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _ALIGNMENT = 64  # bytes
 _FREE, _TAKEN = 0, 1
 
 
-def empty_batch(rows: int, shape: torch.Size, channels_last: bool, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_batch(
+    rows: int, shape: torch.Size, channels_last: bool, memory: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return uint8 images (rows, 3, H, W) and int64 labels (rows,), not set, in one piece of memory.
 
     Args:
@@ -47,15 +50,16 @@ def _aligned(size: int) -> int:
 
 
 def new_shared_memory(size: int) -> torch.Tensor:
-    """Return uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it does not fit."""
+    """Return uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it
+    does not fit."""
     # What torch's own collate functions call in a worker; share_memory_() would copy.
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
 
 class BatchSlots:
-    """Holds slots for batches of one size, of which each worker process has its own. A worker fills a free slot and sends its number; the
-    rank reads the batch there, and when the last tensor of it is gone, the slot is free.
+    """Holds slots for batches of one size, of which each worker process has its own. A worker fills a free slot and
+    sends its number; the rank reads the batch there, and when the last tensor of it is gone, the slot is free.
 
     Args:
         workers: worker processes.
@@ -94,7 +98,9 @@ class BatchSlots:
         self._states[slot] = _FREE
 
     def _free(self, slot: int) -> None:
-        if os.getpid() == self._owner:  # a worker forked meanwhile holds copies of the rank's objects, but does not read for it
+        if (
+            os.getpid() == self._owner
+        ):  # a worker forked meanwhile holds copies of the rank's objects, but does not read for it
             self._states[slot] = _FREE
 
     def taken(self) -> int:
@@ -115,7 +121,8 @@ class BatchSlots:
 
 
 class Marks:
-    """Tells how far worker processes are: each leaves its process id, how many images it has begun to read, and which one it is at."""
+    """Tells how far worker processes are: each leaves its process id, how many images it has begun to read, and which
+    one it is at."""
 
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * 3 * 8)

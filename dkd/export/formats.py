@@ -20,8 +20,17 @@ import torch
 from torch import nn
 
 from dkd.atomic_files import replacing
-from dkd.errors import InputError, shorten
-from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
+from dkd.errors import InputError
+from dkd.models import (
+    ModelSpec,
+    UnknownModelError,
+    WeightsError,
+    build_model,
+    load_student,
+    read_description,
+    student_spec,
+)
+from dkd.text import shorten
 from dkd.user_code import describe_error
 
 LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
@@ -63,7 +72,9 @@ class _WithNormalization(nn.Module):
         super().__init__()
         self.model = student.model
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in student.std]).view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1))
+        self.register_buffer(
+            "shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1)
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(images * self.scale + self.shift)
@@ -111,7 +122,9 @@ def export_student(
             write(partial, student, exported)
             difference = _largest_difference(student, exported, read(partial, student), 255.0 if normalization else 1.0)
             if not difference <= LARGEST_DIFFERENCE:
-                raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
+                raise OtherLogitsError(
+                    f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}"
+                )
     except OSError as error:
         raise ExportError(f"{str(path)!r} cannot be written: {error}") from error
     return path, difference
@@ -130,16 +143,24 @@ def _read(run: Path, trust_code: bool) -> Student:
     mean, std = (normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std"))
     if not _are_channels(mean, -math.inf) or not _are_channels(std, 0):
         said = shorten(repr(normalization), 200)
-        raise WeightsError(f"{name!r} must say normalization as mean and std, 3 numbers each and std above 0, not {said}")
+        raise WeightsError(
+            f"{name!r} must say normalization as mean and std, 3 numbers each and std above 0, not {said}"
+        )
     return Student(student_spec(description), load_student(weights, trust_code), size, mean, std)
 
 
 def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) and above < v < math.inf for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(v, int | float) and above < v < math.inf for v in values)
+    )
 
 
 @torch.no_grad()
-def _largest_difference(student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float) -> float:
+def _largest_difference(
+    student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float
+) -> float:
     """On random images, in batches of several sizes."""
     generator = torch.Generator().manual_seed(0)
     size = student.image_size
@@ -149,7 +170,9 @@ def _largest_difference(student: Student, model: nn.Module, exported: Callable[[
             images = torch.rand(batch, 3, size, size, generator=generator) * scale
             wanted = model(images)
         except (Exception, SystemExit) as error:  # any model's own code, or images that fit no memory
-            raise ExportError(f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}") from error
+            raise ExportError(
+                f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}"
+            ) from error
         given = exported(images)
         if given.shape != wanted.shape:
             raise OtherLogitsError(f"the file yields {tuple(given.shape)}, the student {tuple(wanted.shape)}")
@@ -179,7 +202,9 @@ def _read_safetensors(path: Path, student: Student) -> Callable[[torch.Tensor], 
 
 def _write_torchvision(path: Path, student: Student, exported: nn.Module) -> None:
     if not student.spec.name.startswith("torchvision/"):
-        raise ExportError(f"the student is {student.spec.name!r}, which torchvision does not have; take safetensors or onnx")
+        raise ExportError(
+            f"the student is {student.spec.name!r}, which torchvision does not have; take safetensors or onnx"
+        )
     torch.save(student.model.state_dict(), path)
 
 
@@ -210,7 +235,9 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
         )
     except Exception as error:  # of torch.export, for a model that it cannot follow
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ExportError(f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}") from error
+        raise ExportError(
+            f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}"
+        ) from error
     assert program is not None
     program.save(str(path), external_data=False)
 

@@ -1,6 +1,7 @@
 """The flat-tensor collectives this project uses, under one name on every supported torch.
 
-torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases have only those.
+torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases
+have only those.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 T = TypeVar("T")
 
-# On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather hands rows round a ring. Its all-to-all sends every block straight to
-# where it belongs, in a half or a third of the time. It sends what is gathered W times, so only small rows go that way.
+# On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather hands rows round a ring. Its all-to-all sends
+# every block straight to where it belongs, in a half or a third of the time. It sends what is gathered W times, so only
+# small rows go that way.
 _SMALL_BYTES = 2**16
 
 
@@ -38,7 +40,8 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 
 
 def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
-    """The timeout of a group's collectives, to be given to its subgroups; None, torch's default, where torch does not tell it."""
+    """The timeout of a group's collectives, to be given to its subgroups; None, torch's default, where torch does not
+    tell it."""
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
@@ -81,7 +84,8 @@ def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = No
 
 
 def sum_over_ranks(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """A few numbers, summed over the ranks of a process group. Carries no gradient, and `count_received` leaves it out."""
+    """A few numbers, summed over the ranks of a process group. Carries no gradient, and `count_received` leaves it
+    out."""
     total = numbers.detach().clone()
     dist.all_reduce(total, group=group)
     return total
@@ -95,7 +99,8 @@ def message_device(group: dist.ProcessGroup | None = None) -> torch.device:
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Small Python values of all ranks, in rank order. Pickles between the ranks of one job: for messages, not for data."""
+    """Small Python values of all ranks, in rank order. Pickles between the ranks of one job: for messages, not for
+    data."""
     if not is_distributed():
         return [value]
     out: list[T | None] = [None] * world_size(group)
@@ -116,7 +121,8 @@ _counters: list[ReceivedBytes] = []
 
 @contextmanager
 def count_received() -> Iterator[ReceivedBytes]:
-    """Counts, at the calls of this module that move rows, what comes from other ranks. A reduce-scatter counts as W − 1 blocks received."""
+    """Counts, at the calls of this module that move rows, what comes from other ranks. A reduce-scatter counts as W − 1
+    blocks received."""
     counter = ReceivedBytes()
     _counters.append(counter)
     try:

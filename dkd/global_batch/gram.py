@@ -9,13 +9,15 @@ Two exact ways; `strategy.py` says which moves less.
     gather     forward: all-gather Q, multiply own rows. Backward: Q is here already; what is missing, D[:, r], is b×b numbers from each
                rank, which one all-to-all brings. No gradient of features is moved.
     exchange   forward: an all-to-all gives each rank all B rows of d/W features; it multiplies those, and a reduce-scatter adds the
-               partial Gram matrices into row blocks. Backward: all-gather D, multiply (D + Dᵀ) by the slice of features, and an
-               all-to-all takes the gradients back.
+               partial Gram matrices into row blocks. Backward: all-gather D, multiply (D + Dᵀ) by the slice of
+               features, and an all-to-all takes the gradients back.
 
 Several tensors (student and teacher, several taps) share the collectives: side by side in one flat message.
 
-Features travel in their own dtype, and are promoted on arrival: a bfloat16 feature loses nothing by that, and a gradient on its way to one
-would be rounded to bfloat16 there anyway. Gram matrices and their gradients travel as they are computed, in float32 or float64.
+Features travel in their own dtype, and are promoted on arrival: a bfloat16 feature loses nothing by that, and a
+gradient on its way to one
+would be rounded to bfloat16 there anyway. Gram matrices and their gradients travel as they are computed, in float32 or
+float64.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from dkd.global_batch import collectives
+from dkd.global_batch.cost import GramTensor, cheapest_strategies
 from dkd.global_batch.layout import BatchLayout
-from dkd.global_batch.strategy import GramTensor, cheapest_strategies
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -46,14 +48,15 @@ def gram_rows(
     """For each of several tensors the rows of its global Gram matrix that belong to the rows held here. Differentiable.
 
     Args:
-        features: Q_r of each, (b, d); each d equal on all ranks, b as `layout` says. Half precision is promoted to float32.
+        features: Q_r of each, (b, d); each d equal on all ranks, b as `layout` says. Half precision is promoted to
+            float32.
         layout: who holds which rows.
         strategy: `gather`, `exchange`, or `auto` for those that move less. The numbers are the same but for rounding.
         comm_dtype: features and their gradients are rounded to this dtype for the way; None: they travel in their own.
 
     Returns:
-        For each (b, W·b_max), b_max the most rows any rank holds: the columns of rank s begin at s·b_max, and a rank with fewer rows
-        leaves zeros behind its own. Zero columns change neither a row's norm nor a difference of rows.
+        For each (b, W·b_max), b_max the most rows any rank holds: the columns of rank s begin at s·b_max, and a rank
+        with fewer rows leaves zeros behind its own. Zero columns change neither a row's norm nor a difference of rows.
     """
     if layout.world_size == 1:
         return [f @ f.T for f in map(full_precision, features)]
@@ -131,7 +134,9 @@ class _GatheredGramRows(torch.autograd.Function):
         own_columns = collectives.all_to_all_blocks(_beside(to_ranks), layout.group).split(rows, dim=2)
         gradients = iter(
             ((d + columns.reshape(world * rows, rows).T) @ everyone.to(ctx.full)).to(dtype)
-            for d, columns, everyone, dtype in zip(own_rows, own_columns, ctx.saved_tensors, _only(ctx.dtypes, needed), strict=True)
+            for d, columns, everyone, dtype in zip(
+                own_rows, own_columns, ctx.saved_tensors, _only(ctx.dtypes, needed), strict=True
+            )
         )
         return None, None, None, *(next(gradients) if n else None for n in needed)
 
@@ -143,7 +148,10 @@ class _ExchangedGramRows(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         world, rows = layout.world_size, features[0].shape[0]
         # Zero features add nothing to a Gram matrix: d is padded to a multiple of W.
-        sliced = [_padded(f.to(transport), width=-(-f.shape[1] // world) * world).view(rows, world, -1).transpose(0, 1) for f in features]
+        sliced = [
+            _padded(f.to(transport), width=-(-f.shape[1] // world) * world).view(rows, world, -1).transpose(0, 1)
+            for f in features
+        ]
         received = collectives.all_to_all_blocks(_beside(sliced), layout.group).view(world * rows, -1)
         widths = [s.shape[2] for s in sliced]
         slices = received.split(widths, dim=1)  # of each tensor: all B rows of d/W features
@@ -164,12 +172,16 @@ class _ExchangedGramRows(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         own_rows = [grad for grad, n in zip(grads, needed, strict=True) if n]  # D[r, :] of each, (b, W·b)
         rows, world = own_rows[0].shape[0], layout.world_size
-        everyones_rows = collectives.all_gather_rows(_beside(own_rows), layout.group).split(world * rows, dim=1)  # D of each
+        everyones_rows = collectives.all_gather_rows(_beside(own_rows), layout.group).split(
+            world * rows, dim=1
+        )  # D of each
         to_ranks = [
             ((d + d.T) @ slice_.to(ctx.full)).to(ctx.transport).view(world, rows, -1)
             for d, slice_ in zip(everyones_rows, ctx.saved_tensors, strict=True)
         ]
-        own = collectives.all_to_all_blocks(_beside(to_ranks), layout.group).split([t.shape[2] for t in to_ranks], dim=2)
+        own = collectives.all_to_all_blocks(_beside(to_ranks), layout.group).split(
+            [t.shape[2] for t in to_ranks], dim=2
+        )
         gradients = iter(
             part.transpose(0, 1).reshape(rows, -1)[:, :width].to(dtype)
             for part, width, dtype in zip(own, _only(ctx.widths, needed), _only(ctx.dtypes, needed), strict=True)

@@ -11,21 +11,23 @@ import torch
 import torch.distributed as dist
 
 from dkd.global_batch import collectives
-from dkd.global_batch.attendance import Attendance
+from dkd.global_batch.arrivals import Arrivals
 
 # In the place of a number of rows.
 _UNEVEN_WITHIN_RANK, _NO_TENSORS = -1, -2
 
 
 class BatchMismatchError(ValueError):
-    """Ranks called different losses, or one loss with features of different shapes. Raised on every rank, naming ranks and what differs."""
+    """Ranks called different losses, or one loss with features of different shapes. Raised on every rank, naming ranks
+    and what differs."""
 
 
 class AbsentRankError(RuntimeError):
-    """A rank did not come to a loss within the process group's timeout, or is gone. Raised on the ranks that came, naming it."""
+    """A rank did not come to a loss within the process group's timeout, or is gone. Raised on the ranks that came,
+    naming it."""
 
 
-_arrivals: dict[str, tuple[Attendance, int]] = {}
+_arrivals: dict[str, tuple[Arrivals, int]] = {}
 """Of each process group, by its name: how often its ranks were asked to agree."""
 
 
@@ -89,28 +91,35 @@ class BatchLayout:
         return cls((rows,) * collectives.world_size(group), collectives.rank(group), group)
 
     @classmethod
-    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = "") -> BatchLayout:
-        """Ask all ranks how many rows they hold, and check that they agree on all else: the loss, shapes, dtypes, gradient or none. One
-        small all-gather.
+    def agree(
+        cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = ""
+    ) -> BatchLayout:
+        """Ask all ranks how many rows they hold, and check that they agree on all else: the loss, shapes, dtypes,
+        gradient or none. One small all-gather.
 
         Args:
             features: tensors of shape (b, ...), the same number on every rank; b may differ between ranks.
             group: the process group of the ranks whose rows make one batch; None is the default one, all ranks.
-            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and settings, must be the
-                same on every rank.
+            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and
+                settings, must be the same on every rank.
 
         Raises:
-            BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within one.
+            BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within
+                one.
             ValueError: on every rank, when `features` is empty.
-            AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
+            AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends
+                the process itself).
         """
-        kinds = tuple(_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features)
+        kinds = tuple(
+            _Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features
+        )
         if not collectives.is_distributed():
             call = _Call("", kinds)
             table = [(call.rows, 0)]
         else:
             call = _Call(str(loss), kinds)
-            # Everything travels as one number; only when the numbers differ, which all ranks see alike, is it itself sent.
+            # Everything travels as one number; only when the numbers differ, which all ranks see alike, is it itself
+            # sent.
             device = features[0].device if len(features) else collectives.message_device(group)
             row = torch.tensor([[call.rows, call.signature]], dtype=torch.int64, device=device)
             attendance = _arrive(call.kinds, group)
@@ -119,7 +128,8 @@ class BatchLayout:
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [""])[0]
                 raise AbsentRankError(
-                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it [{reason}]"
+                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls "
+                    f"to it [{reason}]"
                 ) from error
         if len({s for _, s in table}) > 1 or any(r == _UNEVEN_WITHIN_RANK for r, _ in table):
             raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(call, group)))
@@ -146,8 +156,8 @@ class BatchLayout:
     def mean(self, per_row: torch.Tensor) -> torch.Tensor:
         """The share of this rank in the mean over all B rows, times W.
 
-        Its mean over ranks is the global mean, and so is its gradient once averaged over ranks as DDP, FSDP and ZeRO do.
-        With even batches it is the local mean.
+        Its mean over ranks is the global mean, and so is its gradient once averaged over ranks as DDP, FSDP and ZeRO
+        do. With even batches it is the local mean.
 
         Args:
             per_row: (b,) values of the rows held here.
@@ -158,11 +168,11 @@ class BatchLayout:
         return per_row.sum() * (self.world_size / self.total)
 
 
-def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Attendance:
+def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Arrivals:
     group = group or dist.group.WORLD
     name = group.group_name if group is not None else ""
     attendance, calls = _arrivals.get(name, (None, 0))
-    _arrivals[name] = attendance, calls = attendance or Attendance("loss", group), calls + 1
+    _arrivals[name] = attendance, calls = attendance or Arrivals("loss", group), calls + 1
     attendance.reach([calls], f"call {calls} of it, with {_show(kinds)}")
     return attendance
 
@@ -170,7 +180,9 @@ def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Attendan
 def _describe_mismatch(every: Sequence[_Call]) -> str:
     def show(kinds: Sequence[_Kind], other: Sequence[_Kind]) -> str:
         return _show(
-            kinds, [k.dtype for k in kinds] != [k.dtype for k in other], [k.gradient for k in kinds] != [k.gradient for k in other]
+            kinds,
+            [k.dtype for k in kinds] != [k.dtype for k in other],
+            [k.gradient for k in kinds] != [k.gradient for k in other],
         )
 
     first = every[0]
@@ -186,9 +198,7 @@ def _describe_mismatch(every: Sequence[_Call]) -> str:
         if call.rows == _UNEVEN_WITHIN_RANK:
             return f"rank {r}: features of one batch have different numbers of rows: {_show(call.kinds)}"
         if call.signature != first.signature:
-            return (
-                f"features differ between ranks: rank 0 has {show(first.kinds, call.kinds)}, rank {r} has {show(call.kinds, first.kinds)}"
-            )
+            return f"features differ between ranks: rank 0 has {show(first.kinds, call.kinds)}, rank {r} has {show(call.kinds, first.kinds)}"
     return "features differ between ranks"
 
 

@@ -1,16 +1,18 @@
-"""Activation-based Attention Transfer. Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+"""Activation-based Attention Transfer. Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section
+3.1.
 
 A feature map A (C, H, W) becomes an attention map F(A) (H, W) over its channels:
 
     sum    F = Σ_c |A_c|          sum_p  F = Σ_c |A_c|^p          max_p  F = max_c |A_c|^p
 
-Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. Over the B samples of the global batch, for one pair (S, T):
+Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. Over the B samples of the global batch, for one
+pair (S, T):
 
     mean_squared   (1 / (B·H·W)) Σ_i ‖Q_S,i − Q_T,i‖₂²        the authors' code
     paper          (1 / B) Σ_i ½ ‖Q_S,i − Q_T,i‖_q             equation 2; q = `norm`
 
-Pairs are summed. A factor of a sample's map does not change Q, so each map is divided by its largest element: float32 holds neither the
-squares of numbers beyond 1e19 nor high powers of ordinary ones.
+Pairs are summed. A factor of a sample's map does not change Q, so each map is divided by its largest element: float32
+holds neither the squares of numbers beyond 1e19 nor high powers of ordinary ones.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
-# A map of zeros is divided by this. What is below it has no square in float32; and the gradient of a map of zeros must stay finite, so that
-# it is zero when it is multiplied by the features.
+# A map of zeros is divided by this. What is below it has no square in float32; and the gradient of a map of zeros must
+# stay finite, so that it is zero when it is multiplied by the features.
 _SMALLEST = 1e-19
 
 
@@ -39,17 +41,18 @@ class AttentionTransfer(nn.Module):
         p: the exponent of `sum_p` and `max_p`; absolute values are taken first, so odd p is right on signed features.
         reduction: `mean_squared` (the authors' code, what β = 1000 in the literature belongs to) or `paper`.
         norm: q of the `paper` reduction.
-        resize: what to do when the two resolutions differ. `error`; `map`: the larger attention map is interpolated to the smaller one
-            (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled to the smaller resolution before
-            its map is taken (what RepDistiller and mdistiller do).
+        resize: what to do when the two resolutions differ. `error`; `map`: the larger attention map is interpolated to
+            the smaller one (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled
+            to the smaller resolution before its map is taken (what RepDistiller and mdistiller do).
         weights: one weight a pair; default 1.
-        class_tokens: for features of tokens (b, N, C), as transformers have: how many at the front are no part of the image and are left
-            out; the rest must be a square grid, row by row. None: such features are an error.
+        class_tokens: for features of tokens (b, N, C), as transformers have: how many at the front are no part of the
+            image and are left out; the rest must be a square grid, row by row. None: such features are an error.
 
-    Called with one tensor (b, C, H, W) for the student and one for the teacher, or equal-length lists of them; C may differ. Returns a
-    scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over ranks as DDP, FSDP and ZeRO do, is that
-    loss's gradient. Without a process group it is the single-process loss. `layout` says who holds which rows; left out, the ranks agree on
-    it by one small all-gather, and uneven local batches are right too.
+    Called with one tensor (b, C, H, W) for the student and one for the teacher, or equal-length lists of them; C may
+    differ. Returns a scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over
+    ranks as DDP, FSDP and ZeRO do, is that loss's gradient. Without a process group it is the single-process loss.
+    `layout` says who holds which rows; left out, the ranks agree on it by one small all-gather, and uneven local
+    batches are right too.
 
     Raises:
         ValueError: shapes that make no pair, or resolutions that differ under `resize="error"`.
@@ -81,7 +84,14 @@ class AttentionTransfer(nn.Module):
         if p < 1 or norm < 1:
             # Below 1 the gradient at 0 is infinite, and features behind a ReLU are full of zeros.
             raise ValueError(f"p={p} and norm={norm} must be at least 1")
-        self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
+        self.map, self.p, self.reduction, self.norm, self.resize, self.weights = (
+            map,
+            p,
+            reduction,
+            norm,
+            resize,
+            weights,
+        )
         self.class_tokens = class_tokens
 
     def extra_repr(self) -> str:
@@ -122,7 +132,8 @@ class AttentionTransfer(nn.Module):
         features = full_precision(features)
         if self.resize == "features" and features.shape[2:] != resolution:
             features = F.adaptive_avg_pool2d(features, resolution)
-        # Squares and sums of features fit float32: there it is enough, and far less work, to scale the map. Higher powers need it before.
+        # Squares and sums of features fit float32: there it is enough, and far less work, to scale the map. Higher
+        # powers need it before.
         early = self.map != "sum" and self.p != 2
         attention = attention_map(_scaled(features) if early else features, self.map, self.p)
         if self.resize == "map" and attention.shape[1:] != resolution:
@@ -137,7 +148,8 @@ def _scaled(samples: torch.Tensor) -> torch.Tensor:
 
 
 def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, ...]:
-    """The shape (C, H, W) of the map that a feature of one sample has: its own, or that of tokens (N, C) without the class tokens.
+    """The shape (C, H, W) of the map that a feature of one sample has: its own, or that of tokens (N, C) without the
+    class tokens.
 
     Raises:
         ValueError: neither a map nor tokens, or tokens that make no square.
@@ -152,19 +164,23 @@ def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, .
     tokens = shape[0] - class_tokens
     side = math.isqrt(max(tokens, 0))
     if side == 0 or side**2 != tokens:
-        raise ValueError(f"features of shape {shape} are {tokens} tokens without {class_tokens} class tokens: no square grid")
+        raise ValueError(
+            f"features of shape {shape} are {tokens} tokens without {class_tokens} class tokens: no square grid"
+        )
     return shape[1], side, side
 
 
 def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> torch.Tensor:
-    """(b, C, H, W) -> (b, H, W): the attention map of each sample, not normalised. `map` and `p` as in AttentionTransfer."""
+    """(b, C, H, W) -> (b, H, W): the attention map of each sample, not normalised. `map` and `p` as in
+    AttentionTransfer."""
     if map == "sum":
         return features.abs().sum(1)
     if map == "max_p":
         return features.abs().amax(1).pow(p)
     if p != 2:
         return features.abs().pow(p).sum(1)
-    # torch.compile writes the short backward by itself, and traces no function that has a derivative of its own in forward mode.
+    # torch.compile writes the short backward by itself, and traces no function that has a derivative of its own in
+    # forward mode.
     return features.square().sum(1) if torch.compiler.is_compiling() else _SumOfSquares.apply(features)
 
 

@@ -16,8 +16,8 @@ class CrossEntropy(nn.Module):
     Args:
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
-    Called with logits (b, K) and integer labels (b,) or class probabilities (b, K). Returns a scalar with the same promise
-    over ranks as AttentionTransfer.
+    Called with logits (b, K) and integer labels (b,) or class probabilities (b, K). Returns a scalar with the same
+    promise over ranks as AttentionTransfer.
 
     Raises:
         ValueError: logits or labels of other shapes.

@@ -1,4 +1,5 @@
-"""What the losses accept: of features one pair of tensors, or equal-length lists of student and teacher tensors; of logits (b, K)."""
+"""What the losses accept: of features one pair of tensors, or equal-length lists of student and teacher tensors; of
+logits (b, K)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ def as_list(features: Features) -> list[torch.Tensor]:
     return [features] if isinstance(features, torch.Tensor) else list(features)
 
 
-def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | None) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+def as_pairs(
+    student: Features, teacher: Features, weights: Sequence[float] | None
+) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
     """(student feature, teacher feature, weight) for each pair; weights default to 1.
 
     Raises:
@@ -45,7 +48,9 @@ def check_logits(logits: torch.Tensor, whose: str = "") -> None:
         ValueError: anything else, such as a map of classes (b, K, H, W), of which this loss is not defined.
     """
     if logits.dim() != 2:
-        raise ValueError(f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}")
+        raise ValueError(
+            f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}"
+        )
     _check_real(logits, f"{whose}logits")
 
 
@@ -58,7 +63,8 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     wanted = tuple(logits.shape) if labels.is_floating_point() else tuple(logits.shape[:1])
     if labels.is_complex() or tuple(labels.shape) != wanted:
         raise ValueError(
-            f"labels must be whole numbers of shape {tuple(logits.shape[:1])} or probabilities of shape {tuple(logits.shape)}, "
+            f"labels must be whole numbers of shape {tuple(logits.shape[:1])} or probabilities of shape "
+            f"{tuple(logits.shape)}, "
             f"not {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
         )
 

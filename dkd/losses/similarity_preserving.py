@@ -6,7 +6,8 @@ Q is the (B, d) matrix of a layer's flattened features over the global batch:
 
 Row i of Ĝ needs row i of G only, so the loss splits exactly into the row blocks that the ranks own.
 
-The gradient of row i grows as 1/‖G[i, :]‖₂: without bound for a sample whose features are all zero. So rows are divided by
+The gradient of row i grows as 1/‖G[i, :]‖₂: without bound for a sample whose features are all zero. So rows are divided
+by
 
     max(‖G[i, :]‖₂, floor · mean_j ‖G[j, :]‖₂)
 
@@ -33,19 +34,24 @@ class SimilarityPreserving(nn.Module):
     """The unweighted L_SP over the global batch.
 
     Args:
-        scope: whose rows make one Gram matrix: `global`, those of all ranks; `node`, of one machine; a number n, of n neighbouring ranks;
-            `local`, of this rank alone, which is what other code computes and not the published loss. The groups' losses are averaged.
-        strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The numbers are the same.
+        scope: whose rows make one Gram matrix: `global`, those of all ranks; `node`, of one machine; a number n, of n
+            neighbouring ranks; `local`, of this rank alone, which is what other code computes and not the published
+            loss. The groups' losses are averaged.
+        strategy: how ranks bring the rows together: `gather`, `exchange`, or `auto`, the one that moves less. The
+            numbers are the same.
         weights: one weight a pair; default 1.
-        comm_dtype: torch.bfloat16 rounds features, and with `exchange` their gradients, to that type on their way between ranks, which
-            halves float32's bytes; None: they travel in their own. Gram matrices are computed and summed in full precision either way.
-        floor: a row of G shorter than this share of the mean row is divided by that share instead of its own norm: a sample whose
-            features are nearly zero then gets no more than 1/floor times the gradient of the others. 0: the published formula.
+        comm_dtype: torch.bfloat16 rounds features, and with `exchange` their gradients, to that type on their way
+            between ranks, which halves float32's bytes; None: they travel in their own. Gram matrices are computed and
+            summed in full precision either way.
+        floor: a row of G shorter than this share of the mean row is divided by that share instead of its own norm: a
+            sample whose features are nearly zero then gets no more than 1/floor times the gradient of the others. 0:
+            the published formula.
 
-    Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the rows is flattened,
-    and neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks is L_SP of the global batch, and whose
-    gradient, averaged over ranks as DDP, FSDP and ZeRO do, is L_SP's gradient. Without a process group it is the single-process loss.
-    `layout` says who holds which rows; left out, the ranks agree on it by one small all-gather, and uneven local batches are right too.
+    Called with one tensor (b, ...) for the student and one for the teacher, or equal-length lists of them. All but the
+    rows is flattened, and neither widths nor resolutions of a pair need agree. Returns a scalar whose mean over ranks
+    is L_SP of the global batch, and whose gradient, averaged over ranks as DDP, FSDP and ZeRO do, is L_SP's gradient.
+    Without a process group it is the single-process loss. `layout` says who holds which rows; left out, the ranks agree
+    on it by one small all-gather, and uneven local batches are right too.
 
     The weight γ means nothing without its batch: L_SP falls as 1/B. See `effective_gamma`.
 
@@ -86,7 +92,8 @@ class SimilarityPreserving(nn.Module):
         pairs = as_pairs(student, teacher, self.weights)
         layout = self.scope.within(layout)
         with no_autocast(pairs[0][0].device):
-            # flatten, not view: channels_last tensors are not viewable. All pairs in one call: they share the collectives.
+            # flatten, not view: channels_last tensors are not viewable. All pairs in one call: they share the
+            # collectives.
             flat = [*(s.flatten(1) for s, _, _ in pairs), *(t.detach().flatten(1) for _, t, _ in pairs)]
             rows = self._normalised(gram_rows(flat, layout, self.strategy, self.comm_dtype), layout)
             differences = [s - t for s, t in zip(rows[: len(pairs)], rows[len(pairs) :], strict=True)]
@@ -106,14 +113,15 @@ class SimilarityPreserving(nn.Module):
 
 
 def _row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """(b, B) -> (b, 1), L2 norms, whatever the scale: the squares of float32 end at 1e19 and begin at 1e-19, so a row is divided by its
-    largest element first."""
+    """(b, B) -> (b, 1), L2 norms, whatever the scale: the squares of float32 end at 1e19 and begin at 1e-19, so a row
+    is divided by its largest element first."""
     largest = rows.detach().abs().amax(1, keepdim=True).clamp_min(_SMALLEST)
     return torch.linalg.vector_norm(rows / largest, dim=1, keepdim=True) * largest
 
 
 def effective_gamma(gamma: float, reference_batch: int, gram_rows: int) -> float:
-    """γ_eff = γ · B_G / reference_batch: the weight per row that `gamma` had in a Gram matrix of `reference_batch` rows.
+    """γ_eff = γ · B_G / reference_batch: the weight per row that `gamma` had in a Gram matrix of `reference_batch`
+    rows.
 
     Args:
         gamma: γ as published.

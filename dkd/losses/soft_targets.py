@@ -19,8 +19,9 @@ class SoftTargets(nn.Module):
     Args:
         temperature: T.
 
-    Called with logits (b, K) of the student and of the teacher. Returns a scalar with the same promise over ranks as AttentionTransfer.
-    A class whose logit is −∞ for the teacher, as one that is masked out, has probability 0 and adds nothing.
+    Called with logits (b, K) of the student and of the teacher. Returns a scalar with the same promise over ranks as
+    AttentionTransfer. A class whose logit is −∞ for the teacher, as one that is masked out, has probability 0 and adds
+    nothing.
 
     Raises:
         ValueError: logits of different shapes, or of another shape than (b, K).
@@ -40,7 +41,9 @@ class SoftTargets(nn.Module):
         layout = layout or BatchLayout.agree([student, teacher], loss=self)
         check_logits(student, "student ")
         if student.shape != teacher.shape:
-            raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
+            raise ValueError(
+                f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape"
+            )
         check_logits(teacher, "teacher ")
         with no_autocast(student.device):
             log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)

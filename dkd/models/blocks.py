@@ -8,7 +8,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the elements of Sequential and ModuleList containers that are made of several modules with parameters, outermost
+    """(path, module) of the elements of Sequential and ModuleList containers that are made of several modules with
+    parameters, outermost
     ones only: the BasicBlocks of a ResNet, the encoder blocks of a ViT."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
@@ -27,4 +28,6 @@ def block_classes(model: nn.Module) -> list[str]:
 
 
 def _has_parts(module: nn.Module) -> bool:
-    return sum(any(True for _ in child.parameters(recurse=False)) for child in module.modules() if child is not module) > 1
+    return (
+        sum(any(True for _ in child.parameters(recurse=False)) for child in module.modules() if child is not module) > 1
+    )

@@ -1,4 +1,5 @@
-"""What a model is made of: paths, output shapes, parameter counts. On meta tensors where the model allows it: nothing is computed."""
+"""What a model is made of: paths, output shapes, parameter counts. On meta tensors where the model allows it: nothing
+is computed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from dkd.user_code import describe_error
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One submodule: its dotted path, class, the shape of its output for one image (None: not one tensor), parameters, calls."""
+    """One submodule: its dotted path, class, the shape of its output for one image (None: not one tensor), parameters,
+    calls."""
 
     path: str
     kind: str
@@ -36,7 +38,8 @@ T = TypeVar("T")
 
 
 def _on_meta(run: Callable[[], T]) -> T:
-    """`run` with meta tensors; a model that cannot be built or run with those (it reads values) does so on the CPU instead."""
+    """`run` with meta tensors; a model that cannot be built or run with those (it reads values) does so on the CPU
+    instead."""
     try:
         with torch.device("meta"), torch.no_grad():
             return run()
@@ -62,7 +65,8 @@ def _named(spec: ModelSpec, images: str) -> Iterator[None]:
 
 
 def _remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """A check, a plan and a tap table ask the same of a model again and again. Code of the user's own may change, and is asked anew."""
+    """A check, a plan and a tap table ask the same of a model again and again. Code of the user's own may change, and
+    is asked anew."""
     known: dict[str, T] = {}
 
     @functools.wraps(function)
@@ -99,11 +103,14 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
         except NotImplementedError:  # a model that reads values cannot run on meta; its first step will tell
             return
     unused = [
-        name.removeprefix("model.") for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        name.removeprefix("model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     if unused:
         raise UnknownModelError(
-            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the logits; "
+            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the "
+            "logits; "
             "remove them, or freeze them with requires_grad_(False)"
         )
 
@@ -115,8 +122,8 @@ _shapes_of: dict[str, tuple[Shape, dict[str, Shape]]] = {}
 
 
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[Shape, dict[str, Shape]]:
-    """Return the shapes for one image of the logits and of each tapped feature, without the batch dimension. One forward gives all that
-    are not known yet. Checks the taps as TappedModel does.
+    """Return the shapes for one image of the logits and of each tapped feature, without the batch dimension. One
+    forward gives all that are not known yet. Checks the taps as TappedModel does.
 
     Raises:
         UnknownModelError, TapError: no such model or tap.
@@ -155,7 +162,8 @@ class _CudaAutocast(TorchFunctionMode):
 def tap_dtypes(
     spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None, device_type: str = "cuda"
 ) -> dict[str, torch.dtype]:
-    """The dtype of each tapped feature of a float32 model in eval mode, under the autocast of a kind of device, or without. With fake
+    """The dtype of each tapped feature of a float32 model in eval mode, under the autocast of a kind of device, or
+    without. With fake
     tensors: nothing is computed.
 
     Raises:
@@ -165,7 +173,11 @@ def tap_dtypes(
 
     def run() -> dict[str, torch.dtype]:
         lists = _CudaAutocast() if device_type == "cuda" else nullcontext()
-        with lists, torch.no_grad(), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with (
+            lists,
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+        ):
             _, features = TappedModel(model, taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return {tap: feature.dtype for tap, feature in features.items()}
 
@@ -186,8 +198,8 @@ class ModelCost:
     Args:
         parameters: their number.
         tensor_bytes: of its parameters and buffers, in float32.
-        forward: floating-point operations of a forward of one image, a multiplication and an addition being two; to the last tap, where
-            the logits are not needed.
+        forward: floating-point operations of a forward of one image, a multiplication and an addition being two; to the
+            last tap, where the logits are not needed.
         backward: those of the backward, for weights and features.
     """
 
@@ -197,7 +209,9 @@ class ModelCost:
     backward: int
 
 
-def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True) -> ModelCost:
+def model_cost(
+    spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True
+) -> ModelCost:
     """Counted on meta tensors, for two images. Of a model that cannot run on those, no operations are counted.
 
     Args:
@@ -256,7 +270,13 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
             module.register_forward_hook(lambda _module, _inputs, output, path=path: note(path, output))
         model(torch.zeros(1, 3, image_size, image_size))
         return [
-            ModuleRow(path, type(module).__name__, shapes.get(path), sum(p.numel() for p in module.parameters()), calls.get(path, 0))
+            ModuleRow(
+                path,
+                type(module).__name__,
+                shapes.get(path),
+                sum(p.numel() for p in module.parameters()),
+                calls.get(path, 0),
+            )
             for path, module in model.named_modules()
         ]
 

@@ -17,8 +17,17 @@ from typing import Any
 from torch import nn
 
 from dkd.errors import InputError
-from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v1, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
-from dkd.models.normalization_layers import NORMS
+from dkd.models.zoo import (
+    cifar_bottleneck,
+    cifar_resnet,
+    mobilenet_v1,
+    mobilenet_v2,
+    network_in_network,
+    shufflenet,
+    vgg,
+    wide_resnet,
+)
+from dkd.models.zoo.normalization_layers import NORMS
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
@@ -52,13 +61,19 @@ def _zoo() -> dict[str, Callable[..., nn.Module]]:
     return {
         **{name: partial(cifar_resnet.CifarResNet, *size) for name, size in cifar_resnet.DEPTHS_AND_WIDTHS.items()},
         **{name: partial(wide_resnet.WideResNet, *size) for name, size in wide_resnet.DEPTHS_AND_WIDTHS.items()},
-        **{name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks) for name, blocks in cifar_bottleneck.BLOCKS.items()},
+        **{
+            name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks)
+            for name, blocks in cifar_bottleneck.BLOCKS.items()
+        },
         **{name: partial(vgg.CifarVgg, convolutions) for name, convolutions in vgg.CONVOLUTIONS.items()},
         **{name: partial(mobilenet_v2.CifarMobileNetV2, width) for name, width in mobilenet_v2.WIDTHS.items()},
         "mobilenetv1": mobilenet_v1.MobileNetV1,
         "shufflenetv1": shufflenet.CifarShuffleNetV1,
         **{name: partial(shufflenet.CifarShuffleNetV2, widths) for name, widths in shufflenet.V2_WIDTHS.items()},
-        **{name: partial(network_in_network.NetworkInNetwork, widths) for name, widths in network_in_network.WIDTHS.items()},
+        **{
+            name: partial(network_in_network.NetworkInNetwork, widths)
+            for name, widths in network_in_network.WIDTHS.items()
+        },
     }
 
 
@@ -79,13 +94,20 @@ def build_model(spec: ModelSpec) -> nn.Module:
     options = dict(spec.options)
     if spec.norm is not None:
         if spec.name not in _zoo():
-            raise UnknownModelError(f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options")
+            raise UnknownModelError(
+                f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options"
+            )
         if spec.norm not in NORMS and not (spec.norm == "none" and spec.name in network_in_network.WIDTHS):
-            raise UnknownModelError(f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}; none is for nin_wide and nin_thin")
+            raise UnknownModelError(
+                f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}; none is for nin_wide and nin_thin"
+            )
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
-    except (Exception, SystemExit) as error:  # whatever a model's own code objects to, the answer to the user is the same
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a model's own code objects to, the answer to the user is the same
         described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
         raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):

@@ -1,11 +1,11 @@
 """A model whose forward returns its features too.
 
-Taps are dotted module paths. Features come back as outputs, so every engine that wraps the model (DDP, FSDP2, ZeRO) sees them.
+Taps are dotted module paths. Features come back as outputs, so every engine that wraps the model (DDP, FSDP2, ZeRO)
+sees them.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from dkd.errors import InputError
+from dkd.text import did_you_mean
 
 
 class TapError(InputError):
-    """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
+    """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was
+    read."""
 
 
 class _LastTapReached(Exception):
@@ -29,17 +31,19 @@ class TappedModel(nn.Module):
     Args:
         model: any module whose forward returns the logits. It is not changed: hooks only read.
         taps: dotted paths of submodules whose outputs are wanted, such as `layer4` or `blocks.11`.
-        autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Inside the module, so that every
-            engine that wraps it does the same.
-        needs_logits: False stops the forward after the last tap, and logits are None. Compiled, the rest is dead code and is removed by
-            the compiler instead.
+        autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Inside the
+            module, so that every engine that wraps it does the same.
+        needs_logits: False stops the forward after the last tap, and logits are None. Compiled, the rest is dead code
+            and is removed by the compiler instead.
 
     Raises:
-        TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that fires not once, whose
-            output is no tensor, or whose tensor is changed in place afterwards.
+        TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that
+            fires not once, whose output is no tensor, or whose tensor is changed in place afterwards.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.autocast = autocast
         self.model = model
@@ -49,9 +53,8 @@ class TappedModel(nn.Module):
         paths = dict(model.named_modules())
         for tap in self.taps:
             if tap not in paths or not tap:
-                near = difflib.get_close_matches(tap, paths, n=3, cutoff=0.4)
                 raise TapError(
-                    f"{tap!r} is not a module of {type(model).__name__}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                    f"{tap!r} is not a module of {type(model).__name__}" + did_you_mean(tap, paths, most=3, cutoff=0.4)
                 )
             paths[tap].register_forward_hook(self._reader(tap))
 
@@ -90,7 +93,10 @@ class TappedModel(nn.Module):
                 raise TapError(f"{tap!r} fired {len(readings)} times in one forward; a tap must fire exactly once")
             feature, version = readings[0]
             if _version(feature) != version:
-                raise TapError(f"{tap!r} is changed in place after it was read (an in-place activation behind it?); tap what follows it")
+                raise TapError(
+                    f"{tap!r} is changed in place after it was read (an in-place activation behind it?); tap what "
+                    "follows it"
+                )
             features[tap] = feature
         return (logits if self.needs_logits else None), features
 

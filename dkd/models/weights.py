@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dkd.errors import InputError
-from dkd.models.key_layouts import our_names
+from dkd.models.foreign_names import our_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
@@ -36,8 +36,8 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
     """Fill `model` (built as `name`) from `weights`, strictly.
 
     Args:
-        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight set such as
-            IMAGENET1K_V1, which torchvision downloads and checks.
+        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight
+            set such as IMAGENET1K_V1, which torchvision downloads and checks.
 
     Raises:
         WeightsError: with the file, or the keys that are missing, unexpected or of another shape.
@@ -50,8 +50,9 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
 
 
 def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key, tensor) of what `load_weights` would fill `model` with, one whole tensor at a time: a safetensors file is never in memory as a
-    whole. The model may be on the meta device. Checked before the first is yielded. Arguments and errors as `load_weights`."""
+    """(key, tensor) of what `load_weights` would fill `model` with, one whole tensor at a time: a safetensors file is
+    never in memory as a whole. The model may be on the meta device. Checked before the first is yielded. Arguments and
+    errors as `load_weights`."""
     path = Path(weights)
     if path.is_dir() and (path / "student.safetensors").is_file():
         path = path / "student.safetensors"
@@ -75,7 +76,8 @@ def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, to
 
 
 def check_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises WeightsError."""
+    """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises
+    WeightsError."""
     if is_file_name(weights):
         _check_fit(model, name, weights, _in_our_names(read_file(Path(weights), device="meta"), model))
         return
@@ -92,7 +94,10 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
     for title, keys in (
         ("missing", [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]),
         ("unexpected", [key for key in state if key not in wanted]),
-        ("of another shape", [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape]),
+        (
+            "of another shape",
+            [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape],
+        ),
     ):
         if keys:
             problems.append(f"{len(keys)} {title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
@@ -125,13 +130,16 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
             state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # unpickling garbage raises anything; torch's own advice is to unpickle it unsafely
         raise WeightsError(
-            f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another format, "
+            f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another "
+            "format, "
             "or holds Python objects, which are not loaded"
         ) from error
     for key in _NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    named = isinstance(state, Mapping) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    )
     if not named or not state:
         raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
     return state
@@ -153,7 +161,9 @@ def _torchvision_weight_set(name: str, weights: str) -> Any:
 
     sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
     if weights not in sets.__members__:
-        raise WeightsError(f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}")
+        raise WeightsError(
+            f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}"
+        )
     return sets[weights]
 
 
@@ -169,8 +179,8 @@ def _torchvision_set(name: str, weights: str) -> Mapping[str, torch.Tensor]:
 
 
 class Fingerprint:
-    """SHA-256 of named tensors, added in any order. Half-precision values count as the float32 they stand for; BatchNorm's counters, which
-    old files lack and no forward reads, do not count."""
+    """SHA-256 of named tensors, added in any order. Half-precision values count as the float32 they stand for;
+    BatchNorm's counters, which old files lack and no forward reads, do not count."""
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
@@ -190,7 +200,9 @@ class Fingerprint:
             yield name, tensor
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items())).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items())).encode()
+        ).hexdigest()
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -1,4 +1,5 @@
-"""Figures of a report. Colours are Okabe and Ito's, told apart by all kinds of colour vision; lines differ in style too."""
+"""Figures of a report. Colours are Okabe and Ito's, told apart by all kinds of colour vision; lines differ in style
+too."""
 
 from __future__ import annotations
 
@@ -145,8 +146,15 @@ def attention(seen: Observation) -> Figure | None:
         return None
     chosen = _one_of_each_class(seen.shown_labels)
     views = [(view, role) for view, role in ((seen.teacher, "teacher"), (seen.student, "student")) if view is not None]
-    rows = [(view, role, tap) for s, t in pairs for view, role in views for tap in [t if role == "teacher" else s] if tap in view.attention]
-    # One axis for all: with an axis for each cell, making and laying them out takes longer than anything else on the page.
+    rows = [
+        (view, role, tap)
+        for s, t in pairs
+        for view, role in views
+        for tap in [t if role == "teacher" else s]
+        if tap in view.attention
+    ]
+    # One axis for all: with an axis for each cell, making and laying them out takes longer than anything else on the
+    # page.
     figure, (axis,) = _grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
 
     def cell(row: int, column: int) -> tuple[float, float, float, float]:
@@ -156,11 +164,20 @@ def attention(seen: Observation) -> Figure | None:
     for column, index in enumerate(chosen):
         image = seen.images[index].transpose(1, 2, 0)
         axis.imshow(image, extent=cell(0, column))
-        axis.text(column * _PITCH + 0.5, -0.05, _short(seen.class_names[seen.shown_labels[index]]), ha="center", va="bottom", fontsize=8)
+        axis.text(
+            column * _PITCH + 0.5,
+            -0.05,
+            _short(seen.class_names[seen.shown_labels[index]]),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
         gray = image.mean(2)
         for row, (view, _role, tap) in enumerate(rows, start=1):
             axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=cell(row, column))
-            axis.imshow(view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=cell(row, column), interpolation="bilinear")
+            axis.imshow(
+                view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=cell(row, column), interpolation="bilinear"
+            )
     for row, label in enumerate(["image", *(f"{role}\n{tap}" for _, role, tap in rows)]):
         axis.text(-0.12, row * _PITCH + 0.5, label, ha="right", va="center", fontsize=8)
     axis.set_xlim(0, len(chosen) * _PITCH - _PITCH + 1)
@@ -183,7 +200,10 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
         panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
     matrices = [matrix for _, matrix, colours in panels if colours == _MAP]
     # The diagonal, an image with itself, would leave the rest of an early layer dark.
-    largest, smallest = max(float(np.quantile(m, 0.99)) for m in matrices), min(0.0, *(float(m.min()) for m in matrices))
+    largest, smallest = (
+        max(float(np.quantile(m, 0.99)) for m in matrices),
+        min(0.0, *(float(m.min()) for m in matrices)),
+    )
     figure, axes = _grid(1, len(panels), 3.9, 3.6)
     names, ticks, edges = _class_ticks(seen)
     for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
@@ -252,11 +272,15 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
             # Dots, since the axis does not begin at 0.
             places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * 0.6 / len(series)
             marker = _MARKERS[number % len(_MARKERS)]
-            (drawn[label],) = axis.plot(places, values, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6)
+            (drawn[label],) = axis.plot(
+                places, values, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6
+            )
     if many:
         axis.set_xlabel("classes, each model's sorted by its accuracy")
     else:
-        axis.set_xticks(range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right")
+        axis.set_xticks(
+            range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right"
+        )
         axis.grid(axis="y", color="#dddddd")
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
@@ -273,7 +297,11 @@ def accuracy_by_class(seen: Observation, view: ModelView) -> np.ndarray:
 
 
 def _series(run: RunFiles, key: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line["step"], line[key]) for line in run.steps if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+    found = [
+        (line["step"], line[key])
+        for line in run.steps
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+    ]
     return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=float)
 
 
@@ -304,7 +332,8 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
 
 
 def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
-    """Draw a legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the names afterwards."""
+    """Draw a legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the
+    names afterwards."""
     legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)
     for text, name in zip(legend.get_texts(), drawn, strict=True):
         text.set_text(console.printable(name))
@@ -324,7 +353,8 @@ def _plain_powers(axis: Axes) -> None:
 
 
 def drawing_names() -> AbstractContextManager[Any]:
-    """Return a context in which figures are to be made and drawn: a name with dollars in it is a name there, and no formula."""
+    """Return a context in which figures are to be made and drawn: a name with dollars in it is a name there, and no
+    formula."""
     return matplotlib.rc_context({"text.parse_math": False})
 
 

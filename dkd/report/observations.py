@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd import recipe_objects
+from dkd.build import recipe_objects
 from dkd.config import Recipe
 from dkd.data import DataError, ImageSource, Normalize
 from dkd.data.sources import runs_user_code
@@ -80,22 +80,29 @@ class Observation:
     notes: list[str] = field(default_factory=list)
 
 
-def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None, trust_code: bool = False) -> Observation:
+def observe(
+    run: RunFiles, others: Sequence[RunFiles], count: int | None = None, trust_code: bool = False
+) -> Observation:
     """Run the models of a run on its validation images.
 
     Args:
         run: whose student.
-        others: runs of the same report; a run without taps or without a teacher is looked at with theirs where the students are alike.
+        others: runs of the same report; a run without taps or without a teacher is looked at with theirs where the
+            students are alike.
         count: images to classify, spread over the validation set; None: 2,000, or 20 a class where that is more.
         trust_code: import what recipe and student.json name as `module:callable`.
     """
     notes: list[str] = []
     if not run.weights.is_file():
-        return Observation(notes=["there is no finished student yet: no attention maps, Gram matrices or accuracies of classes"])
+        return Observation(
+            notes=["there is no finished student yet: no attention maps, Gram matrices or accuracies of classes"]
+        )
     recipe = _with_taps(run, others, notes)
     try:
         if runs_user_code(recipe.data.validation) and not trust_code:
-            raise DataError(f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code")
+            raise DataError(
+                f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code"
+            )
         source = recipe_objects.open_part(recipe.data, "validation")
         wanted = count or max(2000, 20 * recipe.data.classes)
         shown, classified = (_readable(source, chosen, recipe, notes) for chosen in _chosen(source, wanted))
@@ -114,7 +121,9 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None,
             else:
                 yield torch.stack([pipeline.validation(image) for image in decoded])
 
-    def view(spec: ModelSpec, model: nn.Module, taps: list[str], normalize: Normalize, input_size: int | None) -> ModelView:
+    def view(
+        spec: ModelSpec, model: nn.Module, taps: list[str], normalize: Normalize, input_size: int | None
+    ) -> ModelView:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         tapped = TappedModel(model, taps).to(device).eval()
 
@@ -147,7 +156,9 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None,
         if recipe.teacher is not None:
             section, teacher_spec = recipe.teacher, recipe_objects.teacher_spec(recipe)
             if ":" in section.name and not trust_code:
-                raise UnknownModelError(f"the teacher {section.name!r} is code to be imported; allow it with --trust-code")
+                raise UnknownModelError(
+                    f"the teacher {section.name!r} is code to be imported; allow it with --trust-code"
+                )
             model = build_model(teacher_spec)
             if section.weights == "random":
                 raise WeightsError("the teacher's weights were random")
@@ -160,7 +171,9 @@ def observe(run: RunFiles, others: Sequence[RunFiles], count: int | None = None,
             return Observation(notes=notes)
     names = source.class_names or [str(label) for label in range(recipe.data.classes)]
     shown_images = np.concatenate([images.numpy() for images in images_at(shown)])
-    return Observation(pairs, shown_images, source.labels[shown], source.labels[classified], names, seen, teacher, notes)
+    return Observation(
+        pairs, shown_images, source.labels[shown], source.labels[classified], names, seen, teacher, notes
+    )
 
 
 def _with_taps(run: RunFiles, others: Sequence[RunFiles], notes: list[str]) -> Recipe:
@@ -199,12 +212,19 @@ def _readable(source: ImageSource, indices: np.ndarray, recipe: Recipe, notes: l
 
 
 def _view(
-    name: str, classifies: bool, predictions: np.ndarray, features: Mapping[str, torch.Tensor], class_tokens: int | None, notes: list[str]
+    name: str,
+    classifies: bool,
+    predictions: np.ndarray,
+    features: Mapping[str, torch.Tensor],
+    class_tokens: int | None,
+    notes: list[str],
 ) -> ModelView:
     channels, attention, gram = {}, {}, {}
     for tap, feature in features.items():
         # (s, C, h, w) of maps; tokens (s, N, C) of transformers have their channels last; (s, C) as it is.
-        channels[tap] = (feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1) if feature.dim() == 3 else feature).numpy()
+        channels[tap] = (
+            feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1) if feature.dim() == 3 else feature
+        ).numpy()
         if (as_map := _as_map(feature, class_tokens)) is not None:
             attention[tap] = attention_map(as_map).numpy()
         if feature.numel() * 4 <= _GRAM_BYTES:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dkd.config import Recipe, RecipeError, load_recipe
-from dkd.metrics_file import read_metrics
 from dkd.models import WeightsError, read_description
+from dkd.runs.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class RunFiles:
     @property
     def terms(self) -> list[str]:
         """Loss terms, in the order of the log."""
-        found = dict.fromkeys(key.removeprefix("weight/") for line in self.steps for key in line if key.startswith("weight/"))
+        found = dict.fromkeys(
+            key.removeprefix("weight/") for line in self.steps for key in line if key.startswith("weight/")
+        )
         return list(found)
 
 
@@ -61,7 +63,9 @@ def read_run(path: Path, label: str) -> RunFiles:
         description = read_description(path / "student.safetensors") if (path / "student.json").exists() else {}
     except WeightsError as error:
         raise RecipeError.at("", error) from error
-    return RunFiles(path, label, recipe, metrics.steps, metrics.evaluations, metrics.checkpoints, description, metrics.damaged)
+    return RunFiles(
+        path, label, recipe, metrics.steps, metrics.evaluations, metrics.checkpoints, description, metrics.damaged
+    )
 
 
 def labels_of(paths: list[Path]) -> list[str]:

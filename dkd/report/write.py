@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
-from dkd.config.loss_sections import WeightSchedule
+from dkd.config.losses import WeightSchedule
 from dkd.report import figures
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
@@ -27,7 +27,11 @@ _LONGEST_NAME = 200  # bytes of a picture's name, before its ending
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = console.say
+    paths: Sequence[Path],
+    output: Path,
+    images: int | None = None,
+    trust_code: bool = False,
+    say: Callable[[str], None] = console.say,
 ) -> list[Path]:
     """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
 
@@ -36,7 +40,8 @@ def write_report(
     Args:
         paths: run directories; finished or not, of any number of processes.
         output: an .html file; replaced when it is there.
-        images: validation images to classify for the accuracies of classes; default 2,000, or 20 a class where that is more.
+        images: validation images to classify for the accuracies of classes; default 2,000, or 20 a class where that is
+            more.
         trust_code: import what recipes and student.json name as `module:callable`.
         say: where progress goes.
 
@@ -50,11 +55,15 @@ def write_report(
         return _write_report(paths, output, images, trust_code, say)
 
 
-def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust_code: bool, say: Callable[[str], None]) -> list[Path]:
+def _write_report(
+    paths: Sequence[Path], output: Path, images: int | None, trust_code: bool, say: Callable[[str], None]
+) -> list[Path]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise RecipeError.at("", "one run is given twice")
     if output.is_dir() or not os.access(next(p for p in output.resolve().parents if p.exists()), os.W_OK):
-        raise RecipeError.at("", f"the report cannot be written to {str(output)!r}: it is a folder, or may not be written")
+        raise RecipeError.at(
+            "", f"the report cannot be written to {str(output)!r}: it is a folder, or may not be written"
+        )
     runs = [read_run(path, label) for path, label in zip(paths, labels_of(list(paths)), strict=True)]
     title = runs[0].recipe.run.name if len(runs) == 1 else f"{len(runs)} runs"
     gallery = _Gallery(Page(f"Distillation report: {title}"))
@@ -72,7 +81,8 @@ def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust
     gallery.add(
         figures.throughput(runs),
         "throughput",
-        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; the rest of a finished run's time is not logged.",
+        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; the rest of a finished run's time "
+        "is not logged.",
     )
     for run in runs:
         page.section(run.label)
@@ -90,22 +100,29 @@ def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust
 
 def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, several: bool) -> None:
     prefix = f"{run.label} " if several else ""
-    gallery.add(figures.loss_terms(run), f"{prefix}loss terms", "Thin: each logged step. Thick: mean over a fiftieth of the run.")
+    gallery.add(
+        figures.loss_terms(run),
+        f"{prefix}loss terms",
+        "Thin: each logged step. Thick: mean over a fiftieth of the run.",
+    )
     gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
     if seen.student is None:
         return
     gallery.add(
         figures.attention(seen),
         f"{prefix}attention maps",
-        "For each position the sum over channels of the squared activation, which attention transfer compares unless its recipe names "
+        "For each position the sum over channels of the squared activation, which attention transfer compares unless "
+        "its recipe names "
         "another map. Teacher and student see the same validation images; each map has its own scale.",
     )
     for pair in seen.pairs:
         gallery.add(
             figures.gram_matrices(seen, pair),
             f"{prefix}Gram matrices {_named(pair)}",
-            "What SP compares: inner products of the images' features, each row divided by its norm. A bright square on the diagonal "
-            "is a class whose images activate the layer alike. Rows are those of the shown images; the brightest hundredth, "
+            "What SP compares: inner products of the images' features, each row divided by its norm. A bright square "
+            "on the diagonal "
+            "is a class whose images activate the layer alike. Rows are those of the shown images; the brightest "
+            "hundredth, "
             "mostly the diagonal, has one colour.",
         )
         gallery.add(
@@ -144,13 +161,18 @@ class _Gallery:
         """Raises OSError, and RecipeError where a file would take the place of one that no report wrote."""
         folder = output.with_name(f"{output.stem}_pictures")
         if folder.is_symlink():
-            raise RecipeError.at("", f"{str(folder)!r} is a link; pictures are written into a folder of their own: choose another --output")
+            raise RecipeError.at(
+                "",
+                f"{str(folder)!r} is a link; pictures are written into a folder of their own: choose another --output",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         earlier = [path for path in folder.glob("*.png") if _is_of_a_report(path)]
         pictures = {folder / f"{name}.png": png for name, png in self._pictures.items()}
         for path in pictures:
             if path not in earlier and (path.exists() or path.is_symlink()):
-                raise RecipeError.at("", f"{str(path)!r} is there already, and not of a report: move it, or choose another --output")
+                raise RecipeError.at(
+                    "", f"{str(path)!r} is there already, and not of a report: move it, or choose another --output"
+                )
         for path in earlier:
             path.unlink()
         for path, png in pictures.items():
@@ -170,7 +192,20 @@ def _is_of_a_report(path: Path) -> bool:
 
 
 def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
-    head = ["run", "student", "teacher", "losses", "top-1", "top-5", "parameters", "epochs", "global batch", "ranks", "images/s", "seconds"]
+    head = [
+        "run",
+        "student",
+        "teacher",
+        "losses",
+        "top-1",
+        "top-5",
+        "parameters",
+        "epochs",
+        "global batch",
+        "ranks",
+        "images/s",
+        "seconds",
+    ]
     return head, [_row(run) for run in runs]
 
 
@@ -186,7 +221,9 @@ def _row(run: RunFiles) -> list[str]:
         _percent(evaluation.get("top1")),
         _percent(evaluation.get("top5")),
         f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}" if "epoch" in evaluation else f"0 of {recipe.train.epochs}",
+        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}"
+        if "epoch" in evaluation
+        else f"0 of {recipe.train.epochs}",
         str(recipe.train.global_batch),
         str(description.get("world_size", "")),
         f"{median(speeds):,.0f}" if speeds else "",

@@ -8,20 +8,23 @@ from pathlib import Path
 
 import torch
 
-from dkd import console, recipe_objects
+from dkd import console, launch
+from dkd.build import assembly, recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
-from dkd.data import EvaluationBatches
-from dkd.data.batches import Batch
+from dkd.data import EvaluationLoader
+from dkd.data.loader import Batch
 from dkd.data.sources import runs_user_code
+from dkd.engines import engine
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
-from dkd.training import assembly, engine, hardware, launch, preflight
+from dkd.preflight import checks, hardware
 from dkd.training.evaluation import Evaluation, evaluate
 
 ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
 
 
 def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool = False) -> Evaluation:
-    """Evaluate the student of a run, a checkpoint or a weights file on the run's validation data; print one line on the main process.
+    """Evaluate the student of a run, a checkpoint or a weights file on the run's validation data; print one line on the
+    main process.
 
     Args:
         target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
@@ -35,7 +38,9 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
         raise RecipeError.at("", f"no such run, checkpoint or weights file: {target!r}")
     for keys, _ in parse_overrides(overrides):
         if not ".".join(keys).startswith(ALLOWED_OVERRIDES):
-            raise RecipeError.at(".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}")
+            raise RecipeError.at(
+                ".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}"
+            )
     weights = Path(target) / "student.safetensors" if Path(target).is_dir() else Path(target)
     recipe = _recipe_of(weights, overrides)
     try:
@@ -44,8 +49,10 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     except (WeightsError, UnknownModelError) as error:
         raise RecipeError.at("", error) from error
     if runs_user_code(recipe.data.validation) and not trust_code:
-        raise RecipeError.at("data.validation", f"{recipe.data.validation!r} is code to be imported and run; allow it with --trust-code")
-    validation = preflight.open_validation(recipe, spec.classes)
+        raise RecipeError.at(
+            "data.validation", f"{recipe.data.validation!r} is code to be imported and run; allow it with --trust-code"
+        )
+    validation = checks.open_validation(recipe, spec.classes)
 
     engine.join(recipe)
     recipe, notes = hardware.settle(recipe)
@@ -56,7 +63,7 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     dtype, memory_format = engine.model_dtype(recipe), engine.model_memory_format(recipe)
     autocast = engine.autocast_dtype(recipe)
     student = engine.place(student, recipe, accelerator.device)
-    batches = EvaluationBatches(
+    batches = EvaluationLoader(
         validation,
         pipeline.validation,
         recipe.evaluation.batch,
@@ -77,12 +84,17 @@ def evaluate_export(target: str, overrides: Sequence[str] = (), trust_code: bool
     if accelerator.is_main_process:
         for note in notes:
             console.say(f"dkd: {note}")
-        console.show(json.dumps({"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}))
+        console.show(
+            json.dumps(
+                {"weights": str(weights), "student": spec.name, "validation": recipe.data.validation, **result.facts()}
+            )
+        )
     return result
 
 
 def _recipe_of(weights: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch: evaluation has its own."""
+    """The recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch: evaluation
+    has its own."""
     folders = [weights.parent, *weights.resolve().parents[1:3]]
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dkd.data import DataError, EvaluationBatches
-from dkd.data.batches import Batch
+from dkd.data import DataError, EvaluationLoader
+from dkd.data.loader import Batch
 from dkd.global_batch.collectives import all_gather_objects
 
 BATCHES_BETWEEN_AGREEMENTS = 8
@@ -54,7 +54,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     logits_of: Callable[[Batch], torch.Tensor],
-    batches: EvaluationBatches,
+    batches: EvaluationLoader,
     device: torch.device,
     skip_unreadable: bool = False,
     loading: Iterator[Batch] | None = None,

@@ -11,40 +11,42 @@ from typing import Any, NoReturn
 
 import torch
 
-from dkd import recipe_objects
+from dkd import launch
+from dkd.build import assembly, recipe_objects
+from dkd.build.optimizers import build_optimizer
+from dkd.build.schedules import learning_rate
+from dkd.checkpoints.checkpointer import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts, write_facts
 from dkd.config import Recipe, RecipeError
-from dkd.data import DataError, EvaluationBatches, TrainingBatches
-from dkd.data.batches import Batch
-from dkd.data.order import mix
+from dkd.data import DataError, EvaluationLoader, TrainLoader
+from dkd.data.loader import Batch
 from dkd.data.sources import ImageSource
+from dkd.distillation.batch_norm import BatchNormStatistics
+from dkd.distillation.forward import Forward
+from dkd.distillation.grad_cache import CachedGradient, relational_gradient
+from dkd.distillation.objective import Outputs
+from dkd.distributed import process_group
+from dkd.distributed.async_mean import AsyncMean
+from dkd.distributed.heartbeat import Heartbeat
+from dkd.distributed.main_process import run_on_main
+from dkd.distributed.stop_signals import STOP_FILE, StopRequests
+from dkd.engines import engine
+from dkd.engines.ema import WeightAverage
+from dkd.engines.gradient_check import gradient_is_finite
+from dkd.engines.sharded_weights import full_state, parameter_counts
+from dkd.errors import Stopped, TrainingError
 from dkd.global_batch import BatchLayout
 from dkd.global_batch.collectives import all_gather_objects
-from dkd.losses.objective import Outputs
 from dkd.models import save_student
-from dkd.training import assembly, engine, hardware, launch, preflight, process_group
-from dkd.training.announcement import announcement
-from dkd.training.batch_statistics import RunningStatistics
-from dkd.training.checkpointing import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts, write_facts
-from dkd.training.ema import WeightAverage
-from dkd.training.endings import Stopped, TrainingError
+from dkd.preflight import checks, hardware
+from dkd.rng import derive_seed, seed_device
+from dkd.runs.directory import RunDirectory
+from dkd.runs.launches import IfRunExists
+from dkd.runs.logger import RunLogger
+from dkd.runs.progress import Progress
 from dkd.training.evaluation import Evaluation, evaluate
-from dkd.training.forward import Forward
-from dkd.training.gradient_check import gradient_is_finite
-from dkd.training.launches import Existing
-from dkd.training.main_process import on_main_process
-from dkd.training.optimizers import build_optimizer
-from dkd.training.progress import Progress
-from dkd.training.random_state import seed_device
-from dkd.training.rank_means import RankMeans
-from dkd.training.resuming import begin
-from dkd.training.run_directory import RunDirectory
-from dkd.training.run_log import RunLog
-from dkd.training.schedules import learning_rate
-from dkd.training.sharded_weights import full_state, parameter_counts
-from dkd.training.step_reports import StepReports
-from dkd.training.stopping import STOP_FILE, StopRequests
-from dkd.training.two_passes import CachedGradient, relational_gradient
-from dkd.training.watch import Watch
+from dkd.training.metrics import StepMetrics
+from dkd.training.resume import begin
+from dkd.training.summary import announcement
 
 STEPS_THAT_COMPARE_PASSES = 5
 WORKERS_SHARE = 0.8
@@ -59,22 +61,23 @@ class Trainer:
 
     Args:
         recipe: checked by `preflight.check`.
-        existing: what to do with a run that is in `run.dir` already. `resume` goes on behind its newest whole checkpoint.
+        existing: what to do with a run that is in `run.dir` already. `resume` goes on behind its newest whole
+            checkpoint.
         allow_recipe_change: whether that run may go on with another recipe.
 
     Raises:
         RecipeError: what only opened data or the opened process group can show. On every rank.
     """
 
-    def __init__(self, recipe: Recipe, existing: Existing = "resume", allow_recipe_change: bool = False) -> None:
+    def __init__(self, recipe: Recipe, existing: IfRunExists = "resume", allow_recipe_change: bool = False) -> None:
         self.recipe = recipe
         world_size = launch.world_size()
-        training, validation = preflight.open_sources(recipe)
+        training, validation = checks.open_sources(recipe)
         self.run_dir = RunDirectory(recipe.run.dir, writes=False)
         # Read once: the file of DeepSpeed's settings may move or change while training runs.
         self.engine = launch.engine()
         engine.join(recipe)
-        preflight.check_same_recipe(recipe)
+        checks.check_same_recipe(recipe)
         # From here on, the recipe leaves nothing to the hardware.
         self.recipe, self.notes = hardware.settle(recipe, existing)
         recipe = self.recipe
@@ -82,11 +85,15 @@ class Trainer:
         if problems := engine.launch_problems(recipe, world_size):
             raise RecipeError(problems)
         self.accelerator = accelerator = engine.build_accelerator(recipe, self.run_dir.path)
-        self.watch = Watch(accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout))
+        self.watch = Heartbeat(
+            accelerator.process_index, world_size, engine.warn_after(accelerator, recipe.run.start_timeout)
+        )
         with self.watch.names_lost_ranks():
             self._assemble(training, validation, existing, allow_recipe_change)
 
-    def _assemble(self, training: ImageSource, validation: ImageSource, existing: Existing, allow_recipe_change: bool) -> None:
+    def _assemble(
+        self, training: ImageSource, validation: ImageSource, existing: IfRunExists, allow_recipe_change: bool
+    ) -> None:
         """Everything that the loop uses. A collective."""
         recipe, train, accelerator = self.recipe, self.recipe.train, self.accelerator
         world_size, local = launch.world_size(), launch.local_world_size()
@@ -94,7 +101,7 @@ class Trainer:
         rank, self.main = accelerator.process_index, accelerator.is_main_process
 
         data = assembly.data_facts(training)
-        preflight.check_same_data(data, assembly.data_facts(validation))
+        checks.check_same_data(data, assembly.data_facts(validation))
         self.order = assembly.build_order(recipe, training, rank, world_size)
         self.planned_steps = self.order.steps_per_epoch * train.epochs
         self.total_steps = min(self.planned_steps, train.max_steps or self.planned_steps)
@@ -104,17 +111,24 @@ class Trainer:
         teacher_normalize = recipe_objects.teacher_normalize(recipe, pipeline.normalize)
         pin = self.device.type == "cuda"
         self.workers = assembly.loader_workers(recipe.data, training, local)
-        self.batches = TrainingBatches(
+        self.batches = TrainLoader(
             training, pipeline.train, self.order, self.workers, pin, recipe.data.on_error == "skip", pipeline.image_size
         )
         workers = assembly.loader_workers(recipe.data, validation, local)
-        self.validation = EvaluationBatches(
-            validation, pipeline.validation, recipe.evaluation.batch, rank, world_size, workers, pin, pipeline.image_size
+        self.validation = EvaluationLoader(
+            validation,
+            pipeline.validation,
+            recipe.evaluation.batch,
+            rank,
+            world_size,
+            workers,
+            pin,
+            pipeline.image_size,
         )
         self.image_size = pipeline.image_size
 
         student, self.teacher = assembly.build_models(recipe, self.device)
-        preflight.check_same_teacher(self.teacher.fingerprint if self.teacher is not None else "")
+        checks.check_same_teacher(self.teacher.fingerprint if self.teacher is not None else "")
         student = engine.place(student, recipe, self.device, to_be_sharded=self.engine in launch.SHARDING_ENGINES)
         if self.teacher is not None and train.compile.teacher:
             self.teacher.compile()
@@ -125,7 +139,7 @@ class Trainer:
         prepared = accelerator.unwrap_model(self.student)
         self.local_parameters, self.parameters = parameter_counts(prepared)
         leaves_out = train.skip_nonfinite > 0 or accelerator.scaler is not None
-        self.statistics = RunningStatistics(prepared, self.order.micro_steps, world_size, leaves_out)
+        self.statistics = BatchNormStatistics(prepared, self.order.micro_steps, world_size, leaves_out)
         self.average = WeightAverage(prepared, train.ema.decay, self.student) if train.ema else None
         self.objective = assembly.build_objective(recipe, self.order, self.planned_steps)
         self.separable, self.relational = self.objective.split()
@@ -142,12 +156,16 @@ class Trainer:
             self.objective,
         )
         self.two_passes = bool(self.relational.terms) and self.order.micro_steps > 1
-        self.learning_rate = learning_rate(recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps)
+        self.learning_rate = learning_rate(
+            recipe.schedule, recipe.optimizer.lr, self.order.steps_per_epoch, self.planned_steps
+        )
 
         self.run_dir.writes = self.main
         self.checkpoint_schedule = CheckpointSchedule(recipe.checkpoint, self.order.steps_per_epoch, self.total_steps)
         state = engine.training_state(self.student, prepared, self.optimizer, self.average)
-        self.checkpointer = Checkpointer(recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.start_timeout)
+        self.checkpointer = Checkpointer(
+            recipe.checkpoint, self.run_dir.checkpoints, state, rank, world_size, recipe.run.start_timeout
+        )
         self._checkpoint_error: str | None = None  # of the last one, on this rank
         self.run_facts = run_facts(recipe, assembly.teacher_facts(recipe, self.teacher), data)
         beginning = begin(
@@ -168,8 +186,8 @@ class Trainer:
         engine.start_trackers(accelerator, recipe, *self.run_dir.identity(), self.first_step)
         self.stop = StopRequests(self.run_dir.path, looks=self.main)
         progress = Progress(self.total_steps, self.first_step, train.global_batch, self.main)
-        self.log = RunLog(self.run_dir, accelerator, progress)
-        self.reports = StepReports(
+        self.log = RunLogger(self.run_dir, accelerator, progress)
+        self.reports = StepMetrics(
             recipe,
             self.order.steps_per_epoch,
             self.total_steps,
@@ -227,25 +245,28 @@ class Trainer:
             result = self._evaluate(self.first_step, iter(self.validation))
             if result is None:
                 self._stop(self.first_step)
-        # Here and behind each evaluation, not in every step: with many modules it takes its time. What an engine says of its own mode need
-        # not be the model's.
+        # Here and behind each evaluation, not in every step: with many modules it takes its time. What an engine says
+        # of its own mode need not be the model's.
         self.student.train()
         batches = self.batches.steps(self.first_step, self.total_steps)
         clock = time.monotonic()
-        pending: RankMeans | None = None
+        pending: AsyncMean | None = None
         for step in range(self.first_step, self.total_steps):
             self._reach(step, 0, 0)
             terms, counts = self._step(step, batches)
-            # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has waited for it.
+            # From report to report, since a GPU still computes when `_step` returns; reading the last step's means has
+            # waited for it.
             now = time.monotonic()
             counts["seconds"], clock = now - clock, now
             counts["minutes_over"] = float(self.main and self.checkpoint_schedule.minutes_over())
             counts["stop"] = float(self.stop.asked_by() is not None)
-            # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and none waits.
-            means = RankMeans(step, terms, counts)
+            # Averaged over ranks while the next step computes; so every rank reads the same numbers, one step late, and
+            # none waits.
+            means = AsyncMean(step, terms, counts)
             self.reports.read(pending)
             if step == self.first_step + 1:
-                # All have come through a first step, and compiled what they compile; from now on, one that does not come is lost.
+                # All have come through a first step, and compiled what they compile; from now on, one that does not
+                # come is lost.
                 self._shorten_timeouts()
             pending = means
             stops = self.reports.stop_is_asked and step + 1 < self.total_steps
@@ -259,7 +280,9 @@ class Trainer:
                     self.checkpointer.wait()
                     loading = iter(self.validation)
                 if saves:
-                    self._save_checkpoint(step + 1, self.seconds_before + now - started)  # before an evaluation that may fail
+                    self._save_checkpoint(
+                        step + 1, self.seconds_before + now - started
+                    )  # before an evaluation that may fail
                 if stops:
                     self._stop(step + 1)
                 if evaluates:
@@ -285,7 +308,8 @@ class Trainer:
         self._wait_for_workers(timeout)
 
     def _wait_for_workers(self, timeout: float) -> None:
-        """Set how long a worker process may read nothing: less than the other ranks wait for this one, so that all hear why it ends."""
+        """Set how long a worker process may read nothing: less than the other ranks wait for this one, so that all hear
+        why it ends."""
         self.batches.timeout = self.validation.timeout = WORKERS_SHARE * timeout
 
     def _stop(self, steps_done: int) -> NoReturn:
@@ -294,20 +318,24 @@ class Trainer:
         self._tell_of_checkpoints()
         asked = [by for by in all_gather_objects(self.stop.asked_by(look=True)) if by is not None]
         by = STOP_FILE if STOP_FILE in asked else asked[0]
-        error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
+        error, _ = run_on_main(self.main, lambda: self._checkpoint_error)
         if error is not None:
-            raise TrainingError(f"asked to stop by {by}, but the checkpoint after step {steps_done} could not be written: {error}")
+            raise TrainingError(
+                f"asked to stop by {by}, but the checkpoint after step {steps_done} could not be written: {error}"
+            )
         mark = self.run_dir.mark_stopped
-        _, reason = on_main_process(self.main, lambda: mark(by, steps_done, self.total_steps, steps_done - self.first_step))
+        _, reason = run_on_main(self.main, lambda: mark(by, steps_done, self.total_steps, steps_done - self.first_step))
         if reason is not None:
             raise TrainingError(
-                f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: {reason}"
+                f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: "
+                f"{reason}"
             )
         self.log.close()
         raise Stopped(steps_done, by)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[dict[str, Number], dict[str, Number]]:
-        """One optimizer step over the global batch. Returns this rank's share of the loss terms, and of what else is counted."""
+        """One optimizer step over the global batch. Returns this rank's share of the loss terms, and of what else is
+        counted."""
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -345,12 +373,13 @@ class Trainer:
         return terms, {**counts, "seconds_waited": waited, "skipped": float(skipped), **loading}
 
     def _update(self) -> bool:
-        """After a micro-batch: the optimizer's step, when it was the last of its step. Returns whether that was left out, on every rank,
-        because the gradient is not finite. A gradient scaler's is so now and then."""
+        """After a micro-batch: the optimizer's step, when it was the last of its step. Returns whether that was left
+        out, on every rank, because the gradient is not finite. A gradient scaler's is so now and then."""
         last = self.accelerator.sync_gradients
         if last and self.recipe.train.clip_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.student.parameters(), self.recipe.train.clip_grad_norm)
-        # DeepSpeed has stepped in `backward`, or not, by a check of its own; a gradient scaler makes its own, and overflows by design.
+        # DeepSpeed has stepped in `backward`, or not, by a check of its own; a gradient scaler makes its own, and
+        # overflows by design.
         checked = self.engine not in launch.ZERO_ENGINES and self.accelerator.scaler is None
         if last and checked and self.recipe.train.skip_nonfinite > 0 and not gradient_is_finite(self.student):
             self.optimizer.zero_grad()
@@ -367,7 +396,8 @@ class Trainer:
     def _losses(
         self, step: int, micro_step: int, batch: Batch, cached: CachedGradient | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Forward of one micro-batch through teacher and student. Returns what to back-propagate, the loss terms, and what else to log."""
+        """Forward of one micro-batch through teacher and student. Returns what to back-propagate, the loss terms, and
+        what else to log."""
         batch = self._on_device(step, micro_step, batch)
         labels = batch.labels
         images = self.forward.images(batch)
@@ -376,7 +406,8 @@ class Trainer:
         teacher = self.forward.teacher(batch, images) if again else cached.teachers[micro_step]  # type: ignore[union-attr]
         student = self._student_outputs(step, micro_step, images)
         objective = self.objective if cached is None else self.separable
-        # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything they will exchange.
+        # Training batches are even by construction. The first step checks that ranks agree on the shapes of everything
+        # they will exchange.
         layout = BatchLayout.even(len(labels))
         if step == self.first_step and micro_step == 0:
             BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
@@ -408,18 +439,22 @@ class Trainer:
             return relational_gradient(self.relational, students, teachers, torch.cat(labels), step)
 
     def _on_device(self, step: int, micro_step: int, batch: Batch) -> Batch:
-        """A loaded micro-batch on this rank's device, its images mixed where the recipe says so: the same each time it is asked for."""
+        """A loaded micro-batch on this rank's device, its images mixed where the recipe says so: the same each time it
+        is asked for."""
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.labels))
         if self.mixing is not None:
             images, labels = self.mixing(images, labels, self._seed(step, micro_step, _MIXING))
         return Batch(images, labels, batch.valid)
 
     def _seed(self, step: int, micro_step: int, purpose: int) -> int:
-        """Of what is random for a micro-batch. It depends on the micro-batch, not on the rank, and the second pass repeats the first."""
-        return mix(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank, purpose)
+        """Of what is random for a micro-batch. It depends on the micro-batch, not on the rank, and the second pass
+        repeats the first."""
+        return derive_seed(self.recipe.run.seed, step, micro_step * self.order.world_size + self.order.rank, purpose)
 
     def _logits(self, batch: Batch) -> torch.Tensor:
-        return self.forward.logits(self.forward.images(batch._replace(images=batch.images.to(self.device, non_blocking=True))))
+        return self.forward.logits(
+            self.forward.images(batch._replace(images=batch.images.to(self.device, non_blocking=True)))
+        )
 
     def _student_outputs(self, step: int, micro_step: int, images: torch.Tensor) -> Outputs:
         seed_device(self.device, self._seed(step, micro_step, _FORWARD))
@@ -452,7 +487,10 @@ class Trainer:
         self.checkpointer.evaluations[steps_done] = result.top1
         line = {"evaluation": facts, "seconds": round(time.monotonic() - begun, 3)}
         self.log.write(line, {"evaluation/top1": result.top1, "evaluation/loss": result.loss}, steps_done)
-        self.log.say(f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss {result.loss:.4f}")
+        self.log.say(
+            f"epoch {facts['epoch']:g}: top-1 {result.top1:.4f} ({result.top1_correct}/{result.samples}), loss "
+            f"{result.loss:.4f}"
+        )
         return result
 
     def _save_checkpoint(self, steps_done: int, seconds: float) -> None:
@@ -486,7 +524,8 @@ class Trainer:
             error = self._checkpoint_error = written.error
             if error is not None:
                 self.log.say(
-                    f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes on, older ones stay"
+                    f"warning: the checkpoint after step {written.step} could not be written ({error}); training goes "
+                    "on, older ones stay"
                 )
             if written.warning is not None:
                 self.log.say(f"warning: older checkpoints could not be removed ({written.warning})")
@@ -524,21 +563,28 @@ class Trainer:
         def write() -> str | None:
             return self.run_dir.finish(self.total_steps, lambda folder: self._write_student(folder, exported))
 
-        elsewhere, not_written = on_main_process(self.main, write)
-        checkpoint_error, _ = on_main_process(self.main, lambda: self._checkpoint_error)
-        not_removed = self.checkpointer.prune() if self.main and elsewhere is None else None  # now that the last evaluation is known
+        elsewhere, not_written = run_on_main(self.main, write)
+        checkpoint_error, _ = run_on_main(self.main, lambda: self._checkpoint_error)
+        not_removed = (
+            self.checkpointer.prune() if self.main and elsewhere is None else None
+        )  # now that the last evaluation is known
         if not_removed is not None:
             self.log.say(f"warning: older checkpoints could not be removed ({not_removed})")
         self.log.close()
         if elsewhere is not None:
             raise TrainingError(elsewhere)
         if not_written is not None:
-            raise TrainingError(f"the finished student cannot be written: {not_written}; start the same command again when it can be")
+            raise TrainingError(
+                f"the finished student cannot be written: {not_written}; start the same command again when it can be"
+            )
         if checkpoint_error is not None:
-            raise TrainingError(f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}")
+            raise TrainingError(
+                f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}"
+            )
         if result.problem:
             raise TrainingError(
-                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower optimizer.lr, "
+                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower "
+                "optimizer.lr, "
                 "a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
             )
         if self.reports.replaced:

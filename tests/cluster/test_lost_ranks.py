@@ -1,4 +1,5 @@
-"""Ranks and links that are lost in the middle of a training: who is left ends in time and says who is missing, and the run goes on."""
+"""Ranks and links that are lost in the middle of a training: who is left ends in time and says who is missing, and the
+run goes on."""
 
 import os
 import platform
@@ -85,7 +86,16 @@ def start_on(hosts, host, how, recipe, run, folder):
     head = hosts.address(0)
     if how == "torchrun":
         script = ROOT / "launch" / "torchrun" / "machines.sh"
-        command = ["env", f"HEAD={head}", "MACHINES=2", "PROCESSES=2", "MAX_RESTARTS=0", script, recipe, f"run.dir={run.folder}"]
+        command = [
+            "env",
+            f"HEAD={head}",
+            "MACHINES=2",
+            "PROCESSES=2",
+            "MAX_RESTARTS=0",
+            script,
+            recipe,
+            f"run.dir={run.folder}",
+        ]
     else:
         where = ["--num_machines", 2, "--machine_rank", host, "--main_process_ip", head, "--main_process_port", 29511]
         launcher = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 4, *where]
@@ -98,7 +108,10 @@ def start_on(hosts, host, how, recipe, run, folder):
 def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, recipe, undisturbed, tmp_path):
     run = Run(tmp_path / "run")
     with TwoHosts(tmp_path) as hosts:
-        with start_on(hosts, 0, how, recipe, run, tmp_path) as first, start_on(hosts, 1, how, recipe, run, tmp_path) as second:
+        with (
+            start_on(hosts, 0, how, recipe, run, tmp_path) as first,
+            start_on(hosts, 1, how, recipe, run, tmp_path) as second,
+        ):
             run.until_step(15, first)
             assert sorted(ranks(run.folder)) == [0, 1, 2, 3]
             hosts.cut()
@@ -117,7 +130,10 @@ def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, reci
             assert "cannot go on" in said, said
         assert not run.is_finished()
         hosts.join()
-        with start_on(hosts, 0, how, recipe, run, tmp_path) as first, start_on(hosts, 1, how, recipe, run, tmp_path) as second:
+        with (
+            start_on(hosts, 0, how, recipe, run, tmp_path) as first,
+            start_on(hosts, 1, how, recipe, run, tmp_path) as second,
+        ):
             assert first.wait(120) == 0, first.said()[-4000:]
             assert second.wait(30) == 0, second.said()[-4000:]
     assert run.is_finished()
@@ -130,7 +146,15 @@ def test_two_machines_restart_by_themselves_when_a_rank_of_one_is_killed(recipe,
     run = Run(tmp_path / "run")
     script = ROOT / "launch" / "torchrun" / "machines.sh"
     with TwoHosts(tmp_path) as hosts:
-        words = ["env", f"HEAD={hosts.address(0)}", "MACHINES=2", "PROCESSES=2", "MAX_RESTARTS=3", str(script), str(recipe)]
+        words = [
+            "env",
+            f"HEAD={hosts.address(0)}",
+            "MACHINES=2",
+            "PROCESSES=2",
+            "MAX_RESTARTS=3",
+            str(script),
+            str(recipe),
+        ]
         launches = [Launch(hosts.on(host, *words, f"run.dir={run.folder}"), tmp_path / f"log{host}") for host in (0, 1)]
         with launches[0] as first, launches[1] as second:
             run.until_step(15, first)
@@ -149,8 +173,29 @@ def test_launch_check_says_in_under_a_minute_what_is_wrong(recipe, tmp_path):
     with TwoHosts(tmp_path) as hosts:
 
         def check(host, words):
-            where = ["--num_machines", 2, "--machine_rank", host, "--main_process_ip", hosts.address(0), "--main_process_port", 29512]
-            command = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 4, *where, "-m", "dkd", "launch-check", *words]
+            where = [
+                "--num_machines",
+                2,
+                "--machine_rank",
+                host,
+                "--main_process_ip",
+                hosts.address(0),
+                "--main_process_port",
+                29512,
+            ]
+            command = [
+                "accelerate",
+                "launch",
+                "--config_file",
+                CPU,
+                "--num_processes",
+                4,
+                *where,
+                "-m",
+                "dkd",
+                "launch-check",
+                *words,
+            ]
             return Launch(hosts.on(host, *map(str, command)), tmp_path / f"log{host}")
 
         place = f"run.dir={tmp_path / 'run'}"

@@ -1,4 +1,5 @@
-"""One of three ranks meets a NaN, an image that cannot be read, or one of another size: all end together, and say which."""
+"""One of three ranks meets a NaN, an image that cannot be read, or one of another size: all end together, and say
+which."""
 
 import re
 import time
@@ -15,8 +16,16 @@ CPU = ROOT / "launch" / "accelerate" / "cpu.yaml"
     ("model", "images", "said"),
     [
         ("NotFinite", {}, r"the loss is not finite at step 4 \(on rank 0; "),
-        ("Regularized", {"broken": [(21, "truncated")]}, r"step \d+: rank \d: .*images\.parquet: image 21 \(no name\) cannot be read: "),
-        ("Regularized", {"larger": [21]}, r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop"),
+        (
+            "Regularized",
+            {"broken": [(21, "truncated")]},
+            r"step \d+: rank \d: .*images\.parquet: image 21 \(no name\) cannot be read: ",
+        ),
+        (
+            "Regularized",
+            {"larger": [21]},
+            r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop",
+        ),
     ],
     ids=["NaN", "broken image", "another size"],
 )

@@ -1,4 +1,5 @@
-"""Eight ranks, forked from one process that has imported torch: two halves, each a batch of its own, with SP over groups of two ranks.
+"""Eight ranks, forked from one process that has imported torch: two halves, each a batch of its own, with SP over
+groups of two ranks.
 
 Writes the relative error of each rank's value to FOLDER/rankN, or why there is none.
 """
@@ -26,7 +27,11 @@ def plain_sp(student, teacher):
 
 def error_of(rank, folder):
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), RANKS), rank=rank, world_size=RANKS, timeout=timedelta(seconds=20)
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), RANKS),
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=20),
     )
     group, _ = dist.new_subgroups(HALF)
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,5 @@
-"""The trainer under each engine and placement of the teacher, many in one launch. What they return is judged in test_engines.py."""
+"""The trainer under each engine and placement of the teacher, many in one launch. What they return is judged in
+test_engines.py."""
 
 import hashlib
 import json
@@ -14,11 +15,11 @@ from engines import environment, name_of
 from launched import LONG
 from torch.utils.data import Subset
 
-from dkd.data import EvaluationBatches
-from dkd.training import preflight
-from dkd.training.endings import TrainingError
+from dkd.data import EvaluationLoader
+from dkd.engines.sharded_weights import full_state, local_part, parameter_counts
+from dkd.errors import TrainingError
+from dkd.preflight import checks
 from dkd.training.evaluate_export import evaluate_export
-from dkd.training.sharded_weights import full_state, local_part, parameter_counts
 from dkd.training.trainer import Trainer
 
 VIT = "torchvision/vit_b_32" if LONG else "small_models:Transformer"
@@ -42,7 +43,8 @@ def launched_as(engine):
 
 
 def train(folder, case):
-    """Train as a case says: engine, micro_batch, teacher (placement), model (plain or regularized), and keys of the recipe."""
+    """Train as a case says: engine, micro_batch, teacher (placement), model (plain or regularized), and keys of the
+    recipe."""
     model = trainer_cases.REGULARIZED if case["model"] == "regularized" else {}
     changes = {**model, "losses": trainer_cases.with_strategy(case["strategy"])}
     changes["train"] = {
@@ -71,13 +73,13 @@ def train(folder, case):
         changes["data"] = {**changes.get("data", {}), "train": path, "validation": path}
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
-        preflight.check(recipe)
+        checks.check(recipe)
         trainer = Trainer(recipe)
         if "samples" in case:
             shown = trainer.validation
             few = FewSamples(shown._samples.source, case["samples"])
             order = trainer.order
-            trainer.validation = EvaluationBatches(few, shown._samples.transform, 4, order.rank, order.world_size)
+            trainer.validation = EvaluationLoader(few, shown._samples.transform, 4, order.rank, order.world_size)
         hashes = break_steps(trainer, case["nonfinite"]) if "nonfinite" in case else {}
         try:
             result = trainer.run()
@@ -100,8 +102,8 @@ def train(folder, case):
 
 
 def break_steps(trainer, steps):
-    """The last rank's loss is NaN in the first micro-step of these. Returns what will hold a hash of all that a checkpoint would hold,
-    before each step."""
+    """The last rank's loss is NaN in the first micro-step of these. Returns what will hold a hash of all that a
+    checkpoint would hold, before each step."""
     objective, last = trainer.objective, trainer.order.rank == trainer.order.world_size - 1
     separable, take, hashes, seen = trainer.separable, trainer._step, {}, []
 
@@ -140,12 +142,13 @@ class FewSamples(Subset):
 
 
 def features_of_teachers(folder):
-    """The features of a sharded teacher against those of the whole one: bit for bit, with and without logits; and what a rank keeps."""
+    """The features of a sharded teacher against those of the whole one: bit for bit, with and without logits; and what
+    a rank keeps."""
     from safetensors.torch import save_file
 
+    from dkd.build import assembly
     from dkd.config.loading import validate
     from dkd.models import ModelSpec, build_model
-    from dkd.training import assembly
 
     size = dist.get_world_size()
     found = {}
@@ -168,7 +171,10 @@ def features_of_teachers(folder):
                 values = {
                     **trainer_cases.RECIPE,
                     "teacher": {"name": name, "weights": str(path), "placement": placement, "options": options},
-                    "losses": {"sp": {"gamma": 1, "reference_batch": 1, "pairs": [["layer3", tap] for tap in taps]}, "kd": kd},
+                    "losses": {
+                        "sp": {"gamma": 1, "reference_batch": 1, "pairs": [["layer3", tap] for tap in taps]},
+                        "kd": kd,
+                    },
                     "train": {"global_batch": 4, "epochs": 1, "precision": "fp32", "channels_last": False},
                 }
                 teacher = assembly.build_teacher(validate(values), device, size, size)
@@ -185,7 +191,8 @@ def features_of_teachers(folder):
             halved[weights_dtype] = teacher(images)[1]
         kept = sum(local_part(p).numel() * p.element_size() for p in teacher.parameters())
         difference = max(
-            ((halved["bf16"][t].float() - halved["fp32"][t].float()).norm() / halved["fp32"][t].float().norm()).item() for t in taps
+            ((halved["bf16"][t].float() - halved["fp32"][t].float()).norm() / halved["fp32"][t].float().norm()).item()
+            for t in taps
         )
         found[f"{name}, weights in bfloat16"] = {
             "attends": name == VIT,
@@ -197,10 +204,11 @@ def features_of_teachers(folder):
 
 
 def checks_of_sharded_gradients(folder):
-    """A NaN in one element of each shard in turn; a parameter with fewer rows than ranks leaves some without a part of it."""
+    """A NaN in one element of each shard in turn; a parameter with fewer rows than ranks leaves some without a part of
+    it."""
     from torch.distributed.fsdp import fully_shard
 
-    from dkd.training.gradient_check import gradient_is_finite
+    from dkd.engines.gradient_check import gradient_is_finite
 
     size, rank = dist.get_world_size(), dist.get_rank()
     model = torch.nn.Sequential(torch.nn.Linear(3, 4 * size), torch.nn.Linear(4 * size, 1))
@@ -239,7 +247,7 @@ def modes_of_the_student(folder, engine):
         changes = {"student": {"norm": "batch"}, "train": {"epochs": 3, "max_steps": None, "precision": "fp32"}}
         changes["data"] = {"train": path, "validation": path}
         recipe = trainer_cases.recipe_of(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}})
-        preflight.check(recipe)
+        checks.check(recipe)
         trainer = Trainer(recipe)
         tamper(trainer)
         trainer.run()
@@ -252,7 +260,7 @@ def another_engine_than_asked_for(folder):
     from unittest import mock
 
     from dkd.config import RecipeError
-    from dkd.training import engine
+    from dkd.engines import engine
 
     recipe = trainer_cases.recipe_of(folder, "other", {})
     with launched_as("fsdp2"), mock.patch.object(engine, "sharding_on_cpu", nullcontext):
@@ -268,7 +276,7 @@ def main():
     from datetime import timedelta
     from pathlib import Path
 
-    from dkd.training.engine import leave_process_group
+    from dkd.engines.engine import leave_process_group
 
     folder, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     if torch.cuda.is_available():

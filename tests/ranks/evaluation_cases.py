@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dkd.data import EvaluationBatches
+from dkd.data import EvaluationLoader
 from dkd.models import ModelSpec, build_model
 from dkd.training.evaluation import evaluate
 
@@ -48,9 +48,14 @@ def evaluation_counts(folder):
     for samples in (1, 7, 64, 1000):
         source = RandomImages(samples)
         for batch in (1, 3, 64):
-            batches = EvaluationBatches(source, lambda image: image, batch, rank, size)
+            batches = EvaluationLoader(source, lambda image: image, batch, rank, size)
             result = evaluate(lambda batch: network(batch.images.float() / 255 - 0.5), batches, torch.device("cpu"))
-            results[f"{samples} samples, batch {batch}"] = [result.samples, result.top1_correct, result.top5_correct, result.loss]
+            results[f"{samples} samples, batch {batch}"] = [
+                result.samples,
+                result.top1_correct,
+                result.top5_correct,
+                result.loss,
+            ]
     return results
 
 

@@ -1,4 +1,5 @@
-"""The losses on rows spread over ranks, against plain formulas on all rows in one process that use nothing of this package."""
+"""The losses on rows spread over ranks, against plain formulas on all rows in one process that use nothing of this
+package."""
 
 import copy
 import os
@@ -10,8 +11,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
-from dkd.global_batch import BatchLayout, BatchMismatchError, GramTensor, cheapest_strategies, collectives, received_bytes
-from dkd.global_batch.strategy import collectives as number_of_collectives
+from dkd.global_batch import (
+    BatchLayout,
+    BatchMismatchError,
+    GramTensor,
+    cheapest_strategies,
+    collectives,
+    received_bytes,
+)
+from dkd.global_batch.cost import collectives as number_of_collectives
 
 
 def world():
@@ -44,7 +52,8 @@ def rows_of(counts, rank):
 
 
 def gradient_errors(uneven):
-    """Relative errors of value and gradient of each loss, the gradient being that of weights shared by all ranks, averaged as DDP does."""
+    """Relative errors of value and gradient of each loss, the gradient being that of weights shared by all ranks,
+    averaged as DDP does."""
     rank, size = world()
     counts = [3 + (r * 2 % 5 if uneven else 0) for r in range(size)]
     g = torch.Generator().manual_seed(5)
@@ -59,7 +68,8 @@ def gradient_errors(uneven):
     def features(weight, rows):
         return F.conv2d(images[rows], weight, padding=1).relu()
 
-    # The features of the second sample vanish, those of the last are small, in both models; their gradients reach the weights as they are.
+    # The features of the second sample vanish, those of the last are small, in both models; their gradients reach the
+    # weights as they are.
     share = torch.ones(total, 1, 1, 1, dtype=torch.float64)
     share[1], share[-1] = 0, 1e-3
 
@@ -68,14 +78,22 @@ def gradient_errors(uneven):
             return f * share[rows] + (f - f.detach()) * (1 - share[rows])
 
         return (
-            lambda f, rows: SimilarityPreserving(strategy=strategy, floor=floor)(small(f, rows), (teacher * share)[rows]),
+            lambda f, rows: SimilarityPreserving(strategy=strategy, floor=floor)(
+                small(f, rows), (teacher * share)[rows]
+            ),
             lambda f: plain_sp(small(f, slice(None)), teacher * share, floor),
         )
 
     losses = {
         "at": (lambda f, rows: AttentionTransfer()(f, teacher[rows]), lambda f: plain_at(f, teacher)),
-        "sp by gather": (lambda f, rows: SimilarityPreserving(strategy="gather")(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
-        "sp by exchange": (lambda f, rows: SimilarityPreserving(strategy="exchange")(f, teacher[rows]), lambda f: plain_sp(f, teacher)),
+        "sp by gather": (
+            lambda f, rows: SimilarityPreserving(strategy="gather")(f, teacher[rows]),
+            lambda f: plain_sp(f, teacher),
+        ),
+        "sp by exchange": (
+            lambda f, rows: SimilarityPreserving(strategy="exchange")(f, teacher[rows]),
+            lambda f: plain_sp(f, teacher),
+        ),
         "sp of few features, by exchange": (
             lambda f, rows: SimilarityPreserving(strategy="exchange")(f[:, :2, 0, 0], teacher[rows]),
             lambda f: plain_sp(f[:, :2, 0, 0], teacher),
@@ -94,8 +112,14 @@ def gradient_errors(uneven):
             for strategy in ("gather", "exchange")
             for floor in (0.01, 0.99)
         },
-        "kd": (lambda f, rows: SoftTargets(4)(f.mean((2, 3)), teacher_logits[rows]), lambda f: plain_kd(f.mean((2, 3)), teacher_logits)),
-        "ce": (lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]), lambda f: F.cross_entropy(f.mean((2, 3)), labels)),
+        "kd": (
+            lambda f, rows: SoftTargets(4)(f.mean((2, 3)), teacher_logits[rows]),
+            lambda f: plain_kd(f.mean((2, 3)), teacher_logits),
+        ),
+        "ce": (
+            lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]),
+            lambda f: F.cross_entropy(f.mean((2, 3)), labels),
+        ),
     }
     errors = {}
     for name, (ours, plain) in losses.items():
@@ -109,7 +133,10 @@ def gradient_errors(uneven):
         reference = start.clone().requires_grad_()
         wanted = plain(features(reference, slice(None)))
         wanted.backward()
-        errors[name] = [abs(mean / wanted.detach() - 1).item(), ((gradient - reference.grad).norm() / reference.grad.norm()).item()]
+        errors[name] = [
+            abs(mean / wanted.detach() - 1).item(),
+            ((gradient - reference.grad).norm() / reference.grad.norm()).item(),
+        ]
     return errors
 
 
@@ -133,7 +160,8 @@ def gathered(own, counts):
 
 
 def attention_transfer_of_gathered_feature_maps(folder):
-    """Relative errors of value and gradient of the shares of ranks, against the plain loss on feature maps really gathered."""
+    """Relative errors of value and gradient of the shares of ranks, against the plain loss on feature maps really
+    gathered."""
     rank, size = world()
     errors = {}
     for name, counts in (("even", [3] * size), ("uneven", [1 + 2 * r % 5 for r in range(size)])):
@@ -159,7 +187,8 @@ def sp_and_gradient(student, teacher, strategy, **arguments):
 
 
 def features_travel_in_half_precision(folder):
-    """bfloat16 features as they are against the same promoted before; float32 ones with comm_dtype against the same rounded before."""
+    """bfloat16 features as they are against the same promoted before; float32 ones with comm_dtype against the same
+    rounded before."""
     rank, size = world()
     g = torch.Generator().manual_seed(rank)
     student, teacher = torch.randn(6, 50, generator=g).relu(), torch.randn(6, 70, generator=g).relu()
@@ -187,7 +216,12 @@ def received_bytes_of_every_strategy(folder):
         return []
     cases = []
     for widths, rows in (([(48, 80)], 4), ([(7, 5), (300, 11)], 3)):
-        for dtype, comm_dtype in ((torch.float32, None), (torch.float64, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
+        for dtype, comm_dtype in (
+            (torch.float32, None),
+            (torch.float64, None),
+            (torch.bfloat16, None),
+            (torch.float32, torch.bfloat16),
+        ):
             tensors = [GramTensor(w, backward, (comm_dtype or dtype).itemsize, 8 if dtype == torch.float64 else 4)
                        for backward in (True, False) for w in (pair[not backward] for pair in widths)]  # fmt: skip
             for strategy in ("gather", "exchange", "auto"):
@@ -308,7 +342,10 @@ def errors_of_groups(sp, counts, group=None, ranks=None):
     mean = value.detach() / len(ranks)
     dist.all_reduce(mean, group=group)
     gradient = leaf.grad / len(ranks)
-    return [abs(mean / wanted.detach() - 1).item(), ((gradient - whole.grad[mine]).norm() / whole.grad[mine].norm()).item()]
+    return [
+        abs(mean / wanted.detach() - 1).item(),
+        ((gradient - whole.grad[mine]).norm() / whole.grad[mine].norm()).item(),
+    ]
 
 
 def gram_matrices_of_machines(folder):
@@ -365,7 +402,9 @@ def second_derivatives_are_refused(folder):
     found = []
     for strategy in ("gather", "exchange"):
         feature = torch.randn(3, 8).requires_grad_()
-        (gradient,) = torch.autograd.grad(SimilarityPreserving(strategy=strategy)(feature, torch.randn(3, 8)), feature, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            SimilarityPreserving(strategy=strategy)(feature, torch.randn(3, 8)), feature, create_graph=True
+        )
         try:
             gradient.square().sum().backward()
             found.append("no error")

@@ -1,4 +1,5 @@
-"""Trainings that are interrupted and go on, on this launch. What each returns: its logged lines, its final weights, the images it saw."""
+"""Trainings that are interrupted and go on, on this launch. What each returns: its logged lines, its final weights, the
+images it saw."""
 
 import hashlib
 import json
@@ -20,11 +21,11 @@ import trainer_cases
 from engine_cases import launched_as
 from launched import pause
 
-from dkd.checkpoints import CheckpointError
+from dkd.checkpoints import CheckpointError, checkpointer
+from dkd.engines.engine import leave_process_group
+from dkd.engines.sharded_weights import local_part
 from dkd.models.weights import read_file
-from dkd.training import checkpointing, preflight
-from dkd.training.engine import leave_process_group
-from dkd.training.sharded_weights import local_part
+from dkd.preflight import checks
 from dkd.training.trainer import Trainer
 
 TIMINGS = ("images_per_second", "data_wait", "seconds")
@@ -33,7 +34,11 @@ MODELS = {
     "plain": {},
     "awkward": {"student": {"name": "small_models:Awkward", "norm": None}, "losses": {"at": None, "kd": None}},
     # Everything that has a state or draws random numbers.
-    "regularized": {"student": {"name": "small_models:Regularized", "norm": None}, "data": MIXED, "train": {"ema": {"decay": 0.9}}},
+    "regularized": {
+        "student": {"name": "small_models:Regularized", "norm": None},
+        "data": MIXED,
+        "train": {"ema": {"decay": 0.9}},
+    },
 }
 
 
@@ -42,11 +47,12 @@ class Interrupted(Exception):
 
 
 def train(folder, case):
-    """Train in FOLDER/run as a case says, once for each of its `interruptions`: the step before which training stops, or None."""
+    """Train in FOLDER/run as a case says, once for each of its `interruptions`: the step before which training stops,
+    or None."""
     for until in case["interruptions"]:  # the step that does not come about
         with launched_as(case["engine"]):
             recipe = recipe_of(folder, case)
-            preflight.check(recipe)
+            checks.check(recipe)
             trainer = Trainer(recipe)
             log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
             with one_rank_does_not_write(trainer.order.rank, case.get("absent")):
@@ -61,14 +67,14 @@ def train(folder, case):
 @contextmanager
 def one_rank_does_not_write(rank, absent):
     """`absent`: that rank stays away from the writing of one checkpoint, for which the others wait in vain."""
-    save = checkpointing.save_tensors
+    save = checkpointer.save_tensors
 
     def stays_away(folder, tensors, group):
         if folder.parent.name == f"writing_{absent['step']:08d}" and rank == absent["rank"]:
             raise CheckpointError("stayed away")
         save(folder, tensors, group)
 
-    with mock.patch.object(checkpointing, "save_tensors", stays_away) if absent else nullcontext():
+    with mock.patch.object(checkpointer, "save_tensors", stays_away) if absent else nullcontext():
         yield
 
 
@@ -91,7 +97,11 @@ def recipe_of(folder, case):
         "optimizer": case["optimizer"],
     }
     # An epoch of 5 steps: interruptions fall on its end, before and after it.
-    changes["data"] |= {"train": str(folder / "few.parquet"), "streaming": case.get("streaming", False), "stream_lanes": 16}
+    changes["data"] |= {
+        "train": str(folder / "few.parquet"),
+        "streaming": case.get("streaming", False),
+        "stream_lanes": 16,
+    }
     changes["data"] |= {"shuffle_window": 16, "validation": str(folder / "few.parquet")}
     changes["data"]["in_memory"] = False
     changes["train"]["epochs"] = 3
@@ -104,7 +114,11 @@ def run_until(trainer, until, full_disk=None):
     take = trainer._step
 
     def step(number, batches):
-        if full_disk is not None and trainer.order.rank in full_disk["ranks"] and number in (full_disk["from"], full_disk["to"]):
+        if (
+            full_disk is not None
+            and trainer.order.rank in full_disk["ranks"]
+            and number in (full_disk["from"], full_disk["to"])
+        ):
             trainer.checkpointer.wait()
             # Files of this process cannot grow beyond 30 kB: a checkpoint's cannot be written, as on a full disk.
             limit = 30_000 if number == full_disk["from"] else resource.RLIM_INFINITY
@@ -125,7 +139,8 @@ def run_until(trainer, until, full_disk=None):
 
 
 def assert_copies(trainer):
-    """What is being written must not change when training goes on: weights, buffers, optimizer and average are all overwritten here."""
+    """What is being written must not change when training goes on: weights, buffers, optimizer and average are all
+    overwritten here."""
     collected = trainer.checkpointer._state.collect()
     before = {name: local_part(tensor).clone() for name, tensor in collected.items()}
     model = trainer.accelerator.unwrap_model(trainer.student)
@@ -173,8 +188,15 @@ def described(folder, case, finished):
     written = [line["checkpoint"] for line in lines if "checkpoint" in line]
     values = {"written": [[line["step"], line["error"]] for line in written]}
     values["starts"] = [start["step"] for start in json.loads((run / "provenance.json").read_text())]
-    values |= {"steps": [line for line in lines if "step" in line], "evaluations": [line for line in lines if "evaluation" in line]}
-    values |= {"images": images, "finished": finished, "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir())}
+    values |= {
+        "steps": [line for line in lines if "step" in line],
+        "evaluations": [line for line in lines if "evaluation" in line],
+    }
+    values |= {
+        "images": images,
+        "finished": finished,
+        "checkpoints": sorted(p.name for p in (run / "checkpoints").iterdir()),
+    }
     if finished:
         state = read_file(run / "student.safetensors")
         values["sha256"] = hashlib.sha256((run / "student.safetensors").read_bytes()).hexdigest()

@@ -1,4 +1,5 @@
-"""Runs the cases that a file names, in this process, which may be one rank of many; writes what they return to FOLDER/rankN.json."""
+"""Runs the cases that a file names, in this process, which may be one rank of many; writes what they return to
+FOLDER/rankN.json."""
 
 import json
 import os
@@ -16,7 +17,7 @@ import evaluation_cases
 import loss_cases
 import trainer_cases
 
-from dkd.training.engine import leave_process_group
+from dkd.engines.engine import leave_process_group
 
 CASES = [*loss_cases.CASES, *evaluation_cases.CASES, *trainer_cases.CASES]
 

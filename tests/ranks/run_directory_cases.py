@@ -16,12 +16,13 @@ from accelerate.state import AcceleratorState, GradientState
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from dkd.checkpoints import tensors
+from dkd.checkpoints import checkpointer, tensors
 from dkd.config import RecipeError
 from dkd.config.loading import validate
-from dkd.training import checkpointing, preflight, resuming
-from dkd.training.endings import TrainingError
-from dkd.training.engine import leave_process_group
+from dkd.engines.engine import leave_process_group
+from dkd.errors import TrainingError
+from dkd.preflight import checks
+from dkd.training import resume
 from dkd.training.trainer import Trainer
 
 
@@ -41,7 +42,7 @@ def trainer_of(run, steps=3, allow_recipe_change=False):
     AcceleratorState._reset_state()
     GradientState._reset_state()
     recipe = recipe_of(run, steps)
-    preflight.check(recipe, allow_recipe_change=allow_recipe_change)
+    checks.check(recipe, allow_recipe_change=allow_recipe_change)
     return Trainer(recipe, "resume", allow_recipe_change) if allow_recipe_change else Trainer(recipe)
 
 
@@ -71,7 +72,7 @@ def errors_of(trainer, before_step=lambda number: None):
 
 def late_file(folder):
     """Rank 0 sees what rank 1 has written a while after it was written."""
-    save = checkpointing.save_tensors
+    save = checkpointer.save_tensors
 
     def hidden_for_a_while(path, values, group):
         save(path, values, group)
@@ -80,7 +81,7 @@ def late_file(folder):
             hidden = file.rename(path.parent.parent / f"hidden_{path.parent.name}")
             threading.Timer(0.5, lambda: hidden.rename(file)).start()
 
-    with mock.patch.object(checkpointing, "save_tensors", hidden_for_a_while):
+    with mock.patch.object(checkpointer, "save_tensors", hidden_for_a_while):
         return errors_of(trainer_of(folder / "late"))
 
 
@@ -103,7 +104,7 @@ def late_at_resume(folder):
 
 def refused(run):
     try:
-        with mock.patch.object(resuming, "LOOK_AGAIN_SECONDS", 0.2):
+        with mock.patch.object(resume, "LOOK_AGAIN_SECONDS", 0.2):
             return errors_of(trainer_of(run))
     except RecipeError as error:
         return {"refused": re.sub(r"/[^']*rank \d", "RUN", str(error))}

@@ -12,16 +12,18 @@ from few_images import write_images
 from launched import STEPS
 from safetensors.torch import save_file
 
+from dkd.build import assembly
+from dkd.commands.plan.plan import plan
 from dkd.config import RecipeError
 from dkd.config.loading import validate
+from dkd.distillation import grad_cache
+from dkd.distributed.async_mean import AsyncMean
+from dkd.errors import TrainingError
 from dkd.global_batch import BatchLayout, collectives, gram
 from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
-from dkd.training import assembly, hardware, preflight, two_passes
+from dkd.preflight import checks, hardware
 from dkd.training import trainer as trainer_module
-from dkd.training.endings import TrainingError
-from dkd.training.plan import plan
-from dkd.training.rank_means import RankMeans
 from dkd.training.trainer import Trainer
 
 RECIPE = {
@@ -41,7 +43,10 @@ RECIPE = {
 
 
 def recipe_of(folder, name, changes):
-    values = {**RECIPE, **{key: {**RECIPE.get(key, {}), **value} if key != "optimizer" else value for key, value in changes.items()}}
+    values = {
+        **RECIPE,
+        **{key: {**RECIPE.get(key, {}), **value} if key != "optimizer" else value for key, value in changes.items()},
+    }
     values["run"] = {**values["run"], "name": name, "dir": str(folder / name)}
     return validate(values)
 
@@ -56,7 +61,7 @@ def train(folder, name, changes, tamper=lambda trainer: None):
     # Accelerate keeps its settings for the life of a process; each case here is a launch of its own.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    preflight.check(recipe)
+    checks.check(recipe)
     trainer = Trainer(recipe)
     teacher_before = weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None
     tamper(trainer)
@@ -70,7 +75,8 @@ def train(folder, name, changes, tamper=lambda trainer: None):
         "evaluation": result.facts(),
         "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()},
         "fingerprint": weights_fingerprint(trainer.accelerator.unwrap_model(trainer.student)),
-        "teacher_unchanged": teacher_before == (weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None),
+        "teacher_unchanged": teacher_before
+        == (weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None),
         "teacher_trains": any(m.training for m in trainer.teacher.modules()) if trainer.teacher is not None else False,
     }
 
@@ -99,8 +105,15 @@ def gradient_attention_accumulated(folder):
 
 def a_relational_loss_of_ones_own(folder):
     """SP as if it were somebody's: the same training as with `losses.sp`, accumulated, in two passes."""
-    own = {"name": "mine", "loss": "small_models:Relational", "weight": 3000 * 32 / 128, "pairs": [["layer3", "block3"]]}
-    return train(folder, "own", {"losses": {**RECIPE["losses"], "sp": None, "custom": [own]}, "train": {"micro_batch": 8}})
+    own = {
+        "name": "mine",
+        "loss": "small_models:Relational",
+        "weight": 3000 * 32 / 128,
+        "pairs": [["layer3", "block3"]],
+    }
+    return train(
+        folder, "own", {"losses": {**RECIPE["losses"], "sp": None, "custom": [own]}, "train": {"micro_batch": 8}}
+    )
 
 
 def gradient_attention_with_batch_norm(folder):
@@ -171,7 +184,8 @@ def ranks_whose_hardware_differs(folder):
 
 
 def ranks_with_other_recipes_or_teachers(folder):
-    """The last rank has an older copy of the recipe, then other weights of the teacher; its own place of the data is no difference."""
+    """The last rank has an older copy of the recipe, then other weights of the teacher; its own place of the data is no
+    difference."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     last = rank == size - 1
     weights = folder / f"teacher_{int(last)}.safetensors"
@@ -182,7 +196,10 @@ def ranks_with_other_recipes_or_teachers(folder):
         dist.barrier()
     found = {}
     for name, changes in (
-        ("recipe", {"losses": {"sp": {**RECIPE["losses"]["sp"], "gamma": 2000 if last else 3000}}, "data": {"workers": rank}}),
+        (
+            "recipe",
+            {"losses": {"sp": {**RECIPE["losses"]["sp"], "gamma": 2000 if last else 3000}}, "data": {"workers": rank}},
+        ),
         ("teacher", {"teacher": {"weights": str(weights)}}),
     ):
         AcceleratorState._reset_state()
@@ -206,7 +223,7 @@ def a_rank_that_skips_a_step_ends_all_ranks(folder):
     def ahead(step):
         return step + (rank == size - 1 and step >= 2)
 
-    with mock.patch.object(trainer_module, "RankMeans", lambda step, *numbers: RankMeans(ahead(step), *numbers)):
+    with mock.patch.object(trainer_module, "AsyncMean", lambda step, *numbers: AsyncMean(ahead(step), *numbers)):
         try:
             train(folder, "skipped", {}, tamper)
         except TrainingError as error:
@@ -217,7 +234,11 @@ def a_rank_that_skips_a_step_ends_all_ranks(folder):
 def second_forwards_repeat_the_first(folder):
     """With dropout, two passes a step: the logged difference of their features."""
     losses = {"at": None, "kd": None}
-    changes = {"student": {"name": "small_models:Dropped", "norm": None}, "losses": losses, "train": {"micro_batch": 8, "max_steps": 3}}
+    changes = {
+        "student": {"name": "small_models:Dropped", "norm": None},
+        "losses": losses,
+        "train": {"micro_batch": 8, "max_steps": 3},
+    }
     seen = []
 
     def tamper(trainer):
@@ -244,18 +265,25 @@ def mutated_trainings(folder):
     def without_divisor_a(cached, micro_step, features):
         return sum((features[path] * gradient).sum() for path, gradient in cached.gradients[micro_step].items())
 
-    loss = two_passes.CachedGradient.loss
+    loss = grad_cache.CachedGradient.loss
     mistakes = {
         "factor W dropped": (BatchLayout, "mean", without_factor_w),
         "detached gather": (gathered, "backward", staticmethod(detached_gather)),
         "local Gram matrix": (similarity_preserving, "gram_rows", local_gram),
-        "divisor A dropped": (two_passes.CachedGradient, "loss", without_divisor_a),
-        "divisor A doubled": (two_passes.CachedGradient, "loss", lambda *arguments: 2 * loss(*arguments)),
-        "γ_eff with the micro-batch": (assembly, "effective_gamma", lambda gamma, reference, rows: gamma * rows / 4 / reference),
+        "divisor A dropped": (grad_cache.CachedGradient, "loss", without_divisor_a),
+        "divisor A doubled": (grad_cache.CachedGradient, "loss", lambda *arguments: 2 * loss(*arguments)),
+        "γ_eff with the micro-batch": (
+            assembly,
+            "effective_gamma",
+            lambda gamma, reference, rows: gamma * rows / 4 / reference,
+        ),
     }
     results = {}
     for name, (owner, attribute, mistake) in mistakes.items():
-        changes = {"losses": with_strategy("gather"), "train": {"max_steps": 3, **({"micro_batch": 8} if "divisor" in name else {})}}
+        changes = {
+            "losses": with_strategy("gather"),
+            "train": {"max_steps": 3, **({"micro_batch": 8} if "divisor" in name else {})},
+        }
         with mock.patch.object(owner, attribute, mistake):
             results[name] = train(folder, name.replace(" ", "_"), changes)["lines"]
     return results
@@ -266,7 +294,8 @@ def with_strategy(strategy):
 
 
 def received_bytes_of_a_step_and_of_its_plan(folder):
-    """The second step of trainings, counted at the collective calls, and what `dkd plan` says: [bytes, collectives] of each."""
+    """The second step of trainings, counted at the collective calls, and what `dkd plan` says: [bytes, collectives] of
+    each."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     sp = RECIPE["losses"]["sp"]
     two_pairs = {**sp, "pairs": [["layer1", "block1"], ["layer3", "block3"]]}
@@ -277,7 +306,10 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
         "bf16 under way": {"losses": {"sp": {**sp, "comm_dtype": "bf16"}}, "train": {"precision": "bf16"}},
         "two pairs": {"losses": {"sp": {**two_pairs, "strategy": "exchange"}}, "train": {"precision": "bf16"}},
         "accumulated": {"train": {"micro_batch": 4, "precision": "fp32"}},
-        "one Gram matrix a micro-step": {"losses": {"sp": {**two_pairs, "batch": "micro"}}, "train": {"micro_batch": 4}},
+        "one Gram matrix a micro-step": {
+            "losses": {"sp": {**two_pairs, "batch": "micro"}},
+            "train": {"micro_batch": 4},
+        },
         "groups": {"losses": {"sp": {**sp, "scope": 2 if size > 1 else 1}}},
     }
     found = {}
@@ -365,10 +397,17 @@ def images_on_disk(folder, name, *args, **kwargs):
 
 
 def streaming_from_three_files(folder):
-    """Files of 90, 17 and 60 images in row groups of 16, on fewer and on more ranks than files. Two epochs and a bit."""
+    """Files of 90, 17 and 60 images in row groups of 16, on fewer and on more ranks than files. Two epochs and a
+    bit."""
     for number, count in enumerate((90, 17, 60)):
         images_on_disk(folder, f"three/{number}.parquet", count, seed=number)
-    data = {"train": str(folder / "three" / "*.parquet"), "streaming": True, "workers": 1, "shuffle_window": 20, "stream_lanes": 16}
+    data = {
+        "train": str(folder / "three" / "*.parquet"),
+        "streaming": True,
+        "workers": 1,
+        "shuffle_window": 20,
+        "stream_lanes": 16,
+    }
     return train(folder, "three_files", {"data": data, "train": {"epochs": 3, "max_steps": 12}})
 
 
@@ -382,7 +421,9 @@ def an_unreadable_image_ends_all_ranks(folder):
         path = images_on_disk(folder, f"broken {how}.parquet", 96, broken=[(index, how)])
         try:
             train(
-                folder, f"raise {how}", {"data": {"train": path, "workers": 0, "in_memory": False}, "train": {"epochs": 3, "max_steps": 6}}
+                folder,
+                f"raise {how}",
+                {"data": {"train": path, "workers": 0, "in_memory": False}, "train": {"epochs": 3, "max_steps": 6}},
             )
         except TrainingError as error:
             found[how] = str(error)
@@ -390,13 +431,22 @@ def an_unreadable_image_ends_all_ranks(folder):
 
 
 def an_image_of_another_size_ends_all_ranks(folder):
-    """Alone in its rank's micro-batch, if there are several ranks: nothing in that batch tells that it is not as the others'."""
+    """Alone in its rank's micro-batch, if there are several ranks: nothing in that batch tells that it is not as the
+    others'."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     path = images_on_disk(folder, "larger.parquet", 96, larger=[21])
-    transforms = {"transforms": [{"RandomHorizontalFlip": {}}], "validation_transforms": [{"RandomHorizontalFlip": {}}], "image_size": 16}
+    transforms = {
+        "transforms": [{"RandomHorizontalFlip": {}}],
+        "validation_transforms": [{"RandomHorizontalFlip": {}}],
+        "image_size": 16,
+    }
     normal = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     data = {"train": path, "validation": path, "workers": 0, "in_memory": False, **transforms, **normal}
-    changes = {"data": data, "losses": {"sp": None, "kd": None}, "train": {"global_batch": world, "epochs": 1, "max_steps": 96 // world}}
+    changes = {
+        "data": data,
+        "losses": {"sp": None, "kd": None},
+        "train": {"global_batch": world, "epochs": 1, "max_steps": 96 // world},
+    }
     try:
         train(folder, "larger", changes)
     except TrainingError as error:
@@ -413,7 +463,9 @@ def features_of_another_shape_on_one_rank_end_all_ranks(folder):
 
         def smaller(batch, images):
             found = outputs(batch, images)
-            return dataclasses.replace(found, features={path: f[..., 1:] if last else f for path, f in found.features.items()})
+            return dataclasses.replace(
+                found, features={path: f[..., 1:] if last else f for path, f in found.features.items()}
+            )
 
         trainer.forward.teacher = smaller
 

@@ -1,0 +1,1 @@
+"""`dkd launch-check`: whether a launch can train."""

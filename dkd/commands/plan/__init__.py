@@ -1,0 +1,1 @@
+"""`dkd plan`: what a recipe would move, hold and compute on a cluster."""

@@ -1,0 +1,76 @@
+"""Which features are compared, and what a sample weighs in it: β and γ mean different things for different maps and
+batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dkd.build import recipe_objects
+from dkd.config import Recipe
+from dkd.config.losses import AttentionTransferSection, WeightSchedule
+from dkd.losses.attention_transfer import token_grid
+from dkd.losses.similarity_preserving import effective_gamma
+from dkd.models import ModelSpec, output_shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str, str]]:
+    """A line for each pair of each loss: (name of the loss, what it compares, and its weight on one sample).
+
+    Args:
+        image_size: pixels, of the student's input.
+        gram_rows: of SP's Gram matrices; 0 without SP.
+    """
+    losses = recipe.losses
+    if recipe.teacher is None or not recipe_objects.pairs(recipe):
+        return []
+    student = _shapes(recipe_objects.student_spec(recipe), [s for s, _ in recipe_objects.pairs(recipe)], image_size)
+    teacher = _shapes(
+        recipe_objects.teacher_spec(recipe),
+        [t for _, t in recipe_objects.pairs(recipe)],
+        recipe.teacher.input_size or image_size,
+    )
+
+    def compared(s: str, t: str) -> str:
+        return f"{s} {_dimensions(student[s])}  ←  {t} {_dimensions(teacher[t])}"
+
+    lines = []
+    if losses.at is not None:
+        for (s, t), weight in zip(losses.at.paths, losses.at.pair_weights, strict=True):
+            lines.append(("at", f"{compared(s, t)}   {_attention_weight(losses.at, weight, student[s], teacher[t])}"))
+    if losses.sp is not None:
+        gamma = _first(losses.sp.gamma)
+        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_rows)
+        formula = f"γ·B/reference_batch = {gamma:g} · {gram_rows} / {losses.sp.reference_batch}"
+        for (s, t), weight in zip(losses.sp.paths, losses.sp.pair_weights, strict=True):
+            times = f" · {weight:g}" if weight != 1 else ""
+            lines.append(("sp", f"{compared(s, t)}   {formula}{times} = {effective * weight:g}"))
+    for custom in losses.custom:
+        lines += [(custom.name, f"{compared(s, t)}   weight {_first(custom.weight):g}") for s, t in custom.paths]
+    return lines
+
+
+def _attention_weight(
+    at: AttentionTransferSection, weight: float, student: tuple[int, ...], teacher: tuple[int, ...]
+) -> str:
+    """What ‖Q_S − Q_T‖² (or, by the paper's reduction, ‖Q_S − Q_T‖) of one sample weighs in its loss."""
+    maps = [token_grid(shape, at.class_tokens)[1:] for shape in (student, teacher)]
+    positions = min(maps[0][0], maps[1][0]) * min(maps[0][1], maps[1][1])
+    beta = _first(at.beta) * weight
+    if at.reduction == "paper":
+        return f"β/2 = {beta / 2:.4g} a sample's distance"
+    return f"β/HW = {beta:g} / {positions} = {beta / positions:.4g} a sample's squared distance"
+
+
+def _first(weight: float | WeightSchedule) -> float:
+    """Of a scheduled weight, what it starts with."""
+    return weight.start if isinstance(weight, WeightSchedule) else weight
+
+
+def _shapes(spec: ModelSpec, taps: list[str], image_size: int) -> Shapes:
+    return output_shapes(spec, list(dict.fromkeys(taps)), image_size)[1]
+
+
+def _dimensions(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

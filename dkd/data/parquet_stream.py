@@ -1,0 +1,210 @@
+"""Parquet read where it lies, a row group at a time: without the copy in Arrow format that `datasets` makes, on local
+disks or the hub.
+
+Read in the order of `StreamedBatchSampler`, each row group is read about once an epoch, by one worker of one rank.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dkd.data.sources import (
+    DataError,
+    common_folder,
+    decode,
+    hub_name,
+    image_and_label_columns,
+    loading_from_hub,
+    matching_files,
+    split_spec,
+    whole_labels,
+)
+
+_FILES_AT_ONCE = 16  # whose footers and labels are read from the hub, which answers slowly
+
+
+class _File(NamedTuple):
+    path: str
+    footer: Any
+    image_column: str
+    label_column: str
+    class_names: list[str] | None
+    labels: np.ndarray
+
+
+class RowGroups:
+    """A sequence of images with labels, in the order of files and rows. Labels are read at once, images by row groups,
+    of which those that still have images to give are kept.
+
+    Args:
+        files: paths, or URLs that fsspec knows.
+        name: what messages call it.
+        image_column, label_column: None: the only ones that fit.
+        folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
+
+    Raises:
+        DataError: files that cannot be read, have no such columns, or differ in columns or class names.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        name: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.name, self._folder = name, folder
+        with ThreadPoolExecutor(_FILES_AT_ONCE if any(map(_is_remote, files)) else 1) as pool:
+            opened = list(pool.map(lambda path: _read_labels(path, image_column, label_column), files))
+        opened = [file for file in opened if len(file.labels)]
+        if not opened:
+            raise DataError(f"{name}: no file has any row")
+        first = opened[0]
+        for file in opened[1:]:
+            for what in ("image_column", "label_column", "class_names"):
+                if getattr(file, what) != getattr(first, what):
+                    message = f"{name}: {file.path} has another {what.replace('_', ' ')} than {first.path}"
+                    raise DataError(f"{message}: {getattr(file, what)}, not {getattr(first, what)}")
+        self.image_column, self.class_names = first.image_column, first.class_names
+        self.labels = np.concatenate([file.labels for file in opened])
+        self._footers = {file.path: file.footer for file in opened}
+        groups = [
+            (file, number, file.footer.row_group(number))
+            for file in opened
+            for number in range(file.footer.num_row_groups)
+        ]
+        groups = [(file, number, group) for file, number, group in groups if group.num_rows]
+        self._groups = [(file.path, number) for file, number, _ in groups]
+        self.sizes = np.array([group.num_rows for _, _, group in groups], dtype=np.int64)
+        """Rows of each row group."""
+        self.bytes_per_group = sum(group.total_byte_size for _, _, group in groups) / len(groups)
+        self._ends = np.cumsum(self.sizes)
+        rows = np.cumsum([0, *(len(file.labels) for file in opened)])
+        self._first_rows = {file.path: int(row) for file, row in zip(opened, rows, strict=False)}
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._unread: dict[int, int] = {}
+        self._broken: dict[int, str] = {}
+        self._capacity = 2
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def keep(self, groups: int) -> None:
+        """How many row groups a process holds in memory at most: those that its order goes to and fro between."""
+        self._capacity = groups
+
+    def image(self, index: int) -> torch.Tensor:
+        """uint8 (3, H, W). Raises DataError."""
+        group, first = self._place(index)
+        cell = self._column(group)[index - first].as_py()
+        self._unread[group] -= 1
+        if self._unread[group] == 0:  # in a streamed order, it is not needed again in this epoch
+            del self._kept[group]
+        path = self._groups[group][0]
+        return decode(path, index - self._first_rows[path], cell, self._folder)
+
+    def images(self) -> Iterator[torch.Tensor]:
+        return (self.image(index) for index in range(len(self)))
+
+    def neighbours(self, index: int) -> range:
+        """Where another image can be had at little cost: in the same row group, unless that is what cannot be read."""
+        group, first = self._place(index)
+        return range(len(self)) if group in self._broken else range(first, int(self._ends[group]))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The row group that a row is in, and the first row of it."""
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        return group, int(self._ends[group] - self.sizes[group])
+
+    def _column(self, group: int) -> Any:
+        if group in self._kept:
+            self._kept.move_to_end(group)
+            return self._kept[group]
+        if group in self._broken:
+            raise DataError(self._broken[group])
+        import pyarrow.parquet as parquet
+
+        while len(self._kept) >= self._capacity:
+            self._kept.popitem(last=False)
+        path, number = self._groups[group]
+        try:
+            # Opened anew each time: worker processes must not share a file's position.
+            with _opened(path) as raw:
+                file = parquet.ParquetFile(raw, metadata=self._footers[path])
+                column = file.read_row_group(number, columns=[self.image_column], use_threads=False)[self.image_column]
+            if len(column) != self.sizes[group]:
+                raise ValueError(
+                    f"it holds {len(column)} rows, not the {self.sizes[group]} that the file's footer says"
+                )
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged pages and lost connections: each layer below has its own
+            self._broken[group] = f"row group {number} of {path} cannot be read: {type(error).__name__}: {error}"
+            raise DataError(self._broken[group]) from error
+        self._kept[group], self._unread[group] = column, len(column)
+        return column
+
+
+def open_row_groups(
+    spec: str, *, training: bool, image_column: str | None = None, label_column: str | None = None
+) -> RowGroups:
+    """The parquet files that `spec` names: files or globs, or a data set of the hub that is stored as parquet. Raises
+    DataError."""
+    kind, rest = split_spec(spec)
+    if kind == "parquet":
+        files = matching_files(rest)
+        return RowGroups(files, rest, image_column, label_column, common_folder(files))
+    if kind != "hub":
+        raise DataError(
+            f"data.streaming reads parquet files and hub:NAME, not {spec!r}; leave it out, or convert the data to "
+            "parquet"
+        )
+    from datasets import load_dataset_builder
+
+    with loading_from_hub(rest):
+        name, configuration, split = hub_name(rest, training)
+        files = [
+            str(file) for file in (load_dataset_builder(name, configuration).config.data_files or {}).get(split, [])
+        ]
+        if not files or any(not file.endswith(".parquet") for file in files):
+            raise DataError(
+                f"hub:{name} is not stored as parquet, which data.streaming needs; leave it out, and it is downloaded"
+            )
+        return RowGroups(files, f"hub:{name}:{split}", image_column, label_column)
+
+
+def _read_labels(path: str, image_column: str | None, label_column: str | None) -> _File:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+    from datasets import Features
+
+    try:
+        with _opened(path) as raw:
+            file = parquet.ParquetFile(raw, pre_buffer=True)
+            features = Features.from_arrow_schema(file.schema_arrow)
+            image, label = image_and_label_columns(features, path, image_column, label_column)
+            labels = whole_labels(file.read(columns=[label], use_threads=False)[label], path, label)
+            return _File(path, file.metadata, image, label, getattr(features[label], "names", None), labels)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _opened(path: str) -> Any:
+    if not _is_remote(path):
+        return open(path, "rb")
+    from fsspec.core import url_to_fs
+
+    system, inside = url_to_fs(path)
+    # Reading ahead would fetch most of a file for its labels, which lie scattered over it.
+    return system.open(inside, "rb", cache_type="none")

@@ -1,0 +1,1 @@
+"""By what a student is trained: DDP, FSDP2 and DeepSpeed, behind one protocol."""

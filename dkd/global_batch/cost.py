@@ -1,0 +1,138 @@
+"""What each way to the rows of the global Gram matrix moves and holds, and which is cheaper.
+
+W ranks with b rows each, B = W·b, d features. Elements that a rank receives for one tensor:
+
+                forward                          backward
+    gather      (W−1)·b·d                        (W−1)·b²
+    exchange    (W−1)·b·d'/W + (W−1)·b·B         (W−1)·b·B + (W−1)·b·d'/W           d' = d padded to a multiple of W
+
+`exchange` wins for wide features and batches that are not huge: its Gram matrices are B×B, but its features cross the
+network once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+STRATEGIES = ("gather", "exchange")
+
+# What starting a collective costs, as bytes that could be received meanwhile: half a millisecond at 1 Gbit/s, where a
+# wrong choice costs most. With it, `auto` takes the faster way in `python -m benchmarks.global_batch`, or one as fast.
+BYTES_PER_COLLECTIVE = 2**16
+
+
+@dataclass(frozen=True)
+class GramTensor:
+    """One tensor whose Gram rows are wanted.
+
+    Args:
+        width: d, features of a row.
+        backward: with gradient (the student's), or without (the teacher's).
+        feature_bytes: of one feature under way; features of one size travel together.
+        gram_bytes: of one element of the Gram matrix.
+    """
+
+    width: int
+    backward: bool
+    feature_bytes: int = 4
+    gram_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Elements that a rank receives: of features and their gradients, and of Gram matrices and their gradients."""
+
+    features: int
+    gram: int
+
+    @property
+    def elements(self) -> int:
+        return self.features + self.gram
+
+
+def received(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> Traffic:
+    """What each rank receives for one tensor, forward and, if it has one, backward.
+
+    Args:
+        strategy: `gather` or `exchange`.
+        tensor: which tensor.
+        rows: b, rows a rank holds.
+        world_size: W.
+    """
+    others = world_size - 1
+    if strategy == "gather":
+        return Traffic(others * rows * tensor.width, tensor.backward * others * rows**2)
+    passes = 1 + tensor.backward
+    slice_ = -(-tensor.width // world_size)
+    return Traffic(passes * others * rows * slice_, passes * others * rows * rows * world_size)
+
+
+def received_bytes(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> int:
+    """`received`, in bytes."""
+    elements = received(strategy, tensor, rows, world_size)
+    return elements.features * tensor.feature_bytes + elements.gram * tensor.gram_bytes
+
+
+def collectives(strategies: Sequence[str], tensors: Sequence[GramTensor]) -> int:
+    """How many collectives the tensors take, each by its strategy: those of one strategy and one size of features share
+    them."""
+    shared: dict[tuple[str, int], bool] = {}
+    for strategy, tensor in zip(strategies, tensors, strict=True):
+        key = strategy, tensor.feature_bytes
+        shared[key] = shared.get(key, False) or tensor.backward
+    return sum((1 if strategy == "gather" else 2) * (1 + backward) for (strategy, _), backward in shared.items())
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes that a rank holds at once at most: of features with their gradients, and of Gram matrices with theirs."""
+
+    features: int
+    gram: int
+
+    @property
+    def bytes(self) -> int:
+        return self.features + self.gram
+
+
+def held(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> MemoryUse:
+    """What a rank holds beside its own features and what becomes of their gradient. Arguments as `received`.
+
+    With m = b·d the numbers of a message: `gather` holds (W + 1)·m of student and teacher. `exchange` holds 2·m
+    forward, and backward m of both and 3·m of the student: the gradient as it is made, received, and put in order. Gram
+    matrices: for each tensor 2·b·B by `gather`, 4·B² by `exchange`. Half-precision features are promoted one tensor at
+    a time.
+    """
+    batch = rows * world_size
+    gathered = promoted = forward = backward = gram = 0
+    for strategy, tensor in zip(strategies, tensors, strict=True):
+        message = rows * tensor.width * tensor.feature_bytes
+        if strategy == "gather" or world_size == 1:
+            gathered += (world_size + 1) * message * (world_size > 1)
+            gram += 2 * rows * batch * tensor.gram_bytes
+        else:
+            forward += 2 * message
+            backward += (1 + 3 * tensor.backward) * message
+            gram += 4 * batch**2 * tensor.gram_bytes
+        if tensor.feature_bytes < tensor.gram_bytes:
+            # The promoted copy, and the gradient as it is computed, before it is rounded again.
+            copies = (world_size if strategy == "gather" else 1) + tensor.backward
+            promoted = max(promoted, copies * rows * tensor.width * tensor.gram_bytes)
+    return MemoryUse(gathered + max(forward, backward) + promoted, gram)
+
+
+def cost(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> int:
+    """The bytes that each rank receives, and what the collectives cost beside, in bytes."""
+    moved = sum(received_bytes(s, tensor, rows, world_size) for s, tensor in zip(strategies, tensors, strict=True))
+    return moved + BYTES_PER_COLLECTIVE * collectives(strategies, tensors)
+
+
+def cheapest_strategies(tensors: Sequence[GramTensor], rows: int, world_size: int) -> tuple[str, ...]:
+    """A strategy for each of the tensors of one loss: those that together should take the least time. Arguments as
+    `received`."""
+    # One for all, or for each what moves less: mixing the two costs more collectives, so it has to pay for them.
+    each = tuple(min(STRATEGIES, key=lambda s: received_bytes(s, tensor, rows, world_size)) for tensor in tensors)
+    candidates = [*itertools.chain(((s,) * len(tensors) for s in STRATEGIES), [each])]
+    return min(candidates, key=lambda strategies: cost(strategies, tensors, rows, world_size))

@@ -1,0 +1,1 @@
+"""Models for small images, built as their papers and public implementations build them."""
