@@ -336,7 +336,7 @@ def raise_together(ranks: Sequence[tuple[str | None, str | None]]) -> None:
         raise SharedCheckpointError("; ".join(told[:_MOST_RANKS]) + more)
 
 
-def newest_whole(folder: CheckpointFolder) -> tuple[int | None, list[str]]:
+def newest_intact(folder: CheckpointFolder) -> tuple[int | None, list[str]]:
     """Return the newest checkpoint whose files are as they were written, and what is wrong with newer ones. The main
     process's.
 

@@ -37,6 +37,7 @@ from dkd import atomic_files
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 from dkd.distributed.stop_signals import STOP_FILE
+from dkd.launch import Launch, Start
 from dkd.runs import launches
 from dkd.runs.launches import LAUNCHES_FILE, IfRunExists, Start
 from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
@@ -268,7 +269,9 @@ def is_run(path: Path) -> bool:
     return started or (path / _METRICS).exists() or bool(CheckpointFolder(path / _CHECKPOINTS).steps())
 
 
-def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
+def check_run_directory(
+    recipe: Recipe, launch: Launch, existing: IfRunExists, allow_recipe_change: bool
+) -> list[Problem]:
     """Check whether a run can start in `run.dir`, or resume there. Returns how its recipe differs from that of the run
     that is in it.
 
@@ -290,15 +293,10 @@ def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_chan
             raise RecipeError.at(
                 "run.dir", f"{str(path)!r} cannot be made or used: {str(folder)!r} cannot be written to"
             )
-    start = launches.this_start()
-    in_effect = launches.in_effect(existing, path, start)
-    if in_effect == "refuse" and start.launchers and _several_machines():
+    in_effect = launches.in_effect(existing, path, launch.start)
+    if in_effect == "refuse" and launch.start.launchers and launch.has_several_machines:
         in_effect = "replace"  # whether this is a restart, a new machine's ranks cannot know; `take_over` asks again, with all ranks
     return _check_content(path, recipe, in_effect, allow_recipe_change)
-
-
-def _several_machines() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 
 def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
