@@ -28,8 +28,8 @@ _UNPRINTABLE = {
 _ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _UNPRINTABLE}
 # For terminals of few letters. Any other character that they lack is escaped.
 _PLAIN = {
-    "×": "x", "·": "*", "←": "<-", "→": "->", "−": "-", "≤": "<=", "≥": ">=", "…": "...", "‖": "||", "²": "^2", "Σ": "sum",
-    "α": "alpha", "β": "beta", "γ": "gamma", "\N{NO-BREAK SPACE}": " ",
+    "×": "x", "·": "*", "←": "<-", "→": "->", "−": "-", "≤": "<=", "≥": ">=", "…": "...", "‖": "||", "²": "^2",
+    "Σ": "sum", "α": "alpha", "β": "beta", "γ": "gamma", "\N{NO-BREAK SPACE}": " ",
 }  # fmt: skip
 
 
@@ -80,6 +80,12 @@ def say(message: str) -> None:
         print(printable(message), file=stream, flush=True)
     except (OSError, ValueError):  # full disk, closed pipe; a stream that a host program has closed
         return
+
+
+def say_on_first_rank(message: str) -> None:
+    """Print one line to standard error on rank 0 only, for a message that is the same on all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        say(message)
 
 
 def show(*lines: str) -> None:

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -359,7 +360,7 @@ def test_a_bug_of_dkd_shows_its_traceback(monkeypatch, error):
     def broken(options):
         raise error("a bug")
 
-    monkeypatch.setattr(cli, "_status", broken)
+    monkeypatch.setitem(cli.COMMANDS, "status", replace(cli.COMMANDS["status"], run=broken))
     with pytest.raises(error):
         main(["status", "runs/x"])
 
