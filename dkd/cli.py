@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: find the command, run it, and turn its errors into lines and exit codes.
 
 Each command is a module of dkd/commands/. Nothing heavy is imported before a command needs it.
@@ -41,6 +42,8 @@ examples:
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
 
+shell completion: eval "$(register-python-argcomplete dkd)"
+
 exit codes: 0 done; 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started;
 75 stopped when asked, the same command resumes the run; 1 anything else
 """
@@ -53,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its arguments; default: those of this process.
     """
     console.accept_all_letters()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell that asks for completions
+        import argcomplete
+
+        argcomplete.autocomplete(_build_parser())
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in COMMANDS:
         parser = _build_parser()
@@ -112,7 +119,7 @@ class _OneLineEach(argparse.RawDescriptionHelpFormatter):
 
 
 def _build_parser() -> CommandLineParser:
-    """Return the parser of all commands, for `dkd --help`, and wrong commands."""
+    """Return the parser of all commands, for `dkd --help`, wrong commands and shell completion."""
     parser = CommandLineParser(
         prog="dkd",
         description="Distributed knowledge distillation for vision models.",

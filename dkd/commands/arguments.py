@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
+
 IMPORTS_CODE = (
     "Anything that the recipe names as module:callable (models, losses, data) is imported and called: its code runs."
 )
@@ -17,9 +19,10 @@ def add_recipe(parser: argparse.ArgumentParser, optional: bool = False, note: st
         optional: whether the command runs without a recipe, too.
         note: what to add to the help of RECIPE.
     """
-    parser.add_argument(
+    recipe: Any = parser.add_argument(
         "recipe", metavar="RECIPE", nargs="?" if optional else None, help=f"a YAML file{note}"
     )
+    recipe.completer = complete_recipe
     add_overrides(parser, "keys of the recipe to override")
 
 
@@ -35,6 +38,13 @@ def add_trust_code(parser: argparse.ArgumentParser, names: str) -> None:
         names: which module:callable the option allows to import.
     """
     parser.add_argument("--trust-code", action="store_true", help=f"import {names}")
+
+
+def complete_recipe(**context: Any) -> list[str]:
+    """Return the folders and YAML files that shell completion offers for RECIPE."""
+    from argcomplete.completers import FilesCompleter
+
+    return FilesCompleter(("yaml", "yml"))(**context)
 
 
 def positive(text: str) -> int:
