@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and return the exit code: 0, or 1 when some images could not be read."""
+    """Evaluate, and return the exit code: 0, or 1 when the loss is not finite."""
     check_environment()
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise InputError(

@@ -35,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from dkd.commands.plan.plan import describe, plan
+    from dkd.commands.plan.plan import plan
+    from dkd.commands.plan.text import describe
 
     console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
     return 0
