@@ -97,7 +97,7 @@ def _movement(gram: PlannedGram, strategy: str | None) -> str:
 def _reason(gram: PlannedGram, names: list[str]) -> str:
     """Return why the strategies in `names` were chosen."""
     if gram.strategy != "auto":
-        return "the recipe says so"
+        return "the recipe asks for it"
     if len(names) > 1:
         return "for each tap the one that moves less: " + ", ".join(
             f"{t.role} {t.path} by {t.strategy}" for t in gram.tensors
