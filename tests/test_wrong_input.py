@@ -405,7 +405,7 @@ def test_a_tar_with_members_that_cannot_be_read(tmp_path, capsys, member):
         ({"image_size": True}, "image_size"),
         ({"normalization": [1, 2]}, "normalization"),
         ({"normalization": {"mean": ["a"], "std": [1]}}, "normalization"),
-        ({"normalization": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "must say normalization as mean and std"),
+        ({"normalization": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "must hold normalization as mean and std"),
     ],
     ids=str,
 )
