@@ -77,7 +77,7 @@ schedule: {{name: constant}}
         wait(launch)
     assert launch.returncode == 1
     said = (tmp_path / "errors").read_text()
-    assert "dkd: rank 0 cannot go on: " in said, said
+    assert "dkd: rank 0 cannot continue: " in said, said
     host = platform.node()
     assert f"| rank 1 on {host}: step 5, forward; this is rank 0 on {host}: step 5, backward and update" in said, said
     assert "rank0]: Traceback" not in said

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launched import limit
+from launched import child_environment, limit
 
 from dkd import load_student
-from dkd.cli import main
+from dkd.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -125,6 +125,58 @@ finally:
     output = run(sys.executable, "-c", code).stdout
     assert "examples:" in output
     assert output.splitlines()[-1] == "[]"
+
+
+def test_help_has_one_line_for_each_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for command in COMMANDS.values():
+        assert len(command.summary) <= 60
+        assert [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"    {command.name} ")] == [
+            command.summary
+        ]
+
+
+def completions(tmp_path, line):
+    """Return what a shell is offered for `line` when its cursor is at the end, by argcomplete's protocol."""
+    answer = tmp_path / "completions"
+    protocol = {
+        "_ARGCOMPLETE": "1",  # the command is the first word of the line
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line.encode())),
+    }
+    answer.unlink(missing_ok=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "dkd"], cwd=ROOT, env=child_environment(**protocol), timeout=limit(60), check=False
+    )
+    assert process.returncode == 0
+    return [word.rstrip() for word in answer.read_text().split("\n")]  # a space after the only word
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("dkd tr", ["train"]),
+        ("dkd l", ["launch-check"]),
+        ("dkd --v", ["--version"]),
+        ("dkd train --ov", ["--overwrite"]),
+        ("dkd train configs/quickstart.yaml train.epochs=1 --dr", ["--dry-run"]),
+        ("dkd export --format ", ["safetensors", "torchvision", "onnx"]),
+        ("dkd train configs/quickstart_t", ["configs/quickstart_teacher.yaml"]),
+        ("dkd launch-check --seconds 9 configs/offi", ["configs/official/"]),
+        ("dkd plan READ", [""]),  # no recipe
+        ("dkd evaluate READ", ["README.md"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_files(tmp_path, line, wanted):
+    assert completions(tmp_path, line) == wanted
+
+
+def test_a_shell_completes_all_commands(tmp_path):
+    assert set(completions(tmp_path, "dkd ")) >= {*COMMANDS, "--help", "--version"}
 
 
 def test_the_digits_are_scikit_learns_and_do_not_need_it_imported():

@@ -10,7 +10,8 @@ import pytest
 import torch.distributed as dist
 from launched import limit, pause
 
-from dkd.commands.launch_check.check import Findings, compare
+from dkd.commands.launch_check.facts import compare
+from dkd.commands.launch_check.findings import Findings
 from dkd.distributed import stop_signals
 from dkd.distributed.heartbeat import RankStatus, told
 from dkd.distributed.rendezvous import Refused, RendezvousError, meet
@@ -184,10 +185,14 @@ FACTS = {
         ({"device_name": "B"}, [], ["the devices differ: A on rank 0 (node1); B on rank 1 (node2)"]),
         (
             {"host": "node1", "device_id": "0"},
-            ["rank 0 and rank 1 have the same GPU of node1: give each process one of its own"],
+            ["rank 0 and rank 1 have the same GPU of node1: give each process a GPU of its own"],
             [],
         ),
-        ({"clock": 100.0}, [], ["clocks differ by 100 s, or ranks came so late; node1 is behind"]),
+        (
+            {"clock": 100.0},
+            [],
+            ["clocks differ by 100 s, or ranks joined that far apart; the clock of node1 is behind"],
+        ),
     ],
 )
 def test_ranks_that_are_not_alike_are_told(changes, problems, warnings):

@@ -1,5 +1,5 @@
-"""`dkd plan`: what a recipe would move, hold and compute. That its bytes are those of a real step is in
-test_ranks.py."""
+"""`dkd plan`: what a recipe would move, hold and compute. test_ranks.py compares its bytes with those of a real
+step."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_accumulation_scopes_and_fixed_strategies(capsys):
     _, out, _ = planned(capsys, *arguments)
     assert "4,096 = 64 × 16 ranks × 4 micro-steps" in out
     assert "Gram matrices of 2,048 rows, 256 on each of 8 ranks, once a step" in out
-    assert "strategy    gather: the recipe says so" in out
+    assert "strategy    gather: the recipe asks for it" in out
     assert "(twice, for SP over micro-steps)" in out
     _, out, _ = planned(capsys, *arguments, "losses.sp.batch=micro")
     assert "Gram matrices of 512 rows, 64 on each of 8 ranks, 4 times a step" in out

@@ -228,7 +228,7 @@ def test_only_pictures_of_a_report_make_room_for_the_next(tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in pictures.iterdir()}
     capsys.readouterr()
     assert main(["report", str(run)]) == 2
-    assert "schedules.png' is there already, and not of a report" in capsys.readouterr().err
+    assert "schedules.png' exists, and no report wrote it" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
 
 

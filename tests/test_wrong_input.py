@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -359,7 +360,7 @@ def test_a_bug_of_dkd_shows_its_traceback(monkeypatch, error):
     def broken(options):
         raise error("a bug")
 
-    monkeypatch.setattr(cli, "_status", broken)
+    monkeypatch.setitem(cli.COMMANDS, "status", replace(cli.COMMANDS["status"], run=broken))
     with pytest.raises(error):
         main(["status", "runs/x"])
 
@@ -404,7 +405,7 @@ def test_a_tar_with_members_that_cannot_be_read(tmp_path, capsys, member):
         ({"image_size": True}, "image_size"),
         ({"normalization": [1, 2]}, "normalization"),
         ({"normalization": {"mean": ["a"], "std": [1]}}, "normalization"),
-        ({"normalization": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "must say normalization as mean and std"),
+        ({"normalization": {"mean": [0, 0, 0], "std": [1, 0, 1]}}, "must hold normalization as mean and std"),
     ],
     ids=str,
 )

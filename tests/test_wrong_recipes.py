@@ -283,7 +283,7 @@ def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
     ]
     assert "give --allow-recipe-change to go on with the new one, --overwrite to replace" in lines[-1]
     assert main(["train", str(recipe_file), "losses.kd=null", "--allow-recipe-change", "--dry-run"]) == 0
-    assert "the run goes on with another recipe: train.epochs: 7 before, 1 now" in capsys.readouterr().err
+    assert "the run resumes with a changed recipe: train.epochs: 7 before, 1 now" in capsys.readouterr().err
 
 
 def test_the_resolved_recipe_reads_back_to_itself(recipe_file):

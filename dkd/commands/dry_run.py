@@ -1,4 +1,4 @@
-"""What a recipe would run, in words."""
+"""Describe what a recipe would train: `dkd train --dry-run`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from dkd.preflight import checks, hardware
 
 
 def describe(recipe: Recipe) -> str:
-    """Opens the data and checks it; says what would be trained, on what, with which taps. Raises RecipeError."""
+    """Open and check the data, and return lines about data, batch, steps, models, taps and objective.
+
+    Raises:
+        RecipeError: the data cannot be opened or do not fit the recipe.
+    """
     world_size = launch.world_size()
     recipe, chosen = hardware.settled_here(recipe)
     training, validation = checks.open_sources(recipe)
@@ -37,7 +41,7 @@ def describe(recipe: Recipe) -> str:
             f"teacher     {teacher.name}, {_parameters(recipe_objects.teacher_spec(recipe)):,} parameters, weights "
             f"{teacher.weights}"
         )
-        lines += [f"{name:<11} {what}" for name, what in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
+        lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, assembly.gram_rows(recipe, order))]
     objective = assembly.build_objective(recipe, order, steps * train.epochs)
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")

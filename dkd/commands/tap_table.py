@@ -1,5 +1,8 @@
-"""Which features are compared, and what a sample weighs in it: β and γ mean different things for different maps and
-batches."""
+"""List the pairs of features that a recipe compares, with the weight of one sample.
+
+The same β and γ give a sample different weights for maps and batches of different sizes: these lines make recipes
+comparable.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str, str]]:
-    """A line for each pair of each loss: (name of the loss, what it compares, and its weight on one sample).
+    """Return (name of the loss, its two taps with shapes and the weight of one sample) for each pair of each loss.
 
     Args:
-        image_size: pixels, of the student's input.
-        gram_rows: of SP's Gram matrices; 0 without SP.
+        image_size: pixels, the side of the student's input.
+        gram_rows: rows of SP's Gram matrices; 0 without SP.
     """
     losses = recipe.losses
     if recipe.teacher is None or not recipe_objects.pairs(recipe):
@@ -54,7 +57,7 @@ def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str
 def _attention_weight(
     at: AttentionTransferSection, weight: float, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> str:
-    """What ‖Q_S − Q_T‖² (or, by the paper's reduction, ‖Q_S − Q_T‖) of one sample weighs in its loss."""
+    """Return the weight of ‖Q_S − Q_T‖² of one sample in the loss; with the paper's reduction, of ‖Q_S − Q_T‖."""
     maps = [token_grid(shape, at.class_tokens)[1:] for shape in (student, teacher)]
     positions = min(maps[0][0], maps[1][0]) * min(maps[0][1], maps[1][1])
     beta = _first(at.beta) * weight
@@ -64,7 +67,7 @@ def _attention_weight(
 
 
 def _first(weight: float | WeightSchedule) -> float:
-    """Of a scheduled weight, what it starts with."""
+    """Return a weight, or the value that a scheduled weight starts with."""
     return weight.start if isinstance(weight, WeightSchedule) else weight
 
 

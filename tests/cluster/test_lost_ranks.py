@@ -72,7 +72,7 @@ def test_a_stopped_rank_is_named_by_the_others_at_the_timeout(recipe, tmp_path):
         run.until_step(10, launch)
         os.kill(ranks(run.folder)[1], signal.SIGSTOP)
         stopped = time.monotonic()
-        until(lambda: "dkd: rank 0 cannot go on" in launch.said(), TIMEOUT + 10, launch)
+        until(lambda: "dkd: rank 0 cannot continue" in launch.said(), TIMEOUT + 10, launch)
         assert time.monotonic() - stopped > 0.5 * TIMEOUT
         # The launcher kills the stopped rank, half a minute after it has asked it to end.
         assert launch.wait(60) == 1
@@ -124,10 +124,10 @@ def test_a_cut_link_ends_all_ranks_in_time_and_the_next_start_finishes(how, reci
             said = launch.said()
             for rank in (2 * own, 2 * own + 1):
                 # A host ends its other ranks when one has ended; each that got as far names the other host.
-                lines = [line for line in said.splitlines() if f"dkd: rank {rank} cannot go on" in line]
+                lines = [line for line in said.splitlines() if f"dkd: rank {rank} cannot continue" in line]
                 for line in lines:
                     assert hosts.name(other) in line or hosts.address(other) in line, line
-            assert "cannot go on" in said, said
+            assert "cannot continue" in said, said
         assert not run.is_finished()
         hosts.join()
         with (
