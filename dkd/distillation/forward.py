@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dkd.data import Normalize
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.distillation import FrozenTeacher, InputGradientTerm, Objective
 from dkd.distillation.objective import Outputs
 from dkd.global_batch import full_precision

@@ -12,7 +12,7 @@ from dkd import console, launch
 from dkd.build import assembly, recipe_objects
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationLoader
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.data.sources import runs_user_code
 from dkd.engines import engine
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec

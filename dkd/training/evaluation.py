@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd.data import DataError, EvaluationLoader
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
 
 BATCHES_BETWEEN_AGREEMENTS = 8

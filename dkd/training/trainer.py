@@ -18,7 +18,7 @@ from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts, write_facts
 from dkd.config import Recipe, RecipeError
 from dkd.data import DataError, EvaluationLoader, TrainLoader
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.data.sources import ImageSource
 from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
