@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from dkd.atomic_files import LOOK_AGAIN_SECONDS, look_again
 from dkd.build.optimizers import state_keys
 from dkd.checkpoints import CheckpointError, SavedTensor
-from dkd.checkpoints.checkpointer import Checkpointer, newest_whole, raise_together, read_facts
+from dkd.checkpoints.checkpointer import Checkpointer, newest_intact, raise_together
+from dkd.checkpoints.facts import read_facts
 from dkd.config import Recipe, RecipeError
 from dkd.distributed.main_process import run_on_main
 from dkd.engines.ema import WeightAverage
@@ -21,7 +23,6 @@ from dkd.global_batch.collectives import all_gather_objects
 from dkd.runs import launches
 from dkd.runs.directory import RunDirectory, is_run
 from dkd.runs.launches import IfRunExists, Start
-from dkd.runs.place import LOOK_AGAIN_SECONDS, look_again
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _found(
     """On the main process: what the checkpoint to go on from says of itself, and what there is to say of others."""
     notes = run_dir.take_over(recipe, existing, start, allow_recipe_change)
     was_run = is_run(run_dir.path)
-    step, damaged = newest_whole(run_dir.checkpoints)
+    step, damaged = newest_intact(run_dir.checkpoints)
     notes += [f"warning: {problem}; an older checkpoint is taken" for problem in damaged]
     if step is None:
         return None, [

@@ -15,7 +15,9 @@ from dkd import launch
 from dkd.build import assembly, recipe_objects
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
-from dkd.checkpoints.checkpointer import Checkpointer, CheckpointSchedule, checkpoint_facts, run_facts, write_facts
+from dkd.checkpoints.checkpointer import Checkpointer
+from dkd.checkpoints.facts import checkpoint_facts, run_facts, write_facts
+from dkd.checkpoints.schedule import CheckpointSchedule
 from dkd.config import Recipe, RecipeError
 from dkd.data import DataError, EvaluationLoader, TrainLoader
 from dkd.data.samples import Batch

@@ -21,14 +21,14 @@ import torch.distributed as dist
 
 import dkd
 from dkd import atomic_files, console, launch
-from dkd.checkpoints.checkpointer import recipe_hash
+from dkd.checkpoints.facts import recipe_hash
 from dkd.config import Recipe, RecipeError
 from dkd.distributed import process_group
 from dkd.distributed.rendezvous import Refused, RendezvousError
 from dkd.engines import engine
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.preflight import checks, hardware
-from dkd.runs.directory import packages
+from dkd.provenance import packages
 from dkd.text import first_line
 
 _BUDGET = 2.0  # seconds that one measurement takes, about
