@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dkd import __version__, console, environment
+from dkd import __version__, console, launch
 from dkd.commands import evaluate, export, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import describe_in_one_line, is_data_error, list_problems
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _allow_open_files()
         return command.run(options)
     except KeyboardInterrupt:
-        if environment.speaks_for_machine():
+        if launch.speaks_for_machine():
             console.say("")
             console.say("dkd: interrupted; files that were written stay")
         os._exit(INTERRUPTED)  # without waiting for threads and other ranks
@@ -97,13 +97,13 @@ def _report_error(error: Exception | SystemExit, started: bool) -> int:
     """
     if is_data_error(error):
         # Any rank may read the image that cannot be read: that rank prints the line, and the launcher ends the others.
-        console.say(f"dkd: rank {os.environ.get('RANK', '0')}: {describe_in_one_line(error)}")
+        console.say(f"dkd: rank {launch.named_rank()}: {describe_in_one_line(error)}")
         return 1
     problems = None if started else list_problems(error)
     if problems is None:
         raise error
     # One process of each machine prints: the input of its neighbours is the same.
-    if environment.speaks_for_machine():
+    if launch.speaks_for_machine():
         for problem in problems:
             console.say(f"dkd: {problem}")
     return BAD_INPUT

@@ -13,6 +13,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from dkd import launch
+
 # Control characters of ASCII and of Latin-1, separators of lines, marks of the direction of text, and halves of
 # characters, which stand for bytes of a file's name that are not UTF-8.
 _UNPRINTABLE = {
@@ -85,7 +87,7 @@ def say(message: str) -> None:
 
 def say_on_first_rank(message: str) -> None:
     """Print one line to standard error on rank 0 only, for a message that is the same on all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if launch.named_rank() == "0":
         say(message)
 
 

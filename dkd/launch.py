@@ -1,11 +1,11 @@
 """The launch: how many processes it has, which one this is, and which engine it asks for.
 
-`accelerate launch`, `torchrun`, Slurm and Kubernetes describe a launch in environment variables, and DeepSpeed's engine in
-a JSON file. The command reads all of them once, into one frozen `Launch`: a file that moves or a variable that changes
-while training runs cannot change the run. No other module of dkd reads the environment.
+`accelerate launch`, `torchrun`, Slurm and Kubernetes describe a launch in environment variables, and DeepSpeed's engine
+in a JSON file. The command reads all of them once, into one frozen `Launch`: a file that moves or a variable that
+changes while training runs cannot change the run. No other module of dkd reads the environment.
 
-The launch states processes and engine, and nothing else. Where it also states batches, accumulation, clipping or precision
-and disagrees with the recipe, `dkd.preflight.launch` refuses the run.
+The launch states processes and engine, and nothing else. Where it also states batches, accumulation, clipping or
+precision and disagrees with the recipe, `dkd.preflight.launch` refuses the run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ _NO_FSDP = (
     ("FSDP_ACTIVATION_CHECKPOINTING", _YES, "BatchNorm would see every batch twice"),
     ("FSDP_CPU_RAM_EFFICIENT_LOADING", _YES, "Accelerate cannot do that with BatchNorm's buffers"),
     ("FSDP_OFFLOAD_PARAMS", _YES, "not supported"),
-    ("FSDP_AUTO_WRAP_POLICY", ("size_based_wrap",), "not supported; TRANSFORMER_BASED_WRAP finds the blocks of any model"),
+    (
+        "FSDP_AUTO_WRAP_POLICY",
+        ("size_based_wrap",),
+        "not supported; TRANSFORMER_BASED_WRAP finds the blocks of any model",
+    ),
 )
 
 
@@ -74,7 +78,11 @@ class Start:
         return (
             not set(self.launchers).isdisjoint(noted.launchers)
             or (self.launch_id is not None and self.launch_id == noted.launch_id)
-            or (self.slurm_job is not None and self.slurm_job == noted.slurm_job and self.slurm_start > noted.slurm_start)
+            or (
+                self.slurm_job is not None
+                and self.slurm_job == noted.slurm_job
+                and self.slurm_start > noted.slurm_start
+            )
         )
 
 
@@ -117,10 +125,10 @@ class Launch:
         """Read the environment of this process and the engine's file.
 
         Raises:
-            LaunchError: a variable is wrong, the engine is not supported, needs a launcher and has none, or its file cannot be
-                read.
+            LaunchError: a variable is wrong, the engine is not supported, needs a launcher and has none, or its file
+                cannot be read.
         """
-        engine, deepspeed = (_engine(cls.read_ranks()))
+        engine, deepspeed = _engine(cls.read_ranks())
         return cls._read(engine, deepspeed)
 
     @classmethod
@@ -175,9 +183,14 @@ class Launch:
 
 
 def speaks_for_machine() -> bool:
-    """Return whether this process prints what is the same for all processes of its machine. Never raises: it is asked when
-    the environment is wrong, too."""
+    """Return whether this process prints what is the same for all processes of its machine. Never raises: it is asked
+    when the environment is wrong, too."""
     return _whole_number(os.environ.get("LOCAL_RANK", "0")) in (0, None)
+
+
+def named_rank() -> str:
+    """Return the rank of this process, for a message that is printed where there may be no `Launch`."""
+    return os.environ.get("RANK", "0")
 
 
 def ranks_can_meet() -> bool:
@@ -186,14 +199,15 @@ def ranks_can_meet() -> bool:
 
 
 def local_world_size() -> int | None:
-    """Return the number of processes on this machine, or None where no launcher has set it to a number: for the losses in a
-    training loop of the user's own, which has no `Launch`."""
+    """Return the number of processes on this machine, or None where no launcher has set it to a number: for the losses
+    in a training loop of the user's own, which has no `Launch`."""
     found = _whole_number(os.environ.get("LOCAL_WORLD_SIZE", ""))
     return found or None
 
 
 def ask_for_repeatable_gpu_sums() -> None:
-    """Ask CUDA's matrix library for the same bits each time, unless the user has chosen otherwise: it reads a variable."""
+    """Ask CUDA's matrix library for the same bits each time, unless the user has chosen otherwise: it reads a
+    variable."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -212,12 +226,16 @@ def _environment_problems() -> list[str]:
         number = _whole_number(os.environ[name])
         if number is None or number < smallest or (largest is not None and number > largest):
             bounds = f"from {smallest} to {largest}" if largest is not None else f"from {smallest}"
-            found.append(f"the environment variable {name} must be a whole number {bounds}, not {os.environ[name][:80]!r}")
+            found.append(
+                f"the environment variable {name} must be a whole number {bounds}, not {os.environ[name][:80]!r}"
+            )
         else:
             numbers[name] = number
     for rank, size in _BOUNDS:
         if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
-            found.append(f"the environment variable {rank} must be less than {size}={numbers[size]}, not {numbers[rank]}")
+            found.append(
+                f"the environment variable {rank} must be less than {size}={numbers[size]}, not {numbers[rank]}"
+            )
     for name in _SWITCHES:
         value = os.environ.get(name, "false")
         if value.lower() not in _SWITCH_VALUES:
@@ -251,7 +269,9 @@ def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None]:
         stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
         name = f"zero{stage}"
         if name not in get_args(EngineName):
-            raise LaunchError(f"the launch asks for DeepSpeed with ZeRO stage {stage!r}; take stage 1, 2 or 3: {LAUNCH_FILES}")
+            raise LaunchError(
+                f"the launch asks for DeepSpeed with ZeRO stage {stage!r}; take stage 1, 2 or 3: {LAUNCH_FILES}"
+            )
     elif _is_on("ACCELERATE_USE_FSDP"):
         _check_fsdp()
         name = "fsdp2"
@@ -278,8 +298,8 @@ def _check_fsdp() -> None:
 
 
 def _deepspeed_file() -> dict[str, Any]:
-    """Return the content of the launch's DeepSpeed file. Raises LaunchError: there is none (Accelerate's flags in its place
-    would be half of one), or it is no JSON object."""
+    """Return the content of the launch's DeepSpeed file. Raises LaunchError: there is none (Accelerate's flags in its
+    place would be half of one), or it is no JSON object."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
         raise LaunchError(f"the launch asks for DeepSpeed without a DeepSpeed file; launch with one of {LAUNCH_FILES}")
@@ -287,7 +307,8 @@ def _deepspeed_file() -> dict[str, Any]:
         settings = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise LaunchError(
-            f"the launch's DeepSpeed file {path!r} cannot be read: {error}; paths are relative to the folder of the launch"
+            f"the launch's DeepSpeed file {path!r} cannot be read: {error}; paths are relative to the folder of the "
+            "launch"
         ) from error
     if not isinstance(settings, dict):
         raise LaunchError(f"the launch's DeepSpeed file {path!r} holds no JSON object")
@@ -317,7 +338,8 @@ def _launchers() -> tuple[str, ...]:
 
 
 def _parent() -> str:
-    """Return the process that has started this one, by its number and the time at which it began: numbers are reused."""
+    """Return the process that has started this one, by its number and the time at which it began: numbers are
+    reused."""
     content, reason = atomic_files.read_bytes(Path(f"/proc/{os.getppid()}/stat"))
     began = content.rpartition(b")")[2].split()[19:20] if reason is None else []
     return f"process {os.getppid()} {b''.join(began).decode()}"

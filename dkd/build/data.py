@@ -99,8 +99,8 @@ def decode_into_memory(data: DataSection, source: ImageSource, local_world_size:
 
 
 def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
-    """Count the worker processes of this rank: as the recipe states; by default none for images in memory, else a share of
-    the cores that the ranks of this machine may run on."""
+    """Count the worker processes of this rank: as the recipe states; by default none for images in memory, else a share
+    of the cores that the ranks of this machine may run on."""
     if data.workers != "auto":
         return data.workers
     if is_in_memory(source):
@@ -165,8 +165,8 @@ def build_mixing(recipe: Recipe) -> MixupCutmix | None:
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:
-    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, and row groups where
-    they count."""
+    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, and row groups
+    where they count."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
     if isinstance(source, RowGroups):
         digest.update(source.sizes.tobytes())

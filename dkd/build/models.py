@@ -78,9 +78,9 @@ def build_student(recipe: Recipe) -> TappedModel:
 
 
 def build_teacher(recipe: Recipe, launch: Launch, device: torch.device) -> FrozenTeacher | None:
-    """Return the teacher on its device, replicated or in shards as `teacher.placement` states, or None for a recipe without
-    one. A collective when it is cut into shards. On one rank there is nothing to share, and every placement is the
-    replicated teacher.
+    """Return the teacher on its device, replicated or in shards as `teacher.placement` states, or None for a recipe
+    without one. A collective when it is cut into shards. On one rank there is nothing to share, and every placement is
+    the replicated teacher.
 
     Raises:
         RecipeError: a rank keeps more of the teacher than its placement states.

@@ -80,9 +80,7 @@ def build_objective(recipe: Recipe, sampler: GlobalBatchSampler, total_steps: in
     if losses.gradient_at is not None:
         section = losses.gradient_at
         gradient_loss = GradientAttention(section.form, section.squared)
-        terms.append(
-            InputGradientTerm("gradient_at", weight(section.beta), gradient_loss, section.form == "symmetric")
-        )
+        terms.append(InputGradientTerm("gradient_at", weight(section.beta), gradient_loss, section.form == "symmetric"))
     if losses.kd is not None:
         terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
     terms += [_custom_term(custom, weight(custom.weight)) for custom in losses.custom]

@@ -4,14 +4,14 @@ launch."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dkd import environment
+from dkd import launch as launches
 from dkd.errors import InputError
+from dkd.launch import Launch
 from dkd.text import one_line, shorten
 
 if TYPE_CHECKING:
@@ -73,22 +73,20 @@ def refused_on_all_ranks() -> Iterator[None]:
         with input_errors_as_recipe_errors():
             yield
     except RecipeError:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or not environment.ranks_can_meet():
+        launch = Launch.read_ranks() if launches.ranks_can_meet() else Launch()
+        if launch.world_size == 1:
             raise
-        from dkd.distributed import process_group
+        from dkd.distributed.process_group import announces_refusals
 
-        with process_group.tells_refusals():
+        with announces_refusals(launch):
             raise
 
 
-def check_environment() -> None:
-    """Refuse wrong environment variables, for commands that a launcher may start. Raises RecipeError."""
-    from dkd.config import Problem, RecipeError
-
-    found = environment.problems()
-    if found:
-        with refused_on_all_ranks():
-            raise RecipeError([Problem("", problem) for problem in found])
+def read_launch() -> Launch:
+    """Return this process's launch, for commands that a launcher may start. Raises RecipeError on all ranks when one of
+    them cannot train."""
+    with refused_on_all_ranks():
+        return Launch.read()
 
 
 def load_recipe_on_all_ranks(options: argparse.Namespace) -> Recipe:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from dkd import console
 from dkd.commands.arguments import add_overrides, add_trust_code
 from dkd.commands.command import Command
-from dkd.commands.errors import check_environment
+from dkd.commands.errors import read_launch
 from dkd.errors import InputError
 
 _EXAMPLES = """
@@ -31,27 +30,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, and return the exit code: 0, or 1 when the loss is not finite."""
-    check_environment()
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+    launch = read_launch()
+    if launch.dynamo_backend != "no":
         raise InputError(
             "the launch asks for a dynamo_backend (ACCELERATE_DYNAMO_BACKEND), but an evaluation compiles nothing: "
             "remove it from the launch"
         )
 
-    from dkd.distributed import process_group
-    from dkd.engines.engine import leave_process_group
-    from dkd.training.evaluate_export import evaluate_export
+    import json
 
+    from dkd.distributed.process_group import announces_refusals
+    from dkd.engines.accelerated import leave_process_group
+    from dkd.training.evaluate_student import evaluate_student
+
+    with announces_refusals(launch):
+        evaluation = evaluate_student(options.target, options.overrides, options.trust_code, launch)
     try:
-        with process_group.tells_refusals():
-            result = evaluate_export(options.target, options.overrides, options.trust_code)
-    except console.Unwritable:  # only on the rank that prints; the other ranks wait for that rank to leave
-        leave_process_group()
-        raise
-    leave_process_group()
-    if result.problem:
-        console.say_on_first_rank(f"dkd: {result.problem}")
-    return 1 if result.problem else 0
+        if launch.is_main:
+            for note in evaluation.notes:
+                console.say(f"dkd: {note}")
+            console.show(json.dumps(evaluation.facts()))
+    finally:
+        leave_process_group()  # the other ranks wait for this one, whether its line could be written or not
+    problem = evaluation.result.problem
+    if problem:
+        console.say_on_first_rank(f"dkd: {problem}")
+    return 1 if problem else 0
 
 
 COMMAND = Command(

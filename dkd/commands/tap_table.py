@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dkd.build import recipe_objects
+from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
 from dkd.config.losses import AttentionTransferSection, WeightSchedule
 from dkd.losses.attention_transfer import token_grid
@@ -18,20 +18,20 @@ from dkd.models import ModelSpec, output_shapes
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str, str]]:
+def tap_table(recipe: Recipe, image_size: int, gram_size: int) -> list[tuple[str, str]]:
     """Return (name of the loss, its two taps with shapes and the weight of one sample) for each pair of each loss.
 
     Args:
         image_size: pixels, the side of the student's input.
-        gram_rows: rows of SP's Gram matrices; 0 without SP.
+        gram_size: rows of SP's Gram matrices; 0 without SP.
     """
     losses = recipe.losses
-    if recipe.teacher is None or not recipe_objects.pairs(recipe):
+    if recipe.teacher is None or not pairs(recipe):
         return []
-    student = _shapes(recipe_objects.student_spec(recipe), [s for s, _ in recipe_objects.pairs(recipe)], image_size)
+    student = _shapes(student_spec(recipe), [s for s, _ in pairs(recipe)], image_size)
     teacher = _shapes(
-        recipe_objects.teacher_spec(recipe),
-        [t for _, t in recipe_objects.pairs(recipe)],
+        teacher_spec(recipe),
+        [t for _, t in pairs(recipe)],
         recipe.teacher.input_size or image_size,
     )
 
@@ -44,8 +44,8 @@ def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str
             lines.append(("at", f"{compared(s, t)}   {_attention_weight(losses.at, weight, student[s], teacher[t])}"))
     if losses.sp is not None:
         gamma = _first(losses.sp.gamma)
-        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_rows)
-        formula = f"γ·B/reference_batch = {gamma:g} · {gram_rows} / {losses.sp.reference_batch}"
+        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_size)
+        formula = f"γ·B/reference_batch = {gamma:g} · {gram_size} / {losses.sp.reference_batch}"
         for (s, t), weight in zip(losses.sp.paths, losses.sp.pair_weights, strict=True):
             times = f" · {weight:g}" if weight != 1 else ""
             lines.append(("sp", f"{compared(s, t)}   {formula}{times} = {effective * weight:g}"))

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe
 from dkd.commands.command import Command
-from dkd.commands.errors import check_environment, input_errors_as_recipe_errors, load_recipe_on_all_ranks
+from dkd.commands.errors import input_errors_as_recipe_errors, load_recipe_on_all_ranks, read_launch
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
+    from dkd.launch import Launch
     from dkd.runs.launches import IfRunExists
 
 _EXAMPLES = """
@@ -55,29 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code: 0 finished, 75 stopped when asked (DKD_STOP_EXIT_CODE changes it), 1 failed."""
     console.never_fail()  # training continues whatever happens to the log
-    check_environment()
+    launch = read_launch()
     recipe = load_recipe_on_all_ranks(options)
 
-    from dkd.distributed import process_group
-    from dkd.preflight import checks
+    from dkd.distributed.process_group import announces_refusals
+    from dkd.preflight.check import check
 
-    existing: IfRunExists = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
-    with process_group.tells_refusals(), input_errors_as_recipe_errors():
-        changes = checks.check(recipe, existing, options.allow_recipe_change)
+    if_run_exists: IfRunExists = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
+    with announces_refusals(launch), input_errors_as_recipe_errors():
+        changes = check(recipe, launch, if_run_exists, options.allow_recipe_change)
     for change in changes:
         console.say_on_first_rank(f"dkd: the run resumes with a changed recipe: {change}")
     if options.dry_run:
-        return _print_dry_run(recipe)
-    return _train(recipe, existing, options)
+        return _print_dry_run(recipe, launch)
+    return _train(recipe, launch, if_run_exists, options)
 
 
-def _train(recipe: Recipe, existing: IfRunExists, options: argparse.Namespace) -> int:
-    from dkd.distributed import process_group, stop_signals
+def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: argparse.Namespace) -> int:
+    from dkd.distributed import stop_signals
 
-    stop_signals.note_signals()
+    stop_signals.note_signals(launch)
 
+    from dkd.distributed.process_group import announces_refusals
     from dkd.distributed.rendezvous import RendezvousError
-    from dkd.engines.engine import leave_process_group
+    from dkd.engines.accelerated import leave_process_group
     from dkd.errors import LostRankError, Stopped, TrainingError
     from dkd.training.trainer import Trainer
 
@@ -85,28 +87,28 @@ def _train(recipe: Recipe, existing: IfRunExists, options: argparse.Namespace) -
     # alone would wait for the others.
     code = 0
     try:
-        with process_group.tells_refusals(), input_errors_as_recipe_errors():
-            trainer = Trainer(recipe, existing, options.allow_recipe_change)
+        with announces_refusals(launch), input_errors_as_recipe_errors():
+            trainer = Trainer.from_recipe(recipe, launch, if_run_exists, options.allow_recipe_change)
         options.started = True
-        trainer.run()
+        trainer.fit()
     except (TrainingError, Stopped) as error:
         console.say_on_first_rank(f"dkd: {error}")
-        code = stop_signals.exit_code() if isinstance(error, Stopped) else 1
+        code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
     except (LostRankError, RendezvousError) as error:
-        console.say(f"dkd: rank {os.environ.get('RANK', '0')} cannot continue: {error}")
+        console.say(f"dkd: rank {launch.rank} cannot continue: {error}")
         # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
         os._exit(1)
     finally:
-        stop_signals.stop_noting()
+        stop_signals.stop_noting(launch)
     leave_process_group()
     return code
 
 
-def _print_dry_run(recipe: Recipe) -> int:
+def _print_dry_run(recipe: Recipe, launch: Launch) -> int:
     from dkd.commands.dry_run import describe
     from dkd.config import recipe_to_yaml
 
-    described = describe(recipe)
+    described = describe(recipe, launch)
     console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0
 

@@ -21,6 +21,7 @@ class BatchNormStatistics:
         world_size: W.
         restorable: whether `forget_step` may be called.
     """
+
     def __init__(self, model: nn.Module, micro_steps: int, world_size: int, restorable: bool = False) -> None:
         layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         self._statistics = [s for m in layers for s in (m.running_mean, m.running_var) if s is not None]

@@ -46,7 +46,8 @@ class Forward:
         self._teacher_differentiates = any(not term.mirrored for term in by_images)
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the student's input (b, 3, H, W) for these pixels; it requires gradient where a loss differentiates by it."""
+        """Return the student's input (b, 3, H, W) for these pixels; it requires gradient where a loss differentiates by
+        it."""
         images = self._as_input(self._normalize, pixels)
         return images.requires_grad_() if self._differentiates_images and torch.is_grad_enabled() else images
 
@@ -67,7 +68,8 @@ class Forward:
             (logits, mirrored), features = _halve(*self._student(torch.cat([images, images.flip(-1)])))
         else:
             logits, features = self._student(images)
-        # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision once.
+        # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
+        # once.
         return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()}, images, mirrored)
 
     def teacher(self, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
@@ -75,16 +77,16 @@ class Forward:
 
         Args:
             pixels: the teacher's own normalisation starts from them.
-            images: the student's input, which is also the teacher's where both are normalised alike, or where gradients are
-                to reach it.
+            images: the student's input, which is also the teacher's where both are normalised alike, or where gradients
+                are to reach it.
         """
         if self._teacher is None:
             return None
         if not self._teacher_differentiates:
             images = images.detach()
         if self._teacher_normalize is not None:
-            # From the pixels, whether gradients are to reach the student's input or not: the same features to the last bit.
-            # What is added is 0, and its derivative is that of one normalisation by the other.
+            # From the pixels, whether gradients are to reach the student's input or not: the same features to the last
+            # bit. What is added is 0, and its derivative is that of one normalisation by the other.
             own = self._as_input(self._teacher_normalize, pixels)
             images = own + (images - images.detach()) * self._slope(images) if images.requires_grad else own
         with self._twice_differentiable():

@@ -1,11 +1,13 @@
-"""The gradient of a relational loss over the whole global batch, where a rank computes the batch in several micro-steps.
+"""The gradient of a relational loss over the whole global batch, where a rank computes the batch in several
+micro-steps.
 
-A relational loss over B samples is no sum over micro-batches, and the graphs of all micro-steps do not fit into memory at
-once. So a step has two passes over the images, as in GradCache (Gao et al., 2021):
+A relational loss over B samples is no sum over micro-batches, and the graphs of all micro-steps do not fit into memory
+at once. So a step has two passes over the images, as in GradCache (Gao et al., 2021):
 
     1. forward of every micro-batch without graph; the tapped features are kept, and what the teacher yields.
     2. the loss on all of them, and its gradient with respect to the features: one exchange between ranks a step.
-    3. forward of each micro-batch again, with the same random numbers and BatchNorm buffers; ⟨feature, gradient⟩ joins its
+    3. forward of each micro-batch again, with the same random numbers and BatchNorm buffers; ⟨feature, gradient⟩ joins
+    its
        loss.
 """
 
@@ -39,15 +41,15 @@ class CachedGradient:
     teachers: Sequence[Outputs]
 
     def loss(self, micro_step: int, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return A·⟨feature, ∂total/∂feature⟩ for one micro-step: averaged over A micro-steps and W ranks, its gradient is
-        that of the relational loss."""
+        """Return A·⟨feature, ∂total/∂feature⟩ for one micro-step: averaged over A micro-steps and W ranks, its gradient
+        is that of the relational loss."""
         gradients = self.gradients[micro_step]
         products = [(features[path].to(gradient.dtype) * gradient).sum() for path, gradient in gradients.items()]
         return len(self.gradients) * torch.stack(products).sum()
 
     def difference(self, micro_step: int, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return how far pass 3's features are from pass 1's, relative to their norm: 0 when the second forward repeats the
-        first."""
+        """Return how far pass 3's features are from pass 1's, relative to their norm: 0 when the second forward repeats
+        the first."""
         pairs = [(features[path].detach().float(), seen.float()) for path, seen in self.features[micro_step].items()]
         return torch.stack([(now - seen).norm() / seen.norm().clamp_min(1e-12) for now, seen in pairs]).max()
 
@@ -72,7 +74,9 @@ def cache_gradient(
     kept = [{path: features[path].detach() for path in paths} for features in students]
     joined = {path: torch.cat([features[path] for features in kept]).requires_grad_() for path in paths}
     teacher_paths = {teacher for term in objective.terms for _, teacher in getattr(term, "pairs", [])}
-    teacher = Outputs(None, {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths})
+    teacher = Outputs(
+        None, {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths}
+    )
     layout = BatchLayout.even(len(labels))
     total, terms = objective(Outputs(None, joined), teacher, labels, step=step, layout=layout)
     # A term need not use all of its pairs.

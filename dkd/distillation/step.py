@@ -1,8 +1,8 @@
 """One optimizer step of distillation: what is computed, whatever computes it.
 
-`DistillationStep` holds the student, the frozen teacher, the objective, the two passes that relational losses need under
-gradient accumulation, and the rule by which BatchNorm's running statistics do not depend on the number of ranks. It knows
-no engine, no recipe and no file. The trainer calls it, and so can a training loop of your own:
+`DistillationStep` holds the student, the frozen teacher, the objective, the two passes that relational losses need
+under gradient accumulation, and the rule by which BatchNorm's running statistics do not depend on the number of ranks.
+It knows no engine, no recipe and no file. The trainer calls it, and so can a training loop of your own:
 
     step = DistillationStep(student, teacher, objective, micro_steps=len(micro_batches))
     step.begin(micro_batches, number)
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,8 +36,8 @@ _FORWARD, _MIXING = 0, 1  # purposes of random numbers: each has its own
 
 Mixing = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(uint8 images (b, 3, H, W), labels (b,), seed) -> mixed images and labels (b,) or class weights (b, K)."""
-MicroBatch = Sequence[torch.Tensor]
-"""Images (b, 3, H, W) and labels (b,), and whatever follows them."""
+MicroBatch = Sequence[Any]
+"""Images (b, 3, H, W), labels (b,), and whatever follows them."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class MicroLoss:
     """Holds the loss of one micro-step.
 
     Args:
-        total: what to back-propagate. Its gradient, averaged over micro-steps and ranks, is that of the objective on the
+        total: what to back-propagate. Its gradient, averaged over micro-steps and ranks, is that of the objective on
+            the global batch.
+        terms: each loss before its weight, detached; their means over micro-steps and ranks are the values on the
             global batch.
-        terms: each loss before its weight, detached; their means over micro-steps and ranks are the values on the global
-            batch.
-        counts: the total `loss`, detached, and under two passes `pass_difference`, how far the second forward is from the
-            first.
+        counts: the total `loss`, detached, and under two passes `pass_difference`, how far the second forward is from
+            the first.
     """
 
     total: torch.Tensor
@@ -120,7 +121,8 @@ class DistillationStep:
         self._cached = self._run_first_pass() if self.has_two_passes else None
 
     def loss(self, micro_step: int) -> MicroLoss:
-        """Run teacher and student on one micro-batch, in order; back-propagate `total` before the next. A collective."""
+        """Run teacher and student on one micro-batch, in order; back-propagate `total` before the next. A
+        collective."""
         self._finish_micro_batch()
         cached = self._cached
         pixels, labels = self._load(micro_step)
@@ -205,7 +207,7 @@ class DistillationStep:
         return self.forward.student(images)
 
     def _derive_seed(self, micro_step: int, purpose: int) -> int:
-        """Return the seed of a micro-batch: it depends on its place in the global batch and not on who computes it, and the
-        second pass repeats the first."""
+        """Return the seed of a micro-batch: it depends on its place in the global batch and not on who computes it, and
+        the second pass repeats the first."""
         place = micro_step * self._world_size + self._rank
         return derive_seed(self._seed, self._step, place, purpose)

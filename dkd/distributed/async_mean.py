@@ -39,8 +39,8 @@ class StepValues(Generic[N]):
 
 
 class AsyncMean:
-    """Packs a step's numbers into one tensor and averages it over ranks by one asynchronous all-reduce. All ranks make one
-    together, of the same names in the same order.
+    """Packs a step's numbers into one tensor and averages it over ranks by one asynchronous all-reduce. All ranks make
+    one together, of the same names in the same order.
 
     Args:
         step: the step that the numbers belong to.
@@ -75,7 +75,8 @@ class AsyncMean:
         return self._name(means)
 
     def in_step(self) -> bool:
-        """Return whether all ranks put in values of the same step: the same answer on every rank. Call it after `read`."""
+        """Return whether all ranks put in values of the same step: the same answer on every rank. Call it after
+        `read`."""
         return self._place_squared - self._place**2 < 0.5 / self._ranks
 
     def local(self) -> StepValues[float]:

@@ -1,4 +1,5 @@
-"""Heartbeats: each rank reports where it is, so that the others can name a rank that is lost, and whether it still runs.
+"""Heartbeats: each rank reports where it is, so that the others can name a rank that is lost, and whether it still
+runs.
 
 A thread of each rank writes its status into the launch's key-value store once a second, over a connection of its own:
 training itself sends nothing for it, and a store that is out of reach does not slow training down. When a collective
@@ -213,8 +214,8 @@ class Heartbeat:
 
 def compare(before: dict[int, RankStatus], now: dict[int, RankStatus], own: int, world_size: int) -> list[str]:
     """Return what two readings of all statuses, a few heartbeats apart, show of the other ranks: those that ended, then
-    those without a heartbeat, then those at an earlier place than the furthest; if there are none, one sentence that all
-    ranks had reached the same place.
+    those without a heartbeat, then those at an earlier place than the furthest; if there are none, one sentence that
+    all ranks had reached the same place.
 
     Args:
         own: the rank that reads; it is not among those described.

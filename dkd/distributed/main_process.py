@@ -16,7 +16,8 @@ def run_on_main(main: bool, action: Callable[[], T]) -> tuple[T | None, str | No
     """Run `action` on the main process while the others wait. A collective.
 
     Returns:
-        On every rank: what `action` returned (something small that can be pickled) and None; or None and the reason why it
+        On every rank: what `action` returned (something small that can be pickled) and None; or None and the reason why
+            it
         failed. Exceptions are returned as a message: raised on the main process alone, they would leave the other ranks
         hanging.
 

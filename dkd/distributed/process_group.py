@@ -16,12 +16,15 @@ from dkd.distributed.rendezvous import Refused, meet
 from dkd.launch import Launch
 
 REFUSAL_SECONDS = 300.0
-"""Seconds that a rank which cannot take part waits for the others, to report why: they may still be opening their data."""
+"""Seconds that a rank which cannot take part waits for the others, to report why: they may still be opening their
+data."""
 
 
 def open_process_group(launch: Launch, on_cpu: bool, timeout: float) -> bool:
-    """Join the default process group, if a launcher started this process and there is none yet. All ranks call it, before
-    anything else that they do together: Accelerate's own way does not connect again when a launcher restarts its workers.
+    """Join the default process group, if a launcher started this process and there is none yet. All ranks call it,
+    before
+    anything else that they do together: Accelerate's own way does not connect again when a launcher restarts its
+    workers.
 
     Args:
         on_cpu: gloo; else what torch has for the accelerator, whose device of this local rank is chosen.
@@ -53,11 +56,11 @@ def open_process_group(launch: Launch, on_cpu: bool, timeout: float) -> bool:
 
 @contextmanager
 def announces_refusals(launch: Launch) -> Iterator[None]:
-    """Inside, before the process group is opened, a RecipeError of this rank is reported to the ranks that would wait for
-    this one; a refusal of another rank becomes a RecipeError of this one.
+    """Inside, before the process group is opened, a RecipeError of this rank is reported to the ranks that would wait
+    for this one; a refusal of another rank becomes a RecipeError of this one.
 
-    What is wrong with a recipe is mostly wrong on every rank. What is wrong with one machine, such as a folder that is not
-    mounted there, is not, and the other ranks would wait until `run.start_timeout`.
+    What is wrong with a recipe is mostly wrong on every rank. What is wrong with one machine, such as a folder that is
+    not mounted there, is not, and the other ranks would wait until `run.start_timeout`.
     """
     try:
         yield

@@ -1,7 +1,8 @@
-"""Requests to stop a run: SIGTERM, SIGUSR1, SIGHUP (the terminal or the connection to it is gone), or a file called STOP.
+"""Requests to stop a run: SIGTERM, SIGUSR1, SIGHUP (the terminal or the connection to it is gone), or a file called
+STOP.
 
-A request does no more than leave a note. The ranks read each other's notes together with a step's other numbers, and stop
-at the same step, after a checkpoint.
+A request does no more than leave a note. The ranks read each other's notes together with a step's other numbers, and
+stop at the same step, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _before: dict[int, Any] = {}
 def note_signals(launch: Launch) -> None:
     """Let these signals ask this process to stop from now on, instead of ending it. Call it in the main thread."""
     global _wakeup
-    # Python runs handlers when its main thread next executes bytecode, which it does not while it waits for another rank;
-    # the bytes of a wakeup descriptor arrive at once.
+    # Python runs handlers when its main thread next executes bytecode, which it does not while it waits for another
+    # rank; the bytes of a wakeup descriptor arrive at once.
     _wakeup, written = socket.socketpair()
     _wakeup.setblocking(False)
     written.setblocking(False)
@@ -49,18 +50,19 @@ def note_signals(launch: Launch) -> None:
 
 def _stop_without_launcher(launcher: int) -> None:
     """Ask the run to stop when its launcher is gone, killed by a signal that it could not pass on: no process would end
-    these ranks. Another parent means that; asked by the clock, since the kernel's own notice (PR_SET_PDEATHSIG) is tied to
-    the launcher's thread.
+    these ranks. Another parent means that; asked by the clock, since the kernel's own notice (PR_SET_PDEATHSIG) is tied
+    to the launcher's thread.
 
-    A launcher of one machine takes the key-value store along. A run that has written a checkpoint has all the connections
-    that it needs for another; one that has not ends with an error.
+    A launcher of one machine takes the key-value store along. A run that has written a checkpoint has all the
+    connections that it needs for another; one that has not ends with an error.
     """
     while os.getppid() == launcher:
         time.sleep(_LOOK_EVERY)
         if _wakeup is None:  # training is over
             return
     console.say(
-        f"dkd: the launcher (pid {launcher}) of this rank is gone: the run stops, after a checkpoint if one can be written"
+        f"dkd: the launcher (pid {launcher}) of this rank is gone: the run stops, after a checkpoint if one can be "
+        "written"
     )
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -124,8 +126,8 @@ class StopRequests:
 
 
 def exit_code(launch: Launch) -> int:
-    """Return the exit code of a process that stopped when asked: DKD_STOP_EXIT_CODE, else 75. A launcher that may restart its
-    workers would take any code but 0 for a crash, and start them again."""
+    """Return the exit code of a process that stopped when asked: DKD_STOP_EXIT_CODE, else 75. A launcher that may
+    restart its workers would take any code but 0 for a crash, and start them again."""
     if launch.stop_exit_code is not None:
         return launch.stop_exit_code
     return 0 if launch.restarts_ranks else EXIT_CODE

@@ -27,12 +27,13 @@ from dkd.engines.rules import rules_of
 from dkd.engines.sharded_weights import full_state, parameter_counts
 from dkd.engines.state import TrainingState
 from dkd.engines.trackers import Trackers
-from dkd.launch import Launch
+from dkd.launch import Launch, keep_deepspeed_on_cpu
 from dkd.models import TappedModel, block_classes
 
 
 class AcceleratedEngine:
-    """An engine that Accelerate sets up. Nothing but the student and its optimizer is ever given to Accelerate to prepare.
+    """An engine that Accelerate sets up. Nothing but the student and its optimizer is ever given to Accelerate to
+    prepare.
 
     Args:
         recipe: with nothing left to the hardware.
@@ -56,6 +57,9 @@ class AcceleratedEngine:
     def __init__(self, recipe: Recipe, launch: Launch, run_dir: Path, student_parameters: Any = None) -> None:
         self.rules, self._launch = rules_of(launch), launch
         on_cpu = not has_gpu()
+        if on_cpu:
+            # Accelerate imports DeepSpeed when it unwraps a model, whatever the engine.
+            keep_deepspeed_on_cpu()
         options = self._options(recipe, on_cpu, student_parameters)
         set_arithmetic(recipe)
         with sharding_on_cpu() if on_cpu and self.rules.shards_training else nullcontext():
@@ -173,8 +177,8 @@ class AcceleratedEngine:
 
 
 def leave_process_group() -> None:
-    """Leave the process group. All ranks call it together, at the end. Accelerate's settings of this process go too, so that
-    it can start anew."""
+    """Leave the process group. All ranks call it together, at the end. Accelerate's settings of this process go too, so
+    that it can start anew."""
     if dist.is_initialized():
         # DDP keeps gloo's threads alive beyond the group. One that still has to let go of a tensor when the interpreter
         # shuts down aborts the process, after all is done. After a barrier, and with the interpreter idle for a moment,

@@ -14,11 +14,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def has_gpu() -> bool:
-    """Return whether there is an accelerator to train on. Apple's does not count: it has no float64, in which evaluation
-    and logs are summed."""
-    return (
-        torch.accelerator.is_available() and getattr(torch.accelerator.current_accelerator(), "type", "") != "mps"
-    )
+    """Return whether there is an accelerator to train on. Apple's does not count: it has no float64, in which
+    evaluation and logs are summed."""
+    return torch.accelerator.is_available() and getattr(torch.accelerator.current_accelerator(), "type", "") != "mps"
 
 
 def device_type(asks_for_cpu: bool) -> str:

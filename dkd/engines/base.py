@@ -1,4 +1,5 @@
-"""What training asks of an engine. Everything that differs between DDP, FSDP2 and DeepSpeed is an implementation of it."""
+"""What training asks of an engine. Everything that differs between DDP, FSDP2 and DeepSpeed is an implementation of
+it."""
 
 from __future__ import annotations
 
@@ -94,5 +95,6 @@ class Engine(Protocol):
 
     def warn_after(self, timeout: float) -> float | None:
         """Return the seconds of waiting after which a rank reports where all ranks are, shortly before the collectives'
-        timeout; None where a timeout raises an error, as it does with gloo. Other backends end the process without one."""
+        timeout; None where a timeout raises an error, as it does with gloo. Other backends end the process without
+        one."""
         ...

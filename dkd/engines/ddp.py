@@ -30,8 +30,10 @@ class DdpEngine(AcceleratedEngine):
 def settle_buckets(wrapped: DistributedDataParallel, student: torch.nn.Module) -> None:
     """Let DDP rebuild its buckets now, by a backward in which the model itself does not run.
 
-    DDP rebuilds its buckets after its first backward, in the order in which gradients arrived. The last bits of a sum over
-    four or more ranks depend on them: without this, the first step of every start would be summed as no other step, and a
+    DDP rebuilds its buckets after its first backward, in the order in which gradients arrived. The last bits of a sum
+    over
+    four or more ranks depend on them: without this, the first step of every start would be summed as no other step, and
+    a
     resumed run would differ from an uninterrupted one.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]

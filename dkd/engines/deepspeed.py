@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-from dkd import launch as launches
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps
 from dkd.distillation import FrozenTeacher
@@ -20,7 +19,8 @@ from dkd.launch import Launch
 from dkd.models import TappedModel
 
 LARGEST_BUCKET = 500_000_000
-"""Elements of DeepSpeed's buffers for gradients that travel, its own default: 2 GB in float32, whatever the model's size."""
+"""Elements of DeepSpeed's buffers for gradients that travel, its own default: 2 GB in float32, whatever the model's
+size."""
 
 
 class ZeroEngine(AcceleratedEngine):
@@ -29,11 +29,8 @@ class ZeroEngine(AcceleratedEngine):
     kinds: ClassVar = (DistributedType.DEEPSPEED,)
     checks_gradients: ClassVar = True
 
-    def _options(
-        self, recipe: Recipe, on_cpu: bool, student_parameters: Callable[[], int] | None
-    ) -> dict[str, Any]:
+    def _options(self, recipe: Recipe, on_cpu: bool, student_parameters: Callable[[], int] | None) -> dict[str, Any]:
         if on_cpu:
-            launches.keep_deepspeed_on_cpu()
             without_shared_memory_op()
         parameters = None if student_parameters is None else student_parameters()
         settings = filled_settings(recipe, self._launch, parameters, on_gpu=not on_cpu)
@@ -51,8 +48,8 @@ class ZeroEngine(AcceleratedEngine):
 def filled_settings(
     recipe: Recipe, launch: Launch, parameters: int | None = None, on_gpu: bool = False
 ) -> dict[str, Any]:
-    """Return the launch's DeepSpeed file with what the recipe states of batches and clipping, and with buffers that fit the
-    student where the file leaves them open.
+    """Return the launch's DeepSpeed file with what the recipe states of batches and clipping, and with buffers that fit
+    the student where the file leaves them open.
 
     Args:
         parameters: of the student; None: not known yet, buffers are left open.
@@ -93,20 +90,19 @@ def _check_settings(settings: Mapping[str, Any], filled: Mapping[str, Any]) -> N
         if settings.get(key, "auto") not in ("auto", value):
             raise RecipeError.at(
                 "",
-                f"the launch's DeepSpeed file sets {key} = {settings[key]!r}, the recipe {value!r}; write \"auto\" there",
+                f'the launch\'s DeepSpeed file sets {key} = {settings[key]!r}, the recipe {value!r}; write "auto" there',
             )
     for key in ("bf16", "fp16", "torch_autocast"):
         if settings.get(key, {}).get("enabled") in (True, "true"):
             raise RecipeError.at(
                 "",
-                f"the launch's DeepSpeed file turns on {key}; leave it out: train.precision states it, and weights stay "
+                f"the launch's DeepSpeed file turns on {key}; leave it out: train.precision states it, and weights "
+                "stay "
                 "float32",
             )
     for key in ("optimizer", "scheduler"):
         if key in settings:
-            raise RecipeError.at(
-                "", f"the launch's DeepSpeed file holds {key!r}; leave it out: the recipe states it"
-            )
+            raise RecipeError.at("", f"the launch's DeepSpeed file holds {key!r}; leave it out: the recipe states it")
 
 
 def shard_teacher(teacher: FrozenTeacher) -> None:
@@ -121,5 +117,3 @@ def shard_teacher(teacher: FrozenTeacher) -> None:
     sharded, *_ = deepspeed.initialize(model=teacher.tapped, config=settings)
     teacher.tapped = sharded
     teacher.eval()
-
-

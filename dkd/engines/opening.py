@@ -13,7 +13,8 @@ from dkd.launch import Launch
 def open_engine(
     recipe: Recipe, launch: Launch, run_dir: Path, student_parameters: Callable[[], int] | None = None
 ) -> AcceleratedEngine:
-    """Set up the launch's engine. A collective; the process group is open. Arguments and errors as AcceleratedEngine."""
+    """Set up the launch's engine. A collective; the process group is open. Arguments and errors as
+    AcceleratedEngine."""
     kind: type[AcceleratedEngine]
     if launch.deepspeed is not None:
         from dkd.engines.deepspeed import ZeroEngine as kind

@@ -14,8 +14,8 @@ from dkd.user_code import describe_error
 
 
 class Trackers:
-    """The recipe's trackers. All ranks hold one; the main process's writes. A tracker runs code of its own: a disk, a server
-    or a connection that fails after days ends no training."""
+    """The recipe's trackers. All ranks hold one; the main process's writes. A tracker runs code of its own: a disk, a
+    server or a connection that fails after days ends no training."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -64,8 +64,8 @@ class Trackers:
         return None
 
     def finish(self) -> list[str]:
-        """Close them. Returns what went wrong. Not accelerator.end_training(): it would also destroy a process group that
-        the caller may still use."""
+        """Close them. Returns what went wrong. Not accelerator.end_training(): it would also destroy a process group
+        that the caller may still use."""
         problems = []
         for tracker in self._accelerator.trackers:
             try:

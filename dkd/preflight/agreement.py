@@ -54,8 +54,8 @@ def check_same_teacher(fingerprint: str) -> None:
 
 
 def check_same_data(training: Mapping[str, Any], validation: Mapping[str, Any]) -> None:
-    """Check that all ranks have opened the same data. A collective; the facts are those of `build.data.data_facts`. Raises
-    RecipeError on every rank."""
+    """Check that all ranks have opened the same data. A collective; the facts are those of `build.data.data_facts`.
+    Raises RecipeError on every rank."""
     for part, facts in (("train", training), ("validation", validation)):
         ranks = all_gather_objects(dict(facts))
         other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)

@@ -17,8 +17,8 @@ from dkd.runs.launches import IfRunExists
 def check(
     recipe: Recipe, launch: Launch, if_run_exists: IfRunExists = "resume", allow_recipe_change: bool = False
 ) -> list[Problem]:
-    """Check that files are there, models can be built, taps and pairs fit, and launch and recipe agree. On meta tensors:
-    seconds, no memory.
+    """Check that files are there, models can be built, taps and pairs fit, and launch and recipe agree. On meta
+    tensors: seconds, no memory.
 
     Args:
         if_run_exists: what is to become of a run that is in `run.dir` already.

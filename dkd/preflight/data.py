@@ -16,8 +16,8 @@ from dkd.preflight.collecting import collect
 
 
 def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSource]:
-    """Return training and validation images, opened and checked against the recipe; small training sets are decoded into
-    memory.
+    """Return training and validation images, opened and checked against the recipe; small training sets are decoded
+    into memory.
 
     Raises:
         RecipeError: with every problem found.
@@ -78,7 +78,8 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
 
 
 def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | None:
-    """Return transforms and normalisation, or None when they cannot be built; what is wrong with them joins `problems`."""
+    """Return transforms and normalisation, or None when they cannot be built; what is wrong with them joins
+    `problems`."""
     data, found = recipe.data, len(problems)
     for key, stages in (("transforms", data.transforms), ("validation_transforms", data.validation_transforms)):
         if isinstance(stages, list):

@@ -27,12 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-
 from dkd.config import Recipe, RecipeError, load_recipe
 from dkd.engines.arithmetic import device_type
 from dkd.engines.rules import rules_of
-from dkd.launch import Launch
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.launch import Launch
 from dkd.runs import launches
 from dkd.runs.launches import IfRunExists
 

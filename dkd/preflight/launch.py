@@ -38,7 +38,8 @@ def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> li
         problems.append(
             Problem(
                 what,
-                f"train.global_batch={train.global_batch} is not a multiple of {per_step} = micro_batch {b} × {world_size} "
+                f"train.global_batch={train.global_batch} is not a multiple of {per_step} = micro_batch {b} × "
+                f"{world_size} "
                 "processes; change one of the three",
             )
         )
@@ -59,9 +60,7 @@ def _teacher_problems(recipe: Recipe, launch: Launch, rules: EngineRules) -> lis
         return []
     if teacher.placement == "zero3" and not rules.uses_deepspeed:
         advice = f"take fsdp2 under {rules.name}"
-        found.append(
-            Problem("teacher.placement", f"zero3 needs a student under DeepSpeed ({LAUNCH_FILES}); {advice}")
-        )
+        found.append(Problem("teacher.placement", f"zero3 needs a student under DeepSpeed ({LAUNCH_FILES}); {advice}"))
     if teacher.placement != "replicated" and recipe.train.compile.teacher:
         found.append(Problem("train.compile.teacher", f"is not supported with teacher.placement={teacher.placement}"))
     if teacher.mesh != "world" and teacher.placement != "fsdp2":
@@ -70,9 +69,7 @@ def _teacher_problems(recipe: Recipe, launch: Launch, rules: EngineRules) -> lis
     if teacher.mesh == "node" and world % local:
         found.append(Problem("teacher.mesh", f"{world} processes are not {local} on every machine"))
     if teacher.weights_dtype == "bf16" and recipe.train.precision not in ("bf16", "auto"):
-        found.append(
-            Problem("teacher.weights_dtype", f"bf16 needs train.precision=bf16, not {recipe.train.precision}")
-        )
+        found.append(Problem("teacher.weights_dtype", f"bf16 needs train.precision=bf16, not {recipe.train.precision}"))
     if teacher.placement == "zero3" and teacher.weights_dtype == "bf16":
         found.append(Problem("teacher.weights_dtype", "is fp32 under ZeRO-3; take teacher.placement=fsdp2"))
     return found
@@ -135,7 +132,8 @@ def _disagreements(recipe: Recipe, launch: Launch, found: list[Problem]) -> list
         more.append(
             Problem(
                 "train.precision",
-                f"the launch asks for mixed_precision {precision}, the recipe for {recipe.train.precision}; leave it out "
+                f"the launch asks for mixed_precision {precision}, the recipe for {recipe.train.precision}; leave it "
+                "out "
                 f"of the launch, or write train.precision={precision}",
             )
         )

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.build import recipe_objects
+from dkd.build.data import build_image_pipeline, open_part, teacher_normalize
+from dkd.build.models import pairs as loss_pairs
+from dkd.build.models import teacher_spec
 from dkd.config import Recipe
 from dkd.data import DataError, ImagePipeline, ImageSource, Normalize
 from dkd.data.sources import runs_user_code
@@ -109,7 +111,7 @@ def observe(
         student = load_student(run.weights, trust_code)
     except (DataError, UnknownModelError, WeightsError, OSError) as error:
         return Observation(notes=[*notes, f"no pictures of features: {error}"])
-    pairs = list(dict.fromkeys(recipe_objects.pairs(recipe)))
+    pairs = list(dict.fromkeys(loss_pairs(recipe)))
     own = teacher = None
     try:
         taps = [s for s, _ in pairs]
@@ -156,15 +158,15 @@ def _open_images(recipe: Recipe, count: int | None, trust_code: bool, notes: lis
         raise DataError(
             f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code"
         )
-    source = recipe_objects.open_part(recipe.data, "validation")
+    source = open_part(recipe.data, "validation")
     wanted = count or max(2000, 20 * recipe.data.classes)
     shown, classified = (_select_readable(source, chosen, recipe, notes) for chosen in _choose(source, wanted))
-    return _Images(source, recipe_objects.build_image_pipeline(recipe), shown, classified)
+    return _Images(source, build_image_pipeline(recipe), shown, classified)
 
 
 def _view_teacher(recipe: Recipe, taps: list[str], images: _Images, trust_code: bool, notes: list[str]) -> ModelView:
     """Load the teacher and return its view of the images. Raises UnknownModelError, WeightsError and TapError."""
-    section, spec = recipe.teacher, recipe_objects.teacher_spec(recipe)
+    section, spec = recipe.teacher, teacher_spec(recipe)
     assert section is not None
     if ":" in section.name and not trust_code:
         raise UnknownModelError(f"the teacher {section.name!r} is code to be imported; allow it with --trust-code")
@@ -172,7 +174,7 @@ def _view_teacher(recipe: Recipe, taps: list[str], images: _Images, trust_code: 
     if section.weights == "random":
         raise WeightsError("the teacher's weights were random")
     load_weights(model, section.name, section.weights)
-    normalize = recipe_objects.teacher_normalize(recipe, images.pipeline.normalize)
+    normalize = teacher_normalize(recipe, images.pipeline.normalize)
     return _view_model(spec, model, taps, images, normalize, section.input_size, recipe, notes)
 
 
@@ -221,11 +223,11 @@ def _view_model(
 def _with_taps(run: RunFiles, others: Sequence[RunFiles], notes: list[str]) -> Recipe:
     """Return the run's recipe; where the recipe has no taps, with those of another run of the same student, and with
     that run's teacher."""
-    if recipe_objects.pairs(run.recipe):
+    if loss_pairs(run.recipe):
         return run.recipe
     for other in others:
         alike = other.recipe.student == run.recipe.student and run.recipe.teacher in (None, other.recipe.teacher)
-        if alike and recipe_objects.pairs(other.recipe):
+        if alike and loss_pairs(other.recipe):
             notes.append(f"this run taps no features; those of {other.label} are shown, with its teacher")
             return run.recipe.model_copy(update={"teacher": other.recipe.teacher, "losses": other.recipe.losses})
     notes.append("the recipe taps no features: no attention maps and no Gram matrices")

@@ -1,4 +1,5 @@
-"""Where what a run reports of itself goes: metrics.jsonl, trackers, and the person who watches it. None of them can end the run."""
+"""Where what a run reports of itself goes: metrics.jsonl, trackers, and the person who watches it. None of them can end
+the run."""
 
 from __future__ import annotations
 

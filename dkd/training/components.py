@@ -19,7 +19,8 @@ from dkd.build.models import build_models, student_parameters, teacher_facts
 from dkd.build.objective import build_objective, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
-from dkd.checkpoints.checkpointer import Checkpointer, run_facts
+from dkd.checkpoints.checkpointer import Checkpointer
+from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
 from dkd.data import EvaluationLoader, GlobalBatchSampler, ImageSource, TrainLoader
 from dkd.distillation.step import DistillationStep
@@ -116,7 +117,14 @@ class Components:
         shared = self.train_loader.shared_bytes + self.validation.shared_bytes
         parameters = parameter_counts(self.engine.model)
         lines = summarize(
-            self.recipe, self.launch, self.sampler, training, parameters, self.step.teacher, self.engine.device.type, shared
+            self.recipe,
+            self.launch,
+            self.sampler,
+            training,
+            parameters,
+            self.step.teacher,
+            self.engine.device.type,
+            shared,
         )
         for line in (*self.state.notes, *lines):
             self.log.say(line)
@@ -125,8 +133,8 @@ class Components:
 def build_components(
     recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, allow_recipe_change: bool
 ) -> Components:
-    """Open data, process group and engine; build models and losses; resume the run, or start it. A collective. Arguments and
-    errors as `Trainer.from_recipe`."""
+    """Open data, process group and engine; build models and losses; resume the run, or start it. A collective.
+    Arguments and errors as `Trainer.from_recipe`."""
     training, validation = open_sources(recipe, launch)
     run_dir = RunDirectory(recipe.run.dir, writes=False)
     # The first thing that the ranks of a start do together.

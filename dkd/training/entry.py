@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dkd.config import Recipe, load_recipe
-from dkd.config.loading import validate
+from dkd.config.loading import build_recipe
 from dkd.engines.accelerated import forget_settings, leave_process_group
 from dkd.errors import Stopped, TrainingError
 from dkd.launch import Launch
@@ -54,14 +55,15 @@ def train(
     if_run_exists: IfRunExists = "resume",
     allow_recipe_change: bool = False,
 ) -> TrainResult:
-    """Train a recipe, and return what was measured. All ranks of a launch call it together; a process without a launcher
-    trains alone. It can be called again in the same process.
+    """Train a recipe, and return what was measured. All ranks of a launch call it together; a process without a
+    launcher trains alone. It can be called again in the same process.
 
     Args:
         recipe: a YAML file, a mapping with the keys of one, or a Recipe.
-        overrides: `key=value` as on the command line, such as ["train.epochs=10", "optimizer.lr=0.05"]; values are YAML.
-        if_run_exists: what to do with a run that is in `run.dir` already: `resume` it from its newest intact checkpoint,
-            `refuse` to train, or `replace` it.
+        overrides: `key=value` as on the command line, such as ["train.epochs=10", "optimizer.lr=0.05"]; values are
+            YAML.
+        if_run_exists: what to do with a run that is in `run.dir` already: `resume` it from its newest intact
+            checkpoint, `refuse` to train, or `replace` it.
         allow_recipe_change: whether that run may be resumed with another recipe.
 
     Returns:
@@ -81,8 +83,8 @@ def train(
 
 
 def evaluate(target: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> StudentEvaluation:
-    """Evaluate the student of a run, a checkpoint or a weights file exactly, each sample once over all ranks. All ranks of a
-    launch call it together.
+    """Evaluate the student of a run, a checkpoint or a weights file exactly, each sample once over all ranks. All ranks
+    of a launch call it together.
 
     Args:
         target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
@@ -100,8 +102,8 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence
     """Return the recipe that `train` was given, with its overrides. Raises RecipeError."""
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides)
-    values = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
-    return validate(values, overrides)
+    values = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else recipe
+    return build_recipe(copy.deepcopy(dict(values)), overrides)
 
 
 @contextmanager

@@ -118,8 +118,8 @@ def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> A
 
 
 def _load_recipe_of(weights: Path, overrides: Sequence[str], world_size: int) -> Recipe:
-    """Return the recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch: evaluation
-    has its own."""
+    """Return the recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch:
+    evaluation has its own."""
     folders = [weights.parent, *weights.resolve().parents[1:3]]
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:

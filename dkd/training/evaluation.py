@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd.data import DataError, EvaluationLoader
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.runs.logger import RunLogger
 
@@ -80,7 +80,8 @@ def evaluate(
     loading: Iterator[Batch] | None = None,
     is_asked_to_stop: Callable[[int], bool] | None = None,
 ) -> Evaluation | None:
-    """Evaluate a student exactly. A collective: all ranks run equally many forwards of one shape; padding counts for nothing.
+    """Evaluate a student exactly. A collective: all ranks run equally many forwards of one shape; padding counts for
+    nothing.
 
     Args:
         logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.

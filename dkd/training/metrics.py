@@ -18,7 +18,8 @@ LARGEST_PASS_DIFFERENCE = 1e-2  # bf16 rounds to 4e-3; two different dropout mas
 
 
 class StepMetrics:
-    """Reads the means of each step, in order. Everything it decides, it decides from numbers that are equal on every rank.
+    """Reads the means of each step, in order. Everything it decides, it decides from numbers that are equal on every
+    rank.
 
     Args:
         recipe, schedule, state: of the run.
@@ -54,7 +55,8 @@ class StepMetrics:
         """What ranks wished for in the step that was read last."""
 
     def note_loading(self, step: int, failures: tuple[str, ...], unreadable: tuple[str, ...]) -> dict[str, float]:
-        """Note what went wrong on this rank in loading the images of a step. Returns the counts that inform the others."""
+        """Note what went wrong on this rank in loading the images of a step. Returns the counts that inform the
+        others."""
         if failures or unreadable:
             self._loading_problems[step] = failures, unreadable
         return {"load_failures": float(len(failures)), "unreadable": float(len(unreadable))}
@@ -139,7 +141,8 @@ class StepMetrics:
         local = mean.local()
         own = [local.counts["loss"], *(local.terms[name] for name in names)]
         ranks = all_gather_objects([place for place, value in enumerate(own) if not math.isfinite(value)])
-        # A loss over the global batch is broken on every rank; the term that is broken on the fewest shows where it began.
+        # A loss over the global batch is broken on every rank; the term that is broken on the fewest shows where it
+        # began.
         by_term = [[rank for rank, places in enumerate(ranks) if place in places] for place in range(len(own))]
         broken = min(filter(None, by_term), key=len, default=[])
         terms = ", ".join(f"{name} {values.terms[name]:.4g}" for name in names)

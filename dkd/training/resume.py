@@ -10,18 +10,20 @@ from typing import Any
 
 from torch import nn
 
+from dkd.atomic_files import LOOK_AGAIN_SECONDS, look_again
 from dkd.build.optimizers import state_keys
 from dkd.checkpoints import CheckpointError, SavedTensor
-from dkd.checkpoints.checkpointer import Checkpointer, newest_intact, raise_together, read_facts
+from dkd.checkpoints.checkpointer import Checkpointer, newest_intact, raise_together
+from dkd.checkpoints.facts import read_facts
 from dkd.config import Recipe, RecipeError
 from dkd.distributed.main_process import run_on_main
 from dkd.engines.ema import WeightAverage
 from dkd.engines.state import differences, optimizer_keys
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.launch import Launch, Start
 from dkd.runs import launches
 from dkd.runs.directory import RunDirectory, is_run
-from dkd.runs.launches import IfRunExists, Start
-from dkd.runs.place import LOOK_AGAIN_SECONDS, look_again
+from dkd.runs.launches import IfRunExists
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Resuming:
 
     Args:
         run_dir: not claimed yet.
-        if_run_exists: what is to become of a run that is there; a restart of a launch that has begun there resumes, whatever
-            this is.
+        if_run_exists: what is to become of a run that is there; a restart of a launch that has begun there resumes,
+            whatever this is.
         allow_recipe_change: whether that run may be resumed with another recipe.
         facts: `run_facts` of this launch.
         total_steps: of the whole run.
@@ -64,7 +66,8 @@ class Resuming:
 def resume_or_start(
     asked: Resuming, checkpointer: Checkpointer, model: nn.Module, average: WeightAverage | None
 ) -> ResumePoint:
-    """Claim the run directory, load the newest intact checkpoint in it, if there is one, and write what describes this start.
+    """Claim the run directory, load the newest intact checkpoint in it, if there is one, and write what describes this
+    start.
     A collective: the main process decides, all follow.
 
     Args:
@@ -72,8 +75,8 @@ def resume_or_start(
         average: the moving average of its weights, or None.
 
     Raises:
-        RecipeError: on every rank: the directory cannot be used, a rank does not see it, no checkpoint in it is intact, or it
-            is not of this recipe, student or teacher.
+        RecipeError: on every rank: the directory cannot be used, a rank does not see it, no checkpoint in it is intact,
+            or it is not of this recipe, student or teacher.
     """
     run_dir, main = asked.run_dir, asked.launch.is_main
     with ExitStack() as on_failure:
@@ -148,7 +151,8 @@ def _check_all_see(run_dir: RunDirectory, token: str | None) -> None:
 
 
 def _find(asked: Resuming, start: Start) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return, on the main process, what the checkpoint to resume from states of itself, and what is to be reported of others."""
+    """Return, on the main process, what the checkpoint to resume from states of itself, and what is to be reported of
+    others."""
     run_dir, total_steps = asked.run_dir, asked.total_steps
     notes = run_dir.take_over(asked.recipe, asked.if_run_exists, start, asked.allow_recipe_change)
     was_run = is_run(run_dir.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 
 from dkd.build.models import student_spec
-from dkd.checkpoints.checkpointer import Checkpointer, checkpoint_facts, write_facts
+from dkd.checkpoints.checkpointer import Checkpointer
+from dkd.checkpoints.facts import checkpoint_facts, write_facts
 from dkd.config import Recipe
 from dkd.distributed.main_process import run_on_main
 from dkd.distributed.stop_signals import STOP_FILE, StopRequests
@@ -34,7 +35,8 @@ Exported = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 @dataclass
 class RunSaver:
-    """Writes checkpoints, the finished student, and the marks of how a run ended. All ranks hold one, and call it together.
+    """Writes checkpoints, the finished student, and the marks of how a run ended. All ranks hold one, and call it
+    together.
 
     Args:
         facts: `run_facts` of the run.
@@ -83,7 +85,8 @@ class RunSaver:
             error = self._checkpoint_error = result.error
             if error is not None:
                 self.log.say(
-                    f"warning: the checkpoint after step {result.step} could not be written ({error}); training continues, "
+                    f"warning: the checkpoint after step {result.step} could not be written ({error}); training "
+                    "continues, "
                     "older ones stay"
                 )
             if result.warning is not None:
@@ -115,7 +118,8 @@ class RunSaver:
         _, reason = run_on_main(self.launch.is_main, lambda: mark(by, steps_done, self.total_steps, steps))
         if reason is not None:
             raise TrainingError(
-                f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: {reason}"
+                f"asked to stop by {by}, after step {steps_done}; {self.run_dir.path} cannot be marked as stopped: "
+                f"{reason}"
             )
         self.log.close()
         raise Stopped(steps_done, by)
@@ -124,8 +128,8 @@ class RunSaver:
         """Write the finished student, and mark the run as finished. A collective.
 
         Raises:
-            TrainingError: on every rank: the student could not be written where it belongs, the last checkpoint could not be
-                written, or the student's numbers are not finite.
+            TrainingError: on every rank: the student could not be written where it belongs, the last checkpoint could
+                not be written, or the student's numbers are not finite.
         """
         seconds = self.state.seconds()
         replaced = self.state.replaced_images
@@ -156,9 +160,7 @@ class RunSaver:
         self._raise_for(elsewhere, not_written, checkpoint_error, result)
         if replaced:
             self.log.say(f"{replaced} images could not be read and were replaced by others")
-        self.log.say(
-            f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}"
-        )
+        self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
 
     def _raise_for(
         self, elsewhere: str | None, not_written: str | None, checkpoint_error: str | None, result: Evaluation
@@ -175,7 +177,8 @@ class RunSaver:
             )
         if result.problem:
             raise TrainingError(
-                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower optimizer.lr, "
+                f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower "
+                "optimizer.lr, "
                 "a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
             )
 
@@ -192,5 +195,3 @@ class RunSaver:
 
     def _write_student(self, folder: Path, exported: Exported) -> None:
         save_student(folder, student_spec(self.recipe), *exported)
-
-

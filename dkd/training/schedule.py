@@ -1,10 +1,11 @@
-"""What happens after which step of a run: decided from numbers that are equal on all ranks, so that all decide alike."""
+"""What happens after which step of a run: decided from numbers that are equal on all ranks, so that all decide
+alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dkd.checkpoints.checkpointer import CheckpointSchedule
+from dkd.checkpoints.schedule import CheckpointSchedule
 from dkd.config import Recipe
 from dkd.config.derived import planned_steps, total_steps
 

@@ -49,10 +49,13 @@ def summarize(
     left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
     if left_out:
         yield (
-            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always full"
+            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always "
+            "full"
         )
     if not is_in_memory(training):
-        who = f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
+        who = (
+            f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
+        )
         yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
     if batch_memory * local > machine.memory() / 4:
         yield (
@@ -69,7 +72,8 @@ def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
     sp = recipe.losses.sp
     if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and sampler.micro_steps > 1)):
         yield (
-            f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the number "
+            f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the "
+            "number "
             "of ranks"
         )
     if recipe.teacher is not None and recipe.teacher.weights == "random":

@@ -139,7 +139,8 @@ class Trainer:
         return micro_batches, StepValues({}, {"seconds_waited": waited, **loading})
 
     def after_step(self, values: StepValues[Number]) -> Decision:
-        """Read the numbers of the step before, which were averaged while this one computed, and decide what happens now.
+        """Read the numbers of the step before, which were averaged while this one computed, and decide what happens
+        now.
 
         No rank waits for another here: the numbers of this step are read after the next one, or in `_carry_out`.
 
@@ -147,7 +148,8 @@ class Trainer:
             TrainingError: on every rank: training cannot continue.
         """
         parts, step = self.parts, self.state.step - 1
-        # From report to report, since a GPU still computes when `train_step` returns; reading waits for the step before.
+        # From report to report, since a GPU still computes when `train_step` returns; reading waits for the step
+        # before.
         now = time.monotonic()
         values.counts["seconds"], self._clock = now - self._clock, now
         values.counts["minutes_over"] = float(parts.launch.is_main and parts.schedule.minutes_over())

@@ -14,7 +14,7 @@ from few_images import write_images
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
-from dkd.checkpoints.checkpointer import newest_whole
+from dkd.checkpoints.checkpointer import newest_intact
 from dkd.checkpoints.folder import MANIFEST
 from dkd.checkpoints.tensors import _MetadataUnpickler
 from dkd.cli import main
@@ -96,15 +96,15 @@ def test_a_checkpoint_has_these_files_and_no_others(run):
 def test_a_harmed_file_makes_the_checkpoint_before_the_newest(run, name, harm):
     folder = CheckpointFolder(run / "checkpoints")
     harm(folder.path_of(3) / name)
-    step, problems = newest_whole(folder)
+    step, problems = newest_intact(folder)
     assert step == 2
     assert len(problems) == 1
     assert name in problems[0]
     harm(folder.path_of(2) / name)
-    assert newest_whole(folder)[0] == 1
+    assert newest_intact(folder)[0] == 1
     harm(folder.path_of(1) / name)
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
-        newest_whole(folder)
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
+        newest_intact(folder)
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -124,7 +124,7 @@ def test_training_ends_with_exit_code_2_when_no_checkpoint_is_whole(run, capsys)
         removed(run / "checkpoints" / f"step_{step:08d}" / MANIFEST)
     before = sorted(run.rglob("*"))
     assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
-    assert "no checkpoint is whole: " in capsys.readouterr().err
+    assert "no checkpoint is intact: " in capsys.readouterr().err
     assert sorted(p for p in run.rglob("*") if p.name != ".lock") == [p for p in before if p.name != ".lock"]
 
 
@@ -147,7 +147,7 @@ def test_metadata_that_would_run_code_is_not_loaded(run, tmp_path):
     folder, marker = CheckpointFolder(run / "checkpoints"), tmp_path / "ran"
     (folder.path_of(3) / "training" / ".metadata").write_bytes(pickle.dumps(RunsCode(marker)))
     sealed(folder, 3)
-    step, problems = newest_whole(folder)
+    step, problems = newest_intact(folder)
     assert step == 2
     assert "names posix.mkdir, which is no part of a checkpoint; it was not loaded" in problems[0]
     assert not marker.exists()
@@ -161,7 +161,7 @@ def test_metadata_that_calls_a_tensor_bytes_is_not_loaded(run):
     metadata.state_dict_metadata["model/fc.bias"] = BytesStorageMetadata()
     path.write_bytes(pickle.dumps(metadata))
     sealed(folder, 3)
-    assert newest_whole(folder)[0] == 2
+    assert newest_intact(folder)[0] == 2
 
 
 def test_metadata_that_points_elsewhere_is_not_loaded(run):
@@ -171,7 +171,7 @@ def test_metadata_that_points_elsewhere_is_not_loaded(run):
     path.write_bytes(content.replace(b"__0_0.distcp", b"../../../a.b"))
     assert path.read_bytes() != content
     sealed(folder, 3)
-    step, problems = newest_whole(folder)
+    step, problems = newest_intact(folder)
     assert step == 2
     assert "more than tensors of this folder" in problems[0]
 
@@ -203,7 +203,7 @@ def test_metadata_that_changes_a_class_is_not_loaded(run):
     code = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n}S'fqn'\nS'elsewhere'\nsb."
     path.write_bytes(b"\x80\x02" + code)
     sealed(folder, 3)
-    step, problems = newest_whole(folder)
+    step, problems = newest_intact(folder)
     assert step == 2
     assert "changes a class" in problems[0]
 
@@ -226,7 +226,7 @@ def test_a_link_is_no_file_of_a_checkpoint(run, tmp_path):
     path = folder.path_of(3) / "training" / "__0_0.distcp"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    step, problems = newest_whole(folder)
+    step, problems = newest_intact(folder)
     assert step == 2
     assert "is a link" in problems[0]
 
@@ -238,7 +238,7 @@ def test_damaged_checkpoints_are_set_aside_and_do_not_displace_whole_ones(run):
     assert main(["train", *less, f"run.dir={run}", "--allow-recipe-change"]) == 0
     folder = CheckpointFolder(run / "checkpoints")
     assert folder.steps() == [3]
-    assert newest_whole(folder) == (3, [])
+    assert newest_intact(folder) == (3, [])
     assert sorted(path.name for path in folder.path.glob("damaged_*")) == ["damaged_00000002", "damaged_00000003"]
 
 
@@ -253,7 +253,7 @@ def test_other_training_data_are_refused(tmp_path, capsys):
 
 def test_what_is_being_written_is_never_taken_for_a_checkpoint(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints")
-    assert newest_whole(folder) == (None, [])
+    assert newest_intact(folder) == (None, [])
     folder.writing_path(5).mkdir(parents=True)
     (folder.writing_path(5) / "a").write_text("half")
     (folder.path / "removing_00000001").mkdir()
@@ -367,7 +367,7 @@ def test_on_a_full_disk_training_goes_on_and_older_checkpoints_stay(small_disk, 
     assert "is the disk full?" in said or "No space left on device" in said
     assert "the last checkpoint could not be written" in said
     folder = CheckpointFolder(run / "checkpoints")
-    assert newest_whole(folder) == (2, [])
+    assert newest_intact(folder) == (2, [])
     assert folder.problem(1) is None
     enlarge()
     assert main(["train", *TRAINING, f"run.dir={run}"]) == 0
@@ -419,14 +419,12 @@ def test_the_best_checkpoints_are_kept_beside_the_newest(tmp_path):
 
 
 def test_the_clock_asks_for_checkpoints_too(monkeypatch):
-    from dkd.checkpoints import checkpointer
+    from dkd.checkpoints import schedule as schedules
     from dkd.config.schema import CheckpointSection
 
     now = [0.0]
-    monkeypatch.setattr(checkpointer.time, "monotonic", lambda: now[0])
-    schedule = checkpointer.CheckpointSchedule(
-        CheckpointSection(every_epochs=2, every_steps=7, every_minutes=1), 10, 100
-    )
+    monkeypatch.setattr(schedules.time, "monotonic", lambda: now[0])
+    schedule = schedules.CheckpointSchedule(CheckpointSection(every_epochs=2, every_steps=7, every_minutes=1), 10, 100)
     assert [step for step in range(1, 101) if schedule.due(step, False)] == sorted(
         {*range(7, 101, 7), *range(20, 101, 20)}
     )

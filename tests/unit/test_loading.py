@@ -18,7 +18,7 @@ from launched import limit, pause, run
 from dkd.cli import main
 from dkd.data import EvaluationLoader, GlobalBatchSampler, TrainLoader, open_source
 from dkd.data.jpeg import jpeg_decoder
-from dkd.data.loader import FilledSlot
+from dkd.data.samples import FilledSlot
 from dkd.data.worker_memory import BatchSlots
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,8 +133,8 @@ NOT_BEGUN = """
 import os, sys, time
 sys.path.insert(0, "tests/unit")
 from test_loading import Numbered, in_order
-from dkd.data import loader
-loader.START_SECONDS = float(sys.argv[1])
+from dkd.data import loading
+loading.START_SECONDS = float(sys.argv[1])
 left = 1 if sys.argv[2] == "once" else 99
 forked = 0
 

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from dkd.build import assembly
 from dkd.config.loading import validate
 from dkd.data import MixupCutmix, Normalize
-from dkd.data.loader import Batch
+from dkd.data.samples import Batch
 from dkd.distillation import LabelTerm, Objective
 from dkd.distillation.forward import Forward
 from dkd.losses import CrossEntropy

@@ -252,7 +252,7 @@ def test_a_file_that_is_replaced_is_not_read_from_the_copy(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dkd.data.sources import content_mark
+    from dkd.data.sources.data_files import content_mark
 
     path = tmp_path / "a.parquet"
     table = pa.table({"image": pa.array([bmp(color) for color in (10, 20)], pa.binary()), "label": [0, 1]})
@@ -269,22 +269,22 @@ def test_a_file_that_is_replaced_is_not_read_from_the_copy(tmp_path):
 def test_the_mark_of_large_files_reads_a_part_of_them(tmp_path, monkeypatch):
     import os
 
-    from dkd.data import sources
+    from dkd.data.sources import data_files
 
     path = tmp_path / "a.tar"
     content = np.random.default_rng(0).integers(0, 256, 2**23, dtype=np.uint8)
     path.write_bytes(content.tobytes())
-    before, mark = path.stat(), sources.content_mark([str(path)])
+    before, mark = path.stat(), data_files.content_mark([str(path)])
     read, pread = [], os.pread
-    monkeypatch.setattr(sources.os, "pread", lambda *arguments: (read.append(arguments[1]), pread(*arguments))[1])
-    monkeypatch.setattr(sources, "_BLOCKS_IN_ALL", 64)
-    marks = {sources.content_mark([str(path)])}
+    monkeypatch.setattr(data_files.os, "pread", lambda *arguments: (read.append(arguments[1]), pread(*arguments))[1])
+    monkeypatch.setattr(data_files, "_BLOCKS_IN_ALL", 64)
+    marks = {data_files.content_mark([str(path)])}
     assert sum(read) < 2**19
     for place in (0, 2**22, 2**23 - 1):
         changed = content.copy()
         changed[max(0, place - 2**17) : place + 2**17] ^= 1  # another file, even if only in a part
         path.write_bytes(changed.tobytes())
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        marks.add(sources.content_mark([str(path)]))
+        marks.add(data_files.content_mark([str(path)]))
     assert len(marks) == 4
     assert mark not in marks  # of other blocks

@@ -8,7 +8,7 @@ import os
 from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe, seconds
 from dkd.commands.command import Command
-from dkd.commands.errors import check_environment, load_recipe_on_all_ranks
+from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
 
 _EXAMPLES = """
 examples:
@@ -29,20 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check the launch, and return the exit code: 0 when it can train, else 1."""
-    check_environment()
+    launch = read_launch()
     recipe = None if options.recipe is None else load_recipe_on_all_ranks(options)
 
     from dkd.commands.launch_check.check import check_launch
-    from dkd.engines.engine import leave_process_group
+    from dkd.engines.accelerated import leave_process_group
 
-    rank = os.environ.get("RANK", "0")
     try:
-        found = check_launch(recipe, options.seconds)
+        found = check_launch(recipe, launch, options.seconds)
     except RuntimeError as error:
-        console.say(f"dkd: launch-check: rank {rank}: {error}")
+        console.say(f"dkd: launch-check: rank {launch.rank}: {error}")
         os._exit(1)  # the other ranks may be out of reach: nothing may wait for them
     try:
-        if rank == "0":
+        if launch.is_main:
             console.show(*found.lines)
             for warning in found.warnings:
                 console.say(f"dkd: warning: {warning}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import time
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 import torch
 
 import dkd
-from dkd import launch
-from dkd.checkpoints.checkpointer import recipe_hash
+from dkd.checkpoints.facts import recipe_hash
 from dkd.commands.launch_check.findings import Facts, Findings, name_ranks
 from dkd.config import Recipe
-from dkd.runs.directory import packages
+from dkd.launch import Launch
+from dkd.provenance import packages
 
 _MUST_AGREE = ("engine", "device", "nccl", "python", "code", "recipe")
 _SHOULD_AGREE = ("device_name", "memory")
@@ -31,12 +30,12 @@ _PLURAL = ("device_name",)
 _CLOCK_SECONDS = 60  # a larger difference between clocks is reported
 
 
-def collect_facts(recipe: Recipe | None, device: torch.device) -> dict[str, Any]:
+def collect_facts(recipe: Recipe | None, launch: Launch, device: torch.device) -> dict[str, Any]:
     """Return the facts of this rank: its host, device, versions, recipe and clock."""
     facts: dict[str, Any] = {
         "host": platform.node(),
-        "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
-        "engine": launch.engine(),
+        "local_rank": launch.local_rank,
+        "engine": launch.engine,
         "device": device.type,
         "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "device_id": None,

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from dkd.build import assembly, recipe_objects
+from dkd.build.models import pairs as loss_pairs
+from dkd.build.models import student_spec, teacher_spec
+from dkd.build.objective import comm_dtype, custom_loss
 from dkd.config import Recipe, RecipeError
-from dkd.engines import engine
+from dkd.config.derived import micro_batch, micro_steps
+from dkd.engines.arithmetic import autocast_dtype, model_dtype
 from dkd.global_batch import GramTensor, cheapest_strategies, ranks_per_group, received_bytes
 from dkd.global_batch.cost import MemoryUse, collectives, held, received
 from dkd.models import ModelCost, model_cost, output_shapes, tap_dtypes
-from dkd.preflight import checks, hardware
+from dkd.preflight import hardware
+from dkd.preflight.data import image_pipeline
+from dkd.preflight.launch import batch_problems
+from dkd.preflight.models import model_problems
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,12 @@ class Plan:
     @property
     def micro_batch(self) -> int:
         """Return the number of images that a rank takes in one micro-step."""
-        return engine.micro_batch(self.recipe, self.world_size)
+        return micro_batch(self.recipe, self.world_size)
 
     @property
     def micro_steps(self) -> int:
         """Return the number of micro-steps in an optimizer step."""
-        return engine.micro_steps(self.recipe, self.world_size)
+        return micro_steps(self.recipe, self.world_size)
 
     @property
     def two_passes(self) -> bool:
@@ -134,7 +140,7 @@ class Plan:
         needs."""
         losses = self.recipe.losses
         relational = (losses.sp is not None and losses.sp.batch == "step") or any(
-            getattr(assembly.custom_loss(custom), "relational", False) for custom in losses.custom
+            getattr(custom_loss(custom), "relational", False) for custom in losses.custom
         )
         return relational and self.micro_steps > 1
 
@@ -157,22 +163,20 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         else ": assumes GPUs with bfloat16 units; on others train.precision=auto is fp16 or fp32"
     )
     recipe, _ = hardware.settled(recipe, [hardware.Hardware(device_type, "GPUs", bf16=True)])
-    problems = engine.batch_problems(recipe, world_size, gpus_per_node)
-    pipeline = checks.image_pipeline(recipe, problems)
+    problems = batch_problems(recipe, world_size, gpus_per_node)
+    pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += checks.model_problems(
-            recipe, pipeline.image_size, engine.micro_batch(recipe, world_size), with_weights=False
-        )
+        problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, world_size), with_weights=False)
     if problems or pipeline is None:
         raise RecipeError(problems)
     size = pipeline.image_size
-    pairs = recipe_objects.pairs(recipe)
-    student = model_cost(recipe_objects.student_spec(recipe), [s for s, _ in pairs], size)
+    pairs = loss_pairs(recipe)
+    student = model_cost(student_spec(recipe), [s for s, _ in pairs], size)
     teacher = None
     if recipe.teacher is not None:
         needs_logits = bool(recipe.losses.needs_teacher_logits)
         teacher = model_cost(
-            recipe_objects.teacher_spec(recipe),
+            teacher_spec(recipe),
             [t for _, t in pairs],
             recipe.teacher.input_size or size,
             needs_logits,
@@ -187,14 +191,14 @@ def _plan_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_size: 
     sp = recipe.losses.sp
     assert sp is not None
     ranks = ranks_per_group(sp.scope, world_size, gpus_per_node)
-    micro_steps = engine.micro_steps(recipe, world_size)
+    steps = micro_steps(recipe, world_size)
     per_step = sp.batch == "step"
-    rows = engine.micro_batch(recipe, world_size) * (micro_steps if per_step else 1)
+    rows = micro_batch(recipe, world_size) * (steps if per_step else 1)
     names = [("student", s) for s, _ in sp.paths] + [("teacher", t) for _, t in sp.paths]
     tensors = _gram_tensors(recipe, image_size, device_type)
     chosen = cheapest_strategies(tensors, rows, ranks) if sp.strategy == "auto" else (sp.strategy,) * len(tensors)
     planned = tuple(PlannedTensor(role, path, t, c) for (role, path), t, c in zip(names, tensors, chosen, strict=True))
-    return PlannedGram(ranks, rows, 1 if per_step else micro_steps, planned, sp.strategy)
+    return PlannedGram(ranks, rows, 1 if per_step else steps, planned, sp.strategy)
 
 
 def _gram_tensors(recipe: Recipe, image_size: int, device_type: str) -> list[GramTensor]:
@@ -202,21 +206,21 @@ def _gram_tensors(recipe: Recipe, image_size: int, device_type: str) -> list[Gra
     sp = recipe.losses.sp
     assert sp is not None
     assert recipe.teacher is not None
-    spec, taps = recipe_objects.student_spec(recipe), [s for s, _ in sp.paths]
-    teacher_spec, teacher_taps = recipe_objects.teacher_spec(recipe), [t for _, t in sp.paths]
+    spec, taps = student_spec(recipe), [s for s, _ in sp.paths]
+    of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in sp.paths]
     teacher_size = recipe.teacher.input_size or image_size
     shapes = output_shapes(spec, taps, image_size)[1]
-    teacher_shapes = output_shapes(teacher_spec, teacher_taps, teacher_size)[1]
-    full = engine.model_dtype(recipe)
-    autocast = engine.autocast_dtype(recipe)
+    teacher_shapes = output_shapes(of_teacher, teacher_taps, teacher_size)[1]
+    full = model_dtype(recipe)
+    autocast = autocast_dtype(recipe)
     dtypes = dict.fromkeys(taps, full)  # the trainer converts the student's features before the losses get them
     teacher_dtypes = dict.fromkeys(teacher_taps, full)
     if autocast:
-        teacher_dtypes = tap_dtypes(teacher_spec, teacher_taps, teacher_size, autocast, device_type)
-    comm_dtype = assembly.comm_dtype(recipe)
+        teacher_dtypes = tap_dtypes(of_teacher, teacher_taps, teacher_size, autocast, device_type)
+    rounded = comm_dtype(recipe)
 
     def tensor(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> GramTensor:
-        return GramTensor(torch.Size(shape).numel(), backward, (comm_dtype or dtype).itemsize, full.itemsize)
+        return GramTensor(torch.Size(shape).numel(), backward, (rounded or dtype).itemsize, full.itemsize)
 
     tensors = [tensor(shapes[s], dtypes[s], True) for s in taps]
     return tensors + [tensor(teacher_shapes[t], teacher_dtypes[t], False) for t in teacher_taps]
