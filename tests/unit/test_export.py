@@ -98,7 +98,10 @@ def test_onnx_with_its_own_normalization(tmp_path):
         (["--format", "torchvision"], "'resnet8', which torchvision does not have"),
         (["--format", "safetensors", "--normalization"], "--normalization belongs to onnx"),
         (["--format", "safetensors", "--output", "student.safetensors"], "the run's own student"),
-        (["--format", "onnx", "--output", "recipe.yaml"], "is no name for a file of onnx: name a file that ends in .onnx"),
+        (
+            ["--format", "onnx", "--output", "recipe.yaml"],
+            "is no name for a file of onnx: name a file that ends in .onnx",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_exit_code_2(tmp_path, arguments, said, capsys, monkeypatch):
