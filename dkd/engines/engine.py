@@ -3,7 +3,6 @@ else, and where both speak they must agree."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 import warnings
@@ -14,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -29,13 +27,16 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.changes import flat
 from dkd.distillation import FrozenTeacher
 from dkd.distributed.process_group import open_process_group
-from dkd.engines.cpu import sharding_on_cpu, without_shared_memory_op
+from dkd.engines.cpu import sharding_on_cpu
 from dkd.engines.ema import WeightAverage
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.engines.state import TrainingState
 from dkd.engines.zero_state import ZeroTrainingState
 from dkd.global_batch import ranks_per_group
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.library_internals.accelerate import reset_accelerate, set_units_of_sharding
+from dkd.library_internals.deepspeed import leave_out_shared_memory_op
+from dkd.library_internals.torch import make_inductor_deterministic
 from dkd.models import TappedModel, block_classes, build_on_meta
 from dkd.user_code import describe_error
 
@@ -80,9 +81,7 @@ def set_arithmetic(recipe: Recipe) -> None:
         # What torch would do beside, for finding bugs, costs a pass over every new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
-        inductor = importlib.import_module("torch._inductor.config")
-        if hasattr(inductor, "deterministic"):  # not in torch 2.9
-            inductor.deterministic = True  # type: ignore[attr-defined]
+        make_inductor_deterministic()
 
 
 def micro_batch(recipe: Recipe, world_size: int) -> int:
@@ -256,8 +255,7 @@ def leave_process_group() -> None:
         dist.barrier()
         time.sleep(0.1)
         dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def prepare(
@@ -268,8 +266,7 @@ def prepare(
     Raises:
         RecipeError: when the weights are not sharded as the launch asked for.
     """
-    # Accelerate's name for the modules that FSDP2 shards as a unit each.
-    student._no_split_modules = block_classes(student.model)  # type: ignore[assignment]
+    set_units_of_sharding(student, block_classes(student.model))
     with warnings.catch_warnings():
         # torch renames broadcast_buffers, and Accelerate has no other name for it yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -324,7 +321,7 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> Accelerator:
     deepspeed = None
     if name.startswith("zero"):
         if on_cpu:
-            without_shared_memory_op()
+            leave_out_shared_memory_op()
         parameters = sum(
             parameter.numel() for parameter in build_on_meta(recipe_objects.student_spec(recipe)).parameters()
         )
