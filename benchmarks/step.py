@@ -61,14 +61,12 @@ class Row:
     """One setting of the trainer, ready to take steps."""
 
     def __init__(self, title: str, options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
-        from accelerate.state import AcceleratorState, GradientState
-
         from dkd.config.loading import validate
+        from dkd.library_internals.accelerate import reset_accelerate
         from dkd.training.trainer import Trainer
 
         self.title, self.batch = title, options.batch
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        reset_accelerate()
         self.trainer = Trainer(validate(recipe_values(options, folder, settings)), existing="replace")
         self.batches = self.trainer.batches.steps(0, 10**9 // options.batch)
         self.steps = 0

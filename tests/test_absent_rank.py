@@ -56,7 +56,7 @@ def test_in_a_users_own_loop():
             seen += line
         wait(launch)
         out = launch.stdout.read()
-    assert "absent: not all ranks came to this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
+    assert "absent: not all ranks joined this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
     assert "this is rank 0: call 2 of it, with 3×4×2×2, 3×4×2×2)" in out
 
 
