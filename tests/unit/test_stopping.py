@@ -59,7 +59,7 @@ def test_signals_and_the_stop_file(recipe, tmp_path):
     )
     assert code == 75, said
     assert "dkd: stopped after step " in said
-    assert "by SIGTERM; the same command goes on" in said
+    assert "by SIGTERM; the same command resumes it" in said
     preempted = json.loads((folder / "PREEMPTED").read_text())
     assert preempted["by"] == "SIGTERM"
     assert 5 < preempted["step"] == preempted["steps_this_start"] < 15
