@@ -25,7 +25,7 @@ from dkd.global_batch import STRATEGIES, BatchLayout, GramScope, gram_rows
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
 FLOOR = 1e-2
-"""The default of `floor`. See docs/losses.md for why it is this one."""
+"""The default of `floor`. See docs/reference/losses.md for why it is this one."""
 _ZERO_ROW = 1e-12  # what public implementations divide a row of zeros by (torch.nn.functional.normalize)
 _SMALLEST = 1e-19  # what is below it has no square in float32
 
