@@ -1,9 +1,8 @@
-"""Write the list of all keys of a recipe, from the schema: the generated part of docs/reference/recipe.md.
+"""Generate the list of all keys of a recipe from the schema, for docs/reference/recipe.md.
 
     python -m dkd.config.reference docs/reference/recipe.md        replaces the generated part of that page
 
-A key's meaning is its docstring in the schema; for the keys whose names nearly say it, and which have no docstring, it
-stands here.
+The meaning of a key is its docstring in the schema. Keys that have no docstring there have their meaning here.
 """
 
 from __future__ import annotations
@@ -184,9 +183,8 @@ def _keys(section: type[BaseModel], path: str) -> Iterator[Key]:
         own = f"{path}.{name}"
         inner = _sections(field.annotation)
         if inner and inner[0] is not WeightSchedule:
-            values, default = (
-                ("section or null", "`null`") if _allows_null(field.annotation) else ("section", "as below")
-            )
+            null = _allows_null(field.annotation)
+            values, default = ("section or null", "`null`") if null else ("section", "as below")
             yield Key(own, values, default, _meaning(own, section, name))
             yield from _keys(inner[0], own)
         else:
@@ -265,6 +263,8 @@ def _describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(_describe(argument) for argument in arguments)
     if origin is Literal:
         return " | ".join(f"`{argument}`" for argument in arguments)
+    if origin is list and get_origin(arguments[0]) is list:
+        return "list of lists"
     if origin is list:
         return "list of " + _describe(arguments[0]).replace("number", "numbers").replace("text", "texts")
     if origin is dict:
