@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 from dkd.cli import main
 
 raise SystemExit(main())

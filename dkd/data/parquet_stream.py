@@ -14,17 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dkd.data.sources import (
-    DataError,
-    common_folder,
-    decode,
-    hub_name,
-    image_and_label_columns,
-    loading_from_hub,
-    matching_files,
-    split_spec,
-    whole_labels,
-)
+from dkd.data.sources.base import DataError
+from dkd.data.sources.data_files import common_folder, matching_files
+from dkd.data.sources.decoding import decode_cell
+from dkd.data.sources.hugging_face import hub_name, image_and_label_columns, loading_from_hub, whole_labels
+from dkd.data.sources.names import split_spec
 
 _FILES_AT_ONCE = 16  # whose footers and labels are read from the hub, which answers slowly
 
@@ -108,7 +102,7 @@ class RowGroups:
         if self._unread[group] == 0:  # in a streamed order, it is not needed again in this epoch
             del self._kept[group]
         path = self._groups[group][0]
-        return decode(path, index - self._first_rows[path], cell, self._folder)
+        return decode_cell(path, index - self._first_rows[path], cell, self._folder)
 
     def images(self) -> Iterator[torch.Tensor]:
         return (self.image(index) for index in range(len(self)))

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dkd import launch
 from dkd.config import Recipe, RecipeError, load_recipe
-from dkd.engines import engine
+from dkd.engines.arithmetic import device_type
+from dkd.engines.rules import rules_of
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.launch import Launch
 from dkd.runs import launches
 from dkd.runs.launches import IfRunExists
 
@@ -229,7 +230,7 @@ def _emulation_warning(ranks: Sequence[Hardware]) -> list[str]:
     ]
 
 
-def settle(recipe: Recipe, existing: IfRunExists | None = None) -> tuple[Recipe, list[str]]:
+def settle(recipe: Recipe, launch: Launch, existing: IfRunExists | None = None) -> tuple[Recipe, list[str]]:
     """`settled`, by all ranks together. A collective, where there is a process group; the main process decides what is
     stored.
 
@@ -237,25 +238,25 @@ def settle(recipe: Recipe, existing: IfRunExists | None = None) -> tuple[Recipe,
         existing: what is to become of a run that is in `run.dir`: one that is resumed keeps what it was begun with.
             None: of no run.
     """
-    ranks = all_gather_objects((_own(recipe), launches.this_start()))
+    ranks = all_gather_objects((_probe_own(recipe, launch), launch.start))
     stored = None
     if existing is not None:
         run_dir, start = Path(recipe.run.dir), launches.together([start for _, start in ranks])
         stored = all_gather_objects(
             stored_choice(run_dir) if launches.in_effect(existing, run_dir, start) == "resume" else None
         )[0]
-    return settled(recipe, [hardware for hardware, _ in ranks], stored, engine.can_scale_losses(launch.engine()))
+    return settled(recipe, [hardware for hardware, _ in ranks], stored, rules_of(launch).scales_losses)
 
 
-def settled_here(recipe: Recipe, resumes: bool = True) -> tuple[Recipe, list[str]]:
+def settled_here(recipe: Recipe, launch: Launch, resumes: bool = True) -> tuple[Recipe, list[str]]:
     """`settled` for a launch whose ranks all have this process's hardware. No collective: for commands that show what
     would be."""
     stored = stored_choice(Path(recipe.run.dir)) if resumes else None
-    return settled(recipe, [_own(recipe)], stored, engine.can_scale_losses(launch.engine()))
+    return settled(recipe, [_probe_own(recipe, launch)], stored, rules_of(launch).scales_losses)
 
 
-def _own(recipe: Recipe) -> Hardware:
-    device = engine.device_type()
+def _probe_own(recipe: Recipe, launch: Launch) -> Hardware:
+    device = device_type(launch.asks_for_cpu)
     return probe(device) if needs_probe(recipe) else Hardware(device, device, bf16=True)
 
 

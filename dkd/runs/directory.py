@@ -21,13 +21,10 @@ and one of these, until the next start:
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,24 +34,14 @@ from dkd import atomic_files
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 from dkd.distributed.stop_signals import STOP_FILE
+from dkd.launch import Launch, Start
+from dkd.provenance import provenance
 from dkd.runs import launches
-from dkd.runs.launches import LAUNCHES_FILE, IfRunExists, Start
+from dkd.runs.launches import LAUNCHES_FILE, IfRunExists
 from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
 from dkd.runs.place import LOCK_FILE, OWNER_FILE, RunPlace
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
-PACKAGES = (
-    "dkd",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "numpy",
-    "pillow",
-    "pydantic",
-    "safetensors",
-)
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
@@ -136,7 +123,9 @@ class RunDirectory:
         earlier, damage = _read_provenance(self.path)
         if damage is not None:
             os.replace(self.path / _PROVENANCE, self.path / _DAMAGED_PROVENANCE)
-        starts = json.dumps([*earlier, provenance(world_size, step)], indent=2)
+        from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
+
+        starts = json.dumps([*earlier, provenance(world_size, step, jpeg_decoder().name)], indent=2)
         atomic_files.replace_text(self.path / _PROVENANCE, starts + "\n")
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
@@ -268,7 +257,9 @@ def is_run(path: Path) -> bool:
     return started or (path / _METRICS).exists() or bool(CheckpointFolder(path / _CHECKPOINTS).steps())
 
 
-def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
+def check_run_directory(
+    recipe: Recipe, launch: Launch, existing: IfRunExists, allow_recipe_change: bool
+) -> list[Problem]:
     """Check whether a run can start in `run.dir`, or resume there. Returns how its recipe differs from that of the run
     that is in it.
 
@@ -290,15 +281,10 @@ def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_chan
             raise RecipeError.at(
                 "run.dir", f"{str(path)!r} cannot be made or used: {str(folder)!r} cannot be written to"
             )
-    start = launches.this_start()
-    in_effect = launches.in_effect(existing, path, start)
-    if in_effect == "refuse" and start.launchers and _several_machines():
+    in_effect = launches.in_effect(existing, path, launch.start)
+    if in_effect == "refuse" and launch.start.launchers and launch.has_several_machines:
         in_effect = "replace"  # whether this is a restart, a new machine's ranks cannot know; `take_over` asks again, with all ranks
     return _check_content(path, recipe, in_effect, allow_recipe_change)
-
-
-def _several_machines() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 
 def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
@@ -354,46 +340,6 @@ def _read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     if reason is None and not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
         reason = f"{str(path / _PROVENANCE)!r} is damaged: it is no list of starts"
     return ([], reason) if reason is not None else (starts, None)
-
-
-def provenance(world_size: int, step: int) -> dict[str, Any]:
-    """How this process was started, from what, and after how many steps of earlier ones."""
-    from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
-
-    return {
-        "command": [sys.executable, *sys.orig_argv[1:]],
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "step": step,
-        "host": platform.node(),
-        "world_size": world_size,
-        "python": platform.python_version(),
-        "packages": packages(),
-        "jpeg_decoder": jpeg_decoder().name,
-        "git_revision": _git_revision(),
-    }
-
-
-def packages() -> dict[str, str | None]:
-    """Versions of what a result depends on."""
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Of the working directory: the commit, and `-dirty` when files differ from it."""
-    try:
-        # Without optional locks: killed in the middle, git would leave one behind in the user's repository.
-        command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _belongs_before(text: bytes, step: int) -> bool:

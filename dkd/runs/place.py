@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import secrets
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,19 +22,6 @@ from dkd import atomic_files
 from dkd.config import RecipeError
 
 LOCK_FILE, OWNER_FILE = ".lock", ".owner"
-LOOK_AGAIN_SECONDS = 10.0
-"""That something may appear late: a file system over a network shows a file some seconds after it was written on
-another machine."""
-_LOOK_EVERY = 0.2  # seconds
-
-
-def look_again(look: Callable[[], str | None], seconds: float) -> str | None:
-    """Call `look` until it finds nothing wrong, for `seconds` at most. Returns what it found the last time; None:
-    nothing is wrong."""
-    end = time.monotonic() + seconds
-    while (reason := look()) is not None and time.monotonic() < end:
-        time.sleep(_LOOK_EVERY)
-    return reason
 
 
 class RunPlace:

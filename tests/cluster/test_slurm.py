@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, until
+from launched import ROOT, until
 from slurm_cluster import SlurmCluster, can_freeze, missing
 from small_run import Run, write_recipe
 

@@ -1,0 +1,72 @@
+"""In which types, memory formats and modes a recipe's models compute."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TypeVar
+
+import torch
+
+from dkd import launch
+from dkd.config import Recipe
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def has_gpu() -> bool:
+    """Return whether there is an accelerator to train on. Apple's does not count: it has no float64, in which
+    evaluation and logs are summed."""
+    return torch.accelerator.is_available() and getattr(torch.accelerator.current_accelerator(), "type", "") != "mps"
+
+
+def device_type(asks_for_cpu: bool) -> str:
+    """Return torch's type of the device that this process trains on.
+
+    Args:
+        asks_for_cpu: as `Launch.asks_for_cpu`.
+    """
+    accelerator = torch.accelerator.current_accelerator() if has_gpu() and not asks_for_cpu else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def model_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the type of weights and inputs, before any autocast."""
+    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
+
+
+def model_memory_format(recipe: Recipe) -> torch.memory_format:
+    """Return the memory format of weights and inputs."""
+    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
+
+
+def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the type that models compute in where torch.autocast allows; None: their own type.
+
+    Raises:
+        ValueError: the precision is still `auto`.
+    """
+    if recipe.train.precision == "auto":
+        raise ValueError("train.precision is auto: call hardware.settle first")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
+
+
+def place(model: Model, recipe: Recipe, device: torch.device, to_be_sharded: bool = False) -> Model:
+    """Move `model` to `device`, into the recipe's type and memory format. Weights that are to be cut into shards stay
+    contiguous; with inputs in channels_last, convolutions work in that format all the same."""
+    memory_format = torch.contiguous_format if to_be_sharded else model_memory_format(recipe)
+    return model.to(device, model_dtype(recipe)).to(memory_format=memory_format)
+
+
+def set_arithmetic(recipe: Recipe) -> None:
+    """Set what float32 means on GPUs, and whether they must repeat their bits. For the whole process."""
+    # torch's older switches: mixed with the newer ones they raise, and Inductor reads these.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.train.precision == "tf32"
+    if recipe.run.deterministic:
+        launch.ask_for_repeatable_gpu_sums()
+        torch.use_deterministic_algorithms(True)
+        # What torch would do beside, for finding bugs, costs a pass over every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+        inductor = importlib.import_module("torch._inductor.config")
+        if hasattr(inductor, "deterministic"):  # not in torch 2.9
+            inductor.deterministic = True  # type: ignore[attr-defined]
