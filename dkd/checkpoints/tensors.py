@@ -23,18 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
 from dkd.checkpoints.folder import CheckpointError, SharedCheckpointError
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    _METADATA: {
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "collections": {"OrderedDict"},
-}  # fmt: skip
+from dkd.library_internals.pickle import PythonUnpickler
+from dkd.library_internals.torch import METADATA_GLOBALS, METADATA_MEMORY_FORMAT
 
 
 class SavedTensor(NamedTuple):
@@ -108,14 +98,11 @@ def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
     return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
-_PythonUnpickler: Any = pickle._Unpickler
-
-
-class _MetadataUnpickler(_PythonUnpickler):
-    """Unpickle metadata that names only what `_ALLOWED` lists. The base class is the unpickler written in Python, whose
+class _MetadataUnpickler(PythonUnpickler):
+    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python, whose
     steps can be overridden: a pickle may change attributes of the objects that it names, classes included."""
 
-    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)
 
     def load_build(self) -> None:
         if callable(self.stack[-2]):
@@ -129,7 +116,7 @@ class _MetadataUnpickler(_PythonUnpickler):
             return _join_path  # the folder where the checkpoint was written, which is not used
         if (module, name) == ("builtins", "getattr"):
             return _find_memory_format  # some versions of Python pickle members of an Enum by getattr
-        if name in _ALLOWED.get(module, ()) or (
+        if name in METADATA_GLOBALS.get(module, ()) or (
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
@@ -138,7 +125,7 @@ class _MetadataUnpickler(_PythonUnpickler):
 
 def _find_memory_format(encoding: Any, name: str) -> Any:
     if (
-        getattr(encoding, "__name__", "") != "_MEM_FORMAT_ENCODING"
+        getattr(encoding, "__name__", "") != METADATA_MEMORY_FORMAT
         or type(name) is not str
         or name not in encoding.__members__
     ):

@@ -18,6 +18,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from dkd.library_internals.torch import shared_storage
+
 _ALIGNMENT = 64  # bytes
 _FREE, _TAKEN = 0, 1
 
@@ -52,9 +54,7 @@ def _aligned(size: int) -> int:
 def new_shared_memory(size: int) -> torch.Tensor:
     """Return uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it
     does not fit."""
-    # What torch's own collate functions call in a worker; share_memory_() would copy.
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
+    return torch.empty(0, dtype=torch.uint8).set_(shared_storage(size), 0, (size,), (1,))
 
 
 class BatchSlots:

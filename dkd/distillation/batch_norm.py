@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from dkd.library_internals.torch import NORMS_WITH_STATISTICS, add_lists, copy_lists
 
 
 class BatchNormStatistics:
@@ -23,7 +24,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, model: nn.Module, micro_steps: int, world_size: int, restorable: bool = False) -> None:
-        layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        layers = [m for m in model.modules() if isinstance(m, NORMS_WITH_STATISTICS) and m.running_mean is not None]
         self._statistics = [s for m in layers for s in (m.running_mean, m.running_var) if s is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
         self._micro_steps, self._world_size, self._restorable = micro_steps, world_size, restorable
@@ -50,7 +51,7 @@ class BatchNormStatistics:
     def forget_step(self) -> None:
         """Restore the values before a step that does not count. Has no effect where they were not kept."""
         if self._old:
-            torch._foreach_copy_(self._statistics, self._old)
+            copy_lists(self._statistics, self._old)
             for counter, old in zip(self._counters, self._old_counters, strict=True):
                 counter.copy_(old)
 
@@ -58,7 +59,7 @@ class BatchNormStatistics:
     def finish_micro_batch(self) -> None:
         """Add a micro-batch's statistics to the step's, and restore the values that the next one starts from."""
         if self._micro_steps > 1 and self._statistics:
-            torch._foreach_add_(self._sum, self._statistics)
+            add_lists(self._sum, self._statistics)
             self.forget_micro_batch()
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class BatchNormStatistics:
         if self._world_size > 1:
             dist.all_reduce(flat)
         flat /= self._micro_steps * self._world_size
-        torch._foreach_copy_(
+        copy_lists(
             self._statistics,
             [
                 part.view_as(s)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dkd.distillation.teacher import FrozenTeacher
+from dkd.library_internals.torch import CONVOLUTIONS
 from dkd.models import blocks
 
 
@@ -59,7 +60,7 @@ def fill(model: nn.Module, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
             target.copy_(whole)
 
 
-_HALF_PRECISION_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_HALF_PRECISION_LAYERS = (nn.Linear, CONVOLUTIONS, nn.MultiheadAttention)
 
 
 def halve_weights(model: nn.Module) -> None:

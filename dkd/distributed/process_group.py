@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dkd.config import RecipeError
 from dkd.distributed.rendezvous import Refused, meet
 from dkd.launch import Launch
+from dkd.library_internals.torch import process_groups, set_group_timeout
 
 REFUSAL_SECONDS = 300.0
 """Seconds that a rank which cannot take part waits for the others, to report why: they may still be opening their
@@ -90,7 +91,6 @@ def set_timeouts(seconds: float, but: Collection[Any] = ()) -> None:
     """Let collectives of all present groups, except those in `but`, fail after `seconds` from now on."""
     if not dist.is_initialized():
         return
-    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.14
-    for group in list(dist.distributed_c10d._world.pg_map):  # torch has no public list of groups
+    for group in process_groups():
         if not any(group is other for other in but):
-            change(timedelta(seconds=seconds), group)
+            set_group_timeout(timedelta(seconds=seconds), group)

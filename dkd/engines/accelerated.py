@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import nn
 
@@ -28,6 +27,7 @@ from dkd.engines.sharded_weights import full_state, parameter_counts
 from dkd.engines.state import TrainingState
 from dkd.engines.trackers import Trackers
 from dkd.launch import Launch, keep_deepspeed_on_cpu
+from dkd.library_internals.accelerate import reset_accelerate, set_units_of_sharding
 from dkd.models import TappedModel, block_classes
 
 
@@ -114,8 +114,7 @@ class AcceleratedEngine:
             )
 
     def wrap(self, student: TappedModel, optimizer: torch.optim.Optimizer) -> None:
-        # Accelerate's name for the modules that FSDP2 shards as a unit each.
-        student._no_split_modules = block_classes(student.model)  # type: ignore[assignment]
+        set_units_of_sharding(student, block_classes(student.model))
         with warnings.catch_warnings():
             # torch renames broadcast_buffers, and Accelerate has no other name for it yet.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -191,5 +190,4 @@ def leave_process_group() -> None:
 
 def forget_settings() -> None:
     """Forget Accelerate's settings of this process, so that the next training can have others."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()

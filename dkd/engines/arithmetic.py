@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TypeVar
 
 import torch
 
 from dkd import launch
 from dkd.config import Recipe
+from dkd.library_internals.torch import make_inductor_deterministic
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -67,6 +67,4 @@ def set_arithmetic(recipe: Recipe) -> None:
         # What torch would do beside, for finding bugs, costs a pass over every new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
-        inductor = importlib.import_module("torch._inductor.config")
-        if hasattr(inductor, "deterministic"):  # not in torch 2.9
-            inductor.deterministic = True  # type: ignore[attr-defined]
+        make_inductor_deterministic()

@@ -17,12 +17,14 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
+from dkd.library_internals.accelerate import PREPARE_BACKEND
+
 
 @contextmanager
 def sharding_on_cpu() -> Iterator[None]:
     """Inside, an Accelerator of several processes takes CPUs for devices that FSDP and DeepSpeed can use, with gloo
     between them."""
-    kept = {name: getattr(PartialState, name) for name in ("_prepare_backend", "set_device")}
+    kept = {name: getattr(PartialState, name) for name in (PREPARE_BACKEND, "set_device")}
 
     def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU
@@ -31,17 +33,9 @@ def sharding_on_cpu() -> Iterator[None]:
         self.device = torch.device("cpu")
 
     try:
-        PartialState._prepare_backend, PartialState.set_device = prepare_backend, set_device
+        setattr(PartialState, PREPARE_BACKEND, prepare_backend)
+        PartialState.set_device = set_device
         yield
     finally:
         for name, method in kept.items():
             setattr(PartialState, name, method)
-
-
-def without_shared_memory_op() -> None:
-    """DeepSpeed compiles an extension for CPUs when its communication starts, and lets ranks wait for each other's
-    shared memory. Only its inference uses it; told that it does not fit this machine, DeepSpeed goes on without a
-    compiler and without that wait."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dkd.engines.sharded_weights import local_part, plain_name, release_gathered
+from dkd.library_internals.torch import lerp_lists
 
 
 class WeightAverage:
@@ -36,7 +37,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        torch._foreach_lerp_(self._average, [t.detach() for t in self._live], 1 - self.decay)
+        lerp_lists(self._average, [t.detach() for t in self._live], 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dkd.engines.sharded_weights import local_part
+from dkd.library_internals.torch import norm_lists
 
 
 def gradient_is_finite(model: nn.Module) -> bool:
@@ -18,7 +19,7 @@ def gradient_is_finite(model: nn.Module) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     kept = [local for gradient in gradients if (local := local_part(gradient)).numel() > 0]
     # The largest absolute values: unlike 2-norms, they are finite whenever all of a tensor is.
-    largest = torch.stack(torch._foreach_norm(kept, math.inf)) if kept else torch.zeros(1)
+    largest = torch.stack(norm_lists(kept, math.inf)) if kept else torch.zeros(1)
     bad = (~torch.isfinite(largest)).any().to(torch.int32)
     if any(isinstance(gradient, DTensor) for gradient in gradients):
         # As a flag: a maximum over ranks need not keep a NaN.

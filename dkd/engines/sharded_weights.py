@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from dkd.library_internals.deepspeed import release_whole_weights, shard_of, whole_numel
+from dkd.library_internals.torch import COMPILED_PREFIX
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -17,13 +18,13 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach()
     # DeepSpeed's ZeRO-3 hangs the shard onto the parameter, which is empty between uses.
-    shard = getattr(parameter, "ds_tensor", None)
+    shard = shard_of(parameter)
     return shard.detach() if shard is not None else parameter.detach()
 
 
 def numel(parameter: torch.Tensor) -> int:
     """Elements of the whole parameter."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return whole_numel(parameter)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -38,15 +39,13 @@ def release_gathered(wrapped: nn.Module) -> None:
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    release: Any = getattr(wrapped, "empty_partition_cache", None)
-    if release is not None:
-        release()
+    release_whole_weights(wrapped)
 
 
 def plain_name(name: str) -> str:
     """The name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and
     TappedModel."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("model.")
+    return name.removeprefix("module.").removeprefix(COMPILED_PREFIX).removeprefix("model.")
 
 
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:

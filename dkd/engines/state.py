@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from dkd.checkpoints import SavedTensor
 from dkd.engines.ema import WeightAverage
 from dkd.engines.sharded_weights import plain_name, release_gathered
+from dkd.library_internals.deepspeed import whole_shape
 
 Tensors = dict[str, torch.Tensor]
 
@@ -89,10 +90,10 @@ def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: Wei
     """What of a student and its average is not in `saved`, or in another shape, in words; and what is saved beyond
     them."""
     wanted = {
-        f"model/{plain_name(name)}": _whole_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
+        f"model/{plain_name(name)}": whole_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
     }
     if average is not None:
-        wanted |= {f"average/{name}": _whole_shape(live) for name, live, _ in average.named()}
+        wanted |= {f"average/{name}": whole_shape(live) for name, live, _ in average.named()}
     kept = {name: tensor.shape for name, tensor in saved.items() if name.startswith(("model/", "average/"))}
     found = [f"{name} is not in it" for name in wanted if name not in kept]
     found += [f"{name} is in it and not here" for name in kept if name not in wanted]
@@ -115,7 +116,3 @@ def _sharded_alike(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         local, live.device_mesh, live.placements, run_check=False, shape=live.shape, stride=live.stride()
     )
-
-
-def _whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -15,8 +15,9 @@ from torch import nn
 
 from dkd.checkpoints import SavedTensor
 from dkd.engines.ema import WeightAverage
-from dkd.engines.sharded_weights import plain_name, release_gathered
+from dkd.engines.sharded_weights import local_part, plain_name, release_gathered
 from dkd.engines.state import Tensors, optimizer_keys
+from dkd.library_internals.deepspeed import flat_parameters, parameters_by_flat, shard_of, whole_numel, whole_shape
 
 
 class ZeroTrainingState:
@@ -83,10 +84,7 @@ class ZeroTrainingState:
 
     def _flat_parameters(self) -> list[torch.Tensor]:
         """What torch's optimizer updates: a rank's part of many parameters, end to end."""
-        zero: Any = self._engine.optimizer
-        return list(
-            getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-        )  # of ZeRO-3, or 1 and 2
+        return flat_parameters(self._engine.optimizer)
 
     def _optimizer_keys(self) -> tuple[list[str], dict[str, torch.Tensor]]:
         """Names of what is kept of every element, and what is one number for all; in one order on all ranks, as
@@ -105,7 +103,7 @@ class ZeroTrainingState:
         for key in keys:
             name, parameter = next((name, p) for name, p in self._trained.items() if f"optimizer/{name}/{key}" in whole)
             value = whole[f"optimizer/{name}/{key}"]
-            elementwise = value.shape == tuple(getattr(parameter, "ds_shape", parameter.shape))
+            elementwise = value.shape == whole_shape(parameter)
             for flat in self._flat_parameters():
                 state = self._engine.optimizer.optimizer.state[flat]
                 state[key] = torch.zeros_like(flat, requires_grad=False) if elementwise else value.clone()
@@ -117,29 +115,28 @@ class ZeroTrainingState:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero: Any = self._engine.optimizer
-        if hasattr(zero, "bit16_groups"):
-            for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-                lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+        for parameters, flat in parameters_by_flat(zero):
+            lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
 
 
 def _kept(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank keeps: a flat, padded shard under ZeRO-3, else all of it."""
-    return getattr(parameter, "ds_tensor", parameter).detach()
+    return local_part(parameter)
 
 
 def _whole(parameter: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Of a parameter, or of something sharded as it is. A collective under ZeRO-3."""
-    if not hasattr(parameter, "ds_tensor"):
+    if shard_of(parameter) is None:
         return kept
     parts = [torch.empty_like(kept) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, kept.contiguous())
-    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
+    return torch.cat(parts)[: whole_numel(parameter)].view(whole_shape(parameter))
 
 
 def _part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """What this rank keeps of `whole`, sharded as `parameter` is: under ZeRO-3 flat, and padded with zeros."""
     whole = whole.to(_kept(parameter).device)
-    if not hasattr(parameter, "ds_tensor"):
+    if shard_of(parameter) is None:
         return whole
     part = torch.zeros_like(_kept(parameter), dtype=whole.dtype)
     mine = whole.flatten()[dist.get_rank() * part.numel() :][: part.numel()]
@@ -150,12 +147,12 @@ def _part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 def _set_optimized(parameter: torch.Tensor, part: torch.Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    (safe_set_local_fp32_param if hasattr(parameter, "ds_tensor") else safe_set_full_fp32_param)(parameter, part)
+    (safe_set_local_fp32_param if shard_of(parameter) is not None else safe_set_full_fp32_param)(parameter, part)
 
 
 def _set_optimizer_state(parameter: torch.Tensor, part: torch.Tensor, key: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    (safe_set_local_optimizer_state if hasattr(parameter, "ds_tensor") else safe_set_full_optimizer_state)(
+    (safe_set_local_optimizer_state if shard_of(parameter) is not None else safe_set_full_optimizer_state)(
         parameter, part, key
     )

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dkd.library_internals.torch import group_timeout
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -42,12 +44,8 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
     """The timeout of a group's collectives, to be given to its subgroups; None, torch's default, where torch does not
     tell it."""
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return None if group is None else group_timeout(group, device)
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -76,7 +76,7 @@ def gram_rows(
     rows: list[torch.Tensor] = [torch.empty(0)] * len(features)
     for (name, transport, full), members in together.items():
         padded = [_padded(features[i], rows=most) for i in members]
-        function = _ExchangedGramRows if name == "exchange" else _GatheredGramRows
+        function = _ExchangedGramRows if name == "exchange" else GatheredGramRows
         for i, own in zip(members, function.apply(layout, transport, full, *padded), strict=True):
             rows[i] = own[: features[i].shape[0]]
     return rows
@@ -108,7 +108,7 @@ def _all_times_all(part: torch.Tensor, full: torch.dtype) -> torch.Tensor:
     return promoted @ promoted.T
 
 
-class _GatheredGramRows(torch.autograd.Function):
+class GatheredGramRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, layout: BatchLayout, transport: torch.dtype, full: torch.dtype, *features: torch.Tensor

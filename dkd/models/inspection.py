@@ -12,10 +12,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dkd.library_internals.torch import FakeTensorMode
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.tapped import TapError, TappedModel
 from dkd.user_code import describe_error

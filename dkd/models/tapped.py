@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dkd.errors import InputError
+from dkd.library_internals.torch import change_count
 from dkd.text import did_you_mean
 
 
@@ -107,4 +108,4 @@ def _nothing() -> None:
 
 def _version(tensor: torch.Tensor) -> int:
     # Tensors of a traced graph have no version to ask for; the check has run in eager mode before anything is compiled.
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else change_count(tensor)

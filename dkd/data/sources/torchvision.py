@@ -9,6 +9,7 @@ import torch
 
 from dkd.data.sources.base import DataError, IndexedSource
 from dkd.data.sources.decoding import naming_errors, to_rgb_tensor
+from dkd.library_internals.torchvision import LABEL_ATTRIBUTES
 from dkd.text import did_you_mean
 
 
@@ -26,9 +27,7 @@ class TorchvisionSource(IndexedSource):
 
     def __init__(self, name: str, training: bool, root: str) -> None:
         dataset = _open_part(name, training, root)
-        labels = next(
-            (getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None
-        )
+        labels = next((getattr(dataset, key) for key in LABEL_ATTRIBUTES if hasattr(dataset, key)), None)
         if labels is None:
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
         self.dataset, self.name = dataset, f"torchvision:{name}"

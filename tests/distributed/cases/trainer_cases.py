@@ -7,23 +7,23 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 from few_images import write_images
 from launched import STEPS
 from safetensors.torch import save_file
 
-from dkd.build import assembly
+from dkd.build import objective as objectives
 from dkd.commands.plan.plan import plan
 from dkd.config import RecipeError
 from dkd.config.loading import validate
 from dkd.distillation import grad_cache
-from dkd.distributed.async_mean import AsyncMean
+from dkd.engines.accelerated import forget_settings
 from dkd.errors import TrainingError
 from dkd.global_batch import BatchLayout, collectives, gram
 from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
-from dkd.preflight import checks, hardware
-from dkd.training import trainer as trainer_module
+from dkd.launch import Launch
+from dkd.preflight import hardware
+from dkd.preflight.check import check
 from dkd.training.trainer import Trainer
 
 RECIPE = {
@@ -51,22 +51,23 @@ def recipe_of(folder, name, changes):
     return validate(values)
 
 
-def train(folder, name, changes, tamper=lambda trainer: None):
-    """Run the recipe with `changes` (section -> keys); returns logged lines, evaluation and the final state.
+def train(folder, name, changes, tamper=lambda trainer: None, kind=Trainer):
+    """Run the recipe with `changes` (section -> keys); return logged lines, evaluation and the final state.
 
-    `tamper` may break the trainer before it runs.
+    `tamper` may break the trainer before it runs, which is one of class `kind`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     recipe = recipe_of(folder, name, changes)
     # Accelerate keeps its settings for the life of a process; each case here is a launch of its own.
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    checks.check(recipe)
-    trainer = Trainer(recipe)
-    teacher_before = weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None
+    forget_settings()
+    launch = Launch.read()
+    check(recipe, launch)
+    trainer = kind.from_recipe(recipe, launch)
+    teacher, model = trainer.parts.step.teacher, trainer.parts.engine.model
+    teacher_before = weights_fingerprint(teacher) if teacher is not None else None
     tamper(trainer)
-    result = trainer.run()
-    state = trainer.accelerator.unwrap_model(trainer.student).state_dict()
+    result = trainer.fit()
+    state = model.state_dict()
     if world > 1:
         dist.barrier()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -74,10 +75,9 @@ def train(folder, name, changes, tamper=lambda trainer: None):
         "lines": [line for line in lines if "step" in line],
         "evaluation": result.facts(),
         "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()},
-        "fingerprint": weights_fingerprint(trainer.accelerator.unwrap_model(trainer.student)),
-        "teacher_unchanged": teacher_before
-        == (weights_fingerprint(trainer.teacher) if trainer.teacher is not None else None),
-        "teacher_trains": any(m.training for m in trainer.teacher.modules()) if trainer.teacher is not None else False,
+        "fingerprint": weights_fingerprint(model),
+        "teacher_unchanged": teacher_before == (weights_fingerprint(teacher) if teacher is not None else None),
+        "teacher_trains": any(m.training for m in teacher.modules()) if teacher is not None else False,
     }
 
 
@@ -174,12 +174,12 @@ def ranks_whose_hardware_differs(folder):
     changes = {"train": {"global_batch": 448, "max_steps": 1, "precision": "auto", "channels_last": "auto"}}
     found = {}
     for name, own in (("one differs", slow if rank == size - 1 else fast), ("all alike", fast)):
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        forget_settings()
         with mock.patch.object(hardware, "probe", lambda device, own=own: own):
-            trainer = Trainer(recipe_of(folder, name, changes))
-            trainer.run()
-            found[name] = [trainer.recipe.train.precision, trainer.recipe.teacher.weights_dtype, *trainer.notes]
+            trainer = Trainer.from_recipe(recipe_of(folder, name, changes))
+            trainer.fit()
+            recipe, notes = trainer.parts.recipe, [note for note in trainer.state.notes if "precision" in note]
+            found[name] = [recipe.train.precision, recipe.teacher.weights_dtype, *notes]
     return found
 
 
@@ -202,10 +202,9 @@ def ranks_with_other_recipes_or_teachers(folder):
         ),
         ("teacher", {"teacher": {"weights": str(weights)}}),
     ):
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
+        forget_settings()
         try:
-            Trainer(recipe_of(folder, f"other_{name}", changes))
+            Trainer.from_recipe(recipe_of(folder, f"other_{name}", changes))
             found[name] = "no error"
         except RecipeError as error:
             found[name] = str(error)
@@ -216,18 +215,16 @@ def a_rank_that_skips_a_step_ends_all_ranks(folder):
     """The last rank leaves out the third step: from then on it is one ahead."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def tamper(trainer):
-        take = trainer._step
-        trainer._step = lambda step, batches: take(ahead(step), batches)
+    class Skipping(Trainer):
+        def train_step(self):
+            if rank == size - 1 and self.state.step == 2:
+                self.state.step += 1
+            return super().train_step()
 
-    def ahead(step):
-        return step + (rank == size - 1 and step >= 2)
-
-    with mock.patch.object(trainer_module, "AsyncMean", lambda step, *numbers: AsyncMean(ahead(step), *numbers)):
-        try:
-            train(folder, "skipped", {}, tamper)
-        except TrainingError as error:
-            return str(error)
+    try:
+        train(folder, "skipped", {}, kind=Skipping)
+    except TrainingError as error:
+        return str(error)
     return "no error"
 
 
@@ -242,8 +239,8 @@ def second_forwards_repeat_the_first(folder):
     seen = []
 
     def tamper(trainer):
-        read = trainer.reports.read
-        trainer.reports.read = lambda means: (seen.append(means.read()) if means else None, read(means))[1]
+        read = trainer.metrics.read
+        trainer.metrics.read = lambda mean: (seen.append(mean.read()) if mean else None, read(mean))[1]
 
     result = train(folder, "dropout", changes, tamper)
     return {"differences": [numbers.counts.get("pass_difference") for numbers in seen], "lines": result["lines"]}
@@ -251,7 +248,7 @@ def second_forwards_repeat_the_first(folder):
 
 def mutated_trainings(folder):
     """The first steps of the trainer with one mistake each in its arithmetic: what a parity test must notice."""
-    gathered = gram._GatheredGramRows
+    gathered = gram.GatheredGramRows
 
     def detached_gather(ctx, *own_rows):
         return None, None, None, own_rows[0] @ ctx.saved_tensors[0], None  # of the student and of the teacher
@@ -273,7 +270,7 @@ def mutated_trainings(folder):
         "divisor A dropped": (grad_cache.CachedGradient, "loss", without_divisor_a),
         "divisor A doubled": (grad_cache.CachedGradient, "loss", lambda *arguments: 2 * loss(*arguments)),
         "γ_eff with the micro-batch": (
-            assembly,
+            objectives,
             "effective_gamma",
             lambda gamma, reference, rows: gamma * rows / 4 / reference,
         ),
@@ -316,19 +313,17 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
     for name, changes in trainings.items():
         counts = []
 
-        def tamper(trainer, counts=counts):
-            take = trainer._step
+        class Counting(Trainer):
+            counts = counts
 
-            def counted(step, batches):
+            def train_step(self):
                 with collectives.count_received() as received:
-                    values = take(step, batches)
-                counts.append([received.bytes, received.collectives])
+                    values = super().train_step()
+                self.counts.append([received.bytes, received.collectives])
                 return values
 
-            trainer._step = counted
-
         changes = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
-        train(folder, "bytes_" + name.replace(" ", "_"), changes, tamper)
+        train(folder, "bytes_" + name.replace(" ", "_"), changes, kind=Counting)
         planned = plan(recipe_of(folder, name, changes), nodes=1, gpus_per_node=size, device_type="cpu")
         found[name] = [counts[1], [planned.gram.bytes(), planned.gram.collectives()]]
     return found
@@ -367,7 +362,8 @@ def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
     """The last rank's loss becomes NaN in the third step."""
 
     def tamper(trainer):
-        objective, last = trainer.objective, trainer.order.rank == trainer.order.world_size - 1
+        step, launch = trainer.parts.step, trainer.parts.launch
+        objective, last = step.objective, launch.rank == launch.world_size - 1
 
         class Broken:
             terms, names = objective.terms, objective.names
@@ -376,7 +372,7 @@ def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
                 total, values = objective(*args, step=step, **kwargs)
                 return (total * float("nan"), values) if last and step == 2 else (total, values)
 
-        trainer.objective = Broken()
+        step.objective = Broken()
 
     try:
         train(folder, "broken", {}, tamper)
@@ -458,16 +454,16 @@ def features_of_another_shape_on_one_rank_end_all_ranks(folder):
     """The last rank's teacher yields maps of another size."""
 
     def tamper(trainer):
-        outputs = trainer.forward.teacher
-        last = trainer.order.rank == trainer.order.world_size - 1
+        forward, launch = trainer.parts.step.forward, trainer.parts.launch
+        outputs, last = forward.teacher, launch.rank == launch.world_size - 1
 
-        def smaller(batch, images):
-            found = outputs(batch, images)
+        def smaller(pixels, images):
+            found = outputs(pixels, images)
             return dataclasses.replace(
                 found, features={path: f[..., 1:] if last else f for path, f in found.features.items()}
             )
 
-        trainer.forward.teacher = smaller
+        forward.teacher = smaller
 
     try:
         train(folder, "shapes", {"losses": {"at": None}}, tamper)
