@@ -124,7 +124,7 @@ def test_the_messages_of_the_troubleshooting_page_are_messages_of_the_code():
         pattern = re.compile(".*".join(parts), re.DOTALL)
         if not any(pattern.search(text) for text in texts):
             unknown.append(message)
-    assert unknown == []
+    assert not unknown, "no longer messages of the code:\n" + "\n".join(unknown)
 
 
 def test_the_lines_of_metrics_are_json():
