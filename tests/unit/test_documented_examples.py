@@ -1,5 +1,5 @@
-"""The examples of docs/guides/own_*.md, run as they stand there: the module written to a file, the command started beside
-it."""
+"""The examples of docs/guides/own_*.md, run as they stand there: the module written to a file, the command started
+beside it."""
 
 import json
 import re
