@@ -161,7 +161,7 @@ def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from dkd.engines.engine import _settle_buckets
+    from dkd.engines.accelerated import _settle_buckets
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
