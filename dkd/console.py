@@ -133,8 +133,8 @@ class _LogFile(logging.Handler):
 
 @contextmanager
 def log_file(path: Path, rank: int) -> Iterator[None]:
-    """Append every line that is reported inside to a file, with time and rank. A file that cannot be written is left out:
-    no log ends a training."""
+    """Append every line that is reported inside to a file, with time and rank. A file that cannot be written is left
+    out: no log ends a training."""
     handler = _LogFile(path, rank)
     LOGGER.addHandler(handler)
     try:

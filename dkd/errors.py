@@ -1,7 +1,8 @@
 """The errors of dkd: one base, and two families below it.
 
 DkdError
-    InputError    what a person gave is missing, cannot be read or does not fit: a recipe, file, name, argument or environment variable.
+    InputError    what a person gave is missing, cannot be read or does not fit: a recipe, file, name, argument or
+                  environment variable.
                   The command line prints it as one line and ends with exit code 2.
     RunError      a run that has started cannot continue, or was asked to stop.
 

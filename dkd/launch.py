@@ -168,12 +168,12 @@ class Launch:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main process, rank 0."""
+        """Return whether this is the main process, rank 0."""
         return self.rank == 0
 
     @property
     def has_several_machines(self) -> bool:
-        """Whether processes of this launch run on other machines."""
+        """Return whether processes of this launch run on other machines."""
         return self.world_size != self.local_world_size
 
     @property

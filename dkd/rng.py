@@ -26,7 +26,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """Of torch on the CPU and on this rank's accelerator, of NumPy and of Python."""
+    """Return the states of torch on the CPU and on this rank's accelerator, of NumPy and of Python."""
     _name, keys, position, has_gauss, gauss = np.random.get_state()
     version, numbers, spare = random.getstate()
     states = {
@@ -42,8 +42,8 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """torch's generators that a forward on `device` draws from. As torch.manual_seed, which on a machine without a GPU
-    takes half a millisecond to leave word for one."""
+    """Seed torch's generators that a forward on `device` draws from. torch.manual_seed would do the same, and on a
+    machine without a GPU take half a millisecond to queue a call for one."""
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
         return
@@ -53,7 +53,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """What `random_states` returned becomes the state of this process."""
+    """Set this process's generators to what `random_states` returned."""
     torch.set_rng_state(states["torch"])
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))

@@ -88,7 +88,8 @@ def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
     try:
         if values["format"] != FORMAT:
             raise CheckpointError(
-                f"is of format {values['format']!r}, and this version of dkd reads format {FORMAT}: resume it with the version "
+                f"is of format {values['format']!r}, and this version of dkd reads format {FORMAT}: resume it with the "
+                "version "
                 "that wrote it"
             )
         ours = values["step"] == step

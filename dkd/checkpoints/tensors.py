@@ -99,7 +99,8 @@ def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
 
 
 class _MetadataUnpickler(PythonUnpickler):
-    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python, whose
+    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python,
+    whose
     steps can be overridden: a pickle may change attributes of the objects that it names, classes included."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)

@@ -18,7 +18,7 @@ class FrozenTeacher(nn.Module):
     Args:
         model: the filled model.
         taps: dotted paths of the features wanted.
-        needs_logits: whether anybody uses its logits; if not, its forward stops after the last tap.
+        needs_logits: whether any loss uses its logits; if not, its forward stops after the last tap.
         input_size: side the images are resized to first, pixels; None: as they come.
         autocast: as TappedModel.
         fingerprint: of its weights, before they are cut into shards or rounded.

@@ -73,7 +73,7 @@ class Engine(Protocol):
 
     @property
     def leaves_out_updates(self) -> bool:
-        """Whether it leaves out updates by design, as the scaling of fp16's loss does now and then."""
+        """Return whether it leaves out updates by design, as the scaling of fp16's loss does now and then."""
         ...
 
     def training_tensors(self, average: WeightAverage | None) -> TrainingTensors:

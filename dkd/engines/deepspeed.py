@@ -90,7 +90,8 @@ def _check_settings(settings: Mapping[str, Any], filled: Mapping[str, Any]) -> N
         if settings.get(key, "auto") not in ("auto", value):
             raise RecipeError.at(
                 "",
-                f'the launch\'s DeepSpeed file sets {key} = {settings[key]!r}, the recipe {value!r}; write "auto" there',
+                f"the launch's DeepSpeed file sets {key} = {settings[key]!r}, the recipe {value!r}; "
+                'write "auto" there',
             )
     for key in ("bf16", "fp16", "torch_autocast"):
         if settings.get(key, {}).get("enabled") in (True, "true"):

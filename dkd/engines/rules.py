@@ -30,22 +30,22 @@ class EngineRules:
 
     @property
     def scales_losses(self) -> bool:
-        """Whether it trains in fp16, with a scaled loss."""
+        """Return whether it trains in fp16, with a scaled loss."""
         return not self.shards_training
 
     @property
     def compiles_student(self) -> bool:
-        """Whether the student can be compiled under it."""
+        """Return whether the student can be compiled under it."""
         return not self.shards_training
 
     @property
     def differentiates_twice(self) -> bool:
-        """Whether a loss may be a function of a gradient."""
+        """Return whether a loss may be a function of a gradient."""
         return not self.shards_training
 
     @property
     def trains_in_float64(self) -> bool:
-        """Whether weights may be float64. DeepSpeed keeps its own in float32."""
+        """Return whether weights may be float64. DeepSpeed keeps its own in float32."""
         return not self.uses_deepspeed
 
 

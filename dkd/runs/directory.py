@@ -50,7 +50,7 @@ _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
 # The files of a run, which go when it is replaced; dkd writes all but the last two itself. recipe.yaml is written after
-# provenance.json, and removed before it: alone, it is somebody's own.
+# provenance.json, and removed before it: alone, it is a user's own.
 _OF_A_RUN = (
     _RECIPE,
     _METRICS,
@@ -68,7 +68,7 @@ _OF_THE_FOLDER = (LOCK_FILE, OWNER_FILE, LAUNCHES_FILE, _CHECKPOINTS)
 
 
 class RunDirectory:
-    """One run's folder. Only the main process writes; the others hold it and do nothing."""
+    """The files of one run. Only the main process writes; the others hold a directory that does nothing."""
 
     def __init__(self, path: str | Path, writes: bool) -> None:
         self.path = Path(path)
@@ -79,7 +79,9 @@ class RunDirectory:
         self._unwritten = b""
         self._log = ExitStack()
 
-    def take_over(self, recipe: Recipe, existing: IfRunExists, start: Start, allow_recipe_change: bool) -> list[str]:
+    def take_over(
+        self, recipe: Recipe, if_run_exists: IfRunExists, start: Start, allow_recipe_change: bool
+    ) -> list[str]:
         """Prepare the claimed folder for a training: remove an older run where it is to be replaced, and what a killed
         process has left.
 
@@ -87,7 +89,7 @@ class RunDirectory:
         claimed the folder.
 
         Args:
-            existing: what was asked for.
+            if_run_exists: what was asked for.
             start: of all ranks.
 
         Returns:
@@ -97,7 +99,7 @@ class RunDirectory:
             OSError: a file cannot be removed or written.
             RecipeError: there is a run that must not be lost, or one of another recipe.
         """
-        in_effect = launches.in_effect(existing, self.path, start)
+        in_effect = launches.in_effect(if_run_exists, self.path, start)
         _check_content(self.path, recipe, in_effect, allow_recipe_change)
         if in_effect == "replace":
             self.checkpoints.remove_all()
@@ -105,11 +107,11 @@ class RunDirectory:
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))
-        if existing != "resume":
+        if if_run_exists != "resume":
             launches.note(self.path, start)
-        if in_effect == existing:
+        if in_effect == if_run_exists:
             return []
-        asked = {"replace": "--overwrite", "refuse": "--fresh"}[existing]
+        asked = {"replace": "--overwrite", "refuse": "--fresh"}[if_run_exists]
         return [
             f"this launch has begun in {self.path} before: it resumes what it has begun, {asked} holds for its first "
             "start"
@@ -167,7 +169,8 @@ class RunDirectory:
         if problem is None and self._metrics is not None:
             lost = [name for name in (_PROVENANCE, _RECIPE, _METRICS) if not (self.path / name).exists()]
             if lost:
-                return f"run.dir {str(self.path)!r}: files of the run were deleted while it was trained in: {', '.join(lost)}"
+                deleted = "files of the run were deleted while it was trained in"
+                return f"run.dir {str(self.path)!r}: {deleted}: {', '.join(lost)}"
         return problem
 
     def log(self, line: Mapping[str, Any]) -> str | None:
@@ -259,14 +262,14 @@ class RunDirectory:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a run has been started in `path`. A recipe.yaml alone is somebody's own; without it, there is
+    """Return whether a run has been started in `path`. A recipe.yaml alone is a user's own; without it, there is
     nothing yet to lose."""
     started = (path / _RECIPE).exists() and (path / _PROVENANCE).exists()
     return started or (path / _METRICS).exists() or bool(CheckpointFolder(path / _CHECKPOINTS).steps())
 
 
 def check_run_directory(
-    recipe: Recipe, launch: Launch, existing: IfRunExists, allow_recipe_change: bool
+    recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, allow_recipe_change: bool
 ) -> list[Problem]:
     """Check whether a run can start in `run.dir`, or resume there. Returns how its recipe differs from that of the run
     that is in it.
@@ -289,17 +292,18 @@ def check_run_directory(
             raise RecipeError.at(
                 "run.dir", f"{str(path)!r} cannot be made or used: {str(folder)!r} cannot be written to"
             )
-    in_effect = launches.in_effect(existing, path, launch.start)
+    in_effect = launches.in_effect(if_run_exists, path, launch.start)
     if in_effect == "refuse" and launch.start.launchers and launch.has_several_machines:
-        in_effect = "replace"  # whether this is a restart, a new machine's ranks cannot know; `take_over` asks again, with all ranks
+        # Ranks of a new machine cannot know whether this is a restart; `take_over` asks again, with all ranks.
+        in_effect = "replace"
     return _check_content(path, recipe, in_effect, allow_recipe_change)
 
 
-def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
+def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
     """Check what is in a run directory already. Returns how the recipe of its run differs, where that is resumed.
     Raises RecipeError."""
     # What is to be replaced is removed, not followed.
-    for name in _OF_THE_FOLDER if existing == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
+    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
         problem = atomic_files.link_problem(path / name)
         if problem is not None:
             raise RecipeError.at("run.dir", problem)
@@ -316,9 +320,9 @@ def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_reci
                 f"run.dir, such as {str(path / 'run')!r}, or rename that file",
             )
         return []
-    if existing == "replace":
+    if if_run_exists == "replace":
         return []
-    if existing == "refuse":
+    if if_run_exists == "refuse":
         raise RecipeError.at(
             "run.dir",
             f"{str(path)!r} holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite",
@@ -335,8 +339,12 @@ def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_reci
         ) from error
     changes = recipe_changes(before, recipe)
     if changes and not allow_recipe_change:
-        advice = "holds a run of a recipe that differs as said; give --allow-recipe-change to go on with the new one, --overwrite to replace "
-        raise RecipeError([*changes, Problem("run.dir", f"{str(path)!r} {advice}the run, or choose another run.dir")])
+        advice = (
+            f"{str(path)!r} holds a run of a recipe that differs as reported; give --allow-recipe-change to resume it "
+            "with "
+            "the new one, --overwrite to replace the run, or choose another run.dir"
+        )
+        raise RecipeError([*changes, Problem("run.dir", advice)])
     return changes
 
 

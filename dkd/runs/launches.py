@@ -46,12 +46,12 @@ def together(starts: Sequence[Start]) -> Start:
     return Start(tuple(launchers), starts[0].launch_id, starts[0].slurm_job, starts[0].slurm_start)
 
 
-def in_effect(existing: IfRunExists, run_dir: Path, start: Start) -> IfRunExists:
+def in_effect(if_run_exists: IfRunExists, run_dir: Path, start: Start) -> IfRunExists:
     """Return what is to become of a run that is in `run_dir` already: for a restart of a launch that has begun there,
     `resume`."""
-    if existing == "resume" or os.path.realpath(run_dir) in _begun_here:
-        return existing
-    return "resume" if any(start.belongs_to(noted) for noted in _noted(run_dir)) else existing
+    if if_run_exists == "resume" or os.path.realpath(run_dir) in _begun_here:
+        return if_run_exists
+    return "resume" if any(start.belongs_to(noted) for noted in _noted(run_dir)) else if_run_exists
 
 
 def note(run_dir: Path, start: Start) -> None:

@@ -39,12 +39,12 @@ class TrainResult:
 
     @property
     def top1(self) -> float:
-        """Fraction of validation samples whose first class is right."""
+        """Return the fraction of validation samples whose first class is right."""
         return self.evaluation.top1
 
     @property
     def student(self) -> Path:
-        """The file of the finished student, for `dkd.load_student`."""
+        """Return the file of the finished student, for `dkd.load_student`."""
         return self.run_dir / "student.safetensors"
 
 

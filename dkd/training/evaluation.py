@@ -43,10 +43,13 @@ class Evaluation:
 
     @property
     def problem(self) -> str | None:
-        """Why the numbers mean nothing; None where they are sound."""
+        """Return why the numbers mean nothing; None where they are sound."""
         if math.isfinite(self.loss):
             return None
-        return f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means nothing"
+        return (
+            f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means "
+            "nothing"
+        )
 
     def facts(self) -> dict[str, float | int | None]:
         """Return what JSON can hold, which has no numbers that are not finite: such a loss is null there."""

@@ -33,7 +33,7 @@ class Decision:
 
     @property
     def interrupts(self) -> bool:
-        """Whether the next step has to wait for anything."""
+        """Return whether the next step has to wait for anything."""
         return self.save or self.evaluate or self.stop
 
 

@@ -26,7 +26,7 @@ class TrainState:
 
     @property
     def steps_this_start(self) -> int:
-        """Steps done by this start."""
+        """Return the steps done by this start."""
         return self.step - self.first_step
 
     def seconds(self) -> float:

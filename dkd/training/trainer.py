@@ -102,7 +102,8 @@ class Trainer:
         return result
 
     def load_images(self, last_step: int) -> None:
-        """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked now."""
+        """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked
+        now."""
         self._batches = self.parts.train_loader.steps(self.state.step, last_step)
         self._clock = time.monotonic()
 

@@ -146,7 +146,9 @@ def gram_matrices_of_nodes(folder):
     """As on two machines with half of the ranks each: the same groups as above."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     losses = {"sp": {**RECIPE["losses"]["sp"], "scope": "node"}}
-    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(max(1, size // 2))}):
+    local = max(1, size // 2)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": str(rank % local)}):
         return train(folder, "nodes", {"losses": losses, "train": {"max_steps": 5}})
 
 
@@ -314,12 +316,12 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
         counts = []
 
         class Counting(Trainer):
-            counts = counts
+            seen = counts
 
             def train_step(self):
                 with collectives.count_received() as received:
                     values = super().train_step()
-                self.counts.append([received.bytes, received.collectives])
+                self.seen.append([received.bytes, received.collectives])
                 return values
 
         changes = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
