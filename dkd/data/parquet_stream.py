@@ -94,6 +94,11 @@ class RowGroups:
         """How many row groups a process holds in memory at most: those that its order goes to and fro between."""
         self._capacity = groups
 
+    @property
+    def kept(self) -> int:
+        """Number of row groups that this process holds in memory now."""
+        return len(self._kept)
+
     def image(self, index: int) -> torch.Tensor:
         """uint8 (3, H, W). Raises DataError."""
         group, first = self._place(index)

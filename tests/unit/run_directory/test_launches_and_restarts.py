@@ -12,7 +12,7 @@ from dkd.runs.directory import check_run_directory
 
 def start_of(monkeypatch, **variables):
     """From here on, this process passes for a new one, started in that environment."""
-    monkeypatch.setattr(launches, "_begun_here", set())
+    monkeypatch.setattr(launches, "begun_here", set())
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
