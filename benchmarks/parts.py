@@ -69,7 +69,7 @@ def around_a_step() -> str:
     alone: dict[str, Any] = {"teacher": None, "losses": {}, "data.image_size": 8, "train.precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         row = Row("alone", options, Path(folder), alone)
-        model = copy.deepcopy(row.trainer.accelerator.unwrap_model(row.trainer.student).model)
+        model = copy.deepcopy(row.trainer.parts.engine.model.model)
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
         images, labels = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2, dtype=torch.long)
 

@@ -94,8 +94,9 @@ class DistillationStep:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
-        self._separable, self._relational = objective.split()
-        self.has_two_passes = bool(self._relational.terms) and micro_steps > 1
+        # Public, as the objective is: what of it runs in which pass.
+        self.separable, self.relational = objective.split()
+        self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._mixing, self._seed = mixing, seed
@@ -137,7 +138,7 @@ class DistillationStep:
         # Training batches are even by construction.
         layout = BatchLayout.even(len(labels))
         self._agree(student, teacher, labels)
-        objective = self.objective if cached is None else self._separable
+        objective = self.objective if cached is None else self.separable
         total, terms = objective(student, teacher, labels, step=self._step, layout=layout)
         if cached is None:
             return MicroLoss(total, terms, {"loss": total.detach()})
@@ -180,12 +181,12 @@ class DistillationStep:
             teachers.append(teacher)
             outputs = self._run_student(micro_step, images)
             if micro_step == 0:
-                relational = {path: outputs.features[path] for path in self._relational.student_taps}
+                relational = {path: outputs.features[path] for path in self.relational.student_taps}
                 self._agree(Outputs(None, relational), teacher, targets, again=True)
-            students.append({path: outputs.features[path] for path in self._relational.student_taps})
+            students.append({path: outputs.features[path] for path in self.relational.student_taps})
             self._statistics.forget_micro_batch()
         with torch.enable_grad():
-            return cache_gradient(self._relational, students, teachers, torch.cat(labels), self._step)
+            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step)
 
     def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
         """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""

@@ -12,10 +12,10 @@ from dkd.config.derived import micro_batch, micro_steps
 from dkd.distillation import FrozenTeacher
 from dkd.engines.accelerated import AcceleratedEngine
 from dkd.engines.base import TrainingTensors
-from dkd.engines.cpu import without_shared_memory_op
 from dkd.engines.ema import WeightAverage
 from dkd.engines.zero_state import ZeroTrainingState
 from dkd.launch import Launch
+from dkd.library_internals.deepspeed import leave_out_shared_memory_op
 from dkd.models import TappedModel
 
 LARGEST_BUCKET = 500_000_000
@@ -31,7 +31,7 @@ class ZeroEngine(AcceleratedEngine):
 
     def _options(self, recipe: Recipe, on_cpu: bool, student_parameters: Callable[[], int] | None) -> dict[str, Any]:
         if on_cpu:
-            without_shared_memory_op()
+            leave_out_shared_memory_op()
         parameters = None if student_parameters is None else student_parameters()
         settings = filled_settings(recipe, self._launch, parameters, on_gpu=not on_cpu)
         return {"cpu": False, "deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings)}

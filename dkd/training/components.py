@@ -67,15 +67,30 @@ class Components:
     """The moving average of the student's weights, where the recipe asks for one."""
     run_dir: RunDirectory
     checkpointer: Checkpointer
-    state: TrainState
     facts: Mapping[str, Any]
     """What this run cannot change without being another run."""
+    state: TrainState = field(default_factory=TrainState)
     learning_rate: Callable[[int], float] = field(init=False)
     """The learning rate of each step."""
     log: RunLogger = field(init=False)
     metrics: StepMetrics = field(init=False)
     saver: RunSaver = field(init=False)
     stop: StopRequests = field(init=False)
+
+    def resume(self, if_run_exists: IfRunExists, allow_recipe_change: bool) -> None:
+        """Claim the run directory, and load the newest intact checkpoint in it. A collective. Raises RecipeError."""
+        asked = Resuming(
+            self.recipe,
+            self.launch,
+            self.run_dir,
+            if_run_exists,
+            allow_recipe_change,
+            self.facts,
+            self.schedule.total_steps,
+        )
+        point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average)
+        self.engine.load_scaler_state(point.scaler)
+        self.state = TrainState(point.step, point.step, point.seconds, point.replaced_images, point.notes)
 
     def open_log(self) -> None:
         """Build what reports and saves the run, now that its directory is claimed. A collective."""
@@ -148,55 +163,59 @@ def build_components(
     engine = open_engine(recipe, launch, run_dir.path, lambda: student_parameters(recipe))
     heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
     with heartbeat.names_lost_ranks():
-        data = data_facts(training)
-        check_same_data(data, data_facts(validation))
-        sampler = build_sampler(recipe, training, launch)
-        schedule = RunSchedule(recipe, sampler.steps_per_epoch)
-        pin = engine.device.type == "cuda"
-        train_loader, evaluation_loader = build_loaders(recipe, training, validation, sampler, launch, pin)
-        step, average = build_step(recipe, engine, launch, sampler, schedule)
-
-        run_dir.writes = launch.is_main
-        facts = run_facts(recipe, teacher_facts(recipe, step.teacher), data)
-        checkpointer = Checkpointer(
-            recipe.checkpoint,
-            run_dir.checkpoints,
-            engine.training_tensors(average),
-            launch.rank,
-            launch.world_size,
-            recipe.run.start_timeout,
-        )
-        point = resume_or_start(
-            Resuming(recipe, launch, run_dir, if_run_exists, allow_recipe_change, facts, schedule.total_steps),
-            checkpointer,
-            engine.model,
-            average,
-        )
-        engine.load_scaler_state(point.scaler)
-        state = TrainState(point.step, point.step, point.seconds, point.replaced_images, [*point.notes, *notes])
-        parts = Components(
-            recipe=recipe,
-            launch=launch,
-            engine=engine,
-            heartbeat=heartbeat,
-            schedule=schedule,
-            sampler=sampler,
-            train_loader=train_loader,
-            validation=evaluation_loader,
-            step=step,
-            average=average,
-            run_dir=run_dir,
-            checkpointer=checkpointer,
-            state=state,
-            facts=facts,
-        )
+        parts = _build(recipe, launch, engine, heartbeat, run_dir, training, validation)
+        parts.resume(if_run_exists, allow_recipe_change)
+        parts.state.notes.extend(notes)
         parts.open_log()
         parts.report_start(training)
         return parts
 
 
+def _build(
+    recipe: Recipe,
+    launch: Launch,
+    engine: AcceleratedEngine,
+    heartbeat: Heartbeat,
+    run_dir: RunDirectory,
+    training: ImageSource,
+    validation: ImageSource,
+) -> Components:
+    """Build everything that is there before the run directory is claimed. A collective."""
+    data = data_facts(training)
+    check_same_data(data, data_facts(validation))
+    sampler = build_sampler(recipe, training, launch)
+    schedule = RunSchedule(recipe, sampler.steps_per_epoch)
+    pin = engine.device.type == "cuda"
+    train_loader, evaluation_loader = build_loaders(recipe, training, validation, sampler, launch, pin)
+    step, average = build_step(recipe, engine, sampler, schedule, launch)
+    run_dir.writes = launch.is_main
+    checkpointer = Checkpointer(
+        recipe.checkpoint,
+        run_dir.checkpoints,
+        engine.training_tensors(average),
+        launch.rank,
+        launch.world_size,
+        recipe.run.start_timeout,
+    )
+    return Components(
+        recipe=recipe,
+        launch=launch,
+        engine=engine,
+        heartbeat=heartbeat,
+        schedule=schedule,
+        sampler=sampler,
+        train_loader=train_loader,
+        validation=evaluation_loader,
+        step=step,
+        average=average,
+        run_dir=run_dir,
+        checkpointer=checkpointer,
+        facts=run_facts(recipe, teacher_facts(recipe, step.teacher), data),
+    )
+
+
 def build_step(
-    recipe: Recipe, engine: AcceleratedEngine, launch: Launch, sampler: GlobalBatchSampler, schedule: RunSchedule
+    recipe: Recipe, engine: AcceleratedEngine, sampler: GlobalBatchSampler, schedule: RunSchedule, launch: Launch
 ) -> tuple[DistillationStep, WeightAverage | None]:
     """Build student, teacher and objective, and give the student to the engine. A collective.
 

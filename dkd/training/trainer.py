@@ -98,9 +98,13 @@ class Trainer:
         # Set train mode here and after each evaluation, not in every step: it is slow on models with many modules. The
         # engine's own `training` flag can differ from the model's.
         parts.step.student.train()
-        self._batches = parts.train_loader.steps(state.step, parts.schedule.total_steps)
-        self._clock = time.monotonic()
+        self.load_images(parts.schedule.total_steps)
         return result
+
+    def load_images(self, last_step: int) -> None:
+        """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked now."""
+        self._batches = self.parts.train_loader.steps(self.state.step, last_step)
+        self._clock = time.monotonic()
 
     def train_step(self) -> StepValues[Number]:
         """Take one optimizer step over the global batch. Returns this rank's share of its numbers. A collective."""

@@ -9,16 +9,20 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 import trainer_cases
-from accelerate.state import AcceleratorState, GradientState
 from engines import environment, name_of
 from launched import LONG
 from torch.utils.data import Subset
 
+from dkd.build.data import build_image_pipeline, open_part
 from dkd.data import EvaluationLoader
-from dkd.engines.sharded_weights import full_state, local_part, parameter_counts
+from dkd.engines import accelerated
+from dkd.engines.accelerated import forget_settings
+from dkd.engines.opening import open_engine
+from dkd.engines.sharded_weights import local_part, parameter_counts
 from dkd.errors import TrainingError
-from dkd.preflight import checks
-from dkd.training.evaluate_export import evaluate_export
+from dkd.launch import Launch
+from dkd.preflight.check import check
+from dkd.training.evaluate_student import evaluate_student
 from dkd.training.trainer import Trainer
 
 VIT = "torchvision/vit_b_32" if LONG else "small_models:Transformer"
@@ -29,16 +33,14 @@ VIT_BLOCK = f"encoder.layers.encoder_layer_{11 if LONG else 3}"
 def launched_as(engine):
     """A launch of its own, within this one: Accelerate keeps its settings for the life of a process."""
     before = dict(os.environ)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_settings()
     os.environ.update(environment(engine))
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_settings()
 
 
 def train(folder, case):
@@ -72,20 +74,21 @@ def train(folder, case):
         changes["data"] = {**changes.get("data", {}), "train": path, "validation": path}
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
-        checks.check(recipe)
-        trainer = Trainer(recipe)
+        launch = Launch.read()
+        check(recipe, launch)
+        trainer = (Broken if "nonfinite" in case else Trainer).from_recipe(recipe, launch)
+        parts = trainer.parts
         if "samples" in case:
-            shown = trainer.validation
-            few = FewSamples(shown._samples.source, case["samples"])
-            order = trainer.order
-            trainer.validation = EvaluationLoader(few, shown._samples.transform, 4, order.rank, order.world_size)
-        hashes = break_steps(trainer, case["nonfinite"]) if "nonfinite" in case else {}
+            few = FewSamples(open_part(recipe.data, "validation"), case["samples"])
+            transform = build_image_pipeline(recipe).validation
+            parts.validation = EvaluationLoader(few, transform, 4, launch.rank, launch.world_size)
+        hashes = trainer.break_steps(case["nonfinite"]) if "nonfinite" in case else {}
         try:
-            result = trainer.run()
+            result = trainer.fit()
         except TrainingError as error:
             return {"ended": str(error), "hashes": hashes}
-        state = full_state(trainer.accelerator, trainer.student)
-        buffers = trainer.accelerator.unwrap_model(trainer.student).model
+        state = parts.engine.full_weights()
+        buffers = parts.engine.model.model
     if dist.is_initialized():
         dist.barrier()
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -94,41 +97,43 @@ def train(folder, case):
         "evaluation": result.facts(),
         "state": {key: value.double().flatten()[:64].tolist() for key, value in state.items()},
         "buffers": {key: value.double().flatten()[:64].tolist() for key, value in buffers.named_buffers()},
-        "parameters": [trainer.local_parameters, trainer.parameters],
-        "teacher": parameter_counts(trainer.teacher),
+        "parameters": list(parameter_counts(parts.engine.model)),
+        "teacher": parameter_counts(parts.step.teacher),
         "hashes": hashes,
     }
 
 
-def break_steps(trainer, steps):
-    """The last rank's loss is NaN in the first micro-step of these. Returns what will hold a hash of all that a
-    checkpoint would hold, before each step."""
-    objective, last = trainer.objective, trainer.order.rank == trainer.order.world_size - 1
-    separable, take, hashes, seen = trainer.separable, trainer._step, {}, []
+class BrokenObjective:
+    """The last rank's total is NaN in the first micro-step of some steps."""
 
-    class Broken:
-        terms, names, student_taps = objective.terms, objective.names, objective.student_taps
+    def __init__(self, whole, steps, seen, last):
+        self.whole, self.steps, self.seen, self.last = whole, steps, seen, last
+        self.terms, self.names, self.student_taps = whole.terms, whole.names, whole.student_taps
 
-        def __init__(self, whole):
-            self.whole = whole
+    def __call__(self, *args, step, **kwargs):
+        total, values = self.whole(*args, step=step, **kwargs)
+        first = step not in self.seen
+        self.seen.append(step)
+        return (total * float("nan"), values) if self.last and first and step in self.steps else (total, values)
 
-        def __call__(self, *args, step, **kwargs):
-            total, values = self.whole(*args, step=step, **kwargs)
-            first = step not in seen
-            seen.append(step)
-            return (total * float("nan"), values) if last and first and step in steps else (total, values)
 
-    trainer.objective, trainer.separable = Broken(objective), Broken(separable)
+class Broken(Trainer):
+    def break_steps(self, steps):
+        """Break the loss of these steps. Return what will hold a hash of all that a checkpoint would hold, before each
+        step."""
+        step, launch = self.parts.step, self.parts.launch
+        seen, last = [], launch.rank == launch.world_size - 1
+        self.hashes = {}
+        step.objective = BrokenObjective(step.objective, steps, seen, last)
+        step.separable = BrokenObjective(step.separable, steps, seen, last)
+        return self.hashes
 
-    def step(number, batches):
+    def train_step(self):
         digest = hashlib.sha256()
-        for name, tensor in sorted(trainer.checkpointer._state.collect().items()):
+        for name, tensor in sorted(self.state_dict()["tensors"].items()):
             digest.update(name.encode() + local_part(tensor).contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        hashes[number] = digest.hexdigest()
-        return take(number, batches)
-
-    trainer._step = step
-    return hashes
+        self.hashes[self.state.step] = digest.hexdigest()
+        return super().train_step()
 
 
 class FewSamples(Subset):
@@ -145,11 +150,11 @@ def features_of_teachers(folder):
     a rank keeps."""
     from safetensors.torch import save_file
 
-    from dkd.build import assembly
+    from dkd.build.models import build_teacher
     from dkd.config.loading import validate
     from dkd.models import ModelSpec, build_model
 
-    size = dist.get_world_size()
+    launch = Launch.read()
     found = {}
     for name, taps, options in (
         ("wrn_16_2", ["block1", "block2"], {}),
@@ -176,7 +181,7 @@ def features_of_teachers(folder):
                     },
                     "train": {"global_batch": 4, "epochs": 1, "precision": "fp32", "channels_last": False},
                 }
-                teacher = assembly.build_teacher(validate(values), device, size, size)
+                teacher = build_teacher(validate(values), launch, device)
                 for _ in range(2):  # the second forward begins where the first has ended
                     logits, features[placement] = teacher(images)
                 kept = parameter_counts(teacher)
@@ -186,7 +191,7 @@ def features_of_teachers(folder):
         halved = {}
         for weights_dtype in ("fp32", "bf16"):
             values["train"]["precision"], values["teacher"]["weights_dtype"] = "bf16", weights_dtype
-            teacher = assembly.build_teacher(validate(values), device, size, size)
+            teacher = build_teacher(validate(values), launch, device)
             halved[weights_dtype] = teacher(images)[1]
         kept = sum(local_part(p).numel() * p.element_size() for p in teacher.parameters())
         difference = max(
@@ -226,30 +231,27 @@ def modes_of_the_student(folder, engine):
     """Whether BatchNorm trains, in training steps and in evaluations, across several evaluations."""
     seen = {"training": set(), "evaluation": set()}
 
-    def tamper(trainer):
-        (norm, *_) = [m for m in trainer.student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-        where = ["training"]
-        norm.register_forward_pre_hook(lambda module, inputs: seen[where[0]].add(module.training))
-        evaluate = trainer._evaluate
+    where = ["training"]
 
-        def evaluating(*arguments):
+    class Watched(Trainer):
+        def evaluate(self, *arguments):
             where[0] = "evaluation"
             try:
-                return evaluate(*arguments)
+                return super().evaluate(*arguments)
             finally:
                 where[0] = "training"
-
-        trainer._evaluate = evaluating
 
     with launched_as(engine):
         path = trainer_cases.images_on_disk(folder, "few.parquet", 96)
         changes = {"student": {"norm": "batch"}, "train": {"epochs": 3, "max_steps": None, "precision": "fp32"}}
         changes["data"] = {"train": path, "validation": path}
         recipe = trainer_cases.recipe_of(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}})
-        checks.check(recipe)
-        trainer = Trainer(recipe)
-        tamper(trainer)
-        trainer.run()
+        launch = Launch.read()
+        check(recipe, launch)
+        trainer = Watched.from_recipe(recipe, launch)
+        (norm, *_) = [m for m in trainer.parts.engine.student.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        norm.register_forward_pre_hook(lambda module, inputs: seen[where[0]].add(module.training))
+        trainer.fit()
     return {key: sorted(values) for key, values in seen.items()}
 
 
@@ -259,12 +261,11 @@ def another_engine_than_asked_for(folder):
     from unittest import mock
 
     from dkd.config import RecipeError
-    from dkd.engines import engine
 
     recipe = trainer_cases.recipe_of(folder, "other", {})
-    with launched_as("fsdp2"), mock.patch.object(engine, "sharding_on_cpu", nullcontext):
+    with launched_as("fsdp2"), mock.patch.object(accelerated, "sharding_on_cpu", nullcontext):
         try:
-            engine.build_accelerator(recipe, folder)
+            open_engine(recipe, Launch.read(), folder)
         except RecipeError as error:
             return {"message": str(error)}
     return {"message": "no error"}
@@ -273,7 +274,7 @@ def another_engine_than_asked_for(folder):
 def run(folder, case):
     """Run one case of any kind: a training, unless the case has a key of another kind."""
     if "evaluate" in case:
-        return evaluate_export(str(folder / case["evaluate"]), trust_code=True).facts()
+        return evaluate_student(folder / case["evaluate"], trust_code=True).result.facts()
     if "gradients" in case:
         return checks_of_sharded_gradients(folder)
     if "modes" in case:

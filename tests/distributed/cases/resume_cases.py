@@ -15,8 +15,9 @@ from launched import pause
 
 from dkd.checkpoints import CheckpointError, checkpointer
 from dkd.engines.sharded_weights import local_part
+from dkd.launch import Launch
 from dkd.models.weights import read_file
-from dkd.preflight import checks
+from dkd.preflight.check import check
 from dkd.training.trainer import Trainer
 
 TIMINGS = ("images_per_second", "data_wait", "seconds")
@@ -43,10 +44,11 @@ def train(folder, case):
     for until in case["interruptions"]:  # the step that does not come about
         with launched_as(case["engine"]):
             recipe = recipe_of(folder, case)
-            checks.check(recipe)
-            trainer = Trainer(recipe)
-            log_images(trainer, folder / f"{case['run']}_images_{trainer.order.rank}.jsonl")
-            with one_rank_does_not_write(trainer.order.rank, case.get("absent")):
+            launch = Launch.read()
+            check(recipe, launch)
+            trainer = Interruptible.from_recipe(recipe, launch)
+            log_images(trainer, folder / f"{case['run']}_images_{launch.rank}.jsonl")
+            with one_rank_does_not_write(launch.rank, case.get("absent")):
                 finished = run_until(trainer, until, case.get("full_disk"))
             if finished:
                 assert_copies(trainer)
@@ -101,47 +103,48 @@ def recipe_of(folder, case):
     return trainer_cases.recipe_of(folder, case["run"], changes)
 
 
-def run_until(trainer, until, full_disk=None):
-    take = trainer._step
+class Interruptible(Trainer):
+    """Stops before step `until`, as a killed process would; one of the ranks may meet a full disk."""
 
-    def step(number, batches):
-        if (
-            full_disk is not None
-            and trainer.order.rank in full_disk["ranks"]
-            and number in (full_disk["from"], full_disk["to"])
-        ):
-            trainer.checkpointer.wait()
+    until, full_disk = None, None
+
+    def train_step(self):
+        number, saver = self.state.step, self.parts.saver
+        full = self.full_disk
+        if full is not None and self.parts.launch.rank in full["ranks"] and number in (full["from"], full["to"]):
+            self.parts.checkpointer.wait()
             # Files of this process cannot grow beyond 30 kB: a checkpoint's cannot be written, as on a full disk.
-            limit = 30_000 if number == full_disk["from"] else resource.RLIM_INFINITY
+            limit = 30_000 if number == full["from"] else resource.RLIM_INFINITY
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        if until is not None and number >= until:
-            trainer.checkpointer.wait()
-            # A line of metrics that the test counts; when it is written is a matter of timing.
-            trainer._tell_of_checkpoints()
+        if self.until is not None and number >= self.until:
+            # With a line of metrics that the test counts; when it is written is a matter of timing.
+            saver.wait()
             raise Interrupted
-        return take(number, batches)
+        return super().train_step()
 
-    trainer._step = step
+
+def run_until(trainer, until, full_disk=None):
+    trainer.until, trainer.full_disk = until, full_disk
     try:
-        trainer.run()
+        trainer.fit()
     except Interrupted:
         # A real process would be gone; what the thread still writes must not meet the next one.
-        trainer.checkpointer.wait()
+        trainer.parts.checkpointer.wait()
         return False
     return True
 
 
 def assert_copies(trainer):
-    """What is being written must not change when training goes on: weights, buffers, optimizer and average are all
+    """What is being written must not change when training continues: weights, buffers, optimizer and average are all
     overwritten here."""
-    collected = trainer.checkpointer._state.collect()
+    collected = trainer.state_dict()["tensors"]
     before = {name: local_part(tensor).clone() for name, tensor in collected.items()}
-    model = trainer.accelerator.unwrap_model(trainer.student)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    engine, average = trainer.parts.engine, trainer.parts.average
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     state = [value for values in getattr(optimizer, "optimizer", optimizer).state.values() for value in values.values()]
-    average = trainer.average._average if trainer.average else []
+    averages = [tensor for _, _, tensor in average.named()] if average else []
     with torch.no_grad():
-        for tensor in [*map(local_part, model.parameters()), *model.buffers(), *state, *average]:
+        for tensor in [*map(local_part, engine.model.parameters()), *engine.model.buffers(), *state, *averages]:
             if isinstance(tensor, torch.Tensor):
                 local_part(tensor).fill_(7)
     assert all(torch.equal(local_part(collected[name]), tensor) for name, tensor in before.items())
@@ -149,21 +152,21 @@ def assert_copies(trainer):
 
 def log_images(trainer, path):
     """Of each image of each step: its place in the global batch, its label and what was made of it."""
-    load = trainer.batches.steps
-    order = trainer.order
+    loader, sampler = trainer.parts.train_loader, trainer.parts.sampler
+    load = loader.steps
 
     def logged(first, last):
         with path.open("a") as file:
             for number, batch in enumerate(load(first, last)):
-                step, micro_step = first + number // order.micro_steps, number % order.micro_steps
-                start = (micro_step * order.world_size + order.rank) * order.micro_batch
+                step, micro_step = first + number // sampler.micro_steps, number % sampler.micro_steps
+                start = (micro_step * sampler.world_size + sampler.rank) * sampler.micro_batch
                 for place, (image, label) in enumerate(zip(batch.images, batch.labels, strict=True)):
                     digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
                     file.write(json.dumps([step, start + place, int(label), digest]) + "\n")
                 file.flush()
                 yield batch
 
-    trainer.batches.steps = logged
+    loader.steps = logged
 
 
 def described(folder, case, finished):

@@ -7,13 +7,14 @@ import threading
 from unittest import mock
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 
 from dkd.checkpoints import checkpointer, tensors
 from dkd.config import RecipeError
 from dkd.config.loading import validate
+from dkd.engines.accelerated import forget_settings
 from dkd.errors import TrainingError
-from dkd.preflight import checks
+from dkd.launch import Launch
+from dkd.preflight.check import check
 from dkd.training import resume
 from dkd.training.trainer import Trainer
 
@@ -40,32 +41,36 @@ def recipe_of(run, steps=3):
 
 
 def trainer_of(run, steps=3, allow_recipe_change=False):
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    recipe = recipe_of(run, steps)
-    checks.check(recipe, allow_recipe_change=allow_recipe_change)
-    return Trainer(recipe, "resume", allow_recipe_change) if allow_recipe_change else Trainer(recipe)
+    forget_settings()
+    recipe, launch = recipe_of(run, steps), Launch.read()
+    check(recipe, launch, allow_recipe_change=allow_recipe_change)
+    return Acting.from_recipe(recipe, launch, allow_recipe_change=allow_recipe_change)
+
+
+class Acting(Trainer):
+    """Calls `before_step` between steps, when all ranks are together and nothing is being written."""
+
+    def train_step(self):
+        self.parts.checkpointer.wait()
+        dist.barrier()
+        self.before_step(self.state.step)
+        dist.barrier()
+        return super().train_step()
 
 
 def errors_of(trainer, before_step=lambda number: None):
     """Run; returns the error of each checkpoint on this rank, and how the run ended."""
-    finished, step, errors = trainer.checkpointer.finished, trainer._step, {}
+    checkpointer, errors = trainer.parts.checkpointer, {}
+    finished = checkpointer.finished
 
     def noted():
         results = finished()
-        errors.update({str(written.step): written.error for written in results})
+        errors.update({str(result.step): result.error for result in results})
         return results
 
-    def acting(number, batches):
-        trainer.checkpointer.wait()
-        dist.barrier()
-        before_step(number)
-        dist.barrier()
-        return step(number, batches)
-
-    trainer.checkpointer.finished, trainer._step = noted, acting
+    checkpointer.finished, trainer.before_step = noted, before_step
     try:
-        trainer.run()
+        trainer.fit()
     except TrainingError as error:
         return {"errors": errors, "ended": str(error)}
     return {"errors": errors}
@@ -89,7 +94,7 @@ def late_file(folder):
 def late_at_resume(folder):
     """Rank 1 does not see the files of the checkpoint when it first looks for them."""
     errors_of(trainer_of(folder / "resumed", steps=2))
-    read, looks = tensors._read_metadata, []
+    read, looks = tensors.read_metadata, []
 
     def not_at_first(path):
         looks.append(path)
@@ -97,10 +102,10 @@ def late_at_resume(folder):
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return read(path)
 
-    with mock.patch.object(tensors, "_read_metadata", not_at_first):
+    with mock.patch.object(tensors, "read_metadata", not_at_first):
         trainer = trainer_of(folder / "resumed", 3, allow_recipe_change=True)
     errors_of(trainer)
-    return {"first_step": trainer.first_step}
+    return {"first_step": trainer.state.first_step}
 
 
 def refused(run):
@@ -128,11 +133,11 @@ def private_copy(folder):
 def private_checkpoints(folder):
     """The file system of rank 1 is gone, before its third step."""
     trainer = trainer_of(folder / "private")
-    trainer.checkpointer._patience = 0.2
+    trainer.parts.checkpointer.patience = 0.2
 
     def leave(number):
         if number == 2 and dist.get_rank() == 1:
-            trainer.checkpointer._folder.path = folder / "elsewhere"
+            trainer.parts.checkpointer.folder.path = folder / "elsewhere"
 
     return without_paths(errors_of(trainer, leave), folder)
 

@@ -19,9 +19,9 @@ from dkd.distillation import grad_cache
 from dkd.engines.accelerated import forget_settings
 from dkd.errors import TrainingError
 from dkd.global_batch import BatchLayout, collectives, gram
+from dkd.launch import Launch
 from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
-from dkd.launch import Launch
 from dkd.preflight import hardware
 from dkd.preflight.check import check
 from dkd.training.trainer import Trainer

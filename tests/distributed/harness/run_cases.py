@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
 from dkd.engines.engine import leave_process_group
 
 
