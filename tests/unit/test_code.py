@@ -139,7 +139,9 @@ def test_engines_are_compared_by_name_in_one_room_only():
 
 
 def test_a_comparison_with_an_engines_name_is_found():
-    code = "if name.startswith('zero') or launch.engine in ('ddp', 'single'):\n    match name:\n        case 'fsdp2': pass"
+    code = (
+        "if name.startswith('zero') or launch.engine in ('ddp', 'single'):\n    match name:\n        case 'fsdp2': pass"
+    )
     assert len(comparisons(ast.parse(code))) == 3
     assert comparisons(ast.parse("rules.uses_deepspeed and x == 'other'")) == []
 
@@ -181,7 +183,16 @@ def private_uses(tree):
             found += [ast.unparse(node)] if node.module.startswith("dkd") and any(map(is_private, names)) else []
         elif isinstance(node, ast.Call):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if function in ("setattr", "getattr", "delattr", "hasattr", "patch", "object", "attrgetter", "methodcaller"):
+            if function in (
+                "setattr",
+                "getattr",
+                "delattr",
+                "hasattr",
+                "patch",
+                "object",
+                "attrgetter",
+                "methodcaller",
+            ):
                 texts = [part.value for part in node.args if isinstance(part, ast.Constant)]
                 named = [text for text in texts if isinstance(text, str) and is_private(text.rpartition(".")[2])]
                 found += [ast.unparse(node)] if named else []
@@ -215,5 +226,7 @@ def test_a_private_use_is_found(code):
 
 
 def test_what_is_not_private_is_left_alone():
-    code = "self._x = cls._y; a.__class__; os._exit(1); monkeypatch.setenv('_ARGCOMPLETE', '1'); from dkd.data import jpeg"
+    code = (
+        "self._x = cls._y; a.__class__; os._exit(1); monkeypatch.setenv('_ARGCOMPLETE', '1'); from dkd.data import jpeg"
+    )
     assert private_uses(ast.parse(code)) == []

@@ -95,7 +95,12 @@ def test_all_other_variables_are_read(environment):
         ACCELERATE_DYNAMO_BACKEND="INDUCTOR",
     )
     launch = Launch.read()
-    assert (launch.asks_for_cpu, launch.is_elastic, launch.restarts_ranks, launch.stop_exit_code) == (True, True, True, 9)
+    assert (launch.asks_for_cpu, launch.is_elastic, launch.restarts_ranks, launch.stop_exit_code) == (
+        True,
+        True,
+        True,
+        9,
+    )
     assert (launch.accumulation_steps, launch.mixed_precision, launch.dynamo_backend) == ("4", "bf16", "inductor")
     environment(TORCHELASTIC_MAX_RESTARTS="0", ACCELERATE_USE_CPU="0")
     launch = Launch.read()
@@ -111,7 +116,10 @@ def test_a_launch_cannot_be_changed():
     ("variables", "said"),
     [
         ({"ACCELERATE_USE_CPU": "true"}, "`accelerate launch --cpu` starts one process, whatever --num_processes"),
-        (FSDP2, "the launch asks for fsdp2, but started one process without a launcher; launch with: accelerate launch"),
+        (
+            FSDP2,
+            "the launch asks for fsdp2, but started one process without a launcher; launch with: accelerate launch",
+        ),
         (engines.environment("zero2"), "asks for zero2, but started one process without a launcher"),
         ({**RANKS, **FSDP2, "FSDP_VERSION": "1"}, "the launch asks for FSDP version 1; only version 2 is supported"),
         ({**RANKS, "ACCELERATE_USE_FSDP": "1"}, "the launch asks for FSDP version 1; only version 2 is supported"),

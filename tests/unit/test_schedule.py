@@ -145,7 +145,14 @@ def read(tmp_path):
 
         def step(number, ce=1.0, failures=(), unreadable=(), **counts):
             loading = metrics.note_loading(number, failures, unreadable)
-            usual = {"loss": ce, "seconds": 2.0, "seconds_waited": 0.5, "skipped": 0.0, "stop": 0.0, "minutes_over": 0.0}
+            usual = {
+                "loss": ce,
+                "seconds": 2.0,
+                "seconds_waited": 0.5,
+                "skipped": 0.0,
+                "stop": 0.0,
+                "minutes_over": 0.0,
+            }
             metrics.read(AsyncMean(number, StepValues({"ce": ce}, {**usual, **loading, **counts})))
             return metrics.wishes
 
@@ -216,7 +223,7 @@ def test_updates_are_left_out_as_often_in_a_row_as_the_recipe_allows(read, capsy
     step(4, skipped=1.0)
     assert [line["skipped"] for line in lines if "skipped" in line] == ["loss", "gradient", "loss", "gradient"]
     assert "its update is left out, 2 of at most 2 in a row" in capsys.readouterr().out
-    with pytest.raises(TrainingError, match="the gradient is not finite at step 6 .*, 3 steps in a row"):
+    with pytest.raises(TrainingError, match=r"the gradient is not finite at step 6 .*, 3 steps in a row"):
         step(5, skipped=1.0)
 
 
