@@ -141,14 +141,7 @@ def encoded_image(source: Any, index: int) -> bytes:
     """Return the bytes that a parquet file, opened in either way, holds of an image."""
     from dkd.data import RowGroups
 
-    if isinstance(source, RowGroups):
-        group, first = source._place(index)
-        cell = source._column(group)[index - first].as_py()
-        source._unread[group] -= 1
-        if source._unread[group] == 0:
-            del source._kept[group]
-    else:
-        cell = source.dataset[index][source.image_column]
+    cell = source.cell(index) if isinstance(source, RowGroups) else source.dataset[index][source.image_column]
     return cell if isinstance(cell, bytes) else cell["bytes"]
 
 

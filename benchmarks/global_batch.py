@@ -126,7 +126,7 @@ def strategies_of(way: str, tensors: list[GramTensor], rows: int, world: int) ->
 
 
 def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank receives, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank receives, by the formulas of docs/explanations/global_batch.md."""
     tensors = gram_tensors(pairs)
     if way == "common":
         return sum((world - 1) * rows * t.width * 4 * (1 + t.backward) for t in tensors)
@@ -135,7 +135,7 @@ def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int
 
 
 def expected_memory(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank holds at once at most, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank holds at once at most, by the formulas of docs/explanations/global_batch.md."""
     if way == "common":
         # All features, the gathered gradient in two terms, and Gram matrices.
         batch = rows * world

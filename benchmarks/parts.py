@@ -1,4 +1,4 @@
-"""What single parts of a step cost, each beside the way it is not done: the numbers of docs/speed.md's second table.
+"""What single parts of a step cost, each beside the way it is not done: the numbers of docs/benchmarks.md's table of parts.
 
 python -m benchmarks.parts                 2 CPU threads, about a minute
 python -m benchmarks.parts --threads 4

@@ -9,11 +9,15 @@ that moves the cursor, hides text or changes the terminal's settings.
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, TextIO
 
-from dkd import launch
+from dkd import atomic_files, launch
 
 # Control characters of ASCII and of Latin-1, separators of lines, marks of the direction of text, and halves of
 # characters, which stand for bytes of a file's name that are not UTF-8.
@@ -74,15 +78,70 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
     ), error.end
 
 
+class _StandardError(logging.Handler):
+    """Prints plain lines to standard error, and drops a line that the stream does not take."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr  # None when the process was started with standard error closed
+        if stream is None:
+            return
+        try:
+            print(printable(record.getMessage()), file=stream, flush=True)
+        except (OSError, ValueError):  # a full disk, a closed pipe, or a stream that a host program has closed
+            return
+
+
+LOGGER = logging.getLogger("dkd")
+"""Receives every line that dkd reports. A host program that wants none of them sets its level
+(`logging.getLogger("dkd").setLevel(logging.ERROR)`), and one that wants them elsewhere removes the handler and adds its
+own, as with the loggers of transformers and datasets."""
+if not LOGGER.handlers:
+    LOGGER.addHandler(_StandardError())
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # a root logger with a handler would print each line again
+
+
 def say(message: str) -> None:
-    """Print one line to standard error, or drop the line when the stream does not take it. Raises nothing."""
-    stream = sys.stderr  # None when the process was started with standard error closed
-    if stream is None:
-        return
+    """Report one line: to standard error, and to the log files that are open. Raises nothing: a line that cannot be
+    written is dropped."""
+    # What a program adds to the logger is not dkd's: only its own handlers promise not to raise.
+    level = logging.WARNING if message.removeprefix("dkd: ").startswith("warning: ") else logging.INFO
+    LOGGER.log(level, "%s", message)
+
+
+class _LogFile(logging.Handler):
+    """Appends lines with time and rank to a file, and drops a line that the file does not take."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
+        self._file: IO[bytes] | None = None
+        with suppress(OSError):
+            self._file = atomic_files.open_to_append(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is not None:
+            with suppress(OSError, ValueError):
+                self._file.write(printable(self.format(record)).encode() + b"\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+        super().close()
+
+
+@contextmanager
+def log_file(path: Path, rank: int) -> Iterator[None]:
+    """Append every line that is reported inside to a file, with time and rank. A file that cannot be written is left out:
+    no log ends a training."""
+    handler = _LogFile(path, rank)
+    LOGGER.addHandler(handler)
     try:
-        print(printable(message), file=stream, flush=True)
-    except (OSError, ValueError):  # a full disk, a closed pipe, or a stream that a host program has closed
-        return
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
 
 
 def say_on_first_rank(message: str) -> None:

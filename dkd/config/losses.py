@@ -101,7 +101,7 @@ SP_PRESETS: dict[str, dict[str, Any]] = {
 
 class AttentionTransferSection(_PairsSection):
     preset: Literal["authors", "paper", "repdistiller", "torchdistill"] | None = None
-    """Defaults of the other keys as an implementation has them; see docs/losses.md. paper has no beta."""
+    """Defaults of the other keys as an implementation has them; see docs/reference/losses.md. paper has no beta."""
     beta: Weight
     map: Literal["sum", "sum_p", "max_p"] = "sum_p"
     p: Annotated[Number, Field(ge=1)] = 2.0
@@ -181,7 +181,7 @@ def _pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 
 
 class CustomLossSection(Section):
-    """A loss of your own: a callable made of `loss` with `options`. See docs/add_a_loss.md."""
+    """A loss of your own: a callable made of `loss` with `options`. See docs/guides/own_loss.md."""
 
     name: Annotated[str, allow(lambda v: matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
     """What it is called in metrics.jsonl."""

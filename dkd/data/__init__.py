@@ -1,6 +1,6 @@
-"""Images and labels: where they come from, how they are augmented, in which order ranks see them.
+"""Read images and labels, augment images, and decide in which order ranks see them.
 
-Knows nothing of models or losses.
+This package knows nothing of models or losses.
 """
 
 from dkd.data.loader import EvaluationLoader, TrainLoader

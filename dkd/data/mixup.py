@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) of one micro-batch."""
+"""Mix the images of one micro-batch by mixup (Zhang et al., ICLR 2018) or CutMix (Yun et al., ICCV 2019)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torchvision.transforms import v2
 
 
 class MixupCutmix:
-    """Mixes the images of a micro-batch with each other, and their labels alike: partners never come from another
-    micro-batch.
+    """Mix the images of a micro-batch with each other, and their labels in the same proportion. No image is mixed with
+    an image of another micro-batch.
 
     Args:
         classes: K.
         mixup: α of the Beta(α, α) that mixup's proportion is drawn from; 0: no mixup.
-        cutmix: the same for CutMix's. With both, each micro-batch takes one of them, at equal odds.
-        dtype: of the mixed images and probabilities, and of the arithmetic.
+        cutmix: the same for CutMix. With both, one of them is drawn for each micro-batch, at equal odds.
+        dtype: the type of the mixed images and probabilities, and of the arithmetic.
 
     Raises:
-        ValueError: neither is above 0.
+        ValueError: neither mixup nor cutmix is above 0.
     """
 
     def __init__(
@@ -35,14 +35,15 @@ class MixupCutmix:
         self._mix = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 or float images (b, 3, H, W) and int64 labels (b,) -> images and the probabilities (b, K) of the
-        classes.
+        """Return mixed images (b, 3, H, W) and the probabilities (b, K) of the classes.
 
         Args:
-            seed: all that is drawn depends on it alone.
+            images: uint8 or float (b, 3, H, W).
+            labels: int64 (b,).
+            seed: everything that is drawn depends on the seed alone.
 
         Raises:
-            ValueError: a single image, which would be mixed with itself.
+            ValueError: there is a single image, which would be mixed with itself.
         """
         if len(images) < 2:
             raise ValueError(f"mixup and CutMix need a micro-batch of at least 2 images to mix, not {len(images)}")

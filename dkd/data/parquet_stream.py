@@ -1,7 +1,7 @@
-"""Parquet read where it lies, a row group at a time: without the copy in Arrow format that `datasets` makes, on local
-disks or the hub.
+"""Read parquet files in place, a row group at a time, on local disks or the hub, without the copy in Arrow format that
+`datasets` makes.
 
-Read in the order of `StreamedBatchSampler`, each row group is read about once an epoch, by one worker of one rank.
+In the order of `StreamedBatchSampler`, each row group is read about once an epoch, by one worker of one rank.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from dkd.data.sources.decoding import decode_cell
 from dkd.data.sources.hugging_face import hub_name, image_and_label_columns, loading_from_hub, whole_labels
 from dkd.data.sources.names import split_spec
 
-_FILES_AT_ONCE = 16  # whose footers and labels are read from the hub, which answers slowly
+_FILES_AT_ONCE = 16  # files whose footers and labels are read in parallel from the hub, which answers slowly
 
 
 class _File(NamedTuple):
+    """Hold what is read of a file at once."""
+
     path: str
     footer: Any
     image_column: str
@@ -33,17 +35,17 @@ class _File(NamedTuple):
 
 
 class RowGroups:
-    """A sequence of images with labels, in the order of files and rows. Labels are read at once, images by row groups,
-    of which those that still have images to give are kept.
+    """Read images with labels, in the order of files and rows. Labels are read at once, images by row groups. Row
+    groups that still have images to give are kept.
 
     Args:
         files: paths, or URLs that fsspec knows.
-        name: what messages call it.
-        image_column, label_column: None: the only ones that fit.
-        folder: where cells that hold a path instead of bytes may lead to; None: nowhere.
+        name: what messages call the data set.
+        image_column, label_column: None: the only columns that fit.
+        folder: the only place where a cell that holds a path instead of bytes may lead; None: nowhere.
 
     Raises:
-        DataError: files that cannot be read, have no such columns, or differ in columns or class names.
+        DataError: a file cannot be read or has no such columns, or files differ in columns or class names.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class RowGroups:
         return len(self.labels)
 
     def keep(self, groups: int) -> None:
-        """How many row groups a process holds in memory at most: those that its order goes to and fro between."""
+        """Set how many row groups a process holds in memory at most: those that its order alternates between."""
         self._capacity = groups
 
     @property
@@ -99,30 +101,36 @@ class RowGroups:
         """Number of row groups that this process holds in memory now."""
         return len(self._kept)
 
-    def image(self, index: int) -> torch.Tensor:
-        """uint8 (3, H, W). Raises DataError."""
-        group, first = self._place(index)
-        cell = self._column(group)[index - first].as_py()
+    def cell(self, index: int) -> Any:
+        """Return what the image column holds for an image: encoded bytes, or {bytes, path}. Raises DataError."""
+        group, first = self._locate(index)
+        cell = self._read_column(group)[index - first].as_py()
         self._unread[group] -= 1
-        if self._unread[group] == 0:  # in a streamed order, it is not needed again in this epoch
+        if self._unread[group] == 0:  # in a streamed order, the group is not needed again in this epoch
             del self._kept[group]
-        path = self._groups[group][0]
-        return decode_cell(path, index - self._first_rows[path], cell, self._folder)
+        return cell
+
+    def image(self, index: int) -> torch.Tensor:
+        """Return one image as uint8 (3, H, W). Raises DataError."""
+        path = self._groups[self._locate(index)[0]][0]
+        return decode_cell(path, index - self._first_rows[path], self.cell(index), self._folder)
 
     def images(self) -> Iterator[torch.Tensor]:
         return (self.image(index) for index in range(len(self)))
 
     def neighbours(self, index: int) -> range:
-        """Where another image can be had at little cost: in the same row group, unless that is what cannot be read."""
-        group, first = self._place(index)
+        """Return the indices of images that cost little to read: those of the same row group, unless the row group
+        cannot be read."""
+        group, first = self._locate(index)
         return range(len(self)) if group in self._broken else range(first, int(self._ends[group]))
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The row group that a row is in, and the first row of it."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the row group that holds a row, and the group's first row."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, int(self._ends[group] - self.sizes[group])
 
-    def _column(self, group: int) -> Any:
+    def _read_column(self, group: int) -> Any:
+        """Return the image column of a row group, from memory or from its file. Raises DataError."""
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
@@ -134,17 +142,17 @@ class RowGroups:
             self._kept.popitem(last=False)
         path, number = self._groups[group]
         try:
-            # Opened anew each time: worker processes must not share a file's position.
-            with _opened(path) as raw:
+            # Worker processes must not share a file's position, so the file is opened each time.
+            with _open(path) as raw:
                 file = parquet.ParquetFile(raw, metadata=self._footers[path])
                 column = file.read_row_group(number, columns=[self.image_column], use_threads=False)[self.image_column]
             if len(column) != self.sizes[group]:
                 raise ValueError(
-                    f"it holds {len(column)} rows, not the {self.sizes[group]} that the file's footer says"
+                    f"it holds {len(column)} rows, not the {self.sizes[group]} that the file's footer states"
                 )
         except MemoryError:
             raise
-        except Exception as error:  # damaged pages and lost connections: each layer below has its own
+        except Exception as error:  # damaged pages and lost connections: each library below has its own errors
             self._broken[group] = f"row group {number} of {path} cannot be read: {type(error).__name__}: {error}"
             raise DataError(self._broken[group]) from error
         self._kept[group], self._unread[group] = column, len(column)
@@ -154,8 +162,8 @@ class RowGroups:
 def open_row_groups(
     spec: str, *, training: bool, image_column: str | None = None, label_column: str | None = None
 ) -> RowGroups:
-    """The parquet files that `spec` names: files or globs, or a data set of the hub that is stored as parquet. Raises
-    DataError."""
+    """Open the parquet files that `spec` names: files or globs, or a data set of the hub that is stored as parquet.
+    Raises DataError."""
     kind, rest = split_spec(spec)
     if kind == "parquet":
         files = matching_files(rest)
@@ -185,7 +193,7 @@ def _read_labels(path: str, image_column: str | None, label_column: str | None) 
     from datasets import Features
 
     try:
-        with _opened(path) as raw:
+        with _open(path) as raw:
             file = parquet.ParquetFile(raw, pre_buffer=True)
             features = Features.from_arrow_schema(file.schema_arrow)
             image, label = image_and_label_columns(features, path, image_column, label_column)
@@ -199,11 +207,11 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _opened(path: str) -> Any:
+def _open(path: str) -> Any:
     if not _is_remote(path):
         return open(path, "rb")
     from fsspec.core import url_to_fs
 
     system, inside = url_to_fs(path)
-    # Reading ahead would fetch most of a file for its labels, which lie scattered over it.
+    # Reading ahead would fetch most of a file for its labels, which are spread over the file.
     return system.open(inside, "rb", cache_type="none")

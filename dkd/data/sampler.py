@@ -1,9 +1,9 @@
-"""The order of samples: a function of (seed, epoch), and of nothing else.
+"""Decide the order of samples, a function of (seed, epoch) and of nothing else.
 
-An epoch is one list of all N indices. It is cut into global batches of B, these into B/b contiguous micro-batches of b.
-W ranks and A micro-steps only say who computes which: rank r in micro-step a takes micro-batch a·W + r. The N mod B
-samples at the end of the list are left to later epochs, each of which draws a new list. The position in all of this is
-one integer, the global step.
+An epoch is one list of all N indices. The list is cut into global batches of B, and each global batch into B/b
+contiguous micro-batches of b. W ranks and A micro-steps only decide who computes which micro-batch: rank r in
+micro-step a computes micro-batch a·W + r. The N mod B samples at the end of the list are left to later epochs, each of
+which draws a new list. The position in this order is one integer, the global step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dkd.rng import derive_seed
 
 @dataclass(frozen=True)
 class GlobalBatchSampler:
-    """Who computes which samples when.
+    """Decide which rank computes which samples in which step.
 
     Args:
-        samples: N.
+        samples: N, the number of samples.
         seed: the run's seed.
         global_batch: B.
         micro_batch: b, which divides B/W.
-        rank, world_size: whose slice.
+        rank, world_size: the rank whose micro-batches are given, and W.
 
     Raises:
         ValueError: N < B, or b·W does not divide B.
@@ -51,19 +51,20 @@ class GlobalBatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Global steps of an epoch, N // B."""
         return self.samples // self.global_batch
 
     @property
     def micro_steps(self) -> int:
-        """A."""
+        """A, the number of micro-steps of a global step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def epoch(self, epoch: int) -> torch.Tensor:
-        """(N,) int64, the list of an epoch; at least (N // B)·B long."""
+        """Return the list of an epoch, int64, at least (N // B)·B long."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """This rank's micro-batches of the global steps first_step … last_step − 1, as lists of (epoch, index)."""
+        """Yield this rank's micro-batches of steps first_step … last_step − 1, as lists of (epoch, index)."""
         drawn, indices = -1, torch.empty(0)
         for step in range(first_step, last_step):
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -75,25 +76,25 @@ class GlobalBatchSampler:
 
 
 TURNS = 8
-"""Consecutive steps that take their samples from different lanes, so that as many worker processes have lanes of their
-own."""
+"""Number of consecutive steps that take their samples from different lanes, so that as many worker processes have
+lanes of their own."""
 
 
 @dataclass(frozen=True)
 class StreamedBatchSampler(GlobalBatchSampler):
-    """An order for data that is read a row group at a time: neighbours in it are neighbours on the disk, and each row
-    group is read about once an epoch. It too is a function of (seed, epoch) alone, and its position is the global step.
+    """Decide an order for data that is read a row group at a time: neighbours in the order are neighbours on the disk,
+    and each row group is read about once an epoch. This order too is a function of (seed, epoch) alone, and its
+    position is the global step.
 
-    The row groups, in an order drawn for the epoch and each with its rows in a drawn order, make one list of rows,
-    which is a ring: where
-    it begins is drawn too. It is cut into lanes of equal length. A lane serves one slice of the global batch in every
-    eighth step. Within a lane, rows are shuffled window by window. The N mod B rows at the list's end are left out, so
-    every row is as likely to be one of them, with one row group, with few, and with many.
+    The row groups, in an order drawn for the epoch and each with its rows in a drawn order, make one list of rows. The
+    list is a ring whose beginning is drawn too. The list is cut into lanes of equal length. A lane serves one slice of
+    the global batch in every eighth step. Within a lane, rows are shuffled window by window. The N mod B rows at the
+    list's end are left out; every row is equally likely to be left out, with one row group, with few, and with many.
 
     Args:
         group_sizes: rows of each row group.
-        lanes: how many; at most 8·B. See `readers`.
-        window: rows, rounded up to what a lane gives to a whole number of steps.
+        lanes: number of lanes, at most 8·B. See `readers`.
+        window: rows of a window, rounded up to what a lane gives to a whole number of steps.
     """
 
     group_sizes: tuple[int, ...] = ()
@@ -107,15 +108,16 @@ class StreamedBatchSampler(GlobalBatchSampler):
 
     @property
     def slices(self) -> int:
-        """Parts of the global batch that have lanes of their own."""
+        """Number of parts of the global batch that have lanes of their own."""
         return min(max(1, self.lanes // TURNS), self.global_batch)
 
     def _slice_bounds(self) -> list[int]:
+        """Return the first row of each slice of the global batch, and the end of the last slice."""
         return [i * self.global_batch // self.slices for i in range(self.slices + 1)]
 
     def _windows(self) -> list[int]:
-        """Rows of the windows of each slice's lanes: whole steps, so that none begins in the middle of a
-        micro-batch."""
+        """Return the rows of a window in the lanes of each slice. A window spans whole steps, so that it never begins
+        in the middle of a micro-batch."""
         return [-(-self.window // (end - begin)) * (end - begin) for begin, end in pairwise(self._slice_bounds())]
 
     def epoch(self, epoch: int) -> torch.Tensor:
@@ -124,8 +126,8 @@ class StreamedBatchSampler(GlobalBatchSampler):
         starts = sizes.cumsum(0) - sizes
         drawn = torch.randperm(len(sizes), generator=generator)
         sizes, starts = sizes[drawn], starts[drawn]
-        # A row group is read as a whole: any order of its rows costs the same. Where it is longer than a lane, the
-        # windows alone would give it nearly the same order in each epoch.
+        # A row group is read as a whole, so any order of its rows costs the same. Where a row group is longer than a
+        # lane, the windows alone would give its rows nearly the same order in each epoch.
         within = torch.empty(self.samples, dtype=torch.int64)
         for rows_of_group in within.split(sizes.tolist()):
             torch.randperm(len(rows_of_group), generator=generator, out=rows_of_group)
@@ -144,8 +146,8 @@ class StreamedBatchSampler(GlobalBatchSampler):
         return order.flatten()
 
     def lanes_of_workers(self, workers: int) -> dict[tuple[int, int], set[tuple[int, int]]]:
-        """(rank, worker process) -> the lanes that it goes to and fro between. A worker takes every `workers`th
-        micro-batch of its rank."""
+        """Return, by (rank, worker process), the lanes that the worker alternates between. A worker loads every
+        `workers`th micro-batch of its rank."""
         bounds, workers = self._slice_bounds(), max(1, workers)
         touched = []
         for number in range(self.global_batch // self.micro_batch):
@@ -162,19 +164,18 @@ class StreamedBatchSampler(GlobalBatchSampler):
         return lanes
 
     def readers(self, workers: int) -> int:
-        """The most worker processes that share a lane, and so read the same row groups: 1 where each micro-batch has
-        slices of its own (from 8·B/b lanes on) and `workers` divides 8·A."""
+        """Return the largest number of worker processes that share a lane, and so read the same row groups: 1 where
+        each micro-batch has slices of its own (from 8·B/b lanes on) and `workers` divides 8·A."""
         shared = Counter(lane for lanes in self.lanes_of_workers(workers).values() for lane in lanes)
         return max(shared.values())
 
     def row_groups_of_a_worker(self, workers: int) -> int:
-        """The most row groups that one of this rank's worker processes needs at a time."""
+        """Return the largest number of row groups that one of this rank's worker processes needs at the same time."""
         lanes = max(len(lanes) for (rank, _), lanes in self.lanes_of_workers(workers).items() if rank == self.rank)
-        smallest = max(
-            1, sorted(self.group_sizes)[len(self.group_sizes) // 10]
-        )  # but for some short ones, at the ends of files
-        # Of each lane those of a window, which begins and ends within one; and one that another lane shares, never read
-        # to its end here. Where workers share lanes, none is read to its end here, and one more is still held that the
-        # window has left behind.
+        # The smallest row group, except for the short ones at the ends of files.
+        smallest = max(1, sorted(self.group_sizes)[len(self.group_sizes) // 10])
+        # Each lane needs the row groups of a window, which begins and ends within a row group, and one that another
+        # lane shares, which this worker never reads to its end. Where workers share lanes, no row group is read to its
+        # end here, and one more is still held that lies before the window.
         more = 2 if self.readers(workers) == 1 else 3
         return min(len(self.group_sizes), lanes * (-(-max(self._windows()) // smallest) + more))

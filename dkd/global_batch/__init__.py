@@ -1,7 +1,7 @@
-"""The arithmetic of a batch spread over ranks: who holds which rows, means over all of them, rows of the global Gram
-matrix.
+"""Compute with a batch that is spread over ranks: which rank holds which rows, means over all rows, and rows of the
+global Gram matrix.
 
-Knows tensors and `torch.distributed` process groups; knows no model, recipe or trainer.
+This package knows tensors and `torch.distributed` process groups, and no model, recipe or trainer.
 """
 
 from dkd.global_batch.arrivals import Arrivals

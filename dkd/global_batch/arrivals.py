@@ -1,8 +1,8 @@
-"""Where each rank is, so that when a collective fails the others can say who did not come.
+"""Record where each rank is, so that the ranks can report who is missing when a collective fails.
 
-A collective that one rank does not join ends, on the ranks that wait, at the process group's timeout, with an error
-that names nobody. Ranks therefore leave their place in the group's key-value store, one small message without an
-answer, and read those of all when one fails.
+If one rank never joins a collective, the other ranks time out with an error that does not name the missing rank. Ranks
+therefore write their place to the process group's key-value store, one small message without an answer, and read the
+places of all ranks when a collective fails.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _MOST_SHOWN = 8
 
 
 class Arrivals:
-    """The place of every rank in a sequence that all go through together.
+    """Record the place of every rank in a sequence that all ranks go through together.
 
     Args:
-        sequence: its name; every rank's the same.
-        group: the process group of the ranks; None is the default one.
+        sequence: the name of the sequence, the same on every rank.
+        group: the process group of the ranks; None: the default one.
     """
 
     def __init__(self, sequence: str, group: dist.ProcessGroup | None = None) -> None:
@@ -30,15 +30,15 @@ class Arrivals:
         self._store: dist.Store | None = None
         if collectives.world_size(group) > 1:
             group = group or dist.group.WORLD
-            # torch 2.9 and later; without it, errors name no ranks.
+            # In torch 2.9 and later; without it, errors name no ranks.
             find = getattr(group, "get_group_store", None)
             self._store = find() if find is not None else None
             self._rank, self._world_size = collectives.rank(group), collectives.world_size(group)
-            # An earlier sequence of that name in this process is over.
+            # This overwrites the place of an earlier sequence of that name in this process.
             self.reach([-1], "not begun")
 
     def reach(self, place: Sequence[int], what: str) -> None:
-        """This rank is at `place`, about to meet the others there.
+        """Record that this rank has reached `place`, where it waits for the other ranks.
 
         Args:
             place: numbers that grow, compared as tuples are.
@@ -49,29 +49,32 @@ class Arrivals:
         try:
             self._store.set(self._key(self._rank), json.dumps([*place, what]))
         except RuntimeError:
-            # The process that holds the store is gone; the next collective will say so better than this message could.
+            # The process that holds the store is gone, which the next collective reports better than an error here.
             self._store = None
 
     def describe(self) -> str:
-        """After a failure: which ranks are behind, and where this one is."""
+        """Return, after a failure, which ranks have not come as far as the others, and where this rank is."""
         if self._store is None:
             return "where the ranks are cannot be known: their store is gone"
         try:
-            places = self._places(self._store)
+            places = self._read_places(self._store)
         except RuntimeError:
             return "where the ranks are cannot be known: their store, which rank 0 holds, is gone"
         furthest = max(place for place, _ in places.values())
-        behind = [f"rank {rank}: {what}" for rank, (place, what) in places.items() if place < furthest]
-        if len(behind) > _MOST_SHOWN:
-            behind[_MOST_SHOWN:] = [f"and {len(behind) - _MOST_SHOWN} more"]
+        late = [f"rank {rank}: {what}" for rank, (place, what) in places.items() if place < furthest]
+        if len(late) > _MOST_SHOWN:
+            late[_MOST_SHOWN:] = [f"and {len(late) - _MOST_SHOWN} more"]
         return "; ".join(
-            [*(behind or ["all ranks had come as far"]), f"this is rank {self._rank}: {places[self._rank][1]}"]
+            [
+                *(late or ["all ranks have reached the same place"]),
+                f"this is rank {self._rank}: {places[self._rank][1]}",
+            ]
         )
 
-    def _places(self, store: dist.Store) -> dict[int, tuple[tuple[int, ...], str]]:
+    def _read_places(self, store: dist.Store) -> dict[int, tuple[tuple[int, ...], str]]:
         places: dict[int, tuple[tuple[int, ...], str]] = {}
         for rank in range(self._world_size):
-            # A rank that never came has no entry, and reading that would wait for it.
+            # A rank that never arrived has no entry, and reading a missing entry would wait for it.
             if store.check([self._key(rank)]):
                 *place, what = json.loads(store.get(self._key(rank)))
                 places[rank] = tuple(place), what

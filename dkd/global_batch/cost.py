@@ -1,13 +1,13 @@
-"""What each way to the rows of the global Gram matrix moves and holds, and which is cheaper.
+"""Count what each strategy for the rows of the global Gram matrix moves and holds, and choose the cheaper strategy.
 
-W ranks with b rows each, B = W·b, d features. Elements that a rank receives for one tensor:
+W ranks hold b rows each, B = W·b, of d features. Elements that a rank receives for one tensor:
 
                 forward                          backward
     gather      (W−1)·b·d                        (W−1)·b²
     exchange    (W−1)·b·d'/W + (W−1)·b·B         (W−1)·b·B + (W−1)·b·d'/W           d' = d padded to a multiple of W
 
-`exchange` wins for wide features and batches that are not huge: its Gram matrices are B×B, but its features cross the
-network once.
+`exchange` is cheaper for wide features and batches that are not huge: its Gram matrices are B×B, but its features cross
+the network once.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from dataclasses import dataclass
 
 STRATEGIES = ("gather", "exchange")
 
-# What starting a collective costs, as bytes that could be received meanwhile: half a millisecond at 1 Gbit/s, where a
-# wrong choice costs most. With it, `auto` takes the faster way in `python -m benchmarks.global_batch`, or one as fast.
+# The cost of starting a collective, in bytes that could be received meanwhile: half a millisecond at 1 Gbit/s, where a
+# wrong choice costs most. With this number, `auto` chooses the faster strategy in `python -m benchmarks.global_batch`,
+# or one as fast.
 BYTES_PER_COLLECTIVE = 2**16
 
 
 @dataclass(frozen=True)
 class GramTensor:
-    """One tensor whose Gram rows are wanted.
+    """Describe one tensor whose Gram rows are wanted.
 
     Args:
         width: d, features of a row.
-        backward: with gradient (the student's), or without (the teacher's).
-        feature_bytes: of one feature under way; features of one size travel together.
-        gram_bytes: of one element of the Gram matrix.
+        backward: whether the tensor has a gradient (the student's has, the teacher's has not).
+        feature_bytes: bytes of one feature on its way between ranks; features of one size share their collectives.
+        gram_bytes: bytes of one element of the Gram matrix.
     """
 
     width: int
@@ -42,23 +43,26 @@ class GramTensor:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Elements that a rank receives: of features and their gradients, and of Gram matrices and their gradients."""
+    """Count the elements that a rank receives."""
 
     features: int
+    """Elements of features and their gradients."""
     gram: int
+    """Elements of Gram matrices and their gradients."""
 
     @property
     def elements(self) -> int:
+        """Elements in all."""
         return self.features + self.gram
 
 
 def received(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> Traffic:
-    """What each rank receives for one tensor, forward and, if it has one, backward.
+    """Count what each rank receives for one tensor, forward and, where the tensor has a gradient, backward.
 
     Args:
         strategy: `gather` or `exchange`.
         tensor: which tensor.
-        rows: b, rows a rank holds.
+        rows: b, the rows that a rank holds.
         world_size: W.
     """
     others = world_size - 1
@@ -70,14 +74,14 @@ def received(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> T
 
 
 def received_bytes(strategy: str, tensor: GramTensor, rows: int, world_size: int) -> int:
-    """`received`, in bytes."""
+    """Return the result of `received` in bytes."""
     elements = received(strategy, tensor, rows, world_size)
     return elements.features * tensor.feature_bytes + elements.gram * tensor.gram_bytes
 
 
 def collectives(strategies: Sequence[str], tensors: Sequence[GramTensor]) -> int:
-    """How many collectives the tensors take, each by its strategy: those of one strategy and one size of features share
-    them."""
+    """Count the collectives of several tensors, each with its strategy. Tensors of one strategy and one size of
+    features share their collectives."""
     shared: dict[tuple[str, int], bool] = {}
     for strategy, tensor in zip(strategies, tensors, strict=True):
         key = strategy, tensor.feature_bytes
@@ -87,23 +91,26 @@ def collectives(strategies: Sequence[str], tensors: Sequence[GramTensor]) -> int
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes that a rank holds at once at most: of features with their gradients, and of Gram matrices with theirs."""
+    """Count the bytes that a rank holds at the same time, at most."""
 
     features: int
+    """Bytes of features and their gradients."""
     gram: int
+    """Bytes of Gram matrices and their gradients."""
 
     @property
     def bytes(self) -> int:
+        """Bytes in all."""
         return self.features + self.gram
 
 
 def held(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> MemoryUse:
-    """What a rank holds beside its own features and what becomes of their gradient. Arguments as `received`.
+    """Count what a rank holds beside its own features and their gradient. Arguments as for `received`.
 
-    With m = b·d the numbers of a message: `gather` holds (W + 1)·m of student and teacher. `exchange` holds 2·m
-    forward, and backward m of both and 3·m of the student: the gradient as it is made, received, and put in order. Gram
-    matrices: for each tensor 2·b·B by `gather`, 4·B² by `exchange`. Half-precision features are promoted one tensor at
-    a time.
+    With m = b·d numbers of a message, `gather` holds (W + 1)·m for student and teacher. `exchange` holds 2·m forward,
+    and backward m for both and 3·m for the student: the gradient as it is computed, received, and put in order. Gram
+    matrices take 2·b·B for each tensor by `gather`, and 4·B² by `exchange`. Half-precision features are promoted one
+    tensor at a time.
     """
     batch = rows * world_size
     gathered = promoted = forward = backward = gram = 0
@@ -124,15 +131,16 @@ def held(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, wo
 
 
 def cost(strategies: Sequence[str], tensors: Sequence[GramTensor], rows: int, world_size: int) -> int:
-    """The bytes that each rank receives, and what the collectives cost beside, in bytes."""
+    """Return the bytes that each rank receives, plus the cost of starting the collectives, in bytes."""
     moved = sum(received_bytes(s, tensor, rows, world_size) for s, tensor in zip(strategies, tensors, strict=True))
     return moved + BYTES_PER_COLLECTIVE * collectives(strategies, tensors)
 
 
 def cheapest_strategies(tensors: Sequence[GramTensor], rows: int, world_size: int) -> tuple[str, ...]:
-    """A strategy for each of the tensors of one loss: those that together should take the least time. Arguments as
-    `received`."""
-    # One for all, or for each what moves less: mixing the two costs more collectives, so it has to pay for them.
+    """Return a strategy for each tensor of one loss: the strategies that together should take the least time. Arguments
+    as for `received`."""
+    # Either one strategy for all tensors, or for each tensor the strategy that moves less: mixing the two takes more
+    # collectives, whose cost the mix must save.
     each = tuple(min(STRATEGIES, key=lambda s: received_bytes(s, tensor, rows, world_size)) for tensor in tensors)
     candidates = [*itertools.chain(((s,) * len(tensors) for s in STRATEGIES), [each])]
     return min(candidates, key=lambda strategies: cost(strategies, tensors, rows, world_size))

@@ -1,11 +1,11 @@
-"""Which ranks share one Gram matrix.
+"""Decide which ranks share one Gram matrix, by a scope.
 
     global    all ranks
     node      the ranks of one machine
     n         groups of n neighbouring ranks; n divides W
     local     each rank alone: another loss than the published one, for comparison
 
-Groups are of one size, so the mean over ranks of W_group · share is the mean of the groups' losses.
+All groups have one size, so the mean over ranks of W_group · share is the mean of the groups' losses.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dkd.global_batch.layout import BatchLayout, BatchMismatchError
 
 
 def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | None = None) -> int:
-    """How many ranks share a Gram matrix.
+    """Return the number of ranks that share a Gram matrix.
 
     Args:
         scope: as above.
         world_size: W.
-        local_world_size: ranks on one machine; None: as the launch says in LOCAL_WORLD_SIZE.
+        local_world_size: ranks on one machine; None: the launch's LOCAL_WORLD_SIZE.
 
     Raises:
         ValueError: an unknown scope, or a group that does not divide the ranks.
@@ -50,9 +50,9 @@ def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | N
 
 
 class GramScope:
-    """A scope, and the process groups of this rank's part of it once they are made.
+    """Hold a scope, and the process groups of this rank's part of each layout once they are made.
 
-    A copy or a pickle holds the scope alone: its first call makes the process groups anew.
+    A copy or a pickle holds the scope alone: the first call of the copy makes its own process groups.
 
     Args:
         scope: as above.
@@ -77,15 +77,15 @@ class GramScope:
         self.scope, self._parts = state["scope"], {}
 
     def within(self, layout: BatchLayout) -> BatchLayout:
-        """The part of `layout` that this rank's group holds. The first call makes the groups: all ranks of `layout`
-        make it together.
+        """Return the part of `layout` that this rank's group holds. The first call makes the process groups: all ranks
+        of `layout` make that call together.
 
         Raises:
-            ValueError: a number of ranks that does not divide those of `layout`.
+            ValueError: the number of ranks of a group does not divide those of `layout`.
             BatchMismatchError: on all ranks, when a group holds no row, or machines run different numbers of ranks.
         """
         if self.scope == "node" and layout.world_size > 1:
-            part = self._part(layout)
+            part = self._make_part(layout)
             size = part.size
         else:
             size, part = ranks_per_group(self.scope, layout.world_size, 1), None
@@ -94,23 +94,23 @@ class GramScope:
             raise BatchMismatchError(f"a group of ranks holds no row: {groups}")
         if size == layout.world_size:
             return layout
-        part = part or self._part(layout)
+        part = part or self._make_part(layout)
         return BatchLayout(tuple(layout.rows[rank] for rank in part.ranks), part.ranks.index(layout.rank), part.group)
 
-    def _part(self, layout: BatchLayout) -> _Part:
-        """This rank's part of the ranks of `layout`, made at the first call with their process group."""
+    def _make_part(self, layout: BatchLayout) -> _Part:
+        """Return this rank's part of the ranks of `layout`; the first call with their process group makes the part."""
         whole = layout.group or dist.group.WORLD
         assert whole is not None
         if whole not in self._parts:
-            size = self._agreed_size(layout)
+            size = self._agree_on_size(layout)
             group: dist.ProcessGroup | None = None
             first = layout.rank // size * size
             ranks = list(range(first, first + size))
             if 1 < size < layout.world_size:
-                # `new_group` takes ranks of the job, and sorts them.
+                # `new_group` expects ranks of the job, and sorts them.
                 of_the_job = dist.get_process_group_ranks(whole)
                 ranks.sort(key=of_the_job.__getitem__)
-                # Its own ranks alone make it: the others of the job may be in another process group, which makes none.
+                # Only the ranks of the new group make it: other ranks of the job may belong to another process group.
                 members = [of_the_job[rank] for rank in ranks]
                 made = dist.new_group(members, timeout=collectives.timeout(whole), use_local_synchronization=True)
                 assert isinstance(made, dist.ProcessGroup)
@@ -118,9 +118,9 @@ class GramScope:
             self._parts[whole] = _Part(size, tuple(ranks), group)
         return self._parts[whole]
 
-    def _agreed_size(self, layout: BatchLayout) -> int:
-        """How many ranks share a Gram matrix: the same on all, or an error on all."""
-        # Whatever is wrong on one rank must be an error on all, so it travels as 0.
+    def _agree_on_size(self, layout: BatchLayout) -> int:
+        """Return the number of ranks that share a Gram matrix. All ranks return the same number, or all raise."""
+        # An error of one rank must be an error of all ranks, so a wrong value is sent as 0.
         mine = self.scope, launch.local_world_size() or 0, dist.get_rank()
         found = collectives.all_gather_objects(mine, layout.group)
         scopes = [scope for scope, _, _ in found]
@@ -134,7 +134,7 @@ class GramScope:
                 f"scope 'node': LOCAL_WORLD_SIZE is no number on rank {locals_.index(0)}; torchrun and accelerate "
                 "launch set it"
             )
-        # A launcher numbers the ranks of one machine one after the other.
+        # A launcher numbers the ranks of one machine consecutively.
         machines = [rank // local for _, local, rank in found]
         sizes = [len(list(ranks)) for _, ranks in itertools.groupby(machines)]
         if len(set(locals_)) > 1 or len(set(sizes)) > 1 or len(sizes) > len(set(machines)):
@@ -146,12 +146,12 @@ class GramScope:
 
 
 class _Part(NamedTuple):
-    """The ranks that share a Gram matrix with this one.
+    """Hold the ranks that share a Gram matrix with this rank.
 
     Args:
-        size: how many.
-        ranks: of the whole layout, in the order of the group.
-        group: their process group; None where a rank is alone or shares with all.
+        size: their number.
+        ranks: their ranks in the whole layout, in the order of the group.
+        group: their process group; None where a rank is alone or shares with all ranks.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""The distillation losses, each in one short file with its formula beside the code."""
+"""Compute the distillation losses. Each loss is one short file, with the formula beside the code."""
 
 from dkd.losses.attention_transfer import AttentionTransfer
 from dkd.losses.cross_entropy import CrossEntropy

@@ -2,20 +2,22 @@
 
 RUN/
   recipe.yaml              the resolved recipe: every default written out, overrides applied
-  provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host, world size, step
+  provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host,
+                           world size, step
   metrics.jsonl            one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
   metrics.superseded.jsonl lines of steps that were computed again after an interruption
+  train.log                what rank 0 reported, with time and rank
   tensorboard/             and whatever other trackers write
-  checkpoints/             see dkd/checkpoints/folder.py and checkpointing.py
+  checkpoints/             see dkd/checkpoints/
   student.safetensors      the finished student, and beside it
   student.json             its architecture, input and metrics
-  .lock, .owner            of the training that is going on, or was the last: see run_place.py
+  .lock, .owner            of the training that is running, or was the last: see place.py
   .launches                which launches have begun a run here: see launches.py
 
 and one of these, until the next start:
   FINISHED                 the last step is done
-  PREEMPTED                a signal stopped it behind a checkpoint: the same command is to be started again
-  STOPPED                  somebody did, by making a file called STOP
+  PREEMPTED                a signal stopped the run after a checkpoint: start the same command again
+  STOPPED                  a person stopped the run, with a file called STOP
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dkd import atomic_files
+from dkd import atomic_files, console
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 from dkd.distributed.stop_signals import STOP_FILE
@@ -42,6 +45,7 @@ from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
 from dkd.runs.place import LOCK_FILE, OWNER_FILE, RunPlace
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
+LOG_FILE = "train.log"
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
@@ -55,6 +59,7 @@ _OF_A_RUN = (
     "metrics.superseded.jsonl",
     "student.safetensors",
     "student.json",
+    LOG_FILE,
     *MARKERS,
     "tensorboard",
     STOP_FILE,
@@ -72,6 +77,7 @@ class RunDirectory:
         self.checkpoints = CheckpointFolder(self.path / _CHECKPOINTS, self.problem)
         self._metrics: Any = None
         self._unwritten = b""
+        self._log = ExitStack()
 
     def take_over(self, recipe: Recipe, existing: IfRunExists, start: Start, allow_recipe_change: bool) -> list[str]:
         """Prepare the claimed folder for a training: remove an older run where it is to be replaced, and what a killed
@@ -130,6 +136,7 @@ class RunDirectory:
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
         self._metrics = atomic_files.open_to_append(self.path / _METRICS)
+        self._log.enter_context(console.log_file(self.path / LOG_FILE, rank=0))
         return (
             [] if damage is None else [f"warning: {damage}; it is now {_DAMAGED_PROVENANCE}, and a new one was begun"]
         )
@@ -247,6 +254,7 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()  # unbuffered: there is nothing left to write that could fail
             self._metrics = None
+        self._log.close()
         self.place.close()
 
 

@@ -18,7 +18,7 @@ def test_in_a_users_own_loop(tmp_path):
         until(lambda: launch.said().count("ready") == 2, limit(60), launch)
         launch.wait(AT_MOST)
         out = launch.said()
-    assert "absent: not all ranks came to this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
+    assert "absent: not all ranks joined this loss (rank 1: call 1 of it, with 4×4×2×2, 4×4×2×2; " in out
     assert "this is rank 0: call 2 of it, with 3×4×2×2, 3×4×2×2)" in out
 
 

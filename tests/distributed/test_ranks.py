@@ -157,7 +157,7 @@ def test_machines_that_run_different_numbers_of_ranks_end_all_ranks(results, wor
 
 
 def test_each_replica_of_a_mesh_is_a_batch_of_its_own(results):
-    """By the layout that docs/losses.md shows."""
+    """By the layout that docs/reference/losses.md shows."""
     ranks = returned(results, 4, "replicas_of_a_mesh")
     assert [found["ranks"] for found in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert all(len(found["errors"]) == 4 and max(map(max, found["errors"])) < 1e-12 for found in ranks), ranks

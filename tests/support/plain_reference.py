@@ -1,4 +1,4 @@
-"""The training that a recipe of tests/distributed/cases/trainer_cases.py means, as a plain PyTorch loop on one process, in float64.
+"""The training that a recipe of trainer_cases.py means, as a plain PyTorch loop on one process, in float64.
 
 It shares models and data with the package, and nothing of its losses, its arithmetic over ranks or its trainer: those
 are what it checks.

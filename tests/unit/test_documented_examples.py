@@ -1,5 +1,5 @@
-"""The examples of docs/add_a_*.md, run as they stand there: the module written to a file, the command started beside
-it."""
+"""The examples of docs/guides/own_*.md, run as they stand there: the module written to a file, the command started
+beside it."""
 
 import json
 import re
@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.epochs=1", "train.max_steps=2", "run.trackers=[]", "teacher.weights=random", "data.workers=0"]
 
 
-@pytest.fixture(params=["add_a_loss", "add_a_model", "add_a_data_set"])
+@pytest.fixture(params=["own_loss", "own_model", "own_data"])
 def example(request, tmp_path):
     """Page, commands and YAML of one page; its module lies in a folder beside configs/."""
-    page = (ROOT / "docs" / f"{request.param}.md").read_text()
+    page = (ROOT / "docs" / "guides" / f"{request.param}.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         name = re.match(r"# (\w+\.py)\n", block)[1]
         (tmp_path / name).write_text(block)
@@ -38,17 +38,17 @@ def test_the_example_trains_and_is_used(example):
     """The page's own command, shortened; and the recipe with the page's YAML in it."""
     page, folder, commands, described = example
     (trains,) = [command for command in commands if command[:2] == ["dkd", "train"] and len(command) > 3]
-    teacher = [] if page == "add_a_data_set" else SHORT
+    teacher = [] if page == "own_data" else SHORT
     shortened = [*trains[1:], *(teacher or [o for o in SHORT if not o.startswith("teacher")]), f"run.dir={folder}/run"]
     result = run(folder, *shortened)
     assert result.returncode == 0, result.stderr[-3000:]
     logged = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     recipe = yaml.safe_load((folder / "run" / "recipe.yaml").read_text())
-    if page == "add_a_loss":
+    if page == "own_loss":
         assert logged[0]["positions"] > 0
         assert logged[0]["weight/positions"] == 10
         assert described["losses"]["custom"][0]["loss"] == recipe["losses"]["custom"][0]["loss"]
-    elif page == "add_a_model":
+    elif page == "own_model":
         assert (recipe["student"]["name"], recipe["student"]["options"]) == (
             described["student"]["name"],
             described["student"]["options"],

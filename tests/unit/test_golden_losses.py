@@ -48,7 +48,7 @@ def test_attention_of_tokens_is_that_of_their_grid():
     torch.testing.assert_close(
         AttentionTransfer(class_tokens=1)(maps, tokens), AttentionTransfer()(maps, grid), rtol=1e-12, atol=0
     )
-    with pytest.raises(ValueError, match="say how many class_tokens are in front"):
+    with pytest.raises(ValueError, match="set class_tokens, the number of them at the front"):
         AttentionTransfer()(maps, tokens)
     with pytest.raises(ValueError, match="17 tokens without 0 class tokens: no square grid"):
         AttentionTransfer(class_tokens=0)(maps, tokens)

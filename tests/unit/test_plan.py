@@ -17,7 +17,7 @@ def planned(capsys, *arguments):
 
 
 def test_a_plan_needs_neither_data_nor_weights(capsys):
-    """The example of docs/global_batch.md: 206 M elements by gather and 55 M by exchange, times 63/64."""
+    """The example of docs/explanations/global_batch.md: 206 M elements by gather and 55 M by exchange, times 63/64."""
     code, out, _ = planned(
         capsys, "--nodes", "8", "--gpus-per-node", "8", "train.global_batch=4096", "teacher.weights=no/such.safetensors"
     )

@@ -423,7 +423,7 @@ def rows_that_differ_within_a_rank_end_all_ranks(folder):
 
 
 def the_documented_three_lines_in_a_users_own_ddp_loop(folder):
-    """docs/losses.md's snippet, against one process with the global batch."""
+    """docs/reference/losses.md's snippet, against one process with the global batch."""
     rank, size = world()
     torch.manual_seed(3)
     student, teacher = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 6, 3).requires_grad_(False)
