@@ -267,7 +267,7 @@ def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None]:
         deepspeed = _deepspeed_file()
         zero = deepspeed.get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-        name = f"zero{stage}"
+        name = f"zero{stage}" if isinstance(stage, int) else ""  # '3' would not be 3 to `filled_settings`
         if name not in get_args(EngineName):
             raise LaunchError(
                 f"the launch asks for DeepSpeed with ZeRO stage {stage!r}; take stage 1, 2 or 3: {LAUNCH_FILES}"

@@ -85,8 +85,7 @@ def decode_into_memory(data: DataSection, source: ImageSource, local_world_size:
     """
     if data.in_memory is False or data.streaming:
         return source
-    # Unasked 1 GiB, and where memory is short, this rank's share of an eighth of it.
-    limit = None if data.in_memory is True else min(2**30, machine.memory() // 8 // local_world_size)
+    limit = None if data.in_memory is True else memory_for_images(local_world_size)
     try:
         decoded = in_memory(source, limit_bytes=limit)
     except DataError:
@@ -96,6 +95,12 @@ def decode_into_memory(data: DataSection, source: ImageSource, local_world_size:
     if decoded is None and data.in_memory is True:
         raise DataError("data.in_memory is true, but the images have several sizes")
     return decoded or source
+
+
+def memory_for_images(local_world_size: int) -> int:
+    """Return the bytes that a rank's decoded images may take where the recipe does not ask for them: 1 GiB, and where
+    memory is short, the rank's share of an eighth of it."""
+    return min(2**30, machine.memory() // 8 // local_world_size)
 
 
 def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:

@@ -89,8 +89,7 @@ def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"is of format {values['format']!r}, and this version of dkd reads format {FORMAT}: resume it with the "
-                "version "
-                "that wrote it"
+                "version that wrote it"
             )
         ours = values["step"] == step
         ours = ours and all(isinstance(values[key], types) for key, types in _TYPES.items())

@@ -87,8 +87,7 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: float, refusal:
                 )
             raise RendezvousError(
                 f"rank 0 did not {'start' if offered else 'see'} this rank within {timeout:g} s: it is gone, or waits "
-                "for another; "
-                f"this is rank {rank} on {platform.node()}"
+                f"for another; this is rank {rank} on {platform.node()}"
             )
         time.sleep(_POLL)
 

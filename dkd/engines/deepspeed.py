@@ -98,8 +98,7 @@ def _check_settings(settings: Mapping[str, Any], filled: Mapping[str, Any]) -> N
             raise RecipeError.at(
                 "",
                 f"the launch's DeepSpeed file turns on {key}; leave it out: train.precision states it, and weights "
-                "stay "
-                "float32",
+                "stay float32",
             )
     for key in ("optimizer", "scheduler"):
         if key in settings:

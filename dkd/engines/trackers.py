@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from dkd.config import Recipe, RecipeError
 from dkd.config.changes import flat
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.user_code import describe_error
+
+
+def missing_tracker(name: str) -> str | None:
+    """Return why a tracker cannot be used: Accelerate does not know it, or it is not installed. None: it can."""
+    if name not in LOGGER_TYPE_TO_CLASS:
+        return f"{name!r} is not a tracker of Accelerate: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}"
+    if name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
+        return f"{name!r} is not installed: pip install {name}"
+    return None
 
 
 class Trackers:

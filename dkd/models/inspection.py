@@ -110,8 +110,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
     if unused:
         raise UnknownModelError(
             f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the "
-            "logits; "
-            "remove them, or freeze them with requires_grad_(False)"
+            "logits; remove them, or freeze them with requires_grad_(False)"
         )
 
 

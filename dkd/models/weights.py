@@ -131,8 +131,7 @@ def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
     except Exception as error:  # unpickling garbage raises anything; torch's own advice is to unpickle it unsafely
         raise WeightsError(
             f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another "
-            "format, "
-            "or holds Python objects, which are not loaded"
+            "format, or holds Python objects, which are not loaded"
         ) from error
     for key in _NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -47,18 +47,6 @@ def check(
 
 
 def _tracker_problems(recipe: Recipe) -> list[Problem]:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from dkd.engines.trackers import missing_tracker  # imports Accelerate, which takes a second
 
-    available = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    problems = []
-    for tracker in recipe.run.trackers:
-        if tracker not in LOGGER_TYPE_TO_CLASS:
-            problems.append(
-                Problem(
-                    "run.trackers",
-                    f"{tracker!r} is not a tracker of Accelerate: {', '.join(map(str, LOGGER_TYPE_TO_CLASS))}",
-                )
-            )
-        elif tracker not in available:
-            problems.append(Problem("run.trackers", f"{tracker!r} is not installed: pip install {tracker}"))
-    return problems
+    return [Problem("run.trackers", reason) for tracker in recipe.run.trackers if (reason := missing_tracker(tracker))]

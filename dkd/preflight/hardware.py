@@ -227,8 +227,7 @@ def _emulation_warning(ranks: Sequence[Hardware]) -> list[str]:
     factor = 1 / (rank.bf16_speed or 1.0)
     return [
         f"warning: train.precision is bf16, which {rank.name}{where} emulates: a convolution takes {factor:.1f} times "
-        "as long as in "
-        "float32, measured now; train.precision=fp32 or auto is faster"
+        "as long as in float32, measured now; train.precision=fp32 or auto is faster"
     ]
 
 

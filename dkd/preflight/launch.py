@@ -39,8 +39,7 @@ def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> li
             Problem(
                 what,
                 f"train.global_batch={train.global_batch} is not a multiple of {per_step} = micro_batch {b} × "
-                f"{world_size} "
-                "processes; change one of the three",
+                f"{world_size} processes; change one of the three",
             )
         )
     if (recipe.data.mixup or recipe.data.cutmix) and b == 1:
@@ -133,8 +132,7 @@ def _disagreements(recipe: Recipe, launch: Launch, found: list[Problem]) -> list
             Problem(
                 "train.precision",
                 f"the launch asks for mixed_precision {precision}, the recipe for {recipe.train.precision}; leave it "
-                "out "
-                f"of the launch, or write train.precision={precision}",
+                f"out of the launch, or write train.precision={precision}",
             )
         )
     return more

@@ -316,8 +316,7 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
             raise RecipeError.at(
                 "run.dir",
                 f"{str(path)!r} holds a recipe.yaml, and no run that has written it; a run would put its own in its "
-                "place: choose another "
-                f"run.dir, such as {str(path / 'run')!r}, or rename that file",
+                f"place: choose another run.dir, such as {str(path / 'run')!r}, or rename that file",
             )
         return []
     if if_run_exists == "replace":
@@ -334,15 +333,13 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
         raise RecipeError.at(
             "run.dir",
             f"{str(path)!r} holds a run already, whose recipe.yaml cannot be read ({reason}); choose another run.dir, "
-            "or give "
-            "--overwrite to replace it",
+            "or give --overwrite to replace it",
         ) from error
     changes = recipe_changes(before, recipe)
     if changes and not allow_recipe_change:
         advice = (
             f"{str(path)!r} holds a run of a recipe that differs as reported; give --allow-recipe-change to resume it "
-            "with "
-            "the new one, --overwrite to replace the run, or choose another run.dir"
+            "with the new one, --overwrite to replace the run, or choose another run.dir"
         )
         raise RecipeError([*changes, Problem("run.dir", advice)])
     return changes

@@ -34,9 +34,9 @@ IfRunExists = Literal["resume", "refuse", "replace"]
 """What to do with a run that is in `run.dir` already."""
 LAUNCHES_FILE = ".launches"
 
-# Run directories in which this process itself has begun: what it begins there next is no restart, which is always
-# another process.
-_begun_here: set[str] = set()
+begun_here: set[str] = set()
+"""Run directories in which this process itself has begun. What this process begins there next is no restart, which is
+always another process."""
 
 
 def together(starts: Sequence[Start]) -> Start:
@@ -49,7 +49,7 @@ def together(starts: Sequence[Start]) -> Start:
 def in_effect(if_run_exists: IfRunExists, run_dir: Path, start: Start) -> IfRunExists:
     """Return what is to become of a run that is in `run_dir` already: for a restart of a launch that has begun there,
     `resume`."""
-    if if_run_exists == "resume" or os.path.realpath(run_dir) in _begun_here:
+    if if_run_exists == "resume" or os.path.realpath(run_dir) in begun_here:
         return if_run_exists
     return "resume" if any(start.belongs_to(noted) for noted in _noted(run_dir)) else if_run_exists
 
@@ -65,7 +65,7 @@ def note(run_dir: Path, start: Start) -> None:
 
 def has_begun_here(run_dir: Path) -> None:
     """Remember that this process has begun in `run_dir`."""
-    _begun_here.add(os.path.realpath(run_dir))
+    begun_here.add(os.path.realpath(run_dir))
 
 
 def _noted(run_dir: Path) -> list[Start]:

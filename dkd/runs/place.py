@@ -74,8 +74,7 @@ class RunPlace:
                 self._lock = None
                 return [
                     f"{str(path)!r} cannot be locked ({error.strerror}): nothing keeps a second training from starting "
-                    "in run.dir; "
-                    "each checkpoint looks whether one has"
+                    "in run.dir; each checkpoint looks whether one has"
                 ]
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._lock.fileno()), path.stat(follow_symlinks=False)):

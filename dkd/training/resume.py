@@ -145,8 +145,7 @@ def _check_all_see(run_dir: RunDirectory, token: str | None) -> None:
         raise RecipeError.at(
             "run.dir",
             f"{str(run_dir.path)!r} is not on every rank the folder that rank 0 on {ranks[0][1]} has made: {error} "
-            f"(after {seconds:g} s); "
-            "run.dir must be on a file system that all ranks share",
+            f"(after {seconds:g} s); run.dir must be on a file system that all ranks share",
         ) from error
 
 
@@ -176,8 +175,7 @@ def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before["teacher"] and now["teacher"] and before["teacher"]["fingerprint"] != now["teacher"]["fingerprint"]:
         raise CheckpointError(
             f"the run was taught by {before['teacher']['name']} with weights {before['teacher']['fingerprint'][:12]}, "
-            "the teacher now has "
-            f"{now['teacher']['fingerprint'][:12]}; another teacher makes another run; {another}"
+            f"the teacher now has {now['teacher']['fingerprint'][:12]}; another teacher makes another run; {another}"
         )
     if before["global_batch"] != now["global_batch"]:
         raise CheckpointError(

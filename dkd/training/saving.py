@@ -86,8 +86,7 @@ class RunSaver:
             if error is not None:
                 self.log.say(
                     f"warning: the checkpoint after step {result.step} could not be written ({error}); training "
-                    "continues, "
-                    "older ones stay"
+                    "continues, older ones stay"
                 )
             if result.warning is not None:
                 self.log.say(f"warning: older checkpoints could not be removed ({result.warning})")
@@ -178,8 +177,7 @@ class RunSaver:
         if result.problem:
             raise TrainingError(
                 f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower "
-                "optimizer.lr, "
-                "a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
+                "optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32"
             )
 
     def _export(self, facts: Mapping[str, Any]) -> Exported:

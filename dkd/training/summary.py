@@ -73,8 +73,7 @@ def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
     if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and sampler.micro_steps > 1)):
         yield (
             f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the "
-            "number "
-            "of ranks"
+            "number of ranks"
         )
     if recipe.teacher is not None and recipe.teacher.weights == "random":
         yield "warning: the teacher's weights are random, as the recipe states; it teaches nothing"
@@ -90,30 +89,25 @@ def summarize_streaming(
     groups, lanes = len(order.group_sizes), order.slices * TURNS
     yield (
         f"streaming: {groups} row group{'s' if groups > 1 else ''} in an order drawn anew each epoch, {lanes} lanes, "
-        "rows shuffled "
-        f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. This "
-        "rank's workers hold "
-        f"up to {held / 1e6:.0f} MB of encoded images"
+        f"rows shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when "
+        f"resumed. This rank's workers hold up to {held / 1e6:.0f} MB of encoded images"
     )
     if on_machine > memory / 4:
         yield (
             f"warning: all ranks of this machine hold up to {on_machine / 1e9:.0f} GB so, of its {memory / 1e9:.0f} "
-            "GB; fewer "
-            "data.stream_lanes (in a new run) or files with smaller row groups need less"
+            "GB; fewer data.stream_lanes (in a new run) or files with smaller row groups need less"
         )
     readers = order.readers(workers)
     if groups < lanes:
         yield (
             f"note: {groups} row group{'s' if groups > 1 else ''} for {lanes} lanes: several worker processes read and "
-            "hold the same ones; "
-            "files with row groups of 100 to 1000 images are read once and need less memory"
+            "hold the same ones; files with row groups of 100 to 1000 images are read once and need less memory"
         )
     elif readers > 1:
         lanes = TURNS * order.global_batch // order.micro_batch
         yield (
             f"note: {readers} worker processes read the same row groups; with data.stream_lanes={lanes} or a multiple "
-            "(in a new run) and "
-            f"data.workers={TURNS} each has its own"
+            f"(in a new run) and data.workers={TURNS} each has its own"
         )
 
 

@@ -141,7 +141,7 @@ def test_worker_processes_evaluate_neighbours_and_each_sample_once(workers):
     for rank in range(2):
         keys = [
             [index for _, index in batch]
-            for batch in EvaluationLoader(source, lambda image: image, 20, rank, 2, workers)._keys
+            for batch in EvaluationLoader(source, lambda image: image, 20, rank, 2, workers).keys
         ]
         of_workers = [[index for batch in keys[worker::workers] for index in batch] for worker in range(workers)]
         everything = [index for worker in of_workers for index in worker]

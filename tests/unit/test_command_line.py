@@ -140,7 +140,7 @@ OWN_RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob(
 @pytest.mark.parametrize("recipe", OWN_RECIPES)
 def test_every_recipe_of_the_repository_is_valid(recipe):
     from dkd.config import load_recipe
-    from dkd.preflight.checks import model_problems
+    from dkd.preflight.models import model_problems
 
     loaded = load_recipe(ROOT / recipe)
     assert loaded.run.dir == f"runs/{loaded.run.name}"

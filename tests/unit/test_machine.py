@@ -22,7 +22,7 @@ from dkd.data import (
 )
 def test_workers_are_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path, cores, ranks, streaming, workers):
     from dkd import machine
-    from dkd.build import assembly
+    from dkd.build.data import loader_workers
     from dkd.config.schema import DataSection
     from dkd.data import open_row_groups
 
@@ -30,16 +30,16 @@ def test_workers_are_a_share_of_the_cores_that_may_be_used(monkeypatch, tmp_path
     write_images(tmp_path / "a.parquet", 16)
     source = (open_row_groups if streaming else open_source)(str(tmp_path / "a.parquet"), training=True)
     data = DataSection(train="a.parquet", validation="a.parquet", classes=10, transforms="cifar")
-    assert assembly.loader_workers(data, source, ranks) == workers
-    assert assembly.loader_workers(data.model_copy(update={"workers": 5}), source, ranks) == 5
-    assert assembly.loader_workers(data, open_source("digits", training=True), ranks) == 0
+    assert loader_workers(data, source, ranks) == workers
+    assert loader_workers(data.model_copy(update={"workers": 5}), source, ranks) == 5
+    assert loader_workers(data, open_source("digits", training=True), ranks) == 0
 
 
 def test_what_a_cgroup_allows_counts(monkeypatch, tmp_path):
     from dkd import machine
 
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(machine, "_OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)))
     assert machine.cores() == 64
     installed = machine.memory()
@@ -62,7 +62,7 @@ def test_what_a_cgroup_allows_counts(monkeypatch, tmp_path):
 
 def test_images_are_kept_in_memory_where_all_ranks_have_room_for_them(monkeypatch):
     from dkd import machine
-    from dkd.build import assembly
+    from dkd.build.data import memory_for_images
 
     for memory, ranks, most in (
         (512 * 2**30, 8, 2**30),
@@ -71,4 +71,4 @@ def test_images_are_kept_in_memory_where_all_ranks_have_room_for_them(monkeypatc
         (4 * 2**30, 2, 2**28),
     ):
         monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
-        assert assembly._most_in_memory(ranks) == most
+        assert memory_for_images(ranks) == most

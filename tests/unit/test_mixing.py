@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from dkd.build import assembly
+from dkd.build.data import build_mixing
 from dkd.config.loading import validate
 from dkd.data import MixupCutmix, Normalize
-from dkd.data.samples import Batch
 from dkd.distillation import LabelTerm, Objective
 from dkd.distillation.forward import Forward
 from dkd.losses import CrossEntropy
@@ -68,16 +67,15 @@ def test_models_see_images_that_were_mixed_and_normalised_in_the_precision_of_th
             "schedule": {"name": "constant"},
         }
     )
-    mixing, (images, labels) = assembly.build_mixing(recipe), some()
+    mixing, (images, labels) = build_mixing(recipe), some()
     mixed, probabilities = mixing(images, labels, seed=4)
     assert (mixed.dtype, probabilities.dtype) == (dtype, dtype)
     objective = Objective([LabelTerm("ce", lambda step: 1.0, CrossEntropy())])
-    teacher = torch.nn.Module()
+    seen_by_teacher = lambda images: (None, {"images": images})  # noqa: E731
     normalize, other = Normalize(MEAN, STD), Normalize((0.5,) * 3, (0.25,) * 3)
-    forward = Forward(torch.nn.Module(), teacher, normalize, other, dtype, torch.channels_last, objective)
-    seen = forward.images(Batch(mixed, labels, len(labels)))
-    forward.teacher_model = lambda images: (None, {"images": images})
-    taught = forward.teacher(Batch(mixed, labels, len(labels)), seen).features["images"]
+    forward = Forward(torch.nn.Module(), seen_by_teacher, objective, normalize, other, dtype, torch.channels_last)
+    seen = forward.images(mixed)
+    taught = forward.teacher(mixed, seen).features["images"]
     for found, (mean, std) in ((seen, (MEAN, STD)), (taught, ((0.5,) * 3, (0.25,) * 3))):
         assert found.dtype == dtype
         mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (mean, std))

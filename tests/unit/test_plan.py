@@ -108,7 +108,7 @@ def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
     import small_models
 
     from dkd.config import load_recipe
-    from dkd.preflight.checks import model_problems
+    from dkd.preflight.models import model_problems
 
     built = []
     init = small_models.Regularized.__init__

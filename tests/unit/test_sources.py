@@ -198,7 +198,7 @@ def test_folders_are_read_in_torchvisions_order(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "dogs" / "1.png")
     (tmp_path / "set" / "d").symlink_to(tmp_path / "dogs")
     source, theirs = open_source(f"folder:{tmp_path / 'set'}", training=True), ImageFolder(str(tmp_path / "set"))
-    assert list(zip(source._paths.to_pylist(), source.labels.tolist(), strict=True)) == theirs.samples
+    assert list(zip(source.paths.to_pylist(), source.labels.tolist(), strict=True)) == theirs.samples
     assert source.class_names == theirs.classes == ["a", "b", "c c", "d"]
     assert source.labels.dtype == np.int64
     assert all(source.image(index).shape == (3, 4, 4) for index in range(len(source)))
@@ -216,7 +216,7 @@ def test_links_that_lead_back_end_and_nothing_is_indexed_twice(tmp_path):
     (cat / "more" / "up").symlink_to("..")
     (cat / "dogs").symlink_to(tmp_path / "set" / "dog")
     source = open_source(f"folder:{tmp_path / 'set'}", training=True)
-    assert source._paths.to_pylist() == [str(tmp_path / "set" / name / "more" / "1.png") for name in ("cat", "dog")]
+    assert source.paths.to_pylist() == [str(tmp_path / "set" / name / "more" / "1.png") for name in ("cat", "dog")]
     assert source.labels.tolist() == [0, 1]
 
 
@@ -277,7 +277,7 @@ def test_the_mark_of_large_files_reads_a_part_of_them(tmp_path, monkeypatch):
     before, mark = path.stat(), data_files.content_mark([str(path)])
     read, pread = [], os.pread
     monkeypatch.setattr(data_files.os, "pread", lambda *arguments: (read.append(arguments[1]), pread(*arguments))[1])
-    monkeypatch.setattr(data_files, "_BLOCKS_IN_ALL", 64)
+    monkeypatch.setattr(data_files, "BLOCKS_IN_ALL", 64)
     marks = {data_files.content_mark([str(path)])}
     assert sum(read) < 2**19
     for place in (0, 2**22, 2**23 - 1):

@@ -10,8 +10,11 @@ import yaml
 from dkd.cli import main
 from dkd.config.loading import validate
 from dkd.config.messages import RecipeError
-from dkd.distributed.async_mean import AsyncMean
+from dkd.distributed.async_mean import AsyncMean, StepValues
+from dkd.engines.accelerated import forget_settings
+from dkd.launch import Launch
 from dkd.training.evaluation import Evaluation
+from dkd.training.trainer import Trainer
 
 RECIPE = {
     "run": {"name": "numbers", "trackers": []},
@@ -55,7 +58,7 @@ def write_recipe(folder, **changes):
 def test_terms_and_bookkeeping_do_not_share_names():
     terms = {name: torch.tensor(float(i)) for i, name in enumerate([*BOOKKEEPING, "place squared", "loss", "skipped"])}
     counts = {name: -1.0 - i for i, name in enumerate(["loss", *BOOKKEEPING, "skipped"])}
-    means = AsyncMean(1500, terms, counts)
+    means = AsyncMean(1500, StepValues(terms, counts))
     for numbers in (means.read(), means.local()):
         assert numbers.terms == {name: value.item() for name, value in terms.items()}
         assert numbers.counts == counts
@@ -118,38 +121,56 @@ def test_a_student_whose_logits_are_not_finite_does_not_end_with_exit_code_0(tmp
     assert "dkd: the loss is not finite (nan)" in err
 
 
+def begun(tmp_path, **changes):
+    """Return a trainer that is about to take its first step."""
+    values = {**RECIPE, **changes, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}
+    return Trainer.from_recipe(validate(values), Launch())
+
+
+@pytest.fixture
+def settings_of_its_own():
+    """Accelerate keeps its settings for the life of a process."""
+    forget_settings()
+    yield
+    forget_settings()
+
+
+@pytest.mark.usefixtures("settings_of_its_own")
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_terms_of_a_single_micro_step_are_logged_as_they_are_and_those_of_several_averaged(tmp_path, micro_steps):
-    from dkd.training.trainer import Trainer
+    trainer = begun(tmp_path, train={**RECIPE["train"], "micro_batch": 32 // micro_steps})
+    seen, step_loss = [], trainer.parts.step.loss
 
-    train = {**RECIPE["train"], "micro_batch": 32 // micro_steps}
-    trainer = Trainer(validate({**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}, "train": train}))
-    seen, losses = [], trainer._losses
+    def noted(micro_step):
+        found = step_loss(micro_step)
+        seen.append(found.terms["ce"])
+        return found
 
-    def noted(*arguments):
-        total, terms, counts = losses(*arguments)
-        seen.append(terms["ce"])
-        return total, terms, counts
-
-    trainer._losses = noted
-    terms, _ = trainer._step(0, trainer.batches.steps(0, 1))
-    trainer.run_dir.close()
+    trainer.parts.step.loss = noted
+    trainer.load_images(1)
+    terms = trainer.train_step().terms
+    trainer.close()
     assert len(seen) == micro_steps
     if micro_steps == 1:
         assert terms["ce"] is seen[0]  # nothing was computed of it
     assert terms["ce"].item() == pytest.approx(sum(value.item() for value in seen) / micro_steps, rel=1e-6)
 
 
-def test_the_launchs_engine_is_read_once_and_not_in_every_step(tmp_path, monkeypatch):
-    """DeepSpeed's file may move or change while training runs."""
-    from dkd import launch
-    from dkd.training.trainer import Trainer
+@pytest.mark.usefixtures("settings_of_its_own")
+def test_the_launch_is_read_once_and_not_while_training_runs(tmp_path, monkeypatch):
+    """DeepSpeed's file may move, and the environment change, while training runs."""
+    trainer = begun(tmp_path)
 
-    trainer = Trainer(validate({**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}))
-
-    def asked_again():
+    def read_again(*_):
         raise AssertionError("the environment was read again")
 
-    for name in ("engine", "deepspeed_settings"):
-        monkeypatch.setattr(launch, name, asked_again)
-    assert trainer.run().samples == 449
+    for name in ("read", "read_ranks"):
+        monkeypatch.setattr(Launch, name, read_again)
+    for name, value in {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such/file.json",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7",
+        "WORLD_SIZE": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert trainer.fit().samples == 449

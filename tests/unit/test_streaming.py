@@ -1,5 +1,6 @@
 """Row groups read where they lie, in an order made for that; and images that cannot be read, from any source."""
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from few_images import write_images
@@ -51,10 +52,11 @@ def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch,
     """Each rank and worker process in turn, with as many row groups in memory as the order asks for."""
     write_images(tmp_path / "a.parquet", 2000, pixels=4, row_group=20)
     source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
-    read = []
-    column = source._column
+    read, read_row_group = [], parquet.ParquetFile.read_row_group
     monkeypatch.setattr(
-        source, "_column", lambda group: (read.append(group) if group not in source._kept else None, column(group))[1]
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda file, group, **more: (read.append(group), read_row_group(file, group, **more))[1],
     )
     world, reads, most = 2, 0, 0
     for rank in range(world):
@@ -62,12 +64,12 @@ def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch,
         assert order.readers(workers) == readers
         batches = list(order.micro_batches(0, order.steps_per_epoch))
         for worker in range(workers):
-            source._kept.clear()
+            source = open_row_groups(str(tmp_path / "a.parquet"), training=True)  # as in a process of its own
             source.keep(order.row_groups_of_a_worker(workers))
             for keys in batches[worker::workers]:
                 for _, index in keys:
                     source.image(index)
-                most = max(most, len(source._kept))
+                most = max(most, source.kept)
             assert most <= order.row_groups_of_a_worker(workers) < 100 / world
             reads += len(read)
             read.clear()
@@ -128,7 +130,7 @@ def test_a_damaged_row_group_is_an_unreadable_image_for_each_of_its_rows(tmp_pat
     write_images(tmp_path / "a.parquet", 40, row_group=8)
     source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
     content = bytearray((tmp_path / "a.parquet").read_bytes())
-    offset = source._footers[str(tmp_path / "a.parquet")].row_group(2).column(0).data_page_offset
+    offset = parquet.read_metadata(tmp_path / "a.parquet").row_group(2).column(0).data_page_offset
     content[offset : offset + 30] = b"\xff" * 30
     (tmp_path / "a.parquet").write_bytes(content)
     for index in range(40):
@@ -240,13 +242,13 @@ def test_a_row_is_left_out_as_often_in_a_short_row_group_as_in_a_long_one():
 
 
 def test_few_row_groups_are_told_of_at_the_start(tmp_path):
-    from dkd.training.summary import _streaming
+    from dkd.training.summary import summarize_streaming
 
     def said(row_group):
         write_images(tmp_path / "a.parquet", 160, pixels=4, row_group=row_group)
         source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
         order = StreamedBatchSampler(160, 0, 16, 16, 0, 1, tuple(source.sizes.tolist()), 8, 8)
-        return " ".join(_streaming(order, source, 1))
+        return " ".join(summarize_streaming(order, source, 1, 1))
 
     assert "1 row group in an order drawn anew each epoch, 8 lanes" in said(160)
     assert "note: 1 row group for 8 lanes: several worker processes read and hold the same ones" in said(160)

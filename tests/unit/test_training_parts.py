@@ -161,7 +161,7 @@ def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from dkd.engines.accelerated import _settle_buckets
+    from dkd.engines.ddp import settle_buckets
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -170,7 +170,7 @@ def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
         wrapped = DistributedDataParallel(model)
         wrapped.device_ids, wrapped.device_type = [0], "cpu"
         before = weights_fingerprint(model)
-        _settle_buckets(wrapped, model)
+        settle_buckets(wrapped, model)
         assert weights_fingerprint(model) == before
         assert all(p.grad is None for p in model.parameters())
         wrapped.device_ids = None

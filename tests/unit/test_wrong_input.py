@@ -366,12 +366,12 @@ def test_a_bug_of_dkd_shows_its_traceback(monkeypatch, error):
 
 
 def test_a_bug_in_the_checks_is_not_taken_for_a_wrong_recipe(tmp_path, monkeypatch):
-    from dkd.preflight import checks
+    from dkd.preflight import models
 
     def broken(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(checks, "check_training", broken)
+    monkeypatch.setattr(models, "check_training", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(dry_run(tmp_path))
 

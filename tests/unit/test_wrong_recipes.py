@@ -1,5 +1,6 @@
 """Wrong input: exit code 2, one line a problem, no traceback, before anything starts."""
 
+import engines
 import pytest
 import torch
 import yaml
@@ -195,9 +196,8 @@ def test_what_cannot_differentiate_twice_is_refused(recipe_file, capsys, overrid
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_gradient_attention_is_refused_under_engines_that_shard(recipe_file, capsys, monkeypatch, engine):
-    from dkd.engines import engine as engines
-
-    monkeypatch.setattr(engines, "_engine_or_none", lambda: engine)
+    for name, value in {**engines.environment(engine), "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", str(recipe_file), "losses.gradient_at={beta: 1}"]) == 2
     assert "losses.gradient_at: differentiates twice, which FSDP2 and DeepSpeed cannot" in capsys.readouterr().err
 

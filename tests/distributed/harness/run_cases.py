@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from dkd.engines.accelerated import leave_process_group
 
 

@@ -1,5 +1,6 @@
 """What is recognised as a run, and what happens when somebody else changes the folder of one, or trains in it."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -39,21 +40,26 @@ def test_a_start_that_was_killed_before_it_had_anything_to_lose_is_no_run(traine
 
 def changed_while_training(monkeypatch, action, at=1):
     """Do `action` in the middle of a training, before the step after `at`."""
-    step = Trainer._step
+    train_step = Trainer.train_step
 
-    def acting(trainer, number, batches):
-        if number == at:
-            trainer.checkpointer.wait()
+    def acting(trainer):
+        if trainer.state.step == at:
+            trainer.parts.checkpointer.wait()
             action()
-        return step(trainer, number, batches)
+        return train_step(trainer)
 
-    monkeypatch.setattr(Trainer, "_step", acting)
+    monkeypatch.setattr(Trainer, "train_step", acting)
+
+
+def no_locks(*_):
+    raise OSError(37, "No locks available")
 
 
 def another_start(run):
     run_dir = RunDirectory(run, writes=True)
-    run_dir.place._take_lock = list  # as on a file system without locks
-    run_dir.place.claim()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "lockf", no_locks)  # which would be refused, as another process's
+        run_dir.place.claim()
     run_dir.close()
 
 
@@ -103,15 +109,7 @@ def test_a_run_whose_folder_is_changed_does_not_end_as_if_all_were_well(tmp_path
 def test_a_folder_that_is_moved_back_in_time_loses_nothing(tmp_path, monkeypatch, capsys):
     run, moved = tmp_path / "run", tmp_path / "moved"
     changed_while_training(monkeypatch, lambda: run.rename(moved))
-    moving = Trainer._step
-
-    def moving_back(trainer, number, batches):
-        if number == 2:
-            trainer.checkpointer.wait()
-            moved.rename(run)
-        return moving(trainer, number, batches)
-
-    monkeypatch.setattr(Trainer, "_step", moving_back)
+    changed_while_training(monkeypatch, lambda: moved.rename(run), at=2)
     assert train(run) == 0
     assert "could not be written" in capsys.readouterr().err
     assert CheckpointFolder(run / "checkpoints").steps() == [1, 3]
@@ -177,12 +175,7 @@ sys.stdin.read()
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
-    import fcntl
-
-    def none(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
     assert train(tmp_path / "run", "train.max_steps=1") == 0
     assert (
         "cannot be locked (No locks available): nothing keeps a second training from starting"

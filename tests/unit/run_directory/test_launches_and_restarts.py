@@ -1,18 +1,20 @@
 """What a launch and its restarts may do in a run directory: replace the run that was there, or resume its own."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from finished_run import starts, train
 
 from dkd.config import RecipeError, load_recipe
+from dkd.launch import Launch, Start
 from dkd.runs import launches
 from dkd.runs.directory import check_run_directory
 
 
 def start_of(monkeypatch, **variables):
     """From here on, this process passes for a new one, started in that environment."""
-    monkeypatch.setattr(launches, "_begun_here", set())
+    monkeypatch.setattr(launches, "begun_here", set())
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -118,11 +120,10 @@ def test_a_machine_that_takes_the_place_of_another_belongs_to_the_launch(tmp_pat
     assert launches.in_effect("replace", tmp_path, restart) == "resume"
 
 
-def test_on_several_machines_only_all_ranks_together_know_a_restart(run, monkeypatch):
+def test_on_several_machines_only_all_ranks_together_know_a_restart(run):
     """A machine that is new cannot refuse --fresh for itself."""
     recipe = load_recipe(run / "recipe.yaml")
-    start_of(monkeypatch, **by_torchrun("none_new", 0), WORLD_SIZE="2", LOCAL_WORLD_SIZE="1")
-    assert check_run_directory(recipe, "refuse", False) == []
-    start_of(monkeypatch, LOCAL_WORLD_SIZE="2")
+    launch = Launch(world_size=2, local_world_size=1, start=Start(launchers=("a new launcher",)))
+    assert check_run_directory(recipe, launch, "refuse", False) == []
     with pytest.raises(RecipeError, match="holds a run already, and --fresh was asked for"):
-        check_run_directory(recipe, "refuse", False)
+        check_run_directory(recipe, replace(launch, local_world_size=2), "refuse", False)

@@ -1,3 +1,5 @@
+"""Which strategy moves less between ranks, and which ranks share a Gram matrix."""
+
 import pytest
 
 from dkd.global_batch import GramScope, GramTensor, cheapest_strategies, ranks_per_group
