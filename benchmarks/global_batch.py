@@ -1,11 +1,12 @@
 """SP over the global batch: what each way moves, takes and holds.
 
-    python -m benchmarks.global_batch                        2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
+    python -m benchmarks.global_batch            2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
     python -m benchmarks.global_batch --worlds 8 --links loopback --shapes layer4
 
 Forward and backward of SimilarityPreserving on random features, on the CPU with gloo, one thread a rank, in these ways:
 
-    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then the whole B×B Gram
+    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then
+                the whole B×B Gram
                 matrix and loss on every rank
     gather, exchange, auto      this package's
 

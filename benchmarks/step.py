@@ -1,8 +1,8 @@
 """The distillation step: images a second with each option, and where the time goes.
 
-    python -m benchmarks.step                                          wrn_16_2 → wrn_16_1, batch 64, 32×32
+    python -m benchmarks.step                       wrn_16_2 → wrn_16_1, batch 64, 32×32
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
-    python -m benchmarks.step --no-compile                             without the compiled rows, which take a minute to compile on a CPU
+    python -m benchmarks.step --no-compile          without the compiled rows, which take a minute to compile on a CPU
 
 One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a
 recipe. The rows are measured in turn, several rounds, and the median of each is shown; the last column is against the

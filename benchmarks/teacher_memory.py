@@ -1,6 +1,6 @@
 """What a teacher costs each rank in memory and time, whole or in shards.
 
-    python -m benchmarks.teacher_memory                                ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
+    python -m benchmarks.teacher_memory                 ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
     python -m benchmarks.teacher_memory --teacher torchvision/vit_b_16 --worlds 2
 
 Random weights in a safetensors file, float32, loaded as a training loads them; then forwards of `--batch` images on

@@ -236,7 +236,7 @@ def settle(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None = N
     process decides what is stored.
 
     Args:
-        if_run_exists: what is to become of a run that is in `run.dir`: one that is resumed keeps what it was begun with.
+        if_run_exists: what is to become of a run that is in `run.dir`: one that is resumed keeps its first choice.
             None: of no run.
     """
     ranks = all_gather_objects((_probe_own(recipe, launch), launch.start))

@@ -210,7 +210,8 @@ class RunDirectory:
         if problem is not None:
             folder = self.place.for_rescue()
             write_student(folder)
-            return f"{problem}; the finished student is in {str(folder)!r}, later checkpoints and lines of metrics may be lost"
+            rescued = f"the finished student is in {str(folder)!r}, later checkpoints and lines of metrics may be lost"
+            return f"{problem}; {rescued}"
         write_student(self.path)
         self.sync()
         self._mark(FINISHED, {"steps": steps})

@@ -1,4 +1,4 @@
-"""Every file of launch/, by the command that docs/guides/engines.md gives; and launches that would be something else than was
+"""Every file of launch/, by the command that docs/guides/engines.md gives; and launches that are not what was
 asked for."""
 
 import json

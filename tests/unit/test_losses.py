@@ -60,8 +60,8 @@ def test_the_floor_changes_no_bit_where_no_row_is_below_it(dtype, shape):
 
 
 def test_the_floor_is_a_constant_to_the_gradient():
-    """Against autograd of the formula as docs/reference/losses.md writes it, most rows below the floor in one and none in the
-    other."""
+    """Against autograd of the formula as docs/reference/losses.md writes it, most rows below the floor in one and none
+    in the other."""
     student, teacher = small_rows()
     for floor in (0.01, 0.9):
 
