@@ -85,7 +85,7 @@ def forward_only(row: Row) -> list[float]:
     """Return the seconds of the teacher's forward alone."""
     step = row.trainer.parts.step
     assert step.teacher is not None
-    pixels = next(row.trainer.parts.train_loader.steps(0, 1)).images.to(row.device)
+    pixels = next(row.trainer.parts.data.train_loader.steps(0, 1)).images.to(row.device)
     images = step.forward.images(pixels)
     seconds = []
     for _ in range(4):

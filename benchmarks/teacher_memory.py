@@ -33,6 +33,7 @@ def worker(options: argparse.Namespace) -> None:
     from dkd.build.models import build_teacher
     from dkd.config.loading import validate
     from dkd.engines.accelerated import leave_process_group
+    from dkd.engines.arithmetic import Arithmetic
     from dkd.engines.sharded_weights import parameter_counts
     from dkd.launch import Launch
 
@@ -51,7 +52,7 @@ def worker(options: argparse.Namespace) -> None:
         }
     )
     before = resident()
-    teacher = build_teacher(recipe, Launch.read(), torch.device("cpu"))
+    teacher = build_teacher(recipe, Launch.read(), Arithmetic.of(recipe), torch.device("cpu"))
     assert teacher is not None
     built = resident()
     images = torch.randn(options.batch, 3, 224, 224)

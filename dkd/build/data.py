@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dkd import machine
 from dkd.config import Recipe
@@ -30,7 +33,6 @@ from dkd.data import (
 )
 from dkd.data.sampler import TURNS
 from dkd.data.sources import split_spec
-from dkd.engines.arithmetic import model_dtype
 from dkd.launch import Launch
 
 MOST_WORKERS = 16
@@ -44,9 +46,8 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
 
 
-def describe_input(recipe: Recipe) -> dict[str, Any]:
+def describe_input(pipeline: ImagePipeline) -> dict[str, Any]:
     """Return what student.json states of the student's input."""
-    pipeline = build_image_pipeline(recipe)
     normalize = pipeline.normalize
     return {
         "image_size": pipeline.image_size,
@@ -127,46 +128,70 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
     return GlobalBatchSampler(*batches)
 
 
-def build_loaders(
-    recipe: Recipe,
-    training: ImageSource,
-    validation: ImageSource,
-    sampler: GlobalBatchSampler,
-    launch: Launch,
-    pin: bool,
-) -> tuple[TrainLoader, EvaluationLoader]:
-    """Return the loaders of this rank. Neither starts worker processes before it is iterated over.
+@dataclass(frozen=True)
+class DataParts:
+    """Holds the images of a training, on one rank.
 
     Args:
-        pin: page-locked memory, for a faster copy to a GPU.
+        pipeline: transforms and the student's normalisation.
+        teacher_normalize: of the teacher's input.
+        mixing: mixup and CutMix of micro-batches, or None.
+        workers: worker processes of this rank that load training images.
+        facts: number and fingerprint of the training images.
+    """
+
+    sampler: GlobalBatchSampler
+    train_loader: TrainLoader
+    validation: EvaluationLoader
+    pipeline: ImagePipeline
+    teacher_normalize: Normalize
+    mixing: MixupCutmix | None
+    workers: int
+    facts: Mapping[str, Any]
+
+
+def build_data(
+    recipe: Recipe, training: ImageSource, validation: ImageSource, launch: Launch, dtype: torch.dtype, pin: bool
+) -> DataParts:
+    """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
+
+    Args:
+        training, validation: opened.
+        dtype: of the models' inputs.
+        pin: load into page-locked memory, for a faster copy to a GPU.
     """
     pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
-    return TrainLoader(
-        training,
-        pipeline.train,
+    sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
+    replaces = data.on_error == "skip"
+    return DataParts(
         sampler,
-        loader_workers(data, training, local),
-        pin,
-        data.on_error == "skip",
-        pipeline.image_size,
-    ), EvaluationLoader(
-        validation,
-        pipeline.validation,
-        recipe.evaluation.batch,
-        launch.rank,
-        launch.world_size,
-        loader_workers(data, validation, local),
-        pin,
-        pipeline.image_size,
+        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
+        EvaluationLoader(
+            validation,
+            pipeline.validation,
+            recipe.evaluation.batch,
+            launch.rank,
+            launch.world_size,
+            loader_workers(data, validation, local),
+            pin,
+            pipeline.image_size,
+        ),
+        pipeline,
+        teacher_normalize(recipe, pipeline.normalize),
+        build_mixing(recipe, dtype),
+        workers,
+        data_facts(training),
     )
 
 
-def build_mixing(recipe: Recipe) -> MixupCutmix | None:
-    """Return mixup and CutMix of micro-batches, or None for a recipe without them."""
+def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCutmix | None:
+    """Return mixup and CutMix of micro-batches, or None for a recipe without them.
+
+    Args:
+        dtype: of the weights that mixed images have of each class.
+    """
     data = recipe.data
-    if not (data.mixup or data.cutmix):
-        return None
-    return MixupCutmix(data.classes, data.mixup, data.cutmix, model_dtype(recipe))
+    return MixupCutmix(data.classes, data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 from dkd.config import Recipe, RecipeError
 from dkd.config.schema import StudentSection, TeacherSection
 from dkd.distillation import FrozenTeacher, fill, halve_weights, shard, shard_mesh
-from dkd.engines.arithmetic import autocast_dtype, model_dtype, place
+from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
 from dkd.models import (
@@ -50,7 +50,9 @@ def student_parameters(recipe: Recipe) -> int:
     return sum(parameter.numel() for parameter in build_on_meta(student_spec(recipe)).parameters())
 
 
-def build_models(recipe: Recipe, launch: Launch, device: torch.device) -> tuple[TappedModel, FrozenTeacher | None]:
+def build_models(
+    recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
+) -> tuple[TappedModel, FrozenTeacher | None]:
     """Return the student on the CPU and the teacher on its device, with their weights, which may have to be downloaded.
 
     Raises:
@@ -59,7 +61,7 @@ def build_models(recipe: Recipe, launch: Launch, device: torch.device) -> tuple[
     role = "student"
     try:
         student, role = build_student(recipe), "teacher"
-        return student, build_teacher(recipe, launch, device)
+        return student, build_teacher(recipe, launch, arithmetic, device)
     except WeightsError as error:
         raise RecipeError.at(f"{role}.weights", error) from error
 
@@ -77,7 +79,7 @@ def build_student(recipe: Recipe) -> TappedModel:
     return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)
 
 
-def build_teacher(recipe: Recipe, launch: Launch, device: torch.device) -> FrozenTeacher | None:
+def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:
     """Return the teacher on its device, replicated or in shards as `teacher.placement` states, or None for a recipe
     without one. A collective when it is cut into shards. On one rank there is nothing to share, and every placement is
     the replicated teacher.
@@ -94,13 +96,13 @@ def build_teacher(recipe: Recipe, launch: Launch, device: torch.device) -> Froze
     if placement == "fsdp2" and section.weights != "random":
         on_meta = build_on_meta(teacher_spec(recipe))
         if _is_filled_by_state(on_meta):
-            return _check_share(_stream(recipe, on_meta, launch, device), section, placement, launch)
+            return _check_share(_stream(recipe, on_meta, launch, arithmetic, device), section, placement, launch)
     model = build_model(teacher_spec(recipe))
     if section.weights != "random":
         load_weights(model, section.name, section.weights)
     fingerprint = weights_fingerprint(model)
-    model = place(model, recipe, device, to_be_sharded=placement != "replicated")
-    teacher = _freeze(recipe, model, placement, fingerprint)
+    model = arithmetic.place(model, device, to_be_sharded=placement != "replicated")
+    teacher = _freeze(recipe, model, arithmetic, placement, fingerprint)
     if placement == "fsdp2":
         shard(teacher, shard_mesh(section.mesh, device.type, launch.local_world_size))
     elif placement == "zero3":
@@ -110,12 +112,14 @@ def build_teacher(recipe: Recipe, launch: Launch, device: torch.device) -> Froze
     return _check_share(teacher, section, placement, launch)
 
 
-def _stream(recipe: Recipe, on_meta: nn.Module, launch: Launch, device: torch.device) -> FrozenTeacher:
+def _stream(
+    recipe: Recipe, on_meta: nn.Module, launch: Launch, arithmetic: Arithmetic, device: torch.device
+) -> FrozenTeacher:
     """Return a teacher that no rank ever holds whole: each weight is read, and each rank keeps its rows of it."""
     section = recipe.teacher
     assert section is not None
     weights = stream_weights(on_meta, section.name, section.weights)
-    teacher = _freeze(recipe, on_meta.to(model_dtype(recipe)), "fsdp2")
+    teacher = _freeze(recipe, on_meta.to(arithmetic.dtype), arithmetic, "fsdp2")
     shard(teacher, shard_mesh(section.mesh, device.type, launch.local_world_size))
     teacher.to_empty(device=device)
     fingerprint = Fingerprint()
@@ -124,7 +128,9 @@ def _stream(recipe: Recipe, on_meta: nn.Module, launch: Launch, device: torch.de
     return teacher
 
 
-def _freeze(recipe: Recipe, model: nn.Module, placement: str, fingerprint: str = "") -> FrozenTeacher:
+def _freeze(
+    recipe: Recipe, model: nn.Module, arithmetic: Arithmetic, placement: str, fingerprint: str = ""
+) -> FrozenTeacher:
     section = recipe.teacher
     assert section is not None
     if section.weights_dtype == "bf16":
@@ -132,7 +138,8 @@ def _freeze(recipe: Recipe, model: nn.Module, placement: str, fingerprint: str =
     # ZeRO-3 learns the order of a forward's modules, and needs all of the forward.
     needs_logits = bool(recipe.losses.needs_teacher_logits) or placement == "zero3"
     taps = [teacher for _, teacher in pairs(recipe)]
-    return FrozenTeacher(model, taps, needs_logits, section.input_size, autocast_dtype(recipe), fingerprint)
+    autocast = arithmetic.autocast
+    return FrozenTeacher(model, taps, needs_logits, section.input_size, autocast, fingerprint, section.name)
 
 
 def _check_share(teacher: FrozenTeacher, section: TeacherSection, placement: str, launch: Launch) -> FrozenTeacher:
@@ -152,14 +159,3 @@ def _is_filled_by_state(model: nn.Module) -> bool:
     """Return whether a file of weights fills everything that the model holds: not so with buffers that it computes."""
     state = model.state_dict()
     return all(tensor.is_meta for tensor in state.values()) and all(name in state for name, _ in model.named_buffers())
-
-
-def teacher_facts(recipe: Recipe, teacher: FrozenTeacher | None) -> dict[str, object] | None:
-    """Return the teacher's name, fingerprint and taps, or None for a recipe without a teacher."""
-    if teacher is None or recipe.teacher is None:
-        return None
-    return {
-        "name": recipe.teacher.name,
-        "fingerprint": teacher.fingerprint,
-        "taps": sorted({teacher for _, teacher in pairs(recipe)}),
-    }

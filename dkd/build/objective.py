@@ -9,7 +9,6 @@ from torch import nn
 
 from dkd.build.schedules import Schedule, loss_weight
 from dkd.config import Recipe
-from dkd.config.derived import gram_size as derive_gram_size
 from dkd.config.losses import CustomLossSection
 from dkd.data import GlobalBatchSampler
 from dkd.distillation import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective
@@ -20,10 +19,13 @@ from dkd.losses.similarity_preserving import effective_gamma
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
-def gram_size(recipe: Recipe, world_size: int) -> int:
-    """Return B_G, the rows of the Gram matrices that SP forms on a launch; 0 without SP."""
+def gram_size(recipe: Recipe, sampler: GlobalBatchSampler) -> int:
+    """Return B_G, the rows of the Gram matrices that SP forms on the batches of `sampler`; 0 without SP."""
     sp = recipe.losses.sp
-    return 0 if sp is None else derive_gram_size(recipe, world_size, ranks_per_group(sp.scope, world_size))
+    if sp is None:
+        return 0
+    steps = sampler.micro_steps if sp.batch == "step" else 1
+    return ranks_per_group(sp.scope, sampler.world_size) * sampler.micro_batch * steps
 
 
 def comm_dtype(recipe: Recipe) -> torch.dtype | None:
@@ -74,7 +76,7 @@ def build_objective(recipe: Recipe, sampler: GlobalBatchSampler, total_steps: in
         terms.append(FeatureTerm("at", weight(at.beta), at_loss, at.paths))
     if losses.sp is not None:
         sp = losses.sp
-        scale = effective_gamma(1.0, sp.reference_batch, gram_size(recipe, sampler.world_size))
+        scale = effective_gamma(1.0, sp.reference_batch, gram_size(recipe, sampler))
         sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe), sp.floor)
         terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=sp.batch == "step"))
     if losses.gradient_at is not None:

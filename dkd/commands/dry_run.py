@@ -9,7 +9,7 @@ from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import build_objective, gram_size
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
-from dkd.config.derived import planned_steps, total_steps
+from dkd.config.derived import run_length
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
 from dkd.preflight.data import open_sources
@@ -28,13 +28,14 @@ def describe(recipe: Recipe, launch: Launch) -> str:
     train = recipe.train
     sampler = build_sampler(recipe, training, launch)
     steps = sampler.steps_per_epoch
+    planned, total = run_length(recipe, steps)
     lines = [
         f"run         {recipe.run.dir}",
         f"data        {len(training)} training images, {len(validation)} for validation, {recipe.data.classes} "
         f"classes, {size}×{size}",
         f"batch       {train.global_batch} = {sampler.micro_batch} × {launch.world_size} processes × "
         f"{sampler.micro_steps} micro-steps",
-        f"steps       {steps} an epoch, {total_steps(recipe, steps)} in all",
+        f"steps       {steps} an epoch, {total} in all",
         *(f"hardware    {line}" for line in chosen),
         f"student     {recipe.student.name}, {_parameters(student_spec(recipe)):,} parameters",
     ]
@@ -43,8 +44,8 @@ def describe(recipe: Recipe, launch: Launch) -> str:
         lines.append(
             f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
         )
-        lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, launch.world_size))]
-    objective = build_objective(recipe, sampler, planned_steps(recipe, steps), torch.device("cpu"))
+        lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, sampler))]
+    objective = build_objective(recipe, sampler, planned, torch.device("cpu"))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     return "\n".join([*lines, "nothing was trained"])

@@ -15,25 +15,8 @@ def micro_steps(recipe: Recipe, world_size: int) -> int:
     return recipe.train.global_batch // (micro_batch(recipe, world_size) * world_size)
 
 
-def planned_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of all epochs, which schedules are drawn over."""
-    return steps_per_epoch * recipe.train.epochs
-
-
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of the run: those of all epochs, or fewer where `train.max_steps` ends it before."""
-    planned = planned_steps(recipe, steps_per_epoch)
-    return min(planned, recipe.train.max_steps or planned)
-
-
-def gram_size(recipe: Recipe, world_size: int, ranks: int) -> int:
-    """Return B_G, the rows and columns of the Gram matrices that SP forms; 0 without SP.
-
-    Args:
-        ranks: that share a Gram matrix.
-    """
-    sp = recipe.losses.sp
-    if sp is None:
-        return 0
-    steps = micro_steps(recipe, world_size) if sp.batch == "step" else 1
-    return ranks * micro_batch(recipe, world_size) * steps
+def run_length(recipe: Recipe, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the optimizer steps of all epochs, which schedules are drawn over, and those of the run: fewer where
+    `train.max_steps` ends it before."""
+    planned = steps_per_epoch * recipe.train.epochs
+    return planned, min(planned, recipe.train.max_steps or planned)

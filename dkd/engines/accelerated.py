@@ -60,6 +60,7 @@ class AcceleratedEngine:
         if on_cpu:
             # Accelerate imports DeepSpeed when it unwraps a model, whatever the engine.
             keep_deepspeed_on_cpu()
+        self._micro_steps = micro_steps(recipe, launch.world_size)
         options = self._options(recipe, on_cpu, student_parameters)
         set_arithmetic(recipe)
         with sharding_on_cpu() if on_cpu and self.rules.shards_training else nullcontext():
@@ -67,7 +68,7 @@ class AcceleratedEngine:
                 # bfloat16 autocast is inside the student (TappedModel), the same for every engine; float16's needs
                 # Accelerate's loss scaling.
                 mixed_precision="fp16" if recipe.train.precision == "fp16" else "no",
-                gradient_accumulation_steps=micro_steps(recipe, launch.world_size),
+                gradient_accumulation_steps=self._micro_steps,
                 log_with=list(recipe.run.trackers) or None,
                 project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
                 # BatchNormStatistics keeps buffers equal; a broadcast of rank 0's in every forward would be work for
@@ -108,7 +109,7 @@ class AcceleratedEngine:
             raise RecipeError.at(
                 "train.sync_batch_norm", "needs GPUs, and the launch asks for CPUs; take launch/accelerate/ddp.yaml"
             )
-        if accelerator.gradient_accumulation_steps != micro_steps(recipe, world_size):
+        if accelerator.gradient_accumulation_steps != self._micro_steps:
             raise RecipeError.at(
                 "train.micro_batch", f"Accelerate accumulates over {accelerator.gradient_accumulation_steps} steps"
             )

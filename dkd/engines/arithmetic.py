@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -29,32 +30,41 @@ def device_type(asks_for_cpu: bool) -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def model_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the type of weights and inputs, before any autocast."""
-    return torch.float64 if recipe.train.precision == "fp64" else torch.float32
+@dataclass(frozen=True)
+class Arithmetic:
+    """In what a recipe's models compute.
 
-
-def model_memory_format(recipe: Recipe) -> torch.memory_format:
-    """Return the memory format of weights and inputs."""
-    return torch.channels_last if recipe.train.channels_last else torch.contiguous_format
-
-
-def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
-    """Return the type that models compute in where torch.autocast allows; None: their own type.
-
-    Raises:
-        ValueError: the precision is still `auto`.
+    Args:
+        dtype: the type of weights and inputs, before any autocast.
+        memory_format: of weights and inputs.
+        autocast: the type that models compute in where torch.autocast allows; None: their own type.
     """
-    if recipe.train.precision == "auto":
-        raise ValueError("train.precision is auto: call hardware.settle first")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision)
 
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    autocast: torch.dtype | None = None
 
-def place(model: Model, recipe: Recipe, device: torch.device, to_be_sharded: bool = False) -> Model:
-    """Move `model` to `device`, into the recipe's type and memory format. Weights that are to be cut into shards stay
-    contiguous; with inputs in channels_last, convolutions work in that format all the same."""
-    memory_format = torch.contiguous_format if to_be_sharded else model_memory_format(recipe)
-    return model.to(device, model_dtype(recipe)).to(memory_format=memory_format)
+    @classmethod
+    def of(cls, recipe: Recipe) -> Arithmetic:
+        """Return the arithmetic of a recipe.
+
+        Raises:
+            ValueError: the precision is still `auto`.
+        """
+        train = recipe.train
+        if train.precision == "auto":
+            raise ValueError("train.precision is auto: call hardware.settle first")
+        return cls(
+            torch.float64 if train.precision == "fp64" else torch.float32,
+            torch.channels_last if train.channels_last else torch.contiguous_format,
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision),
+        )
+
+    def place(self, model: Model, device: torch.device, to_be_sharded: bool = False) -> Model:
+        """Move `model` to `device`, into this type and memory format. Weights that are to be cut into shards stay
+        contiguous; with inputs in channels_last, convolutions work in that format all the same."""
+        memory_format = torch.contiguous_format if to_be_sharded else self.memory_format
+        return model.to(device, self.dtype).to(memory_format=memory_format)
 
 
 def set_arithmetic(recipe: Recipe) -> None:

@@ -6,32 +6,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dkd.build.data import (
-    build_image_pipeline,
-    build_loaders,
-    build_mixing,
-    build_sampler,
-    data_facts,
-    describe_input,
-    teacher_normalize,
-)
-from dkd.build.models import build_models, student_parameters, teacher_facts
+from dkd.build.data import DataParts, build_data, data_facts, describe_input
+from dkd.build.models import build_models, student_parameters
 from dkd.build.objective import build_objective, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
-from dkd.data import EvaluationLoader, GlobalBatchSampler, ImageSource, TrainLoader
+from dkd.data import ImageSource
 from dkd.distillation.step import DistillationStep
 from dkd.distributed.heartbeat import Heartbeat
 from dkd.distributed.process_group import open_process_group
 from dkd.distributed.stop_signals import StopRequests
 from dkd.engines.accelerated import AcceleratedEngine
-from dkd.engines.arithmetic import device_type, model_dtype, model_memory_format, place
+from dkd.engines.arithmetic import Arithmetic, device_type
 from dkd.engines.ema import WeightAverage
 from dkd.engines.opening import open_engine
-from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
 from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
 from dkd.preflight.data import open_sources
@@ -59,9 +50,7 @@ class Components:
     engine: AcceleratedEngine
     heartbeat: Heartbeat
     schedule: RunSchedule
-    sampler: GlobalBatchSampler
-    train_loader: TrainLoader
-    validation: EvaluationLoader
+    data: DataParts
     step: DistillationStep
     average: WeightAverage | None
     """The moving average of the student's weights, where the recipe asks for one."""
@@ -109,7 +98,7 @@ class Components:
             launch.world_size,
             self.step.objective,
             self.learning_rate,
-            gram_size(recipe, launch.world_size),
+            gram_size(recipe, self.data.sampler),
             self.log,
             engine.leaves_out_updates,
         )
@@ -123,24 +112,13 @@ class Components:
             self.log,
             state,
             self.facts,
-            describe_input(recipe),
+            describe_input(self.data.pipeline),
             schedule.total_steps,
         )
 
     def report_start(self, training: ImageSource) -> None:
         """Report how this start began, and what is about to be trained."""
-        shared = self.train_loader.shared_bytes + self.validation.shared_bytes
-        parameters = parameter_counts(self.engine.model)
-        lines = summarize(
-            self.recipe,
-            self.launch,
-            self.sampler,
-            training,
-            parameters,
-            self.step.teacher,
-            self.engine.device.type,
-            shared,
-        )
+        lines = summarize(self.recipe, self.launch, self.data, training, self.schedule, self.engine, self.step.teacher)
         for line in (*self.state.notes, *lines):
             self.log.say(line)
 
@@ -181,13 +159,12 @@ def _build(
     validation: ImageSource,
 ) -> Components:
     """Build everything that is there before the run directory is claimed. A collective."""
-    data = data_facts(training)
-    check_same_data(data, data_facts(validation))
-    sampler = build_sampler(recipe, training, launch)
-    schedule = RunSchedule(recipe, sampler.steps_per_epoch)
+    arithmetic = Arithmetic.of(recipe)
     pin = engine.device.type == "cuda"
-    train_loader, evaluation_loader = build_loaders(recipe, training, validation, sampler, launch, pin)
-    step, average = build_step(recipe, engine, sampler, schedule, launch)
+    data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
+    check_same_data(data.facts, data_facts(validation))
+    schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
+    step, average = build_step(recipe, engine, arithmetic, data, schedule, launch)
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -203,19 +180,22 @@ def _build(
         engine=engine,
         heartbeat=heartbeat,
         schedule=schedule,
-        sampler=sampler,
-        train_loader=train_loader,
-        validation=evaluation_loader,
+        data=data,
         step=step,
         average=average,
         run_dir=run_dir,
         checkpointer=checkpointer,
-        facts=run_facts(recipe, teacher_facts(recipe, step.teacher), data),
+        facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
     )
 
 
 def build_step(
-    recipe: Recipe, engine: AcceleratedEngine, sampler: GlobalBatchSampler, schedule: RunSchedule, launch: Launch
+    recipe: Recipe,
+    engine: AcceleratedEngine,
+    arithmetic: Arithmetic,
+    data: DataParts,
+    schedule: RunSchedule,
+    launch: Launch,
 ) -> tuple[DistillationStep, WeightAverage | None]:
     """Build student, teacher and objective, and give the student to the engine. A collective.
 
@@ -223,27 +203,26 @@ def build_step(
         What a step computes, and the moving average of the student's weights.
     """
     train = recipe.train
-    student, teacher = build_models(recipe, launch, engine.device)
+    student, teacher = build_models(recipe, launch, arithmetic, engine.device)
     check_same_teacher(teacher.fingerprint if teacher is not None else "")
-    student = place(student, recipe, engine.device, to_be_sharded=engine.rules.shards_training)
+    student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
     if teacher is not None and train.compile.teacher:
         teacher.compile()
     engine.wrap(student, build_optimizer(recipe.optimizer, student))
     if train.compile.student:
         student.compile()
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
-    normalize = build_image_pipeline(recipe).normalize
     step = DistillationStep(
         engine.student,
         teacher,
-        build_objective(recipe, sampler, schedule.planned_steps, engine.device),
-        micro_steps=sampler.micro_steps,
+        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device),
+        micro_steps=data.sampler.micro_steps,
         model=engine.model,
-        normalize=normalize,
-        teacher_normalize=teacher_normalize(recipe, normalize),
-        dtype=model_dtype(recipe),
-        memory_format=model_memory_format(recipe),
-        mixing=build_mixing(recipe),
+        normalize=data.pipeline.normalize,
+        teacher_normalize=data.teacher_normalize,
+        dtype=arithmetic.dtype,
+        memory_format=arithmetic.memory_format,
+        mixing=data.mixing,
         seed=recipe.run.seed,
         may_skip=train.skip_nonfinite > 0 or engine.leaves_out_updates,
     )

@@ -15,7 +15,7 @@ from dkd.data import EvaluationLoader
 from dkd.data.loader import Batch
 from dkd.data.sources import runs_user_code
 from dkd.distributed.process_group import open_process_group
-from dkd.engines.arithmetic import autocast_dtype, device_type, model_dtype, model_memory_format, place
+from dkd.engines.arithmetic import Arithmetic, device_type
 from dkd.engines.opening import open_engine
 from dkd.launch import Launch
 from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
@@ -105,13 +105,14 @@ def evaluate_student(
 def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> Any:
     """Return a function from a batch to the student's logits (b, K), as training computes them."""
     normalize = build_image_pipeline(recipe).normalize
-    dtype, memory_format, autocast = model_dtype(recipe), model_memory_format(recipe), autocast_dtype(recipe)
-    placed = place(student, recipe, device)
+    arithmetic = Arithmetic.of(recipe)
+    dtype, autocast = arithmetic.dtype, arithmetic.autocast
+    placed = arithmetic.place(student, device)
 
     def logits_of(batch: Batch) -> torch.Tensor:
         images = batch.images.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits: torch.Tensor = placed(normalize(images, dtype).to(memory_format=memory_format))
+            logits: torch.Tensor = placed(normalize(images, dtype).to(memory_format=arithmetic.memory_format))
         return logits
 
     return logits_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dkd.checkpoints.schedule import CheckpointSchedule
 from dkd.config import Recipe
-from dkd.config.derived import planned_steps, total_steps
+from dkd.config.derived import run_length
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class RunSchedule:
 
     def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self.planned_steps = planned_steps(recipe, steps_per_epoch)
-        """Steps of all epochs, which learning rate and loss weights are drawn over."""
-        self.total_steps = total_steps(recipe, steps_per_epoch)
-        """Steps of this run."""
+        # Learning rate and loss weights are drawn over the steps of all epochs.
+        self.planned_steps, self.total_steps = run_length(recipe, steps_per_epoch)
         self._evaluates_every, self._log_every = recipe.evaluation.every_epochs, recipe.run.log_every
         self._checkpoints = CheckpointSchedule(recipe.checkpoint, steps_per_epoch, self.total_steps)
 

@@ -5,44 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dkd import machine
-from dkd.build.data import loader_workers
+from dkd.build.data import DataParts
 from dkd.config import Recipe
-from dkd.config.derived import total_steps
 from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
 from dkd.data.jpeg import jpeg_decoder
 from dkd.data.sampler import TURNS
 from dkd.distillation import FrozenTeacher
+from dkd.engines.base import Engine
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
+from dkd.training.schedule import RunSchedule
 
 
 def summarize(
     recipe: Recipe,
     launch: Launch,
-    sampler: GlobalBatchSampler,
+    data: DataParts,
     training: ImageSource,
-    parameters: tuple[int, int],
+    schedule: RunSchedule,
+    engine: Engine,
     teacher: FrozenTeacher | None,
-    device: str,
-    batch_memory: int = 0,
 ) -> Iterator[str]:
     """Yield lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
 
     Args:
         training: the training images.
-        parameters: of the student, kept on this rank and in all.
-        device: torch's type of the device.
-        batch_memory: bytes that this rank shares with its worker processes, at most.
     """
     train, local = recipe.train, launch.local_world_size
-    workers = loader_workers(recipe.data, training, local)
+    sampler, workers = data.sampler, data.workers
     processes = f"{sampler.world_size} process{'es' if sampler.world_size > 1 else ''}"
     ranks = f"{sampler.world_size} ranks × {sampler.micro_steps} micro-steps"
     batch = f"{train.global_batch} = {sampler.micro_batch} × {ranks}"
-    steps = f"{sampler.steps_per_epoch} steps an epoch, {total_steps(recipe, sampler.steps_per_epoch)} in all"
+    steps = f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
     yield (
-        f"{recipe.run.name}: {_count(parameters)}, {processes} of {launch.engine} on {device}, {train.precision}; "
-        f"global batch {batch}; {steps}"
+        f"{recipe.run.name}: {_count(parameter_counts(engine.model))}, {processes} of {launch.engine} on "
+        f"{engine.device.type}, {train.precision}; global batch {batch}; {steps}"
     )
     if teacher is not None and recipe.teacher is not None:
         yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
@@ -57,6 +54,7 @@ def summarize(
             f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
         )
         yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
+    batch_memory = data.train_loader.shared_bytes + data.validation.shared_bytes
     if batch_memory * local > machine.memory() / 4:
         yield (
             f"warning: batches that are loaded ahead take up to {batch_memory * local / 1e9:.1f} GB of this machine's "

@@ -104,7 +104,7 @@ class Trainer:
     def load_images(self, last_step: int) -> None:
         """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked
         now."""
-        self._batches = self.parts.train_loader.steps(self.state.step, last_step)
+        self._batches = self.parts.data.train_loader.steps(self.state.step, last_step)
         self._clock = time.monotonic()
 
     def train_step(self) -> StepValues[Number]:
@@ -176,7 +176,7 @@ class Trainer:
             if decision.evaluate:
                 # Worker processes are forked while no other thread runs that could hold a lock.
                 parts.checkpointer.wait()
-                loading = iter(parts.validation)
+                loading = iter(parts.data.validation)
             if decision.save:
                 self.save_checkpoint()  # before an evaluation that may fail
             if decision.stop:
@@ -215,7 +215,7 @@ class Trainer:
         try:
             with parts.average.applied() if parts.average else nullcontext():
                 logits = lambda batch: parts.step.logits(batch.images)  # noqa: E731
-                result = evaluate(logits, parts.validation, device, skip, loading, is_asked_to_stop)
+                result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop)
         except DataError as error:
             raise TrainingError(f"evaluation after step {step}: {error}") from error
         finally:
@@ -252,4 +252,4 @@ def set_patience(parts: Components, seconds: float) -> None:
     # Of all groups: those that an engine has made for itself have a timeout of torch's.
     set_timeouts(seconds, but=parts.checkpointer.groups())
     parts.heartbeat.warn_after = parts.engine.warn_after(seconds)
-    parts.train_loader.timeout = parts.validation.timeout = WORKERS_SHARE * seconds
+    parts.data.train_loader.timeout = parts.data.validation.timeout = WORKERS_SHARE * seconds

@@ -14,7 +14,7 @@ from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import comm_dtype, custom_loss
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps
-from dkd.engines.arithmetic import autocast_dtype, model_dtype
+from dkd.engines.arithmetic import Arithmetic
 from dkd.global_batch import GramTensor, cheapest_strategies, ranks_per_group, received_bytes
 from dkd.global_batch.cost import MemoryUse, collectives, held, received
 from dkd.models import ModelCost, model_cost, output_shapes, tap_dtypes
@@ -211,8 +211,8 @@ def _gram_tensors(recipe: Recipe, image_size: int, device_type: str) -> list[Gra
     teacher_size = recipe.teacher.input_size or image_size
     shapes = output_shapes(spec, taps, image_size)[1]
     teacher_shapes = output_shapes(of_teacher, teacher_taps, teacher_size)[1]
-    full = model_dtype(recipe)
-    autocast = autocast_dtype(recipe)
+    arithmetic = Arithmetic.of(recipe)
+    full, autocast = arithmetic.dtype, arithmetic.autocast
     dtypes = dict.fromkeys(taps, full)  # the trainer converts the student's features before the losses get them
     teacher_dtypes = dict.fromkeys(teacher_taps, full)
     if autocast:

@@ -1,6 +1,7 @@
 """The trainer under each engine and placement of the teacher, many in one launch. What they return is judged in
 test_engines.py."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from dkd.build.data import build_image_pipeline, open_part
 from dkd.data import EvaluationLoader
 from dkd.engines import accelerated
 from dkd.engines.accelerated import forget_settings
+from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.opening import open_engine
 from dkd.engines.sharded_weights import local_part, parameter_counts
 from dkd.errors import TrainingError
@@ -81,7 +83,8 @@ def train(folder, case):
         if "samples" in case:
             few = FewSamples(open_part(recipe.data, "validation"), case["samples"])
             transform = build_image_pipeline(recipe).validation
-            parts.validation = EvaluationLoader(few, transform, 4, launch.rank, launch.world_size)
+            few = EvaluationLoader(few, transform, 4, launch.rank, launch.world_size)
+            parts.data = dataclasses.replace(parts.data, validation=few)
         hashes = trainer.break_steps(case["nonfinite"]) if "nonfinite" in case else {}
         try:
             result = trainer.fit()
@@ -181,7 +184,7 @@ def features_of_teachers(folder):
                     },
                     "train": {"global_batch": 4, "epochs": 1, "precision": "fp32", "channels_last": False},
                 }
-                teacher = build_teacher(validate(values), launch, device)
+                teacher = build_teacher(recipe := validate(values), launch, Arithmetic.of(recipe), device)
                 for _ in range(2):  # the second forward begins where the first has ended
                     logits, features[placement] = teacher(images)
                 kept = parameter_counts(teacher)
@@ -191,7 +194,7 @@ def features_of_teachers(folder):
         halved = {}
         for weights_dtype in ("fp32", "bf16"):
             values["train"]["precision"], values["teacher"]["weights_dtype"] = "bf16", weights_dtype
-            teacher = build_teacher(validate(values), launch, device)
+            teacher = build_teacher(recipe := validate(values), launch, Arithmetic.of(recipe), device)
             halved[weights_dtype] = teacher(images)[1]
         kept = sum(local_part(p).numel() * p.element_size() for p in teacher.parameters())
         difference = max(

@@ -152,7 +152,7 @@ def assert_copies(trainer):
 
 def log_images(trainer, path):
     """Of each image of each step: its place in the global batch, its label and what was made of it."""
-    loader, sampler = trainer.parts.train_loader, trainer.parts.sampler
+    loader, sampler = trainer.parts.data.train_loader, trainer.parts.data.sampler
     load = loader.steps
 
     def logged(first, last):
