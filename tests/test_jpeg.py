@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from reference_material import FOLDER
 
-from dkd.data import jpeg, sources
-from dkd.data.sources import decode_pixels, to_rgb_tensor
+from dkd.data import jpeg
+from dkd.data.sources import decode_pixels, decoding, to_rgb_tensor
 
 
 def by_pillow(content):
-    with sources._open_image(io.BytesIO(content)) as image:
+    with decoding.open_image(io.BytesIO(content)) as image:
         return to_rgb_tensor(image)
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_the_decoder_refuses_is_pillows_to_judge(monkeypatch):
 
     decoder = chosen(monkeypatch, stand_in(pillows_pixels))
     refusing = jpeg.JpegDecoder(decoder.name, refuses, decoder.kinds)
-    monkeypatch.setattr(sources, "jpeg_decoder", lambda: refusing)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: refusing)
     assert torch.equal(decode_pixels(saved()), by_pillow(saved()))
     with pytest.raises(OSError, match="image file is truncated"):
         decode_pixels(saved()[:-200])
@@ -128,7 +128,7 @@ def test_files_with_exif_are_turned_as_by_pillow(monkeypatch, orientation):
     used = []
     decoder = chosen(monkeypatch, stand_in(pillows_pixels))
     noted = jpeg.JpegDecoder(decoder.name, lambda content: (used.append(1), pillows_pixels(content))[1], decoder.kinds)
-    monkeypatch.setattr(sources, "jpeg_decoder", lambda: noted)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: noted)
     assert torch.equal(decode_pixels(content), by_pillow(content))
     assert bool(used) == (orientation in (None, 1))
 
@@ -136,7 +136,7 @@ def test_files_with_exif_are_turned_as_by_pillow(monkeypatch, orientation):
 def test_an_orientation_in_xmp_counts_too(monkeypatch):
     content = saved(xmp=b'<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>')
     decoder = chosen(monkeypatch, stand_in(pillows_pixels))
-    monkeypatch.setattr(sources, "jpeg_decoder", lambda: decoder)
+    monkeypatch.setattr(decoding, "jpeg_decoder", lambda: decoder)
     assert decode_pixels(content).shape == by_pillow(content).shape == (3, 40, 30)
 
 
