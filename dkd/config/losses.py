@@ -210,7 +210,8 @@ def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 
 
 class CustomLossSection(Section):
-    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See docs/guides/own_loss.md."""
+    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See
+    docs/guides/own_loss.md."""
 
     name: Annotated[str, allow(lambda v: matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
     """Name of the loss in metrics.jsonl."""
