@@ -9,8 +9,8 @@ import pytest
 from launched import ROOT, accelerate_command, run
 from reference_material import FOLDER
 
-from dkd import launch
 from dkd.cli import main
+from dkd.launch import Launch
 
 FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 RECIPE = "configs/examples/cifar10_wrn16-2_wrn16-1.yaml"
@@ -49,7 +49,7 @@ def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monke
         assert told.get(variable) == value, variable
     for variable, value in {**told, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(variable, str(value))
-    assert launch.engine() == engine
+    assert Launch.read().engine == engine
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_launch_file_starts_the_engine_of_its_name(file, data, losses, tmp_pat
 
 
 def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
-    """It would start one process, whatever --num_processes says."""
+    """It would start one process, whatever --num_processes states."""
     words = ["--cpu", "--num_processes", 2, "-m", "dkd", "train", "configs/quickstart.yaml", "teacher.weights=random"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *words, f"run.dir={tmp_path / 'run'}"]
     result = run(command, check=False)
@@ -115,18 +115,17 @@ def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_deepspeeds_buffers_fit_the_student(tmp_path, monkeypatch):
-    """Left alone, DeepSpeed would take 2 GB of each GPU for gradients under way, and not overlap them with the
+def test_deepspeeds_buffers_fit_the_student():
+    """Left alone, DeepSpeed would take 2 GB of each GPU for gradients that travel, and not overlap them with the
     backward."""
     from dkd.config import load_recipe
+    from dkd.engines.deepspeed import filled_settings
 
-    file = tmp_path / "deepspeed.json"
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml")
 
-    def zero(parameters, on_gpu, **said):
-        file.write_text(json.dumps({"zero_optimization": {"stage": 2, **said}}))
-        found = launch.filled_deepspeed_settings(recipe, 32, 2, parameters, on_gpu)["zero_optimization"]
+    def zero(parameters, on_gpu, **settings):
+        launch = Launch(engine="zero2", deepspeed={"zero_optimization": {"stage": 2, **settings}})
+        found = filled_settings(recipe, launch, parameters, on_gpu)["zero_optimization"]
         return found.get("reduce_bucket_size"), found.get("overlap_comm")
 
     assert zero(78_042, True) == (78_042, True)
@@ -173,12 +172,12 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
             [],
             "DeepSpeed file 'no.json' cannot be read",
         ),
-        (DEEPSPEED, {"gradient_clipping": 5.0}, [], 'says gradient_clipping = 5.0, the recipe 0.0; write "auto" there'),
+        (DEEPSPEED, {"gradient_clipping": 5.0}, [], 'sets gradient_clipping = 5.0, the recipe 0.0; write "auto" there'),
         (
             DEEPSPEED,
             {"train_micro_batch_size_per_gpu": 3},
             [],
-            "says train_micro_batch_size_per_gpu = 3, the recipe 64",
+            "sets train_micro_batch_size_per_gpu = 3, the recipe 64",
         ),
         (DEEPSPEED, {"bf16": {"enabled": True}}, [], "turns on bf16; leave it out"),
         (DEEPSPEED, {"optimizer": {"type": "Adam"}}, [], "holds 'optimizer'; leave it out"),
