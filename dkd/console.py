@@ -15,6 +15,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from dkd.errors import RunError
+
 # Control characters of ASCII and of Latin-1, separators of lines, what turns the direction of text, and halves of
 # characters, which stand for bytes of a file's name that are not UTF-8.
 _UNPRINTABLE = {
@@ -33,7 +35,7 @@ _PLAIN = {
 }  # fmt: skip
 
 
-class Unwritable(Exception):
+class Unwritable(RunError):
     """Standard output does not take a command's result. `reason` is empty when its reader has left."""
 
     def __init__(self, reason: str) -> None:

@@ -23,17 +23,18 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from dkd import console
+from dkd.errors import RunError
 
 _POLL = 0.05  # seconds
 _SAY_AFTER = 60.0  # seconds, that rank 0 waits before it says for whom
 _MOST_SHOWN = 8
 
 
-class RendezvousError(RuntimeError):
+class RendezvousError(RunError):
     """Not all ranks came in time. Says who did not."""
 
 
-class Refused(RuntimeError):
+class Refused(RunError):
     """A rank came to say that it cannot take part. Raised on every rank.
 
     Args:

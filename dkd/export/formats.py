@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dkd.atomic_files import replacing
-from dkd.errors import InputError
+from dkd.errors import InputError, RunError
 from dkd.models import (
     ModelSpec,
     UnknownModelError,
@@ -41,8 +41,8 @@ class ExportError(InputError):
     """A student that is not there, or that a format does not fit."""
 
 
-class OtherLogitsError(RuntimeError):
-    """What was written does not give the student's logits."""
+class OtherLogitsError(RunError):
+    """The written file does not give the student's logits."""
 
 
 @dataclass(frozen=True)
