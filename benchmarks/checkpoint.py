@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint, written beside it and not.
 
-python -m benchmarks.checkpoint                       a ResNet-50 with SGD (205 MB of state), 2 processes, DDP, FSDP2 and ZeRO-2
+python -m benchmarks.checkpoint         a ResNet-50 with SGD (205 MB of state), 2 processes, DDP, FSDP2 and ZeRO-2
 python -m benchmarks.checkpoint --student torchvision/vit_b_16 --engines fsdp2
 
 `background` trains on while a copy of the state is written; `waiting` (checkpoint.background=false) does not.
@@ -20,8 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EVERY = 16, 4
 RECIPE = [
-    "configs/quickstart_teacher.yaml", "student.norm=null", "data.image_size=64", "train.global_batch=16", "train.micro_batch=8",
-    f"train.max_steps={STEPS}", "optimizer.lr=0.001", "run.trackers=[]", "checkpoint.every_epochs=null", f"checkpoint.every_steps={EVERY}",
+    "configs/quickstart_teacher.yaml", "student.norm=null", "data.image_size=64", "train.global_batch=16",
+    "train.micro_batch=8",
+    f"train.max_steps={STEPS}", "optimizer.lr=0.001", "run.trackers=[]", "checkpoint.every_epochs=null",
+    f"checkpoint.every_steps={EVERY}",
     "evaluation.batch=64",
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """What each loss does for accuracy: CIFAR-10, a WRN-16-2 teacher trained here, WRN-16-1 students with several seeds a
 row.
 
-    python -m benchmarks.cifar10_short --data 'FOLDER/OF/PARQUET'              the recipes of configs/official/cifar10_short, 3 seeds
+    python -m benchmarks.cifar10_short --data FOLDER  the recipes of configs/official/cifar10_short, 3 seeds
     python -m benchmarks.cifar10_short --data DIR --seeds 5 --jobs 6           six trainings at a time (on a GPU)
     python -m benchmarks.cifar10_short --data DIR --rows none at --epochs 2    a part, shortened
     python -m benchmarks.cifar10_short --table                                 the table of what is finished so far

@@ -1,11 +1,12 @@
 """SP over the global batch: what each way moves, takes and holds.
 
-    python -m benchmarks.global_batch                        2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
+    python -m benchmarks.global_batch            2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
     python -m benchmarks.global_batch --worlds 8 --links loopback --shapes layer4
 
 Forward and backward of SimilarityPreserving on random features, on the CPU with gloo, one thread a rank, in these ways:
 
-    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then the whole B×B Gram
+    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then
+                the whole B×B Gram
                 matrix and loss on every rank
     gather, exchange, auto      this package's
 
@@ -126,7 +127,7 @@ def strategies_of(way: str, tensors: list[GramTensor], rows: int, world: int) ->
 
 
 def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank receives, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank receives, by the formulas of docs/explanations/global_batch.md."""
     tensors = gram_tensors(pairs)
     if way == "common":
         return sum((world - 1) * rows * t.width * 4 * (1 + t.backward) for t in tensors)
@@ -135,7 +136,7 @@ def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int
 
 
 def expected_memory(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank holds at once at most, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank holds at once at most, by the formulas of docs/explanations/global_batch.md."""
     if way == "common":
         # All features, the gathered gradient in two terms, and Gram matrices.
         batch = rows * world

@@ -1,7 +1,7 @@
 """The quickstart: a teacher, a student taught by it, and the same student alone, on scikit-learn's digits. Prints one
 table.
 
-python -m benchmarks.quickstart                what `make quickstart` runs: both students with 3 seeds each, means and paired difference
+python -m benchmarks.quickstart   what `make quickstart` runs: 3 seeds each, means and paired difference
 python -m benchmarks.quickstart --seeds 1      one seed, which may fall either way: 449 images, and 5 epochs
 """
 

@@ -1,6 +1,6 @@
 """What a teacher costs each rank in memory and time, whole or in shards.
 
-    python -m benchmarks.teacher_memory                                ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
+    python -m benchmarks.teacher_memory                 ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
     python -m benchmarks.teacher_memory --teacher torchvision/vit_b_16 --worlds 2
 
 Random weights in a safetensors file, float32, loaded as a training loads them; then forwards of `--batch` images on
@@ -30,10 +30,12 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from dkd.build import assembly
+    from dkd.build.models import build_teacher
     from dkd.config.loading import validate
-    from dkd.engines.engine import leave_process_group
+    from dkd.engines.accelerated import leave_process_group
+    from dkd.engines.arithmetic import Arithmetic
     from dkd.engines.sharded_weights import parameter_counts
+    from dkd.launch import Launch
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -49,9 +51,8 @@ def worker(options: argparse.Namespace) -> None:
             "schedule": {"name": "constant"},
         }
     )
-    world = dist.get_world_size()
     before = resident()
-    teacher = assembly.build_teacher(recipe, torch.device("cpu"), world, world)
+    teacher = build_teacher(recipe, Launch.read(), Arithmetic.of(recipe), torch.device("cpu"))
     assert teacher is not None
     built = resident()
     images = torch.randn(options.batch, 3, 224, 224)
@@ -70,7 +71,7 @@ def worker(options: argparse.Namespace) -> None:
         "peak": resident() - before,
         "seconds": median(seconds[1:]),
     }
-    every: list[Any] = [None] * world
+    every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, found)
     if dist.get_rank() == 0:
         worst = {key: max(rank[key] for rank in every) for key in found}

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+"""The folder where the system shows all cgroups."""
+OWN_CGROUPS = Path("/proc/self/cgroup")
+"""The file that lists the cgroups of this process."""
 
 
 def cores() -> int:
@@ -31,10 +33,10 @@ def memory() -> int:
 def _read_settings(name: str, controller: str = "") -> Iterator[str]:
     """Yield the content of the files of a name in this process's cgroup and the cgroups above it. Cgroups of version 1
     have a tree for each controller."""
-    for _, controllers, path in (line.split(":", 2) for line in _read(_OWN).splitlines()):
+    for _, controllers, path in (line.split(":", 2) for line in _read(OWN_CGROUPS).splitlines()):
         if controller not in controllers.split(","):
             continue
-        top = _CGROUPS / controller
+        top = CGROUPS / controller
         folder = top / path.lstrip("/")
         while True:
             # A container sees its own cgroup as the top, whatever path the cgroup has outside.

@@ -9,7 +9,8 @@ from dkd.config.schema import AdamWSection, SgdSection
 
 
 def build_optimizer(section: SgdSection | AdamWSection, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters of `model`. `decay_norm_and_bias: false` keeps weight decay off everything of
+    """Return SGD or AdamW over the parameters of `model`. `decay_norm_and_bias: false` keeps weight decay off
+    everything of
     one dimension or less: biases, and the scales of normalisation layers."""
     groups = [{"params": list(model.parameters()), "weight_decay": section.weight_decay}]
     if not section.decay_norm_and_bias:
@@ -22,7 +23,7 @@ def build_optimizer(section: SgdSection | AdamWSection, model: nn.Module) -> tor
 
 
 def state_keys(section: SgdSection | AdamWSection) -> list[str]:
-    """What the optimizer keeps of each parameter after a step, sorted."""
+    """Return the names of what the optimizer keeps of each parameter after a step, sorted."""
     if isinstance(section, SgdSection):
         return ["momentum_buffer"] if section.momentum else []
     return ["exp_avg", "exp_avg_sq", "step"]

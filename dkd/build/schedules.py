@@ -22,7 +22,7 @@ def learning_rate(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Schedule:
-    """The learning rate of each global step.
+    """Return the learning rate of each global step.
 
     Args:
         schedule: the recipe's section.
@@ -54,7 +54,7 @@ def learning_rate(
 
 
 def loss_weight(weight: float | WeightSchedule, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """A loss weight at each global step. Arguments as `learning_rate`."""
+    """Return a loss weight at each global step. Arguments as `learning_rate`."""
     if not isinstance(weight, WeightSchedule):
         return lambda step: weight
     schedule = weight

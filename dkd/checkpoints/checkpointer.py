@@ -104,9 +104,9 @@ class Checkpointer:
         world_size: int,
         timeout: float,
     ) -> None:
-        self._section, self._folder, self._state, self._rank = section, folder, state, rank
+        self._section, self.folder, self._state, self._rank = section, folder, state, rank
         self._world_size, self._timeout = world_size, timedelta(seconds=timeout)
-        self._patience = min(LOOK_AGAIN_SECONDS, timeout / 4)  # while the others wait
+        self.patience = min(LOOK_AGAIN_SECONDS, timeout / 4)  # while the others wait
         self._group: Any = None
         self._needs_group = world_size > 1
         self._thread: threading.Thread | None = None
@@ -161,7 +161,7 @@ class Checkpointer:
                 # Another rank may have written after this rank had given up. No rank writes now, since the others
                 # wait for this rank below. Folders that cannot be removed now are removed at the next start.
                 with suppress(OSError, CheckpointError):
-                    self._folder.remove_unfinished()
+                    self.folder.remove_unfinished()
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._needs_group = False
 
@@ -173,9 +173,9 @@ class Checkpointer:
         size, error, warning = 0, None, None
         try:
             self._needs_group = self._world_size > 1  # until all ranks have succeeded
-            self._run_together(lambda: self._folder.begin(step) if self._rank == 0 else None)
+            self._run_together(lambda: self.folder.begin(step) if self._rank == 0 else None)
             self._run_together(lambda: self._look_for(step))
-            save_tensors(self._folder.writing_path(step) / "training", tensors, self._group)
+            save_tensors(self.folder.writing_path(step) / "training", tensors, self._group)
             # The other ranks wait for the main process here, where they have time, not in training's next collective.
             size, warning = self._run_together(lambda: self._seal(step, files) if self._rank == 0 else (0, None))
             self._needs_group = False
@@ -184,7 +184,7 @@ class Checkpointer:
                 self._needs_group = False
             error = str(problem) if isinstance(problem, CheckpointError) else f"{type(problem).__name__}: {problem}"
             if self._rank == 0:
-                self._folder.discard(step)
+                self.folder.discard(step)
         now = time.monotonic()
         self._results.append(
             SaveResult(step, error, warning, now - begun if stall is None else stall, now - writing, size)
@@ -213,8 +213,8 @@ class Checkpointer:
     def _look_for(self, step: int) -> None:
         """Check that this rank sees the folder that the main process has made for the checkpoint of a step. Raises
         CheckpointError."""
-        path = self._folder.writing_path(step)
-        unseen = look_again(lambda: None if path.is_dir() else f"does not see {str(path)!r}", self._patience)
+        path = self.folder.writing_path(step)
+        unseen = look_again(lambda: None if path.is_dir() else f"does not see {str(path)!r}", self.patience)
         if unseen is not None:
             raise CheckpointError(
                 f"{unseen}, which rank 0 has made; run.dir must be on a file system that all ranks share"
@@ -223,18 +223,18 @@ class Checkpointer:
     def _seal(self, step: int, files: Callable[[Path], None]) -> tuple[int, str | None]:
         """Make the checkpoint from what all ranks have written, on the main process. Returns the checkpoint's bytes,
         and the reason why older checkpoints could not be removed."""
-        path = self._folder.writing_path(step)
-        late = look_again(lambda: missing_file(path / "training"), self._patience)
+        path = self.folder.writing_path(step)
+        late = look_again(lambda: missing_file(path / "training"), self.patience)
         if late is not None:
             raise CheckpointError(f"{late}; run.dir must be on a file system that all ranks share")
         files(path)
-        return self._folder.commit(step), self.prune()
+        return self.folder.commit(step), self.prune()
 
     def prune(self) -> str | None:
         """Remove the checkpoints that neither `keep_last` nor `keep_best` keeps. Called on the main process only.
         Returns the reason why they could not be removed; None: they were removed."""
         try:
-            steps = self._folder.steps()
+            steps = self.folder.steps()
         except OSError as error:
             return str(error)
         best = sorted(
@@ -245,7 +245,7 @@ class Checkpointer:
             *(best[-self._section.keep_best :] if self._section.keep_best else []),
         }
         try:
-            self._folder.remove_all_but(kept)
+            self.folder.remove_all_but(kept)
         except (OSError, CheckpointError) as error:
             return str(error)
         return None
@@ -265,7 +265,7 @@ class Checkpointer:
             CheckpointError: on every rank.
         """
         self._renew_group()
-        training = self._folder.path_of(step) / "training"
+        training = self.folder.path_of(step) / "training"
         saved: dict[str, SavedTensor] = {}
 
         def look() -> str | None:
@@ -277,12 +277,12 @@ class Checkpointer:
                 return str(error)
             return (
                 late
-                if late is not None or self._folder.fingerprint(step) == wanted
+                if late is not None or self.folder.fingerprint(step) == wanted
                 else "it is another checkpoint than rank 0's"
             )
 
-        wanted = all_gather_objects(self._folder.fingerprint(step) if self._rank == 0 else None)[0]
-        reason = look_again(look, self._patience)
+        wanted = all_gather_objects(self.folder.fingerprint(step) if self._rank == 0 else None)[0]
+        reason = look_again(look, self.patience)
         found = problems(saved) if reason is None else []
         if found:
             reason = "; ".join(found[:3]) + (f" (and {len(found) - 3} more)" if len(found) > 3 else "")

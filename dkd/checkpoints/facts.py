@@ -16,7 +16,8 @@ from dkd.checkpoints.folder import CheckpointError, CheckpointFolder
 from dkd.config import Recipe, recipe_to_yaml
 from dkd.provenance import packages
 
-_FORMAT = 1
+FORMAT = 1
+"""Number of the format of checkpoints. One of another format is refused by name, not guessed at."""
 _TYPES: dict[str, Any] = {
     "world_size": int,
     "engine": str,
@@ -60,7 +61,7 @@ def checkpoint_facts(
         more: counts that have added up since the first step.
     """
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "step": step,
         "world_size": world_size,
         "engine": engine,
@@ -85,12 +86,17 @@ def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
     if reason is not None:
         raise CheckpointError(reason)
     try:
-        ours = values["format"] == _FORMAT and values["step"] == step
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"is of format {values['format']!r}, and this version of dkd reads format {FORMAT}: resume it with the "
+                "version that wrote it"
+            )
+        ours = values["step"] == step
         ours = ours and all(isinstance(values[key], types) for key, types in _TYPES.items())
         ours = ours and {"images", "sha256"} <= set(values["data"])
         ours = ours and (values["teacher"] is None or {"name", "fingerprint"} <= set(values["teacher"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError("state.json is damaged") from error
     if not ours:
-        raise CheckpointError("state.json is damaged, or of another version")
+        raise CheckpointError("state.json is damaged")
     return dict(values)

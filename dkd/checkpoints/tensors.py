@@ -60,7 +60,7 @@ def missing_file(folder: Path) -> str | None:
     """
     try:
         lengths: dict[str, int] = {}
-        for info in _read_metadata(folder).storage_data.values():
+        for info in read_metadata(folder).storage_data.values():
             lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
         for name, length in sorted(lengths.items()):
             path = folder / name
@@ -94,12 +94,13 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
     """Return the shape and dtype of every tensor in `folder`, by name. Raises CheckpointError when the metadata is
     damaged or holds more than tensors."""
-    entries = _read_metadata(folder).state_dict_metadata
+    entries = read_metadata(folder).state_dict_metadata
     return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
 class _MetadataUnpickler(PythonUnpickler):
-    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python, whose
+    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python,
+    whose
     steps can be overridden: a pickle may change attributes of the objects that it names, classes included."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)
@@ -139,7 +140,7 @@ def _join_path(*parts: str) -> str:
     return "/".join(map(str, parts))
 
 
-def _read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
@@ -166,10 +167,10 @@ def _list_files(metadata: Metadata) -> set[str]:
 
 
 class _Reader(FileSystemReader):
-    """Read a folder by torch, with the metadata that `_read_metadata` has checked."""
+    """Read a folder by torch, with the metadata that `read_metadata` has checked."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _read_metadata(Path(self.path))
+        metadata = read_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

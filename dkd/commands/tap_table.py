@@ -1,11 +1,14 @@
-"""Which features are compared, and what a sample weighs in it: β and γ mean different things for different maps and
-batches."""
+"""List the pairs of features that a recipe compares, with the weight of one sample.
+
+The same β and γ give a sample different weights for maps and batches of different sizes: these lines make recipes
+comparable.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dkd.build import recipe_objects
+from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
 from dkd.config.losses import AttentionTransferSection, WeightSchedule
 from dkd.losses.attention_transfer import token_grid
@@ -15,20 +18,20 @@ from dkd.models import ModelSpec, output_shapes
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str, str]]:
-    """A line for each pair of each loss: (name of the loss, what it compares, and its weight on one sample).
+def tap_table(recipe: Recipe, image_size: int, gram_size: int) -> list[tuple[str, str]]:
+    """Return (name of the loss, its two taps with shapes and the weight of one sample) for each pair of each loss.
 
     Args:
-        image_size: pixels, of the student's input.
-        gram_rows: of SP's Gram matrices; 0 without SP.
+        image_size: pixels, the side of the student's input.
+        gram_size: rows of SP's Gram matrices; 0 without SP.
     """
     losses = recipe.losses
-    if recipe.teacher is None or not recipe_objects.pairs(recipe):
+    if recipe.teacher is None or not pairs(recipe):
         return []
-    student = _shapes(recipe_objects.student_spec(recipe), [s for s, _ in recipe_objects.pairs(recipe)], image_size)
+    student = _shapes(student_spec(recipe), [s for s, _ in pairs(recipe)], image_size)
     teacher = _shapes(
-        recipe_objects.teacher_spec(recipe),
-        [t for _, t in recipe_objects.pairs(recipe)],
+        teacher_spec(recipe),
+        [t for _, t in pairs(recipe)],
         recipe.teacher.input_size or image_size,
     )
 
@@ -41,8 +44,8 @@ def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str
             lines.append(("at", f"{compared(s, t)}   {_attention_weight(losses.at, weight, student[s], teacher[t])}"))
     if losses.sp is not None:
         gamma = _first(losses.sp.gamma)
-        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_rows)
-        formula = f"γ·B/reference_batch = {gamma:g} · {gram_rows} / {losses.sp.reference_batch}"
+        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_size)
+        formula = f"γ·B/reference_batch = {gamma:g} · {gram_size} / {losses.sp.reference_batch}"
         for (s, t), weight in zip(losses.sp.paths, losses.sp.pair_weights, strict=True):
             times = f" · {weight:g}" if weight != 1 else ""
             lines.append(("sp", f"{compared(s, t)}   {formula}{times} = {effective * weight:g}"))
@@ -54,7 +57,7 @@ def tap_table(recipe: Recipe, image_size: int, gram_rows: int) -> list[tuple[str
 def _attention_weight(
     at: AttentionTransferSection, weight: float, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> str:
-    """What ‖Q_S − Q_T‖² (or, by the paper's reduction, ‖Q_S − Q_T‖) of one sample weighs in its loss."""
+    """Return the weight of ‖Q_S − Q_T‖² of one sample in the loss; with the paper's reduction, of ‖Q_S − Q_T‖."""
     maps = [token_grid(shape, at.class_tokens)[1:] for shape in (student, teacher)]
     positions = min(maps[0][0], maps[1][0]) * min(maps[0][1], maps[1][1])
     beta = _first(at.beta) * weight
@@ -64,7 +67,7 @@ def _attention_weight(
 
 
 def _first(weight: float | WeightSchedule) -> float:
-    """Of a scheduled weight, what it starts with."""
+    """Return a weight, or the value that a scheduled weight starts with."""
     return weight.start if isinstance(weight, WeightSchedule) else weight
 
 

@@ -31,13 +31,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem found.
     """
-    values = _read_yaml(Path(path))
+    return build_recipe(_read_yaml(Path(path)), overrides, name=Path(path).stem)
+
+
+def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), name: str | None = None) -> Recipe:
+    """Return a recipe from plain values, such as a YAML file holds. The values are changed by the overrides.
+
+    Args:
+        name: of the run, where the values have none.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
     for keys, value in parse_overrides(overrides):
         _set(values, keys, value)
     if not isinstance(values.get("run", {}), Mapping):
         raise RecipeError.at("run", f"must be a section (keys and values), not {values['run']!r}")
     values.setdefault("run", {})
-    values["run"].setdefault("name", Path(path).stem)
+    if name is not None:
+        values["run"].setdefault("name", name)
     return validate(values)
 
 

@@ -113,7 +113,7 @@ class AttentionTransferSection(_PairsSection):
     """Set activation-based Attention Transfer; docs/losses.md has its formulas."""
 
     preset: Literal["authors", "paper", "repdistiller", "torchdistill"] | None = None
-    """The implementation whose defaults the other keys have; see docs/losses.md. `paper` has no beta."""
+    """The implementation whose defaults the other keys have; see docs/reference/losses.md. `paper` has no beta."""
     beta: Weight
     """β, the weight of the loss."""
     map: Literal["sum", "sum_p", "max_p"] = "sum_p"
@@ -210,7 +210,8 @@ def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 
 
 class CustomLossSection(Section):
-    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See docs/add_a_loss.md."""
+    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See
+    docs/guides/own_loss.md."""
 
     name: Annotated[str, allow(lambda v: matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
     """Name of the loss in metrics.jsonl."""

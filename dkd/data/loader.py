@@ -102,16 +102,17 @@ class EvaluationLoader:
         turns = [range(worker, count, max(1, workers)) for worker in range(max(1, workers))]
         neighbours = iter(batches)
         by_turn = {number: next(neighbours) for turn in turns for number in turn}
-        self._keys = [by_turn[number] for number in range(count)]
+        self.keys = [by_turn[number] for number in range(count)]
+        """(0, index) of the samples of each batch, in the order of batches; the index is -1 for a blank image."""
         self._rows = batch
         self._samples, self._workers, self._pin = Samples(source, transform, None, image_size=image_size), workers, pin
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def __iter__(self) -> Iterator[Batch]:
         return Loading(
-            self._samples, self._keys, len(self), self._rows, self._workers, self._pin, _HELD, lambda: self.timeout
+            self._samples, self.keys, len(self), self._rows, self._workers, self._pin, _HELD, lambda: self.timeout
         )
 
     @property

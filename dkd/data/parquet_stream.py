@@ -96,6 +96,11 @@ class RowGroups:
         """Set how many row groups a process holds in memory at most: those that its order alternates between."""
         self._capacity = groups
 
+    @property
+    def kept(self) -> int:
+        """Number of row groups that this process holds in memory now."""
+        return len(self._kept)
+
     def cell(self, index: int) -> Any:
         """Return what the image column holds for an image: encoded bytes, or {bytes, path}. Raises DataError."""
         group, first = self._locate(index)

@@ -5,14 +5,17 @@ Knows tensors, models and losses; knows no recipe, engine or file.
 
 from dkd.distillation.objective import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective, Outputs
 from dkd.distillation.sharded_teacher import fill, halve_weights, shard, shard_mesh
+from dkd.distillation.step import DistillationStep, MicroLoss
 from dkd.distillation.teacher import FrozenTeacher
 
 __all__ = [
+    "DistillationStep",
     "FeatureTerm",
     "FrozenTeacher",
     "InputGradientTerm",
     "LabelTerm",
     "LogitTerm",
+    "MicroLoss",
     "Objective",
     "Outputs",
     "fill",

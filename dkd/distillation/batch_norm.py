@@ -34,6 +34,7 @@ class BatchNormStatistics:
 
     @torch.no_grad()
     def start_step(self) -> None:
+        """Keep the values before the step where a micro-batch or the step may have to be forgotten."""
         if (self._micro_steps > 1 or self._restorable) and self._statistics:
             self._old = [s.clone() for s in self._statistics]
             self._old_counters = [c.clone() for c in self._counters]
@@ -42,13 +43,13 @@ class BatchNormStatistics:
 
     @torch.no_grad()
     def forget_micro_batch(self) -> None:
-        """After a forward that shall not count: back to the values before it."""
+        """Restore the values before a forward that does not count."""
         if self._micro_steps > 1:
             self.forget_step()
 
     @torch.no_grad()
     def forget_step(self) -> None:
-        """The step shall not count: back to the values before it. Without effect where they were not kept."""
+        """Restore the values before a step that does not count. Has no effect where they were not kept."""
         if self._old:
             copy_lists(self._statistics, self._old)
             for counter, old in zip(self._counters, self._old_counters, strict=True):
@@ -56,13 +57,14 @@ class BatchNormStatistics:
 
     @torch.no_grad()
     def finish_micro_batch(self) -> None:
+        """Add a micro-batch's statistics to the step's, and restore the values that the next one starts from."""
         if self._micro_steps > 1 and self._statistics:
             add_lists(self._sum, self._statistics)
             self.forget_micro_batch()
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """A collective when W > 1: all ranks call it."""
+        """Set the running statistics to the mean over micro-steps and ranks. A collective when W > 1."""
         if not self._statistics or (self._micro_steps == 1 and self._world_size == 1):
             return
         flat = torch.cat([s.flatten() for s in (self._sum if self._micro_steps > 1 else self._statistics)])

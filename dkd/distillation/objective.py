@@ -19,8 +19,8 @@ Weight = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model yields for b images: logits (b, K), or None where nobody needs them, and the tapped features by
-    path."""
+    """Holds what a model yields for b images: logits (b, K), or None where no term needs them, and the tapped features
+    by path."""
 
     logits: torch.Tensor | None
     features: Mapping[str, torch.Tensor]

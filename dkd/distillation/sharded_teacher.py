@@ -1,6 +1,6 @@
 """A teacher whose weights are cut into shards, one on each rank, by FSDP2.
 
-A block of the model is gathered when its forward comes and let go behind it: a rank holds its shard of everything and
+A block of the model is gathered for its forward and released after it: a rank holds its shard of everything and
 one block whole. The
 features are those of the whole teacher, bit for bit.
 """

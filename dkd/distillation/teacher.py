@@ -18,10 +18,11 @@ class FrozenTeacher(nn.Module):
     Args:
         model: the filled model.
         taps: dotted paths of the features wanted.
-        needs_logits: whether anybody uses its logits; if not, its forward stops after the last tap.
+        needs_logits: whether any loss uses its logits; if not, its forward stops after the last tap.
         input_size: side the images are resized to first, pixels; None: as they come.
         autocast: as TappedModel.
         fingerprint: of its weights, before they are cut into shards or rounded.
+        name: of its architecture.
 
     Raises:
         TapError: as TappedModel.
@@ -35,12 +36,18 @@ class FrozenTeacher(nn.Module):
         input_size: int | None = None,
         autocast: torch.dtype | None = None,
         fingerprint: str = "",
+        name: str = "",
     ) -> None:
         super().__init__()
         self.tapped = TappedModel(model, taps, needs_logits, autocast)
-        self.input_size, self.fingerprint = input_size, fingerprint
+        self.input_size, self.fingerprint, self.name = input_size, fingerprint, name
+        self._taps = sorted(self.tapped.taps)
         self.requires_grad_(False)
         self.eval()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the teacher: its name, the fingerprint of its weights, and its taps."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "taps": self._taps}
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode, whoever asks: BatchNorm and dropout of a teacher never train."""

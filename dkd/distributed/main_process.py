@@ -1,4 +1,4 @@
-"""What the main process alone does, and every rank hears of."""
+"""What the main process alone does, and every rank learns of."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def run_on_main(main: bool, action: Callable[[], T]) -> tuple[T | None, str | No
     """Run `action` on the main process while the others wait. A collective.
 
     Returns:
-        On every rank: what `action` returned (something small that can be pickled) and None; or None and why it failed.
-            An exception is
-        returned as its message: raised on the main process alone, it would leave the others waiting.
+        On every rank: what `action` returned (something small that can be pickled) and None; or None and the reason why
+            it
+        failed. Exceptions are returned as a message: raised on the main process alone, they would leave the other ranks
+        hanging.
 
     Raises:
         RecipeError: on every rank, when `action` raised one.

@@ -1,4 +1,4 @@
-"""The ranks of one start find each other, however many starts the key-value store has seen before.
+"""The rendezvous: the ranks of one start find each other, however many starts the key-value store has seen before.
 
 A launcher that restarts its workers may keep its store, and then the addresses that the workers before left in it are
 still there: a
@@ -26,16 +26,16 @@ from dkd import console
 from dkd.errors import RunError
 
 _POLL = 0.05  # seconds
-_SAY_AFTER = 60.0  # seconds, that rank 0 waits before it says for whom
+_REPORT_AFTER = 60.0  # seconds that rank 0 waits before it reports for whom
 _MOST_SHOWN = 8
 
 
 class RendezvousError(RunError):
-    """Not all ranks came in time. Says who did not."""
+    """Not all ranks arrived in time. The message names those that did not."""
 
 
 class Refused(RunError):
-    """A rank came to say that it cannot take part. Raised on every rank.
+    """A rank arrived only to report that it cannot take part. Raised on every rank.
 
     Args:
         reasons: rank and machine -> why.
@@ -52,14 +52,14 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: float, refusal:
     Args:
         store: reached by all ranks.
         timeout: seconds.
-        refusal: why this rank will not take part; the others hear of it.
+        refusal: why this rank cannot take part; it is reported to the others.
 
     Returns:
         A name for this start, the same on every rank, and never used before in this store.
 
     Raises:
-        RendezvousError: a rank did not come.
-        Refused: a rank will not take part, this one or another.
+        RendezvousError: a rank did not arrive.
+        Refused: a rank cannot take part, this one or another.
     """
     word = uuid.uuid4().hex
     store.set(f"dkd/join/{rank}", json.dumps({"word": word, "host": platform.node(), "refusal": refusal}))
@@ -82,23 +82,22 @@ def meet(store: dist.Store, rank: int, world_size: int, timeout: float, refusal:
         if time.monotonic() > deadline:
             if rank == 0:
                 raise RendezvousError(
-                    f"{absent} did not come within {timeout:g} s; this is rank 0 on "
-                    f"{platform.node()}{_told(store, world_size)}"
+                    f"{absent} did not arrive within {timeout:g} s; this is rank 0 on "
+                    f"{platform.node()}{_list_refusals(store, world_size)}"
                 )
             raise RendezvousError(
                 f"rank 0 did not {'start' if offered else 'see'} this rank within {timeout:g} s: it is gone, or waits "
-                "for another; "
-                f"this is rank {rank} on {platform.node()}"
+                f"for another; this is rank {rank} on {platform.node()}"
             )
         time.sleep(_POLL)
 
 
 def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
-    """Rank 0's part, a step each time it is asked; yields who is still waited for."""
+    """Do rank 0's part, a step each time it is asked; yield the ranks that are still waited for."""
     name = uuid.uuid4().hex
     words: dict[int, str] = {}
     joined: dict[int, dict[str, str]] = {}
-    begun, said = time.monotonic(), False
+    begun, reported = time.monotonic(), False
     while True:
         missing = []
         for rank in range(world_size):
@@ -122,17 +121,17 @@ def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
         absent = ", ".join(f"rank {rank}" for rank in missing[:_MOST_SHOWN])
         if len(missing) > _MOST_SHOWN:
             absent += f" and {len(missing) - _MOST_SHOWN} more"
-        if not said and time.monotonic() - begun > _SAY_AFTER:
-            said = True
+        if not reported and time.monotonic() - begun > _REPORT_AFTER:
+            reported = True
             console.say(f"dkd: rank 0 waits for {absent} of {world_size} ranks, {timeout:g} s at most")
         yield absent
 
 
-def _told(store: dist.Store, world_size: int) -> str:
-    """What ranks said that may have come too early to be heard."""
+def _list_refusals(store: dist.Store, world_size: int) -> str:
+    """Return the refusal of a rank that may have arrived and left before this rank could read it."""
     entries = [(rank, _read(store, f"dkd/join/{rank}")) for rank in range(world_size)]
     reasons = [
-        f"; rank {rank} said: {refusal}"
+        f"; rank {rank} reported: {refusal}"
         for rank, entry in entries
         if entry and (refusal := json.loads(entry)["refusal"])
     ]

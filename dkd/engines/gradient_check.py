@@ -14,8 +14,8 @@ from dkd.library_internals.torch import norm_lists
 
 
 def gradient_is_finite(model: nn.Module) -> bool:
-    """After all gradients of a step have been averaged over ranks: the same answer on every rank. Waits for the
-    gradient; where the engine shards it, a collective."""
+    """Return whether the gradient is finite, once it has been averaged over ranks: the same answer on every rank. Waits
+    for the gradient; where the engine shards it, a collective."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     kept = [local for gradient in gradients if (local := local_part(gradient)).numel() > 0]
     # The largest absolute values: unlike 2-norms, they are finite whenever all of a tensor is.

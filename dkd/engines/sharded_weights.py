@@ -14,7 +14,7 @@ from dkd.library_internals.torch import COMPILED_PREFIX
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of a parameter, sharing its memory."""
+    """Return what this rank keeps of a parameter, sharing its memory."""
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach()
     # DeepSpeed's ZeRO-3 hangs the shard onto the parameter, which is empty between uses.
@@ -23,18 +23,18 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def numel(parameter: torch.Tensor) -> int:
-    """Elements of the whole parameter."""
+    """Count the elements of the whole parameter."""
     return whole_numel(parameter)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(kept on this rank, in all), with what shards are padded by."""
+    """Count the parameters: (kept on this rank, in all), with what shards are padded by."""
     parameters = list(model.parameters())
     return sum(local_part(p).numel() for p in parameters), sum(numel(p) for p in parameters)
 
 
 def release_gathered(wrapped: nn.Module) -> None:
-    """Let go of whole weights that FSDP2 (its root's) and ZeRO-3 keep after a forward, so that the next one sees what
+    """Release the whole weights that FSDP2 (its root's) and ZeRO-3 keep after a forward, so that the next one sees what
     the shards hold then. All ranks call it, before they write into shards."""
     for module in wrapped.modules():
         if isinstance(module, FSDPModule):
@@ -43,7 +43,7 @@ def release_gathered(wrapped: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and
+    """Return the name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and
     TappedModel."""
     return name.removeprefix("module.").removeprefix(COMPILED_PREFIX).removeprefix("model.")
 

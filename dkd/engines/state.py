@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class TrainingState:
-    """Of a student whole on every rank (DDP) or in FSDP2's shards.
+    """Collects and restores the tensors of a student that is replicated on every rank (DDP) or in FSDP2's shards.
 
     Args:
         wrapped: the student as the engine wraps it.
@@ -42,9 +42,9 @@ class TrainingState:
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
     def collect(self) -> Tensors:
-        """Copies on the CPU: training may go on while they are written. All ranks call it.
+        """Return copies on the CPU, so that training can continue while they are written. All ranks call it.
 
-        Of shards each rank copies its own, as DTensors of them; of what every rank has whole, a share.
+        Each rank copies its own shards, as DTensors, and a share of the tensors that every rank holds.
         """
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return {
@@ -54,7 +54,7 @@ class TrainingState:
         }
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
-        """Put what was saved in the place of what is there. All ranks call it, before the first step.
+        """Replace the present state by what was saved. All ranks call it, before the first step.
 
         Args:
             saved: names of what was saved.
@@ -87,8 +87,8 @@ class TrainingState:
 
 
 def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: WeightAverage | None) -> list[str]:
-    """What of a student and its average is not in `saved`, or in another shape, in words; and what is saved beyond
-    them."""
+    """Return what of a student and its average is missing in `saved` or has another shape, in words, and what is saved
+    beyond them."""
     wanted = {
         f"model/{plain_name(name)}": whole_shape(tensor) for name, tensor in model.state_dict(keep_vars=True).items()
     }
@@ -105,12 +105,12 @@ def differences(saved: Mapping[str, SavedTensor], model: nn.Module, average: Wei
 
 
 def optimizer_keys(saved: Mapping[str, SavedTensor]) -> list[str]:
-    """What the optimizer keeps of a parameter, sorted: [momentum_buffer], or [exp_avg, exp_avg_sq, step]."""
+    """Return what the optimizer keeps of a parameter, sorted: [momentum_buffer], or [exp_avg, exp_avg_sq, step]."""
     return sorted({name.rpartition("/")[2] for name in saved if name.startswith("optimizer/")})
 
 
 def _sharded_alike(local: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """A rank's part of something, as the DTensor that `live` is one of."""
+    """Return a rank's part as a DTensor that is sharded as `live` is; where `live` is no DTensor, the part itself."""
     if not isinstance(live, DTensor):
         return local
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""The state of a student under DeepSpeed's ZeRO, in the names and whole shapes of `training_state.py`.
+"""The state of a student under DeepSpeed's ZeRO, in the names and whole shapes of `state.py`.
 
 DeepSpeed's own checkpoints are pickles of one world size. Its accessors of whole tensors are used instead: each is
 gathered in turn, and kept by one rank.
@@ -21,7 +21,7 @@ from dkd.library_internals.deepspeed import flat_parameters, parameters_by_flat,
 
 
 class ZeroTrainingState:
-    """As `TrainingState`, of a student under ZeRO-1, 2 or 3.
+    """Collects and restores the tensors of a student under ZeRO-1, 2 or 3, as `TrainingState` does for DDP and FSDP2.
 
     Args:
         wrapped: the DeepSpeed engine.
@@ -34,7 +34,7 @@ class ZeroTrainingState:
         self._trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
     def collect(self) -> Tensors:
-        """Whole tensors on the CPU, each on the one rank that is to write it: all ranks call it."""
+        """Return whole tensors on the CPU, each on the one rank that is to write it. All ranks call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_optimizer_state()
@@ -61,7 +61,8 @@ class ZeroTrainingState:
         return found
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
-        """As `TrainingState.restore`. Each rank reads the whole state into the CPU's memory."""
+        """Replace the present state, as `TrainingState.restore`. Each rank reads the whole state into the CPU's
+        memory."""
         release_gathered(self._engine)
         whole = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -83,12 +84,12 @@ class ZeroTrainingState:
                     average.copy_(_part(live, whole[f"average/{name}"]))
 
     def _flat_parameters(self) -> list[torch.Tensor]:
-        """What torch's optimizer updates: a rank's part of many parameters, end to end."""
+        """Return what torch's optimizer updates: a rank's part of many parameters, end to end."""
         return flat_parameters(self._engine.optimizer)
 
     def _optimizer_keys(self) -> tuple[list[str], dict[str, torch.Tensor]]:
-        """Names of what is kept of every element, and what is one number for all; in one order on all ranks, as
-        collectives need it."""
+        """Return the names of what is kept of every element, and what is one number for all, in one order on all ranks,
+        as collectives need it."""
         flat = self._flat_parameters()[0]
         state = {
             key: v
@@ -99,7 +100,7 @@ class ZeroTrainingState:
         return shaped, {key: value for key, value in state.items() if key not in shaped}
 
     def _make_optimizer_state(self, whole: Tensors, keys: list[str]) -> None:
-        """DeepSpeed makes it in the first step; it is filled before that."""
+        """Make the optimizer's state, which DeepSpeed makes in the first step only, and fill it."""
         for key in keys:
             name, parameter = next((name, p) for name, p in self._trained.items() if f"optimizer/{name}/{key}" in whole)
             value = whole[f"optimizer/{name}/{key}"]
@@ -110,8 +111,9 @@ class ZeroTrainingState:
         self._link_optimizer_state()
 
     def _link_optimizer_state(self) -> None:
-        """ZeRO-1 and 2 connect parameters with their part of the optimizer's state once, behind the first group of the
-        first step: too early for other groups, which have none yet."""
+        """Connect parameters with their part of the optimizer's state. ZeRO-1 and 2 do that once, after the first group
+        of
+        the first step: too early for other groups, which have no state yet."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero: Any = self._engine.optimizer
@@ -120,12 +122,12 @@ class ZeroTrainingState:
 
 
 def _kept(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps: a flat, padded shard under ZeRO-3, else all of it."""
+    """Return what this rank keeps: a flat, padded shard under ZeRO-3, else all of it."""
     return local_part(parameter)
 
 
 def _whole(parameter: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Of a parameter, or of something sharded as it is. A collective under ZeRO-3."""
+    """Return the whole of a parameter, or of something that is sharded as it is. A collective under ZeRO-3."""
     if shard_of(parameter) is None:
         return kept
     parts = [torch.empty_like(kept) for _ in range(dist.get_world_size())]
@@ -134,7 +136,7 @@ def _whole(parameter: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """What this rank keeps of `whole`, sharded as `parameter` is: under ZeRO-3 flat, and padded with zeros."""
+    """Return what this rank keeps of `whole`, sharded as `parameter` is: under ZeRO-3 flat, and padded with zeros."""
     whole = whole.to(_kept(parameter).device)
     if shard_of(parameter) is None:
         return whole

@@ -83,7 +83,7 @@ def gram_rows(
     rows: list[torch.Tensor] = [torch.empty(0)] * len(features)
     for (name, transport, full), members in together.items():
         padded = [_pad(features[i], rows=most) for i in members]
-        function = _ExchangedGramRows if name == "exchange" else _GatheredGramRows
+        function = _ExchangedGramRows if name == "exchange" else GatheredGramRows
         for i, own in zip(members, function.apply(layout, transport, full, *padded), strict=True):
             rows[i] = own[: features[i].shape[0]]
     return rows
@@ -115,7 +115,7 @@ def _multiply_all_rows(part: torch.Tensor, full: torch.dtype) -> torch.Tensor:
     return promoted @ promoted.T
 
 
-class _GatheredGramRows(torch.autograd.Function):
+class GatheredGramRows(torch.autograd.Function):
     """Compute Gram rows by the strategy `gather`."""
 
     @staticmethod

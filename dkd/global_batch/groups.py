@@ -11,12 +11,12 @@ All groups have one size, so the mean over ranks of W_group · share is the mean
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch.distributed as dist
 
+from dkd import launch
 from dkd.global_batch import collectives
 from dkd.global_batch.layout import BatchLayout, BatchMismatchError
 
@@ -38,7 +38,7 @@ def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | N
         return 1
     size = scope
     if scope == "node":
-        local = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1" if world_size == 1 else "0"))
+        local = local_world_size or launch.local_world_size() or (1 if world_size == 1 else 0)
         if local == 0:
             raise ValueError("scope='node': LOCAL_WORLD_SIZE is not set; torchrun and accelerate launch set it")
         size = local
@@ -120,9 +120,8 @@ class GramScope:
 
     def _agree_on_size(self, layout: BatchLayout) -> int:
         """Return the number of ranks that share a Gram matrix. All ranks return the same number, or all raise."""
-        local = os.environ.get("LOCAL_WORLD_SIZE", "0")
         # An error of one rank must be an error of all ranks, so a wrong value is sent as 0.
-        mine = self.scope, int(local) if local.isdecimal() else 0, dist.get_rank()
+        mine = self.scope, launch.local_world_size() or 0, dist.get_rank()
         found = collectives.all_gather_objects(mine, layout.group)
         scopes = [scope for scope, _, _ in found]
         if len(set(scopes)) > 1:

@@ -25,7 +25,7 @@ from dkd.global_batch import STRATEGIES, BatchLayout, GramScope, gram_rows
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
 FLOOR = 1e-2
-"""The default of `floor`; docs/losses.md gives the reason."""
+"""The default of `floor`; docs/reference/losses.md gives the reason."""
 _ZERO_ROW = 1e-12  # public implementations divide a row of zeros by it (torch.nn.functional.normalize)
 _SMALLEST = 1e-19  # smaller numbers have no square in float32
 

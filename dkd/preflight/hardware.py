@@ -5,8 +5,10 @@ it), and stored in
 RUN/recipe.yaml. A resumed run keeps it on whatever hardware it resumes: its arithmetic never changes with the machine.
 
     GPU with bfloat16 units        bf16
-    older GPU                      fp16; fp32 where fp16's loss scaling cannot work (FSDP2, DeepSpeed, losses.gradient_at)
-    CPU with bfloat16 units        bf16: AVX512-BF16 or AMX, or others on which a small convolution is measured to be faster in it
+    older GPU                      fp16; fp32 where fp16's loss scaling cannot work (FSDP2, DeepSpeed,
+                                   losses.gradient_at)
+    CPU with bfloat16 units        bf16: AVX512-BF16 or AMX, or others on which a small convolution is measured to be
+                                   faster in it
     any other CPU                  fp32: such CPUs emulate bfloat16, at a tenth of the speed of float32
 
 `channels_last: auto` is true everywhere. It was faster on every kind of CPU that was measured, and by so little that a
@@ -27,10 +29,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dkd import launch
 from dkd.config import Recipe, RecipeError, load_recipe
-from dkd.engines import engine
+from dkd.engines.arithmetic import device_type
+from dkd.engines.rules import rules_of
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.launch import Launch
 from dkd.runs import launches
 from dkd.runs.launches import IfRunExists
 
@@ -140,7 +143,7 @@ class Choice:
 
 
 def choose(ranks: Sequence[Hardware], fp16_works: bool = True) -> Choice:
-    """One choice for all ranks: the same answer wherever it is asked, since it is made from what every rank has
+    """Return one choice for all ranks: the same answer wherever it is asked, since it is made from what every rank has
     reported.
 
     Args:
@@ -176,7 +179,7 @@ AUTO = ("train.precision", "train.channels_last", "teacher.weights_dtype")
 def settled(
     recipe: Recipe, ranks: Sequence[Hardware], stored: Mapping[str, Any] | None = None, fp16_works: bool = True
 ) -> tuple[Recipe, list[str]]:
-    """The recipe with nothing left to the hardware, and lines that report what was chosen and why.
+    """Return the recipe with nothing left to the hardware, and lines that report what was chosen and why.
 
     Args:
         ranks: the hardware of each rank.
@@ -224,49 +227,48 @@ def _emulation_warning(ranks: Sequence[Hardware]) -> list[str]:
     factor = 1 / (rank.bf16_speed or 1.0)
     return [
         f"warning: train.precision is bf16, which {rank.name}{where} emulates: a convolution takes {factor:.1f} times "
-        "as long as in "
-        "float32, measured now; train.precision=fp32 or auto is faster"
+        "as long as in float32, measured now; train.precision=fp32 or auto is faster"
     ]
 
 
-def settle(recipe: Recipe, existing: IfRunExists | None = None) -> tuple[Recipe, list[str]]:
-    """`settled`, by all ranks together. A collective, where there is a process group; the main process decides what is
-    stored.
+def settle(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None = None) -> tuple[Recipe, list[str]]:
+    """Settle the recipe, by all ranks together: see `settled`. A collective, where there is a process group; the main
+    process decides what is stored.
 
     Args:
-        existing: what is to become of a run that is in `run.dir`: one that is resumed keeps what it was begun with.
+        if_run_exists: what is to become of a run that is in `run.dir`: one that is resumed keeps its first choice.
             None: of no run.
     """
-    ranks = all_gather_objects((_own(recipe), launches.this_start()))
+    ranks = all_gather_objects((_probe_own(recipe, launch), launch.start))
     stored = None
-    if existing is not None:
+    if if_run_exists is not None:
         run_dir, start = Path(recipe.run.dir), launches.together([start for _, start in ranks])
         stored = all_gather_objects(
-            stored_choice(run_dir) if launches.in_effect(existing, run_dir, start) == "resume" else None
+            stored_choice(run_dir) if launches.in_effect(if_run_exists, run_dir, start) == "resume" else None
         )[0]
-    return settled(recipe, [hardware for hardware, _ in ranks], stored, engine.can_scale_losses(launch.engine()))
+    return settled(recipe, [hardware for hardware, _ in ranks], stored, rules_of(launch).scales_losses)
 
 
-def settled_here(recipe: Recipe, resumes: bool = True) -> tuple[Recipe, list[str]]:
-    """`settled` for a launch whose ranks all have this process's hardware. No collective: for commands that show what
-    would be."""
+def settled_here(recipe: Recipe, launch: Launch, resumes: bool = True) -> tuple[Recipe, list[str]]:
+    """Settle the recipe for a launch whose ranks all have this process's hardware. No collective: for commands that
+    show what would be."""
     stored = stored_choice(Path(recipe.run.dir)) if resumes else None
-    return settled(recipe, [_own(recipe)], stored, engine.can_scale_losses(launch.engine()))
+    return settled(recipe, [_probe_own(recipe, launch)], stored, rules_of(launch).scales_losses)
 
 
-def _own(recipe: Recipe) -> Hardware:
-    device = engine.device_type()
+def _probe_own(recipe: Recipe, launch: Launch) -> Hardware:
+    device = device_type(launch.asks_for_cpu)
     return probe(device) if needs_probe(recipe) else Hardware(device, device, bf16=True)
 
 
 def needs_probe(recipe: Recipe) -> bool:
-    """Whether anything of the recipe depends on what the hardware is fast in."""
+    """Return whether anything of the recipe depends on what the hardware is fast in."""
     return recipe.train.precision in ("auto", "bf16")
 
 
 def stored_choice(run_dir: Path) -> dict[str, Any] | None:
-    """What the run in `run_dir` was begun with: key -> value for the keys of AUTO. None: no run was begun there, or its
-    recipe cannot be read, which the check of the run directory reports."""
+    """Return what the run in `run_dir` was begun with: key -> value for the keys of AUTO. None: no run was begun there,
+    or its recipe cannot be read, which the check of the run directory reports."""
     try:
         before = load_recipe(run_dir / "recipe.yaml")
     except RecipeError:

@@ -1,5 +1,8 @@
-"""Figures of a report. Colours are Okabe and Ito's, told apart by all kinds of colour vision; lines differ in style
-too."""
+"""Draw the figures of a report.
+
+The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; lines also differ in
+style. A function returns None when there is nothing to draw.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ STYLES = ("-", "--", "-.", ":")
 TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradient_at": "gradient AT"}
 _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
-_PITCH = 1.08  # of cells of attention maps, in their sides
+_PITCH = 1.08  # distance between the cells of attention maps, in sides of a cell
 _MANY_CLASSES = 40
 _MARKERS = "osD^vPX*"
 
 
 def loss_terms(run: RunFiles) -> Figure | None:
-    """Each term before its weight, and their weighted sum, over steps."""
+    """Draw each loss term before its weight, and the weighted sum, over steps."""
     names = ["loss", *run.terms]
     if not run.steps:
         return None
@@ -50,7 +53,7 @@ def loss_terms(run: RunFiles) -> Figure | None:
 
 
 def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
-    """Top-1 over epochs, of all runs."""
+    """Draw the top-1 accuracy of all runs over epochs."""
     if not any(run.evaluations for run in runs):
         return None
     figure, (axis,) = _grid(1, 1, 7.5, 3.6)
@@ -68,7 +71,7 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def schedules(run: RunFiles) -> Figure | None:
-    """Learning rate and loss weights over steps."""
+    """Draw the learning rate and the loss weights over steps."""
     if not run.steps:
         return None
     figure, (left, right) = _grid(1, 2, 4.8, 2.8)
@@ -87,7 +90,7 @@ def schedules(run: RunFiles) -> Figure | None:
 
 
 def throughput(runs: Sequence[RunFiles]) -> Figure | None:
-    """Images a second over steps, and the share of each run's time by what it went into."""
+    """Draw the images a second over steps, and the shares of each run's time."""
     with_steps = [run for run in runs if run.steps]
     if not with_steps:
         return None
@@ -117,7 +120,8 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def seconds_by_part(run: RunFiles) -> dict[str, float]:
-    """Seconds of a run, as far as its log tells. A logged line speaks for all steps since the one before."""
+    """Return the seconds that a run spent on each part of its work, calculated from its log. A logged step stands for
+    all steps since the logged step before it."""
     training = waiting = 0.0
     before = 0
     for line in run.steps:
@@ -132,12 +136,12 @@ def seconds_by_part(run: RunFiles) -> dict[str, float]:
         "evaluation": sum(line.get("seconds", 0.0) for line in run.evaluations),
         "standing still for checkpoints": sum(line.get("stall", 0.0) for line in run.checkpoints),
     }
-    whole = run.description.get("seconds")
-    return {**parts, "not logged": max(0.0, whole - sum(parts.values())) if isinstance(whole, int | float) else 0.0}
+    total = run.description.get("seconds")
+    return {**parts, "not logged": max(0.0, total - sum(parts.values())) if isinstance(total, int | float) else 0.0}
 
 
 def attention(seen: Observation) -> Figure | None:
-    """The same images, and the attention maps of teacher and student laid over them, a row for each pair of taps."""
+    """Draw the same images with the attention maps of teacher and student over them, one row for each tap."""
     assert seen.student is not None
     assert seen.images is not None
     assert seen.shown_labels is not None
@@ -153,8 +157,7 @@ def attention(seen: Observation) -> Figure | None:
         for tap in [t if role == "teacher" else s]
         if tap in view.attention
     ]
-    # One axis for all: with an axis for each cell, making and laying them out takes longer than anything else on the
-    # page.
+    # One axis for all cells: axes for each cell take longer to create and lay out than everything else on the page.
     figure, (axis,) = _grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
 
     def cell(row: int, column: int) -> tuple[float, float, float, float]:
@@ -187,7 +190,7 @@ def attention(seen: Observation) -> Figure | None:
 
 
 def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
-    """Row-normalised Gram matrices of teacher and student, and their difference; samples sorted by class."""
+    """Draw the row-normalised Gram matrices of teacher and student, sorted by class, and their difference."""
     assert seen.student is not None
     assert seen.shown_labels is not None
     student, teacher = pair
@@ -199,7 +202,8 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
     if theirs is not None:
         panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
     matrices = [matrix for _, matrix, colours in panels if colours == _MAP]
-    # The diagonal, an image with itself, would leave the rest of an early layer dark.
+    # Cut the scale at the brightest hundredth: by the diagonal, which compares an image with itself, the rest of an
+    # early layer would be dark.
     largest, smallest = (
         max(float(np.quantile(m, 0.99)) for m in matrices),
         min(0.0, *(float(m.min()) for m in matrices)),
@@ -223,7 +227,7 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
 
 
 def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | None:
-    """Mean activation of each channel for the images of each class, of teacher and student."""
+    """Draw the mean activation of each channel on the images of each class, for teacher and student."""
     assert seen.student is not None
     panels = [(f"student {pair[0]}", _class_means(seen, seen.student, pair[0]))]
     if seen.teacher is not None:
@@ -245,7 +249,7 @@ def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | No
 
 
 def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
-    """Accuracy of each class, of the students and their teacher."""
+    """Draw the accuracy of the students and their teachers on each class."""
     series: dict[str, np.ndarray] = {}
     names: Sequence[str] = ()
     for label, seen in observed.items():
@@ -289,7 +293,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
 
 
 def accuracy_by_class(seen: Observation, view: ModelView) -> np.ndarray:
-    """(K,) per cent; nan for a class without an image."""
+    """Return the accuracy on each class, (K,) in per cent; NaN for a class without an image."""
     assert seen.labels is not None
     right = np.bincount(seen.labels, weights=view.predictions == seen.labels, minlength=len(seen.class_names))
     total = np.bincount(seen.labels, minlength=len(seen.class_names))
@@ -306,7 +310,7 @@ def _series(run: RunFiles, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a fiftieth of the run, shorter at its ends."""
+    """Return the moving mean over a fiftieth of the run, over fewer values at its ends."""
     half = len(values) // 100
     if half == 0:
         return values
@@ -318,7 +322,12 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
-    """`width`, `height`: inches of one panel."""
+    """Return a figure and its axes, row by row.
+
+    Args:
+        width, height: inches of one panel.
+        frame: whether the panels have axes with ticks.
+    """
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     axes = list(np.array(figure.subplots(rows, columns, squeeze=False)).ravel())
     for axis in axes:
@@ -332,15 +341,15 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
 
 
 def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
-    """Draw a legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the
-    names afterwards."""
+    """Draw a legend of everything in `drawn`. The names are set afterwards, because matplotlib leaves out a name that
+    begins with _."""
     legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)
     for text, name in zip(legend.get_texts(), drawn, strict=True):
         text.set_text(console.printable(name))
 
 
 class _PlainPowers(LogFormatter):
-    """Labels a logarithmic axis without mathematics, which `drawing_names` turns off."""
+    """Label a logarithmic axis without formulas, which `drawing_names` turns off."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -353,8 +362,8 @@ def _plain_powers(axis: Axes) -> None:
 
 
 def drawing_names() -> AbstractContextManager[Any]:
-    """Return a context in which figures are to be made and drawn: a name with dollars in it is a name there, and no
-    formula."""
+    """Return a context in which all figures must be made and drawn: matplotlib reads no name with dollars as a formula
+    there."""
     return matplotlib.rc_context({"text.parse_math": False})
 
 
@@ -373,7 +382,8 @@ def _one_of_each_class(labels: np.ndarray) -> list[int]:
 
 
 def _class_ticks(seen: Observation) -> tuple[list[str], list[float], list[float]]:
-    """Names of the shown classes, where their labels go, and the lines between them."""
+    """Return the names of the shown classes, the positions of their labels, and the positions of the lines between
+    classes."""
     assert seen.shown_labels is not None
     classes, starts, counts = np.unique(seen.shown_labels, return_index=True, return_counts=True)
     names = [_short(seen.class_names[label]) for label in classes]

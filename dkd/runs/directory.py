@@ -2,20 +2,22 @@
 
 RUN/
   recipe.yaml              the resolved recipe: every default written out, overrides applied
-  provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host, world size, step
+  provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host,
+                           world size, step
   metrics.jsonl            one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
   metrics.superseded.jsonl lines of steps that were computed again after an interruption
+  train.log                what rank 0 reported, with time and rank
   tensorboard/             and whatever other trackers write
-  checkpoints/             see dkd/checkpoints/folder.py and checkpointing.py
+  checkpoints/             see dkd/checkpoints/
   student.safetensors      the finished student, and beside it
   student.json             its architecture, input and metrics
-  .lock, .owner            of the training that is going on, or was the last: see run_place.py
+  .lock, .owner            of the training that is running, or was the last: see place.py
   .launches                which launches have begun a run here: see launches.py
 
 and one of these, until the next start:
   FINISHED                 the last step is done
-  PREEMPTED                a signal stopped it behind a checkpoint: the same command is to be started again
-  STOPPED                  somebody did, by making a file called STOP
+  PREEMPTED                a signal stopped the run after a checkpoint: start the same command again
+  STOPPED                  a person stopped the run, with a file called STOP
 """
 
 from __future__ import annotations
@@ -26,26 +28,29 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dkd import atomic_files
+from dkd import atomic_files, console
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 from dkd.distributed.stop_signals import STOP_FILE
+from dkd.launch import Launch, Start
 from dkd.provenance import provenance
 from dkd.runs import launches
-from dkd.runs.launches import LAUNCHES_FILE, IfRunExists, Start
+from dkd.runs.launches import LAUNCHES_FILE, IfRunExists
 from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
 from dkd.runs.place import LOCK_FILE, OWNER_FILE, RunPlace
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
+LOG_FILE = "train.log"
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
 # The files of a run, which go when it is replaced; dkd writes all but the last two itself. recipe.yaml is written after
-# provenance.json, and removed before it: alone, it is somebody's own.
+# provenance.json, and removed before it: alone, it is a user's own.
 _OF_A_RUN = (
     _RECIPE,
     _METRICS,
@@ -54,6 +59,7 @@ _OF_A_RUN = (
     "metrics.superseded.jsonl",
     "student.safetensors",
     "student.json",
+    LOG_FILE,
     *MARKERS,
     "tensorboard",
     STOP_FILE,
@@ -62,7 +68,7 @@ _OF_THE_FOLDER = (LOCK_FILE, OWNER_FILE, LAUNCHES_FILE, _CHECKPOINTS)
 
 
 class RunDirectory:
-    """One run's folder. Only the main process writes; the others hold it and do nothing."""
+    """The files of one run. Only the main process writes; the others hold a directory that does nothing."""
 
     def __init__(self, path: str | Path, writes: bool) -> None:
         self.path = Path(path)
@@ -71,8 +77,11 @@ class RunDirectory:
         self.checkpoints = CheckpointFolder(self.path / _CHECKPOINTS, self.problem)
         self._metrics: Any = None
         self._unwritten = b""
+        self._log = ExitStack()
 
-    def take_over(self, recipe: Recipe, existing: IfRunExists, start: Start, allow_recipe_change: bool) -> list[str]:
+    def take_over(
+        self, recipe: Recipe, if_run_exists: IfRunExists, start: Start, allow_recipe_change: bool
+    ) -> list[str]:
         """Prepare the claimed folder for a training: remove an older run where it is to be replaced, and what a killed
         process has left.
 
@@ -80,7 +89,7 @@ class RunDirectory:
         claimed the folder.
 
         Args:
-            existing: what was asked for.
+            if_run_exists: what was asked for.
             start: of all ranks.
 
         Returns:
@@ -90,7 +99,7 @@ class RunDirectory:
             OSError: a file cannot be removed or written.
             RecipeError: there is a run that must not be lost, or one of another recipe.
         """
-        in_effect = launches.in_effect(existing, self.path, start)
+        in_effect = launches.in_effect(if_run_exists, self.path, start)
         _check_content(self.path, recipe, in_effect, allow_recipe_change)
         if in_effect == "replace":
             self.checkpoints.remove_all()
@@ -98,11 +107,11 @@ class RunDirectory:
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))
-        if existing != "resume":
+        if if_run_exists != "resume":
             launches.note(self.path, start)
-        if in_effect == existing:
+        if in_effect == if_run_exists:
             return []
-        asked = {"replace": "--overwrite", "refuse": "--fresh"}[existing]
+        asked = {"replace": "--overwrite", "refuse": "--fresh"}[if_run_exists]
         return [
             f"this launch has begun in {self.path} before: it resumes what it has begun, {asked} holds for its first "
             "start"
@@ -129,6 +138,7 @@ class RunDirectory:
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
         self._metrics = atomic_files.open_to_append(self.path / _METRICS)
+        self._log.enter_context(console.log_file(self.path / LOG_FILE, rank=0))
         return (
             [] if damage is None else [f"warning: {damage}; it is now {_DAMAGED_PROVENANCE}, and a new one was begun"]
         )
@@ -159,7 +169,8 @@ class RunDirectory:
         if problem is None and self._metrics is not None:
             lost = [name for name in (_PROVENANCE, _RECIPE, _METRICS) if not (self.path / name).exists()]
             if lost:
-                return f"run.dir {str(self.path)!r}: files of the run were deleted while it was trained in: {', '.join(lost)}"
+                deleted = "files of the run were deleted while it was trained in"
+                return f"run.dir {str(self.path)!r}: {deleted}: {', '.join(lost)}"
         return problem
 
     def log(self, line: Mapping[str, Any]) -> str | None:
@@ -199,7 +210,8 @@ class RunDirectory:
         if problem is not None:
             folder = self.place.for_rescue()
             write_student(folder)
-            return f"{problem}; the finished student is in {str(folder)!r}, later checkpoints and lines of metrics may be lost"
+            rescued = f"the finished student is in {str(folder)!r}, later checkpoints and lines of metrics may be lost"
+            return f"{problem}; {rescued}"
         write_student(self.path)
         self.sync()
         self._mark(FINISHED, {"steps": steps})
@@ -246,17 +258,20 @@ class RunDirectory:
         if self._metrics is not None:
             self._metrics.close()  # unbuffered: there is nothing left to write that could fail
             self._metrics = None
+        self._log.close()
         self.place.close()
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a run has been started in `path`. A recipe.yaml alone is somebody's own; without it, there is
+    """Return whether a run has been started in `path`. A recipe.yaml alone is a user's own; without it, there is
     nothing yet to lose."""
     started = (path / _RECIPE).exists() and (path / _PROVENANCE).exists()
     return started or (path / _METRICS).exists() or bool(CheckpointFolder(path / _CHECKPOINTS).steps())
 
 
-def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
+def check_run_directory(
+    recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, allow_recipe_change: bool
+) -> list[Problem]:
     """Check whether a run can start in `run.dir`, or resume there. Returns how its recipe differs from that of the run
     that is in it.
 
@@ -278,22 +293,18 @@ def check_run_directory(recipe: Recipe, existing: IfRunExists, allow_recipe_chan
             raise RecipeError.at(
                 "run.dir", f"{str(path)!r} cannot be made or used: {str(folder)!r} cannot be written to"
             )
-    start = launches.this_start()
-    in_effect = launches.in_effect(existing, path, start)
-    if in_effect == "refuse" and start.launchers and _several_machines():
-        in_effect = "replace"  # whether this is a restart, a new machine's ranks cannot know; `take_over` asks again, with all ranks
+    in_effect = launches.in_effect(if_run_exists, path, launch.start)
+    if in_effect == "refuse" and launch.start.launchers and launch.has_several_machines:
+        # Ranks of a new machine cannot know whether this is a restart; `take_over` asks again, with all ranks.
+        in_effect = "replace"
     return _check_content(path, recipe, in_effect, allow_recipe_change)
 
 
-def _several_machines() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
-
-
-def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
+def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow_recipe_change: bool) -> list[Problem]:
     """Check what is in a run directory already. Returns how the recipe of its run differs, where that is resumed.
     Raises RecipeError."""
     # What is to be replaced is removed, not followed.
-    for name in _OF_THE_FOLDER if existing == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
+    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
         problem = atomic_files.link_problem(path / name)
         if problem is not None:
             raise RecipeError.at("run.dir", problem)
@@ -306,13 +317,12 @@ def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_reci
             raise RecipeError.at(
                 "run.dir",
                 f"{str(path)!r} holds a recipe.yaml, and no run that has written it; a run would put its own in its "
-                "place: choose another "
-                f"run.dir, such as {str(path / 'run')!r}, or rename that file",
+                f"place: choose another run.dir, such as {str(path / 'run')!r}, or rename that file",
             )
         return []
-    if existing == "replace":
+    if if_run_exists == "replace":
         return []
-    if existing == "refuse":
+    if if_run_exists == "refuse":
         raise RecipeError.at(
             "run.dir",
             f"{str(path)!r} holds a run already, and --fresh was asked for; choose another run.dir, or add --overwrite",
@@ -324,13 +334,15 @@ def _check_content(path: Path, recipe: Recipe, existing: IfRunExists, allow_reci
         raise RecipeError.at(
             "run.dir",
             f"{str(path)!r} holds a run already, whose recipe.yaml cannot be read ({reason}); choose another run.dir, "
-            "or give "
-            "--overwrite to replace it",
+            "or give --overwrite to replace it",
         ) from error
     changes = recipe_changes(before, recipe)
     if changes and not allow_recipe_change:
-        advice = "holds a run of a recipe that differs as said; give --allow-recipe-change to go on with the new one, --overwrite to replace "
-        raise RecipeError([*changes, Problem("run.dir", f"{str(path)!r} {advice}the run, or choose another run.dir")])
+        advice = (
+            f"{str(path)!r} holds a run of a recipe that differs as reported; give --allow-recipe-change to resume it "
+            "with the new one, --overwrite to replace the run, or choose another run.dir"
+        )
+        raise RecipeError([*changes, Problem("run.dir", advice)])
     return changes
 
 

@@ -4,59 +4,60 @@ the run."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from accelerate import Accelerator
+from typing import Any, Protocol
 
 from dkd.runs.directory import RunDirectory
 from dkd.runs.progress import Progress
-from dkd.user_code import describe_error
+
+
+class Trackers(Protocol):
+    """What a logger asks of trackers such as TensorBoard: `dkd.engines.trackers.Trackers`."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> str | None: ...
+
+    def finish(self) -> list[str]: ...
 
 
 class RunLogger:
-    """All ranks hold one; the main process's is written.
+    """Writes what a run reports. All ranks hold one; the main process's writes.
 
     Args:
         run_dir: started.
-        accelerator: with its trackers started.
+        trackers: started.
         progress: what a person sees.
     """
 
-    def __init__(self, run_dir: RunDirectory, accelerator: Accelerator, progress: Progress) -> None:
-        self._run_dir, self._accelerator, self.progress = run_dir, accelerator, progress
+    def __init__(self, run_dir: RunDirectory, trackers: Trackers, progress: Progress) -> None:
+        self._run_dir, self._trackers, self.progress = run_dir, trackers, progress
 
     def say(self, message: str) -> None:
-        """A line for whoever watches."""
+        """Show a line to the person who watches the run."""
         self.progress.say(message)
 
     def write(self, line: Mapping[str, Any], tracked: Mapping[str, Any] | None = None, step: int = 0) -> None:
-        """A line of metrics.jsonl, and what of it the trackers get, after `step` steps."""
+        """Write a line of metrics.jsonl.
+
+        Args:
+            tracked: what the trackers get of it; None: nothing.
+            step: steps done.
+        """
         problem = self._run_dir.log(line)
         if problem:
             self.say(f"warning: metrics.jsonl cannot be written ({problem}); its lines are kept until it can")
-        if tracked is None:
-            return
-        try:
-            self._accelerator.log(dict(tracked), step=step)
-        except (
-            Exception
-        ) as error:  # a tracker's own code: a disk, a server or a connection that fails after days ends no training
-            self.say(f"warning: trackers cannot write ({describe_error(error)}); they get nothing more")
-            self._accelerator.trackers = []
+        if tracked is not None:
+            problem = self._trackers.log(tracked, step)
+            if problem:
+                self.say(f"warning: {problem}")
 
     def sync(self) -> None:
-        """What was written is on the disk, or a warning says that it is not."""
+        """Write what was logged to the disk, or warn that it cannot be written."""
         try:
             self._run_dir.sync()
         except OSError as error:
             self.say(f"warning: metrics.jsonl cannot be written ({error})")
 
     def close(self) -> None:
-        """The trackers' last word. Not accelerator.end_training(): it would also destroy a process group that the
-        caller may still use."""
+        """Close the progress display and the trackers."""
         self.progress.close()
-        for tracker in self._accelerator.trackers:
-            try:
-                tracker.finish()
-            except Exception as error:  # as above
-                self.say(f"warning: {tracker.name} cannot write ({describe_error(error)})")
+        for problem in self._trackers.finish():
+            self.say(f"warning: {problem}")

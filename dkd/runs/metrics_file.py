@@ -1,7 +1,7 @@
 """The lines of a run's metrics.jsonl, read and checked in one place.
 
 A line is about a logged step, an evaluation or a checkpoint. A run that is killed, or whose disk is full, may leave a
-line that is damaged; such lines do not count, and the reader is told how many there are.
+line that is damaged; such lines do not count, and the reader learns how many there are.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _is_step(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number that can be computed with; a float may be one that is not finite, as a loss may
-    be."""
+    """Return whether a value is a number that can be computed with; a float may be one that is not finite, as a loss
+    may be."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
     )

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one training, seen by all its ranks, and still the same one while training goes on.
+"""The folder of a run: claimed by one training, seen by all its ranks, and still the same one while training runs.
 
 RUN/.lock    is locked by the main process; the system takes the lock away when that process ends
 RUN/.owner   names the start that has claimed the folder, by a token that no other start has
@@ -25,7 +25,7 @@ LOCK_FILE, OWNER_FILE = ".lock", ".owner"
 
 
 class RunPlace:
-    """All ranks hold one; the main process claims it.
+    """The folder of one run. All ranks hold one; the main process claims it.
 
     Args:
         path: `run.dir`; it may be a link to a folder.
@@ -50,7 +50,7 @@ class RunPlace:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._close_folder = weakref.finalize(self, os.close, self._folder)  # also when nobody calls `close`
+        self._close_folder = weakref.finalize(self, os.close, self._folder)  # also when `close` is never called
         self._claimed = os.fstat(self._folder)
         warnings = self._take_lock()
         self.token = secrets.token_hex(16)
@@ -74,13 +74,13 @@ class RunPlace:
                 self._lock = None
                 return [
                     f"{str(path)!r} cannot be locked ({error.strerror}): nothing keeps a second training from starting "
-                    "in run.dir; "
-                    "each checkpoint looks whether one has"
+                    "in run.dir; each checkpoint looks whether one has"
                 ]
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._lock.fileno()), path.stat(follow_symlinks=False)):
                     return []
-            self._lock.close()  # somebody removed the file between opening and locking, and may hold a lock on a new one
+            # The file was removed between opening and locking, and another process may hold a lock on a new one.
+            self._lock.close()
 
     def _holder(self) -> str:
         owner, reason = atomic_files.read_json(self.path / OWNER_FILE)
@@ -116,7 +116,8 @@ class RunPlace:
             return f"{named} cannot be reached: {error.strerror}"
         if not os.path.samestat(now, self._claimed):
             moved = self.moved_to()
-            return f"{named} was replaced by another folder while it was trained in{'' if moved is None else f'; it is now {str(moved)!r}'}"
+            where = "" if moved is None else f"; it is now {str(moved)!r}"
+            return f"{named} was replaced by another folder while it was trained in{where}"
         owner, reason = atomic_files.read_json(self.path / OWNER_FILE)
         if reason is not None:
             return f"{named}: files of the run were deleted while it was trained in: {reason}"
@@ -137,8 +138,8 @@ class RunPlace:
         return found if same and os.path.realpath(self.path) != str(found) else None
 
     def for_rescue(self) -> Path:
-        """Return a folder for what must not be lost when `problem` tells one: the claimed one, wherever it is now, or a
-        new one beside it.
+        """Return a folder for what must not be lost when `problem` returns one: the claimed one, wherever it is now, or
+        a new one beside it.
 
         Raises:
             OSError: none can be made.

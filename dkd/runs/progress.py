@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere. On the main process
+"""What a person sees while a run is trained: a bar on a terminal, a line now and then elsewhere. On the main process
 only."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dkd import console
 
 
 class Progress:
-    """Loss terms, images a second and time left.
+    """Shows loss terms, images a second and time left.
 
     Args:
         total_steps: of the whole run.
@@ -39,7 +39,7 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """After global step `step` (from 0); `values` are shown as they are named."""
+        """Show the values of global step `step`, counted from 0, under their names."""
         if not self._shown:
             return
         elapsed = time.monotonic() - self._start
@@ -56,7 +56,7 @@ class Progress:
             self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {_clock(left)} left")
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._shown:
             if self._bar is None:
                 console.say(message)
@@ -66,6 +66,7 @@ class Progress:
                 self._bar.refresh()
 
     def close(self) -> None:
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 

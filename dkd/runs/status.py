@@ -1,4 +1,4 @@
-"""What a run directory says of its run, to people and to batch scripts."""
+"""What the files of a run directory report of its run, for people and for batch scripts."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def _terms(logged: dict[str, Any]) -> list[str]:
 
 
 def _state(run_dir: Path) -> str:
-    for name, said in (
+    for name, state in (
         (FINISHED, "finished"),
-        (PREEMPTED, "preempted; the same command goes on"),
-        (STOPPED, "stopped by hand; the same command goes on"),
+        (PREEMPTED, "preempted; the same command resumes it"),
+        (STOPPED, "stopped by hand; the same command resumes it"),
     ):
         if (run_dir / name).exists():
-            facts, _ = atomic_files.read_json(run_dir / name)  # that the file is there tells the most
+            facts, _ = atomic_files.read_json(run_dir / name)  # that the file exists is what counts
             facts = facts if isinstance(facts, dict) else {}
             by = f" by {facts['by']} after step {facts.get('step')} of {facts.get('steps')}" if "by" in facts else ""
-            return f"{said.replace(';', by + ';') if by else said} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
-    return "running, or it was interrupted; the same command goes on"
+            described = state.replace(";", by + ";") if by else state
+            return f"{described} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
+    return "running, or interrupted; the same command resumes it"

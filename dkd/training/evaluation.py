@@ -13,42 +13,65 @@ import torch.nn.functional as F
 from dkd.data import DataError, EvaluationLoader
 from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.runs.logger import RunLogger
 
 BATCHES_BETWEEN_AGREEMENTS = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over a data set. `top5_correct` is None where there are fewer than six classes."""
+    """Counts over a data set."""
 
     samples: int
     top1_correct: int
     top5_correct: int | None
+    """None where there are fewer than six classes."""
     loss: float
-    """Mean cross-entropy, nats."""
+    """Mean cross-entropy, in nats."""
     unreadable: int = 0
-    """Images that do not count among the samples."""
+    """Images that could not be read, and are not among the samples."""
 
     @property
     def top1(self) -> float:
-        """Fraction."""
+        """Fraction of samples whose first class is right."""
         return self.top1_correct / self.samples
 
     @property
     def top5(self) -> float | None:
+        """Fraction of samples whose first five classes hold the right one."""
         return None if self.top5_correct is None else self.top5_correct / self.samples
 
     @property
     def problem(self) -> str | None:
-        """Why the numbers mean nothing; None where they are sound."""
+        """Return why the numbers mean nothing; None where they are sound."""
         if math.isfinite(self.loss):
             return None
-        return f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means nothing"
+        return (
+            f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means "
+            "nothing"
+        )
 
     def facts(self) -> dict[str, float | int | None]:
-        """For JSON, which has no numbers that are not finite: such a loss is null there."""
+        """Return what JSON can hold, which has no numbers that are not finite: such a loss is null there."""
         loss = self.loss if math.isfinite(self.loss) else None
         return {**asdict(self), "loss": loss, "top1": self.top1, "top5": self.top5}
+
+    def log(self, log: RunLogger, step: int, epoch: float, seconds: float) -> None:
+        """Write the result to a run's log.
+
+        Args:
+            step: steps done.
+            epoch: epochs done.
+            seconds: seconds that the evaluation took.
+        """
+        if self.unreadable:
+            log.say(f"warning: {self.unreadable} validation images cannot be read and do not count")
+        if self.problem:
+            log.say(f"warning: evaluation after step {step}: {self.problem}")
+        line = {"evaluation": {"steps": step, "epoch": epoch, **self.facts()}, "seconds": round(seconds, 3)}
+        log.write(line, {"evaluation/top1": self.top1, "evaluation/loss": self.loss}, step)
+        counts = f"{self.top1_correct}/{self.samples}"
+        log.say(f"epoch {epoch:g}: top-1 {self.top1:.4f} ({counts}), loss {self.loss:.4f}")
 
 
 @torch.no_grad()
@@ -60,14 +83,15 @@ def evaluate(
     loading: Iterator[Batch] | None = None,
     is_asked_to_stop: Callable[[int], bool] | None = None,
 ) -> Evaluation | None:
-    """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
+    """Evaluate a student exactly. A collective: all ranks run equally many forwards of one shape; padding counts for
+    nothing.
 
     Args:
         logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.
         batches: this rank's.
         skip_unreadable: images that cannot be read do not count; else they are an error.
         loading: `iter(batches)`, where it has begun already.
-        is_asked_to_stop: called before each batch, with its number; when it says so on any rank, all end soon.
+        is_asked_to_stop: called before each batch, with its number; when it returns True on any rank, all stop soon.
 
     Returns:
         The same numbers on every rank; None when it was asked to stop.
@@ -110,7 +134,7 @@ def evaluate(
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on any rank. A collective, waited for."""
+    """Return whether the flag is set on any rank. A collective, waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     flags = torch.full((), int(flag), dtype=torch.int32, device=device)

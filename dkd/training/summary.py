@@ -1,105 +1,114 @@
-"""What is said of a training before it begins."""
+"""What is reported of a training before it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dkd import launch, machine
+from dkd import machine
+from dkd.build.data import DataParts
 from dkd.config import Recipe
 from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
 from dkd.data.jpeg import jpeg_decoder
 from dkd.data.sampler import TURNS
 from dkd.distillation import FrozenTeacher
+from dkd.engines.base import Engine
 from dkd.engines.sharded_weights import parameter_counts
+from dkd.launch import Launch
+from dkd.training.schedule import RunSchedule
 
 
-def announcement(
+def summarize(
     recipe: Recipe,
-    order: GlobalBatchSampler,
+    launch: Launch,
+    data: DataParts,
     training: ImageSource,
-    workers: int,
-    parameters: tuple[int, int],
+    schedule: RunSchedule,
+    engine: Engine,
     teacher: FrozenTeacher | None,
-    device: str,
-    total_steps: int,
-    batch_memory: int = 0,
 ) -> Iterator[str]:
-    """Lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
+    """Yield lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
 
     Args:
-        workers: processes of this rank that load training images.
-        parameters: of the student, kept on this rank and in all.
-        device: its type.
-        batch_memory: bytes that this rank shares with its worker processes, at most.
+        training: the training images.
     """
-    train = recipe.train
-    processes = f"{order.world_size} process{'es' if order.world_size > 1 else ''}"
-    batch = f"{train.global_batch} = {order.micro_batch} × {order.world_size} ranks × {order.micro_steps} micro-steps"
+    train, local = recipe.train, launch.local_world_size
+    sampler, workers = data.sampler, data.workers
+    processes = f"{sampler.world_size} process{'es' if sampler.world_size > 1 else ''}"
+    ranks = f"{sampler.world_size} ranks × {sampler.micro_steps} micro-steps"
+    batch = f"{train.global_batch} = {sampler.micro_batch} × {ranks}"
+    steps = f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
     yield (
-        f"{recipe.run.name}: {_counted(parameters)}, {processes} of {launch.engine()} on {device}, {train.precision}; "
-        f"global batch {batch};"
-        f" {order.steps_per_epoch} steps an epoch, {total_steps} in all"
+        f"{recipe.run.name}: {_count(parameter_counts(engine.model))}, {processes} of {launch.engine} on "
+        f"{engine.device.type}, {train.precision}; global batch {batch}; {steps}"
     )
     if teacher is not None and recipe.teacher is not None:
-        yield f"teacher {recipe.teacher.name}: {_counted(parameter_counts(teacher))}, {recipe.teacher.placement}"
-    left_out = order.samples - order.steps_per_epoch * order.global_batch
+        yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
+    left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
     if left_out:
-        yield f"each epoch leaves out {left_out} of {order.samples} samples, drawn anew; training batches are always full"
+        yield (
+            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always "
+            "full"
+        )
     if not is_in_memory(training):
         who = (
             f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
         )
         yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
-    if batch_memory * launch.local_world_size() > machine.memory() / 4:
+    batch_memory = data.train_loader.shared_bytes + data.validation.shared_bytes
+    if batch_memory * local > machine.memory() / 4:
         yield (
-            f"warning: batches that are loaded ahead take up to {batch_memory * launch.local_world_size() / 1e9:.1f} "
-            "GB of this machine's "
+            f"warning: batches that are loaded ahead take up to {batch_memory * local / 1e9:.1f} GB of this machine's "
             f"{machine.memory() / 1e9:.0f} GB; fewer data.workers, or smaller train.micro_batch and evaluation.batch, "
             "need less"
         )
-    if isinstance(order, StreamedBatchSampler) and isinstance(training, RowGroups):
-        yield from _streaming(order, training, workers)
+    if isinstance(sampler, StreamedBatchSampler) and isinstance(training, RowGroups):
+        yield from summarize_streaming(sampler, training, workers, local)
+    yield from _warn(recipe, sampler)
+
+
+def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
     sp = recipe.losses.sp
-    if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and order.micro_steps > 1)):
-        yield f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the number of ranks"
+    if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and sampler.micro_steps > 1)):
+        yield (
+            f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the "
+            "number of ranks"
+        )
     if recipe.teacher is not None and recipe.teacher.weights == "random":
-        yield "warning: the teacher's weights are random, as the recipe says; it teaches nothing"
+        yield "warning: the teacher's weights are random, as the recipe states; it teaches nothing"
 
 
-def _streaming(order: StreamedBatchSampler, training: RowGroups, workers: int) -> Iterator[str]:
+def summarize_streaming(
+    order: StreamedBatchSampler, training: RowGroups, workers: int, local_world_size: int
+) -> Iterator[str]:
+    """Yield lines of what a streamed data set costs, and where other settings would cost less."""
     held = max(1, workers) * order.row_groups_of_a_worker(workers) * training.bytes_per_group
-    on_machine = held * launch.local_world_size()
+    on_machine = held * local_world_size
     memory = machine.memory()
     groups, lanes = len(order.group_sizes), order.slices * TURNS
     yield (
         f"streaming: {groups} row group{'s' if groups > 1 else ''} in an order drawn anew each epoch, {lanes} lanes, "
-        "rows shuffled "
-        f"within windows of {order.window}: the same for any number of ranks and workers, and exact when resumed. This "
-        "rank's workers hold "
-        f"up to {held / 1e6:.0f} MB of encoded images"
+        f"rows shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when "
+        f"resumed. This rank's workers hold up to {held / 1e6:.0f} MB of encoded images"
     )
     if on_machine > memory / 4:
         yield (
             f"warning: all ranks of this machine hold up to {on_machine / 1e9:.0f} GB so, of its {memory / 1e9:.0f} "
-            "GB; fewer "
-            "data.stream_lanes (in a new run) or files with smaller row groups need less"
+            "GB; fewer data.stream_lanes (in a new run) or files with smaller row groups need less"
         )
     readers = order.readers(workers)
     if groups < lanes:
         yield (
             f"note: {groups} row group{'s' if groups > 1 else ''} for {lanes} lanes: several worker processes read and "
-            "hold the same ones; "
-            "files with row groups of 100 to 1000 images are read once and need less memory"
+            "hold the same ones; files with row groups of 100 to 1000 images are read once and need less memory"
         )
     elif readers > 1:
         lanes = TURNS * order.global_batch // order.micro_batch
         yield (
             f"note: {readers} worker processes read the same row groups; with data.stream_lanes={lanes} or a multiple "
-            "(in a new run) and "
-            f"data.workers={TURNS} each has its own"
+            f"(in a new run) and data.workers={TURNS} each has its own"
         )
 
 
-def _counted(parameters: tuple[int, int]) -> str:
+def _count(parameters: tuple[int, int]) -> str:
     local, total = parameters
     return f"{total:,} parameters" + (f", {local:,} on this rank" if local < total else "")

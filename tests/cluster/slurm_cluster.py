@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from processes import environment
+from launched import child_environment
 
 NODES = ("node1", "node2")
 NETWORK = "10.77.0"
@@ -45,7 +45,7 @@ class SlurmCluster:
 
     def __init__(self, folder, proctrack):
         self.folder, self.proctrack = Path(folder), proctrack
-        self.environment = environment(SLURM_CONF=self.folder / "etc" / "slurm.conf")
+        self.environment = child_environment(SLURM_CONF=self.folder / "etc" / "slurm.conf")
         self.environment["PATH"] += ":/usr/sbin:/sbin"
 
     def __enter__(self):
@@ -178,7 +178,8 @@ class SlurmCluster:
     def _inside(self, node):
         """A command's beginning that runs the rest inside a virtual node. Not `ip netns exec`, whose new /sys slurmd
         refuses."""
-        script = 'hostname "$0"; mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf; shift; exec "$@"'
+        mounts = 'mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf'
+        script = f'hostname "$0"; {mounts}; shift; exec "$@"'
         namespaces = [
             "nsenter",
             f"--net=/run/netns/dkd-{node}",

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, until
+from launched import ROOT, until
 from slurm_cluster import SlurmCluster, can_freeze, missing
 from small_run import Run, write_recipe
 
@@ -118,7 +118,7 @@ def test_near_its_time_limit_it_stops_behind_a_checkpoint_and_requeues_itself(cl
     assert starts[0] == 0
     assert starts[1] >= 15
     assert "stopped behind a checkpoint; going back into the queue" in job.said()
-    assert "by SIGUSR1; the same command goes on" in job.said()
+    assert "by SIGUSR1; the same command resumes it" in job.said()
     assert job.run.student() == undisturbed
 
 

@@ -6,10 +6,9 @@ import time
 
 import pytest
 from few_images import write_images
-from processes import ROOT, Launch
+from launched import Launch, accelerate_command
 
 pytestmark = pytest.mark.cluster
-CPU = ROOT / "launch" / "accelerate" / "cpu.yaml"
 
 
 @pytest.mark.parametrize(
@@ -51,12 +50,11 @@ optimizer: {{name: sgd, lr: 0.01}}
 schedule: {{name: constant}}
 """)
     begun = time.monotonic()
-    launcher = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 3, "--main_process_port", 0]
-    with Launch([*launcher, "-m", "dkd", "train", recipe], tmp_path / "log") as launch:
+    with Launch(accelerate_command(3, "-m", "dkd", "train", recipe), tmp_path / "log") as launch:
         assert launch.wait(90) == 1
         out = launch.said()
     # One sentence, and no rank that waited for another until the timeout, or died of its loss.
     assert len(re.findall(r"^dkd: ", out, re.MULTILINE)) == 1, out
     assert re.search(rf"^dkd: {said}", out, re.MULTILINE), out
-    assert "cannot go on" not in out
+    assert "cannot continue" not in out
     assert time.monotonic() - begun < 60

@@ -1,1 +1,1 @@
-"""`dkd launch-check`: whether a launch can train."""
+"""`dkd launch-check`: check that a launch can train."""

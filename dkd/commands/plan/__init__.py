@@ -1,1 +1,1 @@
-"""`dkd plan`: what a recipe would move, hold and compute on a cluster."""
+"""`dkd plan`: calculate and print what a recipe would cost on a cluster."""

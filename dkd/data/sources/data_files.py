@@ -12,7 +12,9 @@ from dkd.data.sources.base import DataError, ImageSource
 from dkd.data.sources.hugging_face import HuggingFaceSource
 from dkd.user_code import describe_error
 
-_BLOCK, _BLOCKS_A_FILE, _BLOCKS_IN_ALL, _SMALL = 4096, 8, 4096, 2**20
+_BLOCK, _BLOCKS_A_FILE, _SMALL = 4096, 8, 2**20
+BLOCKS_IN_ALL = 4096
+"""Blocks that `content_mark` reads of all large files together, at least 8 of each."""
 
 
 def open_data_files(kind: str, pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
@@ -43,7 +45,7 @@ def content_mark(files: Sequence[str]) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    blocks = max(_BLOCKS_A_FILE, _BLOCKS_IN_ALL // len(files))
+    blocks = max(_BLOCKS_A_FILE, BLOCKS_IN_ALL // len(files))
     with ThreadPoolExecutor(min(16, len(files))) as pool:
         digests = list(pool.map(lambda path: _digest(path, blocks), files))
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]

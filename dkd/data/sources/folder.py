@@ -37,12 +37,13 @@ class ImageFolder(IndexedSource):
             )
         # An Arrow array, since counting references to a million Python strings would copy them into each worker
         # process.
-        self._paths = pa.array([image for images in classes.values() for image in images])
+        self.paths = pa.array([image for images in classes.values() for image in images])
+        """The path of each image, as an Arrow array of text."""
         self.labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
         self.class_names = list(classes)
 
     def image(self, index: int) -> torch.Tensor:
-        path = self._paths[index].as_py()
+        path = self.paths[index].as_py()
         with naming_errors(path):
             return decode_pixels(read_file(path))
 

@@ -40,8 +40,8 @@ class Bottleneck(nn.Module):
 
 
 class CifarBottleneckResNet(nn.Module):
-    """Compute a stem of 64 channels, four stages of bottlenecks of 256 to 2,048 channels, the mean over positions, and a
-    linear head.
+    """Compute a stem of 64 channels, four stages of bottlenecks of 256 to 2,048 channels, the mean over positions, and
+    a linear head.
 
     Args:
         blocks: number of blocks of each stage.

@@ -1,0 +1,129 @@
+"""Commands on two ranks of a real launch: what they write, what they print, and how they end."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import yaml
+from launched import DKD, Launch, accelerate_command, limit, run, torchrun_command
+
+from dkd import load_student
+from dkd.cli import main
+
+TINY = [
+    "train.max_steps=3",
+    "train.precision=fp32",
+    "train.global_batch=32",
+    "train.micro_batch=16",
+    "data.image_size=16",
+]
+
+
+ALONE = [
+    "teacher=null",
+    "losses={}",
+    "run.trackers=[]",
+    "train.precision=fp32",
+    "train.global_batch=448",
+    "data.image_size=8",
+    "train.max_steps=2",
+]
+
+
+def launch(processes, *arguments):
+    return run(accelerate_command(processes, "-m", "dkd", *arguments))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A teacher written on one process, a student distilled from it on two: the two commands of the README."""
+    folder = tmp_path_factory.mktemp("runs")
+    run([*DKD, "train", "configs/quickstart_teacher.yaml", f"run.dir={folder}/teacher", *TINY])
+    output = launch(
+        2,
+        "train",
+        "configs/quickstart.yaml",
+        f"run.dir={folder}/student",
+        f"teacher.weights={folder}/teacher/student.safetensors",
+        "train.ema={decay: 0.5}",
+        "data.workers=1",
+        *TINY,
+    )
+    return folder, output
+
+
+def test_a_run_directory_holds_what_it_promises(runs):
+    folder, output = runs
+    student = folder / "student"
+    lines = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "step" in line] == [1, 2, 3]
+    assert {"loss", "ce", "at", "sp", "kd", "lr", "images_per_second", "data_wait", "sp_row_difference"} <= set(
+        lines[0]
+    )
+    total = sum(lines[0][f"weight/{term}"] * lines[0][term] for term in ("ce", "at", "sp", "kd"))
+    assert total == pytest.approx(lines[0]["loss"], rel=1e-6)
+    assert yaml.safe_load((student / "recipe.yaml").read_text())["train"]["max_steps"] == 3
+    (provenance,) = json.loads((student / "provenance.json").read_text())
+    assert provenance["world_size"] == 2
+    assert "train.max_steps=3" in provenance["command"]
+    assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert list(student.glob("tensorboard/**/events.out.tfevents.*"))
+    assert [path.name for path in (student / "checkpoints").iterdir()] == ["step_00000003"]
+    assert "quickstart: 78,042 parameters, 2 processes" in output.stderr
+    assert output.stderr.count("finished in") == 1  # one process speaks
+
+
+def test_the_finished_student_loads_without_the_trainer(runs):
+    folder, _ = runs
+    model = load_student(folder / "student")
+    description = json.loads((folder / "student" / "student.json").read_text())
+    assert description["architecture"] == {"name": "resnet8", "classes": 10, "norm": None, "options": {}}
+    assert description["weights"] == "average"
+    assert description["evaluation"]["samples"] == 449
+    assert description["parameters"] == sum(p.numel() for p in model.parameters())
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_evaluation_repeats_what_training_measured(runs, capfd):
+    folder, _ = runs
+    measured = json.loads((folder / "student" / "student.json").read_text())["evaluation"]
+    assert main(["evaluate", str(folder / "student"), "evaluation.batch=100"]) == 0
+    alone = json.loads(capfd.readouterr().out.splitlines()[-1])
+    checkpoint = folder / "student" / "checkpoints" / "step_00000003"
+    together = json.loads(launch(2, "evaluate", checkpoint, "evaluation.batch=7").stdout.splitlines()[-1])
+    for evaluation in (alone, together):
+        assert [evaluation[key] for key in ("samples", "top1_correct", "top5_correct")] == [
+            measured[key] for key in ("samples", "top1_correct", "top5_correct")
+        ]
+        assert evaluation["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+
+
+def test_what_cannot_be_evaluated_is_said(runs, tmp_path, capsys):
+    folder, _ = runs
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "belongs to no run" in capsys.readouterr().err
+    assert main(["evaluate", str(folder / "student"), "data.validation=no/such.parquet"]) == 2
+    assert "no file matches 'no/such.parquet'" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").write_text((folder / "student" / "recipe.yaml").read_text())
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "student.json" in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_ends_every_process_of_a_launch(tmp_path):
+    words = ["train", "configs/quickstart.yaml", "teacher.weights=random", f"run.dir={tmp_path / 'run'}"]
+    result = run(torchrun_command(2, "-m", "dkd", *words, "data.train=x.parquet"), check=False)
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == [
+        "dkd: data.train: no file matches 'x.parquet'"
+    ]
+
+
+def test_two_ranks_go_to_their_end_when_the_reader_of_their_log_leaves(tmp_path):
+    """As `dkd train ... |& head -1` does."""
+    words = ["train", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}", *ALONE]
+    with Launch(torchrun_command(2, "-m", "dkd", *words), subprocess.PIPE) as launch:
+        assert launch.process.stdout.readline()
+        launch.process.stdout.close()
+        assert launch.wait(limit(180)) == 0
+    assert (tmp_path / "run" / "FINISHED").exists()
