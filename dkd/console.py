@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from dkd import atomic_files, launch
+from dkd.errors import RunError
 
 # Control characters of ASCII and of Latin-1, separators of lines, marks of the direction of text, and halves of
 # characters, which stand for bytes of a file's name that are not UTF-8.
@@ -37,7 +38,7 @@ _PLAIN = {
 }  # fmt: skip
 
 
-class Unwritable(Exception):
+class Unwritable(RunError):
     """The result of a command cannot be written to standard output.
 
     Args:

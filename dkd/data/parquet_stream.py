@@ -116,6 +116,7 @@ class RowGroups:
         return decode_cell(path, index - self._first_rows[path], self.cell(index), self._folder)
 
     def images(self) -> Iterator[torch.Tensor]:
+        """Yield all images in order. Raises DataError."""
         return (self.image(index) for index in range(len(self)))
 
     def neighbours(self, index: int) -> range:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from dkd.atomic_files import replacing
-from dkd.errors import InputError
+from dkd.errors import InputError, RunError
 from dkd.models import (
     ModelSpec,
     UnknownModelError,
@@ -43,7 +43,7 @@ class ExportError(InputError):
     """There is no student, or the student does not fit the format."""
 
 
-class OtherLogitsError(RuntimeError):
+class OtherLogitsError(RunError):
     """The written file does not give the student's logits."""
 
 

@@ -164,11 +164,11 @@ def test_deterministic_asks_torch_for_bits(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(inductor, "deterministic", False)
     try:
-        arithmetic.set_arithmetic(recipe(run={"deterministic": True}))
-        assert torch.are_deterministic_algorithms_enabled()
-        assert inductor.deterministic
+        with inductor.patch("deterministic", False):  # monkeypatch would leave this module without the setting
+            arithmetic.set_arithmetic(recipe(run={"deterministic": True}))
+            assert torch.are_deterministic_algorithms_enabled()
+            assert inductor.deterministic
     finally:
         torch.use_deterministic_algorithms(False)
 

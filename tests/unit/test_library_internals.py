@@ -151,12 +151,12 @@ def test_shared_storage_is_shared():
     assert storage.is_shared(), "UntypedStorage._new_shared no longer shares"
 
 
-def test_inductor_can_be_deterministic(monkeypatch):
+def test_inductor_can_be_deterministic():
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "deterministic", False)
-    torch_internals.make_inductor_deterministic()
-    assert config.deterministic is True
+    with config.patch("deterministic", False):  # monkeypatch would leave this module without the setting
+        torch_internals.make_inductor_deterministic()
+        assert config.deterministic is True
 
 
 def test_compiled_modules_name_their_parameters_by_a_prefix():
@@ -238,16 +238,19 @@ def test_accelerate_chooses_backend_and_distribution_in_one_method():
 
 def test_accelerates_settings_can_be_forgotten():
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.state import GradientState, is_initialized
 
     from dkd.library_internals.accelerate import reset_accelerate
 
     reset_accelerate()
-    Accelerator(cpu=True)
-    assert AcceleratorState._shared_state
+    Accelerator(cpu=True, gradient_accumulation_steps=3)
+    assert is_initialized()
+    assert GradientState().num_steps == 3
     reset_accelerate()
-    for state in (AcceleratorState, PartialState, GradientState):
-        assert not state._shared_state, f"{state.__name__}._reset_state leaves something"
+    assert not is_initialized(), "AcceleratorState._reset_state leaves its settings"
+    assert GradientState().num_steps == 1, "GradientState._reset_state leaves its settings"
+    Accelerator(cpu=True, mixed_precision="bf16")  # refused where settings of the first are left
+    reset_accelerate()
 
 
 def test_accelerate_shards_the_named_classes_as_units():

@@ -48,10 +48,13 @@ class IndexedSource:
         return len(self.labels)
 
     def image(self, index: int) -> torch.Tensor:
+        """Return one image as uint8 (3, H, W). Raises DataError."""
         raise NotImplementedError
 
     def images(self) -> Iterator[torch.Tensor]:
+        """Yield all images in order. Raises DataError."""
         return (self.image(index) for index in range(len(self)))
 
     def neighbours(self, index: int) -> range:
+        """Return all indices: each image costs the same."""
         return range(len(self))

@@ -41,7 +41,7 @@ def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
         upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
     elif upright.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are 32-bit numbers (mode {upright.mode}), whose range nothing tells; store 8 or 16 bits"
+            f"its pixels are 32-bit numbers (mode {upright.mode}), whose range is not known; store 8 or 16 bits"
         )
     return _view_channels_first(np.array(upright if upright.mode == "RGB" else upright.convert("RGB")))
 

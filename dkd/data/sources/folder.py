@@ -85,5 +85,5 @@ def _list_images(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
 
 
 def _identify(facts: os.stat_result) -> tuple[int, int]:
-    """Return what tells one folder from all others of this machine."""
+    """Return what distinguishes a folder from all others of this machine."""
     return facts.st_dev, facts.st_ino
