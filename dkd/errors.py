@@ -1,9 +1,8 @@
-"""The errors of dkd: one base, and two families below it.
+"""Define the errors of dkd: one base, and two families below the base.
 
 DkdError
     InputError    what a person gave is missing, cannot be read or does not fit: a recipe, file, name, argument or
-                  environment variable.
-                  The command line prints it as one line and ends with exit code 2.
+                  environment variable. The command line prints the error as one line and stops with exit code 2.
     RunError      a run that has started cannot continue, or was asked to stop.
 
 Every other exception is a bug of dkd, and shows its traceback.
@@ -13,12 +12,12 @@ from __future__ import annotations
 
 
 class DkdError(Exception):
-    """The base of all errors that dkd raises on purpose."""
+    """Be the base of all errors that dkd raises on purpose."""
 
 
 class InputError(DkdError, ValueError):
-    """Something that was given to dkd is missing, cannot be read, or does not fit. The message states what, and what
-    was expected."""
+    """Something that was given to dkd is missing, cannot be read, or does not fit. The message states what was given,
+    and what was expected."""
 
 
 class RunError(DkdError, RuntimeError):

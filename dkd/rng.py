@@ -1,7 +1,7 @@
-"""Random numbers: seeds derived from a position in training, and the states of this process's generators as tensors.
+"""Derive seeds from a position in training, and save the states of this process's generators as tensors.
 
-Order, augmentation, mixing and dropout are seeded by position, and need no state. A checkpoint stores the generators'
-states for whatever else a user's model draws from.
+Order, augmentation, mixing and dropout are seeded by position, and need no saved state. A checkpoint stores the states
+of the generators for whatever else a user's model draws from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def derive_seed(*numbers: int) -> int:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of torch on the CPU and on this rank's accelerator, of NumPy and of Python."""
+    """Return the states of the generators of torch on the CPU and on this rank's GPU, of NumPy and of Python."""
     _name, keys, position, has_gauss, gauss = np.random.get_state()
     version, numbers, spare = random.getstate()
     states = {
@@ -42,8 +42,8 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seed torch's generators that a forward on `device` draws from. torch.manual_seed would do the same, and on a
-    machine without a GPU take half a millisecond to queue a call for one."""
+    """Seed those of torch's generators that a forward on `device` draws from. torch.manual_seed does the same, but on a
+    machine without a GPU it takes half a millisecond to queue a call for a GPU."""
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)
         return
@@ -53,7 +53,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 
 def restore_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set this process's generators to what `random_states` returned."""
+    """Set the generators of this process to the states that `random_states` returned."""
     torch.set_rng_state(states["torch"])
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))

@@ -1,4 +1,4 @@
-"""Text for people: one line, of a length that can be read, with the nearest known name where one was misspelled."""
+"""Shape text for people: one line of a readable length, with the nearest known name where a name was misspelled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def one_line(text: object) -> str:
-    """Return `text` with every run of white space, line ends included, as one space."""
+    """Return `text` with every run of white space, line ends included, replaced by one space."""
     return " ".join(str(text).split())
 
 

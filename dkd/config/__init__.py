@@ -1,5 +1,4 @@
-"""The recipe: its schema, loading with overrides, and messages for wrong input. Imports nothing else of this
-package."""
+"""Define the recipe: its schema, loading with overrides, and messages for wrong input."""
 
 from dkd.config.changes import recipe_changes
 from dkd.config.loading import load_recipe, parse_overrides, recipe_to_yaml

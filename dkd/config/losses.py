@@ -1,4 +1,4 @@
-"""The `losses` of a recipe: every key, its type, default and meaning."""
+"""Define the `losses` of a recipe: every key, its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ from dkd.config.key_types import (
 
 
 class WeightSchedule(Section):
-    """A loss weight that changes over the run, from `start` to `end`."""
+    """Change a loss weight over the run, from `start` to `end`."""
 
     start: NonNegative
+    """First weight."""
     end: NonNegative = 0.0
+    """Last weight."""
     schedule: Literal["linear", "cosine", "step"] = "linear"
+    """How the weight changes."""
     milestones: list[Count] = []
-    """`step` only: the epochs at which the weight is multiplied by `factor`; `end` is not used."""
+    """`step` only: epochs at which the weight is multiplied by `factor`; `end` is not used."""
     factor: Positive = 0.1
+    """`step` only: factor of the weight at each milestone."""
 
     @model_validator(mode="after")
     def _keys_fit_the_schedule(self) -> WeightSchedule:
@@ -51,31 +55,37 @@ Pair = list[Any]
 
 
 class CrossEntropySection(Section):
+    """Set the cross-entropy with the labels."""
+
     weight: Weight = 1.0
+    """Weight of the cross-entropy."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the probability that is spread evenly over all classes."""
 
 
 class _PairsSection(Section):
     pairs: Annotated[list[Pair], Field(min_length=1)]
-    """[student path, teacher path] or [student path, teacher path, weight], one a pair."""
+    """One [student path, teacher path] or [student path, teacher path, weight] for each pair of tapped modules."""
 
     @model_validator(mode="after")
     def _pairs_are_pairs(self) -> _PairsSection:
-        if (problem := _pair_problem(self.pairs)) is not None:
+        if (problem := _find_pair_problem(self.pairs)) is not None:
             raise ValueError(problem)
         return self
 
     @property
     def paths(self) -> list[tuple[str, str]]:
+        """The (student path, teacher path) of each pair."""
         return [(pair[0], pair[1]) for pair in self.pairs]
 
     @property
     def pair_weights(self) -> list[float]:
+        """The weight of each pair; 1 where none is written."""
         return [float(as_number(pair[2])) if len(pair) == 3 else 1.0 for pair in self.pairs]
 
 
 def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any]:
-    """What is not written in the section is taken from its preset."""
+    """Return a validator that takes from the section's preset what is not written in the section."""
 
     def fill(values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
@@ -86,7 +96,7 @@ def _fill_from_preset(presets: dict[str, dict[str, Any]]) -> Callable[[Any], Any
     return fill
 
 
-# How implementations differ. Every key can still be written beside the preset.
+# Implementations differ in these keys. Every key can still be written beside the preset.
 AT_PRESETS: dict[str, dict[str, Any]] = {
     "authors": {"beta": 1000, "reduction": "mean_squared", "map": "sum_p", "p": 2, "resize": "error"},
     "paper": {"reduction": "paper", "norm": 2, "map": "sum_p", "p": 2, "resize": "map"},
@@ -100,17 +110,25 @@ SP_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class AttentionTransferSection(_PairsSection):
+    """Set activation-based Attention Transfer; docs/losses.md has its formulas."""
+
     preset: Literal["authors", "paper", "repdistiller", "torchdistill"] | None = None
-    """Defaults of the other keys as an implementation has them; see docs/reference/losses.md. paper has no beta."""
+    """The implementation whose defaults the other keys have; see docs/reference/losses.md. `paper` has no beta."""
     beta: Weight
+    """β, the weight of the loss."""
     map: Literal["sum", "sum_p", "max_p"] = "sum_p"
+    """How an attention map is made from the channels of a feature."""
     p: Annotated[Number, Field(ge=1)] = 2.0
+    """Exponent of `sum_p` and `max_p`."""
     reduction: Literal["mean_squared", "paper"] = "mean_squared"
+    """How the difference of two maps becomes a number: as in the authors' code, or as in the paper's equation 2."""
     norm: Annotated[Number, Field(ge=1)] = 2.0
+    """reduction: paper. The norm of the difference."""
     resize: Literal["error", "map", "features"] = "error"
+    """What to do where two resolutions differ: refuse, resize the larger map, or average-pool the larger feature."""
     class_tokens: CountFromZero | None = None
-    """Features of tokens (N, C), as transformers have: how many at the front are left out; the others make a square
-    grid. null: refused."""
+    """For features of tokens (N, C), as transformers have: number of tokens at the front that are left out; the other
+    tokens make a square grid. null: features of tokens are refused."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(AT_PRESETS))
 
@@ -124,11 +142,14 @@ class AttentionTransferSection(_PairsSection):
 
 
 class SimilarityPreservingSection(_PairsSection):
+    """Set the Similarity-Preserving loss; docs/losses.md has its formula."""
+
     preset: Literal["paper", "repdistiller"] | None = None
-    """gamma and reference_batch as published, or as the public implementation has them."""
+    """Where gamma and reference_batch come from: the paper, or the public implementation."""
     gamma: Weight
+    """γ, the weight of the loss at `reference_batch`."""
     reference_batch: Count
-    """The batch `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
+    """Batch that `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
     scope: Annotated[
         str | int,
         allow(
@@ -136,40 +157,48 @@ class SimilarityPreservingSection(_PairsSection):
             "global, node, local or a number of ranks",
         ),
     ] = "global"
-    """Whose rows make one Gram matrix: those of all ranks, of one machine, of n neighbouring ranks, or of each rank
-    alone. All but global depend on the number of ranks, and local is another loss than the published one."""
+    """The ranks whose rows make one Gram matrix: all ranks, those of one machine, n neighbouring ranks, or each rank
+    alone. All scopes but `global` depend on the number of ranks, and `local` is another loss than the published one."""
     batch: Literal["step", "micro"] = "step"
-    """Under accumulation: one Gram matrix of the whole global batch, by two forwards a step; or one of each micro-step,
-    averaged, which depends on the number of ranks."""
+    """Under accumulation. step: one Gram matrix of the whole global batch, by two forwards a step. micro: one Gram
+    matrix of each micro-step, averaged, which depends on the number of ranks."""
     strategy: Literal["auto", "gather", "exchange"] = "auto"
-    """How ranks bring the rows of the Gram matrix together; the numbers are the same. auto: what moves less."""
+    """How ranks bring the rows of the Gram matrix together; the result is the same. auto: the strategy that moves
+    less."""
     comm_dtype: Literal["bf16"] | None = None
-    """Features and their gradients are rounded to this type on their way between ranks; null: they travel in their
+    """Type that features and their gradients are rounded to while they are sent between ranks; null: they keep their
     own."""
     floor: Annotated[Number, Field(ge=0, lt=1)] = 0.01
-    """Rows of a Gram matrix shorter than this share of the mean row are divided by that share, not by their own norm.
-    0: the published formula, in which a sample of zero features has a gradient without bound."""
+    """Share of the mean row's norm. A shorter row of a Gram matrix is divided by this share instead of its own norm. 0:
+    the published formula, in which a sample of zero features has an unbounded gradient."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
 
 class SoftTargetsSection(Section):
+    """Set the loss of soft targets (KD)."""
+
     alpha: Weight
+    """α, the weight of the loss."""
     temperature: Positive = 4.0
+    """T, which divides the logits."""
 
 
 class GradientAttentionSection(Section):
-    """Needs a whole teacher, DDP or one process, and no compiled model: it differentiates a gradient."""
+    """Set gradient-based Attention Transfer. It differentiates a gradient, and so needs a whole teacher, DDP or one
+    process, and no compiled model."""
 
     beta: Weight
+    """β, the weight of the loss."""
     form: Literal["transfer", "symmetric"] = "transfer"
-    """Against the teacher's gradient; or of the student alone against that of the mirrored image."""
+    """transfer: compare with the teacher's gradient. symmetric: compare the student's gradient with that of the
+    mirrored image."""
     squared: Switch = False
-    """½‖·‖² instead of ½‖·‖."""
+    """Whether the loss is ½‖·‖² instead of ½‖·‖."""
 
 
-def _pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
-    """What the first pair that is none looks like; None: all are pairs."""
+def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
+    """Return a sentence about the first item that is no pair; None: all are pairs."""
     for i, pair in enumerate(pairs):
         paths_ok = len(pair) in (2, 3) and all(isinstance(p, str) and p for p in pair[:2])
         weight = as_number(pair[2]) if len(pair) == 3 else 1.0
@@ -181,20 +210,22 @@ def _pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 
 
 class CustomLossSection(Section):
-    """A loss of your own: a callable made of `loss` with `options`. See docs/guides/own_loss.md."""
+    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See
+    docs/guides/own_loss.md."""
 
     name: Annotated[str, allow(lambda v: matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
-    """What it is called in metrics.jsonl."""
+    """Name of the loss in metrics.jsonl."""
     loss: Annotated[str, allow(lambda v: matches(r"[\w.]+:\w+", v), "module:attribute")]
     """module:attribute, a class or a function that returns the loss."""
     weight: Weight
+    """Weight of the loss."""
     of: Literal["features", "logits", "labels"] = "features"
-    """What it is called with: lists of tapped features of student and teacher, their logits, or the student's logits
-    and the labels."""
+    """Arguments of the loss: lists of tapped features of student and teacher, their logits, or the student's logits and
+    the labels."""
     pairs: list[Pair] = []
-    """of: features. [student path, teacher path], one a pair."""
+    """of: features. One [student path, teacher path] for each pair of tapped modules."""
     options: dict[str, Any] = {}
-    """Keyword arguments that `loss` is made with."""
+    """Keyword arguments of `loss`."""
 
     @model_validator(mode="after")
     def _pairs_belong_to_features(self) -> CustomLossSection:
@@ -202,17 +233,18 @@ class CustomLossSection(Section):
             raise ValueError(f"name {self.name!r} is taken: it means something else in metrics.jsonl")
         if (self.of == "features") != bool(self.pairs):
             raise ValueError("of: features needs pairs" if self.of == "features" else f"of: {self.of} has no pairs")
-        if (problem := _pair_problem(self.pairs, weighted=False)) is not None:
+        if (problem := _find_pair_problem(self.pairs, weighted=False)) is not None:
             raise ValueError(problem)
         return self
 
     @property
     def paths(self) -> list[tuple[str, str]]:
+        """The (student path, teacher path) of each pair."""
         return [(pair[0], pair[1]) for pair in self.pairs]
 
 
 _OWN_TERMS = ("ce", "at", "gradient_at", "sp", "kd")
-# What else a line of metrics.jsonl with loss terms holds, and the keys by which its other lines are told from it.
+# Further keys of a line of metrics.jsonl with loss terms, and keys that distinguish the other lines from it.
 _LOGGED = (
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "sp_row_difference", "replaced_images",
     "skipped", "evaluation", "checkpoint",
@@ -220,12 +252,20 @@ _LOGGED = (
 
 
 class LossesSection(Section):
+    """Set the losses, whose weighted sum is minimised."""
+
     ce: CrossEntropySection = CrossEntropySection()
+    """Cross-entropy with the labels."""
     at: AttentionTransferSection | None = None
+    """Activation-based Attention Transfer; null: not used."""
     gradient_at: GradientAttentionSection | None = None
+    """Gradient-based Attention Transfer; null: not used."""
     sp: SimilarityPreservingSection | None = None
+    """Similarity-Preserving loss; null: not used."""
     kd: SoftTargetsSection | None = None
+    """Soft targets; null: not used."""
     custom: list[CustomLossSection] = []
+    """Losses of your own."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> LossesSection:

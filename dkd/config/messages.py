@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, one line a problem."""
+"""Hold what is wrong with a recipe, one line for each problem."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from dkd.text import one_line, shorten
 
 
 def shown(value: object) -> str:
-    """Return a value that somebody wrote as a message quotes it."""
+    """Return a value of the user as a message quotes it."""
     return shorten(repr(value), longest=200)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong: the dotted path in the recipe (empty: the recipe as a whole) and a sentence saying what, and
-    what is allowed."""
+    """Hold one problem of a recipe."""
 
     path: str
+    """Dotted path in the recipe; empty: the recipe as a whole."""
     message: str
+    """A sentence that states what is wrong, and what is allowed."""
 
     def __str__(self) -> str:
-        """One line of a length that can be read."""
+        """Return one line of a readable length."""
         return shorten(f"{self.path}: {self.message}" if self.path else self.message)
 
 
 class RecipeError(InputError):
-    """A recipe that cannot be run. `problems` holds all that was found. The command line prints them and ends with exit
-    code 2."""
+    """A recipe cannot be run. `problems` holds everything that was found. The command line prints the problems and
+    stops with exit code 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -37,5 +38,5 @@ class RecipeError(InputError):
 
     @classmethod
     def at(cls, path: str, message: object) -> RecipeError:
-        """One problem at one place."""
+        """Return an error with one problem."""
         return cls([Problem(path, one_line(message))])

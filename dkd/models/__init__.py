@@ -1,6 +1,6 @@
-"""Models by name, their weights, and the wrapper that yields features.
+"""Build models by name, load their weights, and wrap them so that they yield features.
 
-Knows nothing of losses or training.
+This package knows nothing of losses or training.
 """
 
 from dkd.models.blocks import block_classes, blocks

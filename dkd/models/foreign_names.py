@@ -1,8 +1,8 @@
-"""Names of tensors in files that others have written, for the architectures that are theirs and ours.
+"""Translate the names of tensors in files that other projects have written, for architectures that they share with dkd.
 
-RepDistiller and mdistiller name the tensors of their networks alike. Ours are named so, too, but for Wide ResNets,
-whose blocks they keep one level deeper. Prefixes: DataParallel's `module.`; mdistiller's `latest` and `best` hold
-student and teacher, of which the student is what was trained.
+RepDistiller and mdistiller use the same names for the tensors of their networks. dkd uses these names too, except for
+Wide ResNets, whose blocks the other projects keep one level deeper. Prefixes: DataParallel adds `module.`; mdistiller's
+files `latest` and `best` hold student and teacher, of which the student was trained.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _WIDE_RESNET = re.compile(r"^(block[123])\.layer\.(\d+\.)")
 
 
 def our_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """name in the file -> name in the model, for the tensors that are the model's. Where the file's own names are the
-    model's, they stay.
+    """Return, by name in the file, the name in the model, for the tensors that belong to the model. Where the file uses
+    the model's names, they stay.
 
     Args:
-        names: in the file.
-        wanted: of the model's state.
+        names: names in the file.
+        wanted: names of the model's state.
     """
     found = {name: name for name in names}
     # Old files lack BatchNorm's counters.
@@ -30,7 +30,7 @@ def our_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
             found = {name: ours.removeprefix(prefix) for name, ours in found.items()}
         elif prefix == "student." and _holds_student_and_others(found.values()):
             found = {name: ours.removeprefix(prefix) for name, ours in found.items() if ours.startswith(prefix)}
-    return {name: _wide_resnet_name(ours) for name, ours in found.items()}
+    return {name: _translate_wide_resnet(ours) for name, ours in found.items()}
 
 
 def _holds_student_and_others(names: Iterable[str]) -> bool:
@@ -38,6 +38,6 @@ def _holds_student_and_others(names: Iterable[str]) -> bool:
     return {"student", "teacher"} <= parts
 
 
-def _wide_resnet_name(name: str) -> str:
+def _translate_wide_resnet(name: str) -> str:
     ours = _WIDE_RESNET.sub(r"\1.\2", name)
     return ours.replace(".convShortcut.", ".shortcut.") if ours != name else name

@@ -1,7 +1,7 @@
-"""A finished student on disk: `NAME.safetensors` and a small `NAME.json` that says how to build it.
+"""Write and read a finished student: `NAME.safetensors`, and a small `NAME.json` that describes how to build the model.
 
-The weights file holds the plain model's keys: `safetensors.torch.load_file` and the architecture are enough to use it
-elsewhere.
+The weights file holds the keys of the plain model: `safetensors.torch.load_file` and the architecture are enough to use
+the student elsewhere.
 """
 
 from __future__ import annotations
@@ -23,14 +23,21 @@ from dkd.models.weights import WeightsError, load_weights
 def save_student(
     folder: Path, spec: ModelSpec, state: Mapping[str, torch.Tensor], facts: Mapping[str, Any], name: str = "student"
 ) -> Path:
-    """Write FOLDER/name.safetensors and FOLDER/name.json. A reader sees the old files or the new ones, never half a
+    """Write FOLDER/name.safetensors and FOLDER/name.json. A reader sees the old files or the new files, never half a
     file.
 
     Args:
-        facts: what else to say in the JSON: normalisation, image size, metrics.
+        folder: made where it does not exist.
+        spec: the architecture.
+        state: the weights, by the plain model's keys.
+        facts: further entries of the JSON: normalisation, image size, metrics.
+        name: the files' name without suffix.
 
     Returns:
         The path of the weights.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, description = folder / f"{name}.safetensors", folder / f"{name}.json"
@@ -43,23 +50,23 @@ def save_student(
 
 
 def read_description(weights: Path) -> dict[str, Any]:
-    """Return the JSON beside a weights file.
+    """Return the content of the JSON beside a weights file.
 
     Raises:
-        WeightsError: the JSON is not there, cannot be read, or does not describe a student.
+        WeightsError: the JSON is missing, cannot be read, or does not describe a student.
     """
     path = weights.with_suffix(".json")
     description, reason = read_json(path)
     if reason is None:
-        wrong = _wrong_in(description)
+        wrong = _find_wrong(description)
         reason = None if wrong is None else f"{str(path)!r} is damaged: {wrong}"
     if reason is not None:
         raise WeightsError(f"{reason}; it should describe the student in {weights.name!r}")
     return dict(description)
 
 
-def _wrong_in(description: Any) -> str | None:
-    """Return what in a description is not of the kind that its readers need; None: nothing."""
+def _find_wrong(description: Any) -> str | None:
+    """Return which entry of a description has a wrong type or value; None: no entry has."""
     try:
         student_spec(description)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -87,15 +94,11 @@ def _wrong_in(description: Any) -> str | None:
 
 
 def student_spec(description: Mapping[str, Any]) -> ModelSpec:
-    """The architecture that a description names. Raises KeyError, TypeError or ValueError when it is not one of
-    ours."""
+    """Return the architecture that a description names. Raises KeyError, TypeError or ValueError when the description
+    names none."""
     architecture = description["architecture"]
-    name, classes, norm, options = (
-        architecture["name"],
-        architecture["classes"],
-        architecture.get("norm"),
-        architecture.get("options") or {},
-    )
+    name, classes = architecture["name"], architecture["classes"]
+    norm, options = architecture.get("norm"), architecture.get("options") or {}
     if not (
         isinstance(name, str)
         and isinstance(classes, int)
@@ -107,14 +110,16 @@ def student_spec(description: Mapping[str, Any]) -> ModelSpec:
 
 
 def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
-    """The student of a run directory or of a `student.safetensors`, built and filled, in eval mode, on the CPU.
+    """Build the student of a run directory or of a `student.safetensors`, with its weights, in eval mode, on the CPU.
 
     Args:
-        trust_code: allow a student.json to name a `module:callable`, which is imported and called. The other names run
-            no code but this package's, torchvision's and timm's.
+        path: the run directory or the file.
+        trust_code: allow student.json to name a `module:callable`, which is imported and called. All other names run
+            only code of this package, torchvision and timm.
 
     Raises:
-        WeightsError, UnknownModelError: what is missing or does not fit, or may not be run.
+        WeightsError: a file is missing, damaged, or does not fit the architecture.
+        UnknownModelError: the architecture cannot be built, or is code that is not trusted.
 
     Example:
         >>> student = load_student("runs/quickstart")

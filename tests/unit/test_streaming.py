@@ -50,6 +50,8 @@ def test_a_streamed_epoch_visits_each_sample_at_most_once_and_epochs_differ(lane
 )
 def test_a_streamed_order_reads_each_row_group_about_once(tmp_path, monkeypatch, micro_batch, lanes, workers, readers):
     """Each rank and worker process in turn, with as many row groups in memory as the order asks for."""
+    from pyarrow import parquet
+
     write_images(tmp_path / "a.parquet", 2000, pixels=4, row_group=20)
     source = open_row_groups(str(tmp_path / "a.parquet"), training=True)
     read, read_row_group = [], parquet.ParquetFile.read_row_group

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from dkd.data.sources.base import DataError
 # Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # EXIF's tag
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Open an image file by Pillow, in one of the formats that data sets have. Raises what Pillow raises."""
+    return Image.open(file, formats=_FORMATS)
 
 
 def to_rgb_tensor(image: Image.Image) -> torch.Tensor:
@@ -56,7 +61,7 @@ def decode_pixels(content: bytes) -> torch.Tensor:
         pixels = decoder.pixels(content, header)
         if pixels is not None:
             return _view_channels_first(pixels)
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+    with open_image(io.BytesIO(content)) as image:
         if (
             header is not None
             and not header.plain

@@ -1,1 +1,1 @@
-"""Models for small images, built as their papers and public implementations build them."""
+"""Build models for small images as their papers and public implementations do."""

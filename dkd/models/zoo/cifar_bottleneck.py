@@ -1,7 +1,6 @@
-"""ResNet-50 for CIFAR: the ImageNet network's bottleneck stages behind a 3×3 stem without pooling. He et al., CVPR
-2016.
+"""Build ResNet-50 for CIFAR: the ImageNet network's bottleneck stages after a 3×3 stem without pooling.
 
-Taps: `layer1` to `layer4`, after their last ReLU, at 1/1 to 1/8 of the image.
+Source: He et al., CVPR 2016. Taps: `layer1` to `layer4`, after their last ReLU, at 1/1 to 1/8 of the image.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ _EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """1×1-norm-relu-3×3-norm-relu-1×1-norm, added to the shortcut, relu; the stride is in the 3×3."""
+    """Compute 1×1-norm-relu-3×3-norm-relu-1×1-norm, add the shortcut, and apply relu. The 3×3 convolution has the
+    stride."""
 
     def __init__(self, channels_in: int, inner: int, stride: int, norm: NormLayer) -> None:
         super().__init__()
@@ -40,11 +40,12 @@ class Bottleneck(nn.Module):
 
 
 class CifarBottleneckResNet(nn.Module):
-    """A stem of 64 channels, four stages of bottlenecks of 256 to 2,048 channels, mean over positions, a linear head.
+    """Compute a stem of 64 channels, four stages of bottlenecks of 256 to 2,048 channels, the mean over positions, and
+    a linear head.
 
     Args:
-        blocks: of each stage.
-        num_classes: outputs.
+        blocks: number of blocks of each stage.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -53,22 +54,22 @@ class CifarBottleneckResNet(nn.Module):
         layer = norm_layer(norm)
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = layer(64)
-        self.layer1 = _stage(blocks[0], 64, 64, 1, layer)
-        self.layer2 = _stage(blocks[1], 256, 128, 2, layer)
-        self.layer3 = _stage(blocks[2], 512, 256, 2, layer)
-        self.layer4 = _stage(blocks[3], 1024, 512, 2, layer)
+        self.layer1 = _make_stage(blocks[0], 64, 64, 1, layer)
+        self.layer2 = _make_stage(blocks[1], 256, 128, 2, layer)
+        self.layer3 = _make_stage(blocks[2], 512, 256, 2, layer)
+        self.layer4 = _make_stage(blocks[3], 1024, 512, 2, layer)
         self.linear = nn.Linear(512 * _EXPANSION, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(x.mean((2, 3)))
 
 
-def _stage(blocks: int, channels_in: int, inner: int, stride: int, norm: NormLayer) -> nn.Sequential:
+def _make_stage(blocks: int, channels_in: int, inner: int, stride: int, norm: NormLayer) -> nn.Sequential:
     later = (Bottleneck(_EXPANSION * inner, inner, 1, norm) for _ in range(blocks - 1))
     return nn.Sequential(Bottleneck(channels_in, inner, stride, norm), *later)

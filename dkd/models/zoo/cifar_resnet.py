@@ -1,8 +1,7 @@
-"""CIFAR ResNets. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+"""Build CIFAR ResNets. Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 
-As the distillation literature uses them: a 1×1 convolution where the shape changes (option B), and ×4 variants of four
-times the width.
-Taps: `layer1`, `layer2`, `layer3` are the three stages, after their last ReLU.
+The models are those of the distillation literature: a 1×1 convolution where the shape changes (option B), and ×4
+variants of four times the width. Taps: `layer1`, `layer2`, `layer3` are the three stages, after their last ReLU.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ DEPTHS_AND_WIDTHS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
 
 
 class BasicBlock(nn.Module):
-    """conv-norm-relu-conv-norm, added to the shortcut, relu."""
+    """Compute conv-norm-relu-conv-norm, add the shortcut, and apply relu."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, norm: NormLayer) -> None:
         super().__init__()
@@ -39,12 +38,12 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Depth 6n + 2: a stem, three stages of n basic blocks, mean over positions, a linear head.
+    """Compute a stem, three stages of n basic blocks, the mean over positions, and a linear head; the depth is 6n + 2.
 
     Args:
         depth: 6n + 2.
         widths: channels of the stem and the three stages.
-        num_classes: outputs.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -58,22 +57,22 @@ class CifarResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1 = layer(widths[0])
-        self.layer1 = _stage(blocks, widths[0], widths[1], 1, layer)
-        self.layer2 = _stage(blocks, widths[1], widths[2], 2, layer)
-        self.layer3 = _stage(blocks, widths[2], widths[3], 2, layer)
+        self.layer1 = _make_stage(blocks, widths[0], widths[1], 1, layer)
+        self.layer2 = _make_stage(blocks, widths[1], widths[2], 2, layer)
+        self.layer3 = _make_stage(blocks, widths[2], widths[3], 2, layer)
         self.fc = nn.Linear(widths[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 
 
-def _stage(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
+def _make_stage(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
     return nn.Sequential(
         *(
             BasicBlock(channels_in if i == 0 else channels, channels, stride if i == 0 else 1, norm)

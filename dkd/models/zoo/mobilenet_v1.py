@@ -1,4 +1,4 @@
-"""MobileNet V1 for ImageNet. Howard et al., 2017, arXiv 1704.04861, table 1.
+"""Build MobileNet V1 for ImageNet. Source: Howard et al., 2017, arXiv 1704.04861, table 1.
 
 Taps: `stage1` to `stage4`, after their last ReLU, at 1/4 to 1/32 of the image (56, 28, 14 and 7 pixels of 224).
 """
@@ -15,11 +15,11 @@ _STAGES = (((64, 1), (128, 2), (128, 1)), ((256, 2), (256, 1)), ((512, 2), *((51
 
 
 class MobileNetV1(nn.Module):
-    """A 3×3 stem, thirteen pairs of a 3×3 convolution a channel and a 1×1 convolution, mean over positions, a linear
-    head.
+    """Compute a 3×3 stem, thirteen pairs of a depthwise 3×3 convolution and a 1×1 convolution, the mean over positions,
+    and a linear head.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -31,7 +31,7 @@ class MobileNetV1(nn.Module):
         for stage in _STAGES:
             pairs = []
             for out, stride in stage:
-                pairs.append(_separable(channels, out, stride, layer))
+                pairs.append(_make_separable(channels, out, stride, layer))
                 channels = out
             stages.append(nn.Sequential(*pairs))
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
@@ -41,12 +41,12 @@ class MobileNetV1(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x)))))
         return self.fc(x.mean((2, 3)))
 
 
-def _separable(channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
+def _make_separable(channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_in, 3, stride, padding=1, groups=channels_in, bias=False),
         norm(channels_in),

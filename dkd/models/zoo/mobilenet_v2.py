@@ -1,8 +1,7 @@
-"""MobileNetV2 for CIFAR. Sandler et al., CVPR 2018; with the strides that the distillation literature uses for 32×32
-images.
+"""Build MobileNetV2 for CIFAR, with the strides that the distillation literature uses for 32×32 images.
 
-Taps: `blocks.1`, `blocks.2`, `blocks.4`, `blocks.6`, the linear outputs of bottlenecks (no ReLU), at 1/2, 1/4, 1/8 and
-1/16 of the image.
+Source: Sandler et al., CVPR 2018. Taps: `blocks.1`, `blocks.2`, `blocks.4`, `blocks.6`, the linear outputs of
+bottlenecks (no ReLU), at 1/2, 1/4, 1/8 and 1/16 of the image.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from torch import nn
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
 
 WIDTHS: dict[str, float] = {"mobilenetv2_x0_5": 0.5, "mobilenetv2_x1_0": 1.0}
-# Expansion, channels, repeats, stride of the first.
+# Expansion, channels, repeats, stride of the first repeat.
 _GROUPS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class InvertedResidual(nn.Module):
-    """1×1 to `expansion` times the channels, 3×3 a channel, 1×1 back without an activation; added to the input where
-    the shapes allow."""
+    """Compute a 1×1 convolution to `expansion` times the channels, a depthwise 3×3 convolution, and a 1×1 convolution
+    back without an activation. The result is added to the input where the shapes allow."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int, norm: NormLayer) -> None:
         super().__init__()
@@ -43,11 +42,12 @@ class InvertedResidual(nn.Module):
 
 
 class CifarMobileNetV2(nn.Module):
-    """A stem of stride 2, seven groups of inverted residuals, 1,280 channels, mean over positions, a linear head.
+    """Compute a stem of stride 2, seven groups of inverted residuals, 1,280 channels, the mean over positions, and a
+    linear head.
 
     Args:
-        width: factor of all channels but the last.
-        num_classes: outputs.
+        width: factor of all channels except the last.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -77,7 +77,7 @@ class CifarMobileNetV2(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = self.conv1(x)
         for group in self.blocks:
             x = group(x)

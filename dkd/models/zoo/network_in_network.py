@@ -1,7 +1,8 @@
-"""Network in Network for CIFAR. Lin et al., ICLR 2014; `nin_wide` has its channels, `nin_thin` half of them.
+"""Build Network in Network for CIFAR: `nin_wide` has the paper's channels, `nin_thin` half of them.
 
-The AT paper's NIN-wide (1 M parameters) and NIN-thin (0.2 M) are not specified further; these are of their kind and
-size. `norm: none` builds them without normalisation, as its experiments with gradient-based attention were made. Taps:
+Source: Lin et al., ICLR 2014. The AT paper does not specify its NIN-wide (1 M parameters) and NIN-thin (0.2 M) further;
+these models have the same structure and size. `norm: none` builds them without normalisation, as in the AT paper's
+experiments with gradient-based attention. Taps:
 `block1`, `block2`, `block3`, after their last ReLU, at 1/1, 1/2 and 1/4 of the image.
 """
 
@@ -20,12 +21,12 @@ WIDTHS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, i
 
 
 class NetworkInNetwork(nn.Module):
-    """Three blocks, each a wide convolution and 1×1 convolutions, 3×3 max and mean pooling between them; one 1×1
-    convolution makes the classes, averaged over positions.
+    """Compute three blocks, each a wide convolution and 1×1 convolutions, with 3×3 max and mean pooling between the
+    blocks. One 1×1 convolution makes the classes, which are averaged over positions.
 
     Args:
         widths: channels of the convolutions of each block.
-        num_classes: outputs.
+        num_classes: number of outputs.
         norm: `batch`, `group` or `none`.
     """
 
@@ -38,9 +39,9 @@ class NetworkInNetwork(nn.Module):
         super().__init__()
         layer: NormLayer = (lambda channels: nn.Identity()) if norm == "none" else norm_layer(norm)
         bias = norm == "none"
-        self.block1 = _block(3, widths[0], 5, layer, bias)
-        self.block2 = _block(widths[0][-1], widths[1], 5, layer, bias)
-        self.block3 = _block(widths[1][-1], widths[2], 3, layer, bias)
+        self.block1 = _make_block(3, widths[0], 5, layer, bias)
+        self.block2 = _make_block(widths[0][-1], widths[1], 5, layer, bias)
+        self.block3 = _make_block(widths[1][-1], widths[2], 3, layer, bias)
         self.classifier = nn.Conv2d(widths[2][-1], num_classes, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -49,13 +50,13 @@ class NetworkInNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.max_pool2d(self.block1(x), 3, 2, 1)
         x = F.avg_pool2d(self.block2(x), 3, 2, 1)
         return self.classifier(self.block3(x)).mean((2, 3))
 
 
-def _block(channels_in: int, widths: tuple[int, ...], kernel: int, norm: NormLayer, bias: bool) -> nn.Sequential:
+def _make_block(channels_in: int, widths: tuple[int, ...], kernel: int, norm: NormLayer, bias: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, channels in enumerate(widths):
         size = kernel if i == 0 else 1

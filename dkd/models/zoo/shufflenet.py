@@ -1,5 +1,5 @@
-"""ShuffleNet V1 (Zhang et al., CVPR 2018) and V2 (Ma et al., ECCV 2018) for CIFAR, as the distillation literature has
-them: a 1×1 stem of 24 channels, no pooling in front.
+"""Build ShuffleNet V1 (Zhang et al., CVPR 2018) and V2 (Ma et al., ECCV 2018) for CIFAR, as in the distillation
+literature: a 1×1 stem of 24 channels, and no pooling before the stages.
 
 Taps: `layer1`, `layer2`, `layer3`, at 1/2, 1/4 and 1/8 of the image, after their last ReLU.
 """
@@ -18,18 +18,18 @@ V2_WIDTHS: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def _conv(channels_in: int, channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def _make_conv(channels_in: int, channels: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 def _shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(b, C, H, W): channels of different groups become neighbours."""
+    """Reorder the channels of (b, C, H, W), so that channels of different groups become neighbours."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 class _V1Block(nn.Module):
-    """Grouped 1×1, shuffle, 3×3 a channel, grouped 1×1. With stride 2 the pooled input is put beside the branch, else
-    it is added."""
+    """Compute a grouped 1×1 convolution, a shuffle, a depthwise 3×3 convolution, and a grouped 1×1 convolution. With
+    stride 2, the pooled input is concatenated with the branch; else the input is added."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, groups: int, norm: NormLayer) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ class _V1Block(nn.Module):
         # The stem's 24 channels are not divided among groups.
         self.groups = 1 if channels_in == 24 else groups
         self.stride = stride
-        self.conv1 = _conv(channels_in, inner, groups=self.groups)
+        self.conv1 = _make_conv(channels_in, inner, groups=self.groups)
         self.bn1 = norm(inner)
-        self.conv2 = _conv(inner, inner, 3, stride, groups=inner)
+        self.conv2 = _make_conv(inner, inner, 3, stride, groups=inner)
         self.bn2 = norm(inner)
-        self.conv3 = _conv(inner, channels, groups=groups)
+        self.conv3 = _make_conv(inner, channels, groups=groups)
         self.bn3 = norm(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,43 +54,46 @@ class _V1Block(nn.Module):
 
 
 class CifarShuffleNetV1(nn.Module):
-    """Args:
-    num_classes: outputs.
-    norm: `batch` or `group`.
+    """Compute ShuffleNet V1 with three groups.
+
+    Args:
+        num_classes: number of outputs.
+        norm: `batch` or `group`.
     """
 
     def __init__(self, num_classes: int = 10, norm: str = "batch") -> None:
         super().__init__()
         layer, groups = norm_layer(norm), 3
-        self.conv1 = _conv(3, 24)
+        self.conv1 = _make_conv(3, 24)
         self.bn1 = layer(24)
-        self.layer1 = self._stage(24, 240, 4, groups, layer)
-        self.layer2 = self._stage(240, 480, 8, groups, layer)
-        self.layer3 = self._stage(480, 960, 4, groups, layer)
+        self.layer1 = self._make_stage(24, 240, 4, groups, layer)
+        self.layer2 = self._make_stage(240, 480, 8, groups, layer)
+        self.layer3 = self._make_stage(480, 960, 4, groups, layer)
         self.linear = nn.Linear(960, num_classes)
 
     @staticmethod
-    def _stage(channels_in: int, channels: int, blocks: int, groups: int, norm: NormLayer) -> nn.Sequential:
+    def _make_stage(channels_in: int, channels: int, blocks: int, groups: int, norm: NormLayer) -> nn.Sequential:
         first = _V1Block(channels_in, channels - channels_in, 2, groups, norm)
         return nn.Sequential(first, *(_V1Block(channels, channels, 1, groups, norm) for _ in range(blocks - 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
 class _V2Block(nn.Module):
-    """Half of the channels pass, the other half through 1×1, 3×3 a channel, 1×1; then both are shuffled."""
+    """Keep half of the channels, pass the other half through 1×1, depthwise 3×3 and 1×1 convolutions, and shuffle both
+    halves."""
 
     def __init__(self, channels: int, norm: NormLayer) -> None:
         super().__init__()
         half = channels // 2
-        self.conv1 = _conv(half, half)
+        self.conv1 = _make_conv(half, half)
         self.bn1 = norm(half)
-        self.conv2 = _conv(half, half, 3, groups=half)
+        self.conv2 = _make_conv(half, half, 3, groups=half)
         self.bn2 = norm(half)
-        self.conv3 = _conv(half, half)
+        self.conv3 = _make_conv(half, half)
         self.bn3 = norm(half)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,20 +104,20 @@ class _V2Block(nn.Module):
 
 
 class _V2DownBlock(nn.Module):
-    """Both halves of the output come from the whole input, at half the resolution."""
+    """Compute both halves of the output from the whole input, at half the resolution."""
 
     def __init__(self, channels_in: int, channels: int, norm: NormLayer) -> None:
         super().__init__()
         half = channels // 2
-        self.conv1 = _conv(channels_in, channels_in, 3, 2, groups=channels_in)
+        self.conv1 = _make_conv(channels_in, channels_in, 3, 2, groups=channels_in)
         self.bn1 = norm(channels_in)
-        self.conv2 = _conv(channels_in, half)
+        self.conv2 = _make_conv(channels_in, half)
         self.bn2 = norm(half)
-        self.conv3 = _conv(channels_in, half)
+        self.conv3 = _make_conv(channels_in, half)
         self.bn3 = norm(half)
-        self.conv4 = _conv(half, half, 3, 2, groups=half)
+        self.conv4 = _make_conv(half, half, 3, 2, groups=half)
         self.bn4 = norm(half)
-        self.conv5 = _conv(half, half)
+        self.conv5 = _make_conv(half, half)
         self.bn5 = norm(half)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,32 +128,34 @@ class _V2DownBlock(nn.Module):
 
 
 class CifarShuffleNetV2(nn.Module):
-    """Args:
-    widths: channels of the three stages and of the last 1×1 convolution.
-    num_classes: outputs.
-    norm: `batch` or `group`.
+    """Compute ShuffleNet V2.
+
+    Args:
+        widths: channels of the three stages and of the last 1×1 convolution.
+        num_classes: number of outputs.
+        norm: `batch` or `group`.
     """
 
     def __init__(self, widths: tuple[int, int, int, int], num_classes: int = 10, norm: str = "batch") -> None:
         super().__init__()
         layer = norm_layer(norm)
-        self.conv1 = _conv(3, 24)
+        self.conv1 = _make_conv(3, 24)
         self.bn1 = layer(24)
-        self.layer1 = self._stage(24, widths[0], 3, layer)
-        self.layer2 = self._stage(widths[0], widths[1], 7, layer)
-        self.layer3 = self._stage(widths[1], widths[2], 3, layer)
-        self.conv2 = _conv(widths[2], widths[3])
+        self.layer1 = self._make_stage(24, widths[0], 3, layer)
+        self.layer2 = self._make_stage(widths[0], widths[1], 7, layer)
+        self.layer3 = self._make_stage(widths[1], widths[2], 3, layer)
+        self.conv2 = _make_conv(widths[2], widths[3])
         self.bn2 = layer(widths[3])
         self.linear = nn.Linear(widths[3], num_classes)
 
     @staticmethod
-    def _stage(channels_in: int, channels: int, blocks: int, norm: NormLayer) -> nn.Sequential:
+    def _make_stage(channels_in: int, channels: int, blocks: int, norm: NormLayer) -> nn.Sequential:
         return nn.Sequential(
             _V2DownBlock(channels_in, channels, norm), *(_V2Block(channels, norm) for _ in range(blocks))
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(F.relu(self.bn2(self.conv2(x)), inplace=True).mean((2, 3)))

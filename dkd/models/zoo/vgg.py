@@ -1,9 +1,7 @@
-"""VGG for CIFAR, with a norm behind every convolution and one linear layer. Simonyan & Zisserman, ICLR 2015; as the
-distillation literature has it.
+"""Build VGG for CIFAR as in the distillation literature, with a norm after every convolution and one linear layer.
 
-Taps: `block0` (full resolution) to `block4`, each after its last ReLU and before the pooling that follows; AT and SP
-were published with
-`block1` to `block4`.
+Source: Simonyan & Zisserman, ICLR 2015. Taps: `block0` (full resolution) to `block4`, each after its last ReLU and
+before the pooling that follows; AT and SP were published with `block1` to `block4`.
 """
 
 from __future__ import annotations
@@ -27,11 +25,12 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 class CifarVgg(nn.Module):
-    """Five blocks of 3×3 convolutions, 2×2 max pooling behind the first three, mean over positions, a linear head.
+    """Compute five blocks of 3×3 convolutions, with 2×2 max pooling after the first three, the mean over positions, and
+    a linear head.
 
     Args:
-        convolutions: of each block.
-        num_classes: outputs.
+        convolutions: number of convolutions of each block.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -42,7 +41,7 @@ class CifarVgg(nn.Module):
         layer = norm_layer(norm)
         inputs = (3, *_WIDTHS)
         self.block0, self.block1, self.block2, self.block3, self.block4 = (
-            _block(inputs[i], _WIDTHS[i], convolutions[i], layer) for i in range(5)
+            _make_block(inputs[i], _WIDTHS[i], convolutions[i], layer) for i in range(5)
         )
         self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
         for module in self.modules():
@@ -53,14 +52,14 @@ class CifarVgg(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W), sides from 8, -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W), with sides of at least 8 pixels."""
         for block in (self.block0, self.block1, self.block2):
             x = F.max_pool2d(block(x), 2)
         # At 32×32 the literature's networks do not pool here: blocks 3 and 4 are both 4×4.
         return self.classifier(self.block4(self.block3(x)).mean((2, 3)))
 
 
-def _block(channels_in: int, channels: int, convolutions: int, norm: NormLayer) -> nn.Sequential:
+def _make_block(channels_in: int, channels: int, convolutions: int, norm: NormLayer) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(convolutions):
         layers += [

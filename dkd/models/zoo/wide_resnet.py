@@ -1,7 +1,7 @@
-"""Wide ResNets. Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
+"""Build Wide ResNets. Source: Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016.
 
-Taps: `block1`, `block2`, `block3` are the three groups, before the next norm and ReLU, as AT and SP were published
-with.
+Taps: `block1`, `block2`, `block3` are the three groups, before the next norm and ReLU; AT and SP were published with
+these taps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEPTHS_AND_WIDTHS: dict[str, tuple[int, int]] = {
 
 
 class PreActivationBlock(nn.Module):
-    """norm-relu-conv-norm-relu-conv, added to the shortcut; where the width changes, the shortcut convolves the
+    """Compute norm-relu-conv-norm-relu-conv, and add the shortcut. Where the width changes, the shortcut convolves the
     activated input."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, norm: NormLayer) -> None:
@@ -36,13 +36,13 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Depth 6n + 4: a stem of 16 channels, three groups of n blocks of 16k, 32k, 64k channels, mean over positions, a
-    linear head.
+    """Compute a stem of 16 channels, three groups of n blocks of 16k, 32k, 64k channels, the mean over positions, and a
+    linear head; the depth is 6n + 4.
 
     Args:
         depth: 6n + 4.
         width: k.
-        num_classes: outputs.
+        num_classes: number of outputs.
         norm: `batch` or `group`.
     """
 
@@ -54,9 +54,9 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        self.block1 = _group(blocks, channels[0], channels[1], 1, layer)
-        self.block2 = _group(blocks, channels[1], channels[2], 2, layer)
-        self.block3 = _group(blocks, channels[2], channels[3], 2, layer)
+        self.block1 = _make_group(blocks, channels[0], channels[1], 1, layer)
+        self.block2 = _make_group(blocks, channels[1], channels[2], 2, layer)
+        self.block3 = _make_group(blocks, channels[2], channels[3], 2, layer)
         self.bn1 = layer(channels[3])
         self.fc = nn.Linear(channels[3], num_classes)
         for module in self.modules():
@@ -65,12 +65,12 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, H, W) -> logits (b, num_classes)."""
+        """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
 
 
-def _group(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
+def _make_group(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
     def block(i: int) -> nn.Module:
         return PreActivationBlock(channels_in if i == 0 else channels, channels, stride if i == 0 else 1, norm)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from dkd.library_internals import torch as torch_internals
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "library_internals"
 DOCUMENTED = {"_exit", "_replace", "_asdict", "_fields", "_make"}  # of os and of named tuples
 LIBRARIES = ("torch", "torchvision", "accelerate", "deepspeed", "datasets", "pickle", "numpy", "PIL", "pydantic")
