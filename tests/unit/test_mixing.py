@@ -76,7 +76,8 @@ def test_models_see_images_that_were_mixed_and_normalised_in_the_precision_of_th
     objective = Objective([LabelTerm("ce", lambda step: 1.0, CrossEntropy())])
     seen_by_teacher = lambda images: (None, {"images": images})  # noqa: E731
     normalize, other = Normalize(MEAN, STD), Normalize((0.5,) * 3, (0.25,) * 3)
-    forward = Forward(torch.nn.Module(), seen_by_teacher, objective, normalize, other, arithmetic.dtype, torch.channels_last)
+    student = torch.nn.Module()
+    forward = Forward(student, seen_by_teacher, objective, normalize, other, arithmetic.dtype, torch.channels_last)
     seen = forward.images(mixed)
     taught = forward.teacher(mixed, seen).features["images"]
     for found, (mean, std) in ((seen, (MEAN, STD)), (taught, ((0.5,) * 3, (0.25,) * 3))):
