@@ -64,15 +64,7 @@ def evaluate_student(
         RecipeError: what is missing or does not fit.
     """
     launch = launch or Launch.read()
-    if not Path(target).exists():
-        raise RecipeError.at("", f"no such run, checkpoint or weights file: {str(target)!r}")
-    for keys, _ in parse_overrides(overrides):
-        if not ".".join(keys).startswith(ALLOWED_OVERRIDES):
-            raise RecipeError.at(
-                ".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}"
-            )
-    weights = Path(target) / "student.safetensors" if Path(target).is_dir() else Path(target)
-    recipe = _load_recipe_of(weights, overrides, launch.world_size)
+    weights, recipe = _find(Path(target), overrides, launch.world_size)
     try:
         spec = student_spec(read_description(weights))
         student = load_student(weights, trust_code)
@@ -118,12 +110,20 @@ def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> A
     return logits_of
 
 
-def _load_recipe_of(weights: Path, overrides: Sequence[str], world_size: int) -> Recipe:
-    """Return the recipe of the run that `weights` belongs to. Its batch is replaced by one that fits any launch:
-    evaluation has its own."""
+def _find(target: Path, overrides: Sequence[str], world_size: int) -> tuple[Path, Recipe]:
+    """Return the student's file and the recipe of its run. Raises RecipeError."""
+    if not target.exists():
+        raise RecipeError.at("", f"no such run, checkpoint or weights file: {str(target)!r}")
+    for keys, _ in parse_overrides(overrides):
+        if not ".".join(keys).startswith(ALLOWED_OVERRIDES):
+            raise RecipeError.at(
+                ".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}"
+            )
+    weights = target / "student.safetensors" if target.is_dir() else target
     folders = [weights.parent, *weights.resolve().parents[1:3]]
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:
         raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
-    alone = ["teacher=null", "losses={}"]  # what is evaluated is the student
-    return load_recipe(path, [*overrides, f"train.global_batch={world_size}", "train.micro_batch=null", *alone])
+    # What is evaluated is the student alone, in batches of its own: these fit any launch.
+    alone = ["teacher=null", "losses={}", f"train.global_batch={world_size}", "train.micro_batch=null"]
+    return weights, load_recipe(path, [*overrides, *alone])

@@ -100,9 +100,9 @@ def evaluate(
         DataError: on every rank, after the last batch.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     unreadable: list[str] = []
     failures: list[str] = []
-    loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
     for number, batch in enumerate(loading or batches):
         asked = is_asked_to_stop is not None and is_asked_to_stop(number)
@@ -120,17 +120,31 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     samples, top1, top5 = counts.tolist()
-    missing: list[str] = []
+    missing = 0
     if samples != batches.total:
-        ranks = all_gather_objects((failures, unreadable))
-        missing = [message for _, messages in ranks for message in messages]
-        failed = [message for messages, _ in ranks for message in messages]
-        if failed or (missing and not (skip_unreadable and samples)):
-            messages = failed or missing
-            raise DataError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
-    if samples + len(missing) != batches.total:
+        missing = _count_missing(failures, unreadable, skip_unreadable and samples > 0)
+    if samples + missing != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
-    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, len(missing))
+    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, missing)
+
+
+def _count_missing(failures: list[str], unreadable: list[str], allowed: bool) -> int:
+    """Return the number of images that could not be read, on all ranks. A collective.
+
+    Args:
+        failures, unreadable: this rank's messages.
+        allowed: unreadable images are left out; else they are an error.
+
+    Raises:
+        DataError: on every rank: batches could not be made, or images not be read.
+    """
+    ranks = all_gather_objects((failures, unreadable))
+    failed = [message for messages, _ in ranks for message in messages]
+    missing = [message for _, messages in ranks for message in messages]
+    if failed or (missing and not allowed):
+        messages = failed or missing
+        raise DataError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
+    return len(missing)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

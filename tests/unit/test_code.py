@@ -41,11 +41,6 @@ KNOW_ENGINES_BY_NAME = ("engines", "launch")
 ENGINES = {"single", "ddp", "fsdp2", "zero1", "zero2", "zero3"}
 
 MOST_LINES = 50
-# Functions that are longer, and how long they are. The list may only shrink.
-LONG = {
-    "training/evaluate_student.py: evaluate_student": 51,
-    "training/evaluation.py: evaluate": 56,
-}
 
 MODULES = {path.relative_to(DKD).as_posix(): ast.parse(path.read_text()) for path in sorted(DKD.rglob("*.py"))}
 
@@ -156,13 +151,14 @@ def test_no_function_is_long():
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-    assert {name: lines for name, lines in found.items() if lines > MOST_LINES} == LONG
+    assert {name: lines for name, lines in found.items() if lines > MOST_LINES} == {}
 
 
-# Tests look at dkd from outside. `(TESTS,)` makes this hold for all of them.
-FROM_OUTSIDE = (TESTS / "unit",)
-# A process that must end at once has no other way.
-NOT_PRIVATE = {"os._exit"}
+# Tests look at dkd from outside.
+FROM_OUTSIDE = (TESTS,)
+# A process that must end at once has no other way; and test_library_internals.py asks Accelerate itself whether all of
+# its settings are forgotten.
+NOT_PRIVATE = {"os._exit", "AcceleratorState._shared_state", "state._shared_state"}
 
 
 def is_private(name):

@@ -82,12 +82,13 @@ class Tracking:
 
 
 def test_a_tracker_that_fails_after_days_ends_no_training(tmp_path, capsys):
+    from dkd.engines.trackers import Trackers
     from dkd.runs.directory import RunDirectory
     from dkd.runs.logger import RunLogger
     from dkd.runs.progress import Progress
 
     accelerator = Tracking()
-    log = RunLogger(RunDirectory(tmp_path, writes=True), accelerator, Progress(3, 0, 1, shown=True))
+    log = RunLogger(RunDirectory(tmp_path, writes=True), Trackers(accelerator), Progress(3, 0, 1, shown=True))
     log.write({"step": 1}, {"loss": 1.0}, 1)
     log.write({"step": 2}, {"loss": 1.0}, 2)
     assert capsys.readouterr().err.count("trackers cannot write (LookupError: no answer") == 1

@@ -10,7 +10,7 @@ import yaml
 from dkd.cli import main
 from dkd.config import recipe_changes
 from dkd.config.loading import load_recipe, validate
-from dkd.engines import arithmetic
+from dkd.engines.arithmetic import Arithmetic, set_arithmetic
 from dkd.preflight import hardware
 from dkd.preflight.hardware import Hardware, choose, probe, settled
 
@@ -152,10 +152,10 @@ def test_bf16_on_a_cpu_that_emulates_it_is_warned_of_with_the_factor():
 
 def test_float32_is_ieee_on_gpus_and_tf32_has_a_name_of_its_own():
     for precision, allowed in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
-        arithmetic.set_arithmetic(recipe(train={"precision": precision}))
+        set_arithmetic(recipe(train={"precision": precision}))
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (allowed, allowed)
-    assert arithmetic.model_dtype(recipe(train={"precision": "tf32"})) == torch.float32
-    assert arithmetic.autocast_dtype(recipe(train={"precision": "tf32"})) is None
+    found = Arithmetic.of(recipe(train={"precision": "tf32"}))
+    assert (found.dtype, found.autocast) == (torch.float32, None)
 
 
 def test_deterministic_asks_torch_for_bits(monkeypatch):
@@ -166,7 +166,7 @@ def test_deterministic_asks_torch_for_bits(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     try:
         with inductor.patch("deterministic", False):  # monkeypatch would leave this module without the setting
-            arithmetic.set_arithmetic(recipe(run={"deterministic": True}))
+            set_arithmetic(recipe(run={"deterministic": True}))
             assert torch.are_deterministic_algorithms_enabled()
             assert inductor.deterministic
     finally:

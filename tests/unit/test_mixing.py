@@ -10,6 +10,7 @@ from dkd.config.loading import validate
 from dkd.data import MixupCutmix, Normalize
 from dkd.distillation import LabelTerm, Objective
 from dkd.distillation.forward import Forward
+from dkd.engines.arithmetic import Arithmetic
 from dkd.losses import CrossEntropy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,13 +68,16 @@ def test_models_see_images_that_were_mixed_and_normalised_in_the_precision_of_th
             "schedule": {"name": "constant"},
         }
     )
-    mixing, (images, labels) = build_mixing(recipe), some()
+    arithmetic, (images, labels) = Arithmetic.of(recipe), some()
+    assert arithmetic.dtype == dtype
+    mixing = build_mixing(recipe, arithmetic.dtype)
     mixed, probabilities = mixing(images, labels, seed=4)
     assert (mixed.dtype, probabilities.dtype) == (dtype, dtype)
     objective = Objective([LabelTerm("ce", lambda step: 1.0, CrossEntropy())])
     seen_by_teacher = lambda images: (None, {"images": images})  # noqa: E731
     normalize, other = Normalize(MEAN, STD), Normalize((0.5,) * 3, (0.25,) * 3)
-    forward = Forward(torch.nn.Module(), seen_by_teacher, objective, normalize, other, dtype, torch.channels_last)
+    student = torch.nn.Module()
+    forward = Forward(student, seen_by_teacher, objective, normalize, other, arithmetic.dtype, torch.channels_last)
     seen = forward.images(mixed)
     taught = forward.teacher(mixed, seen).features["images"]
     for found, (mean, std) in ((seen, (MEAN, STD)), (taught, ((0.5,) * 3, (0.25,) * 3))):

@@ -75,7 +75,7 @@ def test_signals_and_the_stop_file(recipe, tmp_path):
     stopped = json.loads((folder / "STOPPED").read_text())
     assert stopped["by"] == "STOP"
     said = status(recipe, f"run.dir={folder}")
-    assert f"stopped by hand by STOP after step {stopped['step']} of 30; the same command goes on" in said
+    assert f"stopped by hand by STOP after step {stopped['step']} of 30; the same command resumes it" in said
 
     code, said = training(recipe, folder, tmp_path)
     assert code == 0, said

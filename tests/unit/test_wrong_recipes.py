@@ -274,7 +274,7 @@ def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
         "dkd: losses.kd: {alpha: 2.0, temperature: 4.0} before, null now",
         "dkd: train.epochs: 7 before, 1 now",
     ]
-    assert "give --allow-recipe-change to go on with the new one, --overwrite to replace" in lines[-1]
+    assert "give --allow-recipe-change to resume it with the new one, --overwrite to replace" in lines[-1]
     assert main(["train", str(recipe_file), "losses.kd=null", "--allow-recipe-change", "--dry-run"]) == 0
     assert "the run resumes with a changed recipe: train.epochs: 7 before, 1 now" in capsys.readouterr().err
 
