@@ -38,7 +38,7 @@ def loss_terms(run: RunFiles) -> Figure | None:
     if not run.steps:
         return None
     columns = min(3, len(names))
-    figure, axes = _grid(-(-len(names) // columns), columns, 4.2, 2.8)
+    figure, axes = new_grid(-(-len(names) // columns), columns, 4.2, 2.8)
     for axis, name in zip(axes, names, strict=False):
         steps, values = _series(run, name)
         axis.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
@@ -56,7 +56,7 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     """Draw the top-1 accuracy of all runs over epochs."""
     if not any(run.evaluations for run in runs):
         return None
-    figure, (axis,) = _grid(1, 1, 7.5, 3.6)
+    figure, (axis,) = new_grid(1, 1, 7.5, 3.6)
     lines = {}
     for number, run in enumerate(runs):
         epochs = [line["epoch"] for line in run.evaluations]
@@ -66,7 +66,7 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1, % of validation images")
     axis.set_title("Accuracy of the student")
-    _legend(axis, lines, loc="lower right")
+    add_legend(axis, lines, loc="lower right")
     return figure
 
 
@@ -74,7 +74,7 @@ def schedules(run: RunFiles) -> Figure | None:
     """Draw the learning rate and the loss weights over steps."""
     if not run.steps:
         return None
-    figure, (left, right) = _grid(1, 2, 4.8, 2.8)
+    figure, (left, right) = new_grid(1, 2, 4.8, 2.8)
     left.plot(*_series(run, "lr"), color=COLOURS[0])
     left.set_title("Learning rate")
     lines = {}
@@ -83,7 +83,7 @@ def schedules(run: RunFiles) -> Figure | None:
     right.set_title("Weights of the loss terms")
     right.set_yscale("symlog", linthresh=0.01)
     _plain_powers(right)
-    _legend(right, lines)
+    add_legend(right, lines)
     for axis in (left, right):
         axis.set_xlabel("step")
     return figure
@@ -94,7 +94,7 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
     with_steps = [run for run in runs if run.steps]
     if not with_steps:
         return None
-    figure, (left, right) = _grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
+    figure, (left, right) = new_grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
     lines = {}
     for number, run in enumerate(with_steps):
         steps, values = _series(run, "images_per_second")
@@ -103,7 +103,7 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
     left.set_xlabel("step")
     left.set_ylabel("images a second")
     left.set_ylim(bottom=0)
-    _legend(left, lines)
+    add_legend(left, lines)
     parts = [seconds_by_part(run) for run in with_steps]
     ends = np.zeros(len(with_steps))
     for number, part in enumerate(parts[0]):
@@ -158,7 +158,7 @@ def attention(seen: Observation) -> Figure | None:
         if tap in view.attention
     ]
     # One axis for all cells: axes for each cell take longer to create and lay out than everything else on the page.
-    figure, (axis,) = _grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
+    figure, (axis,) = new_grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
 
     def cell(row: int, column: int) -> tuple[float, float, float, float]:
         x, y = column * _PITCH, row * _PITCH
@@ -208,7 +208,7 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
         max(float(np.quantile(m, 0.99)) for m in matrices),
         min(0.0, *(float(m.min()) for m in matrices)),
     )
-    figure, axes = _grid(1, len(panels), 3.9, 3.6)
+    figure, axes = new_grid(1, len(panels), 3.9, 3.6)
     names, ticks, edges = _class_ticks(seen)
     for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
         # One scale for teacher and student, so that they can be compared.
@@ -235,7 +235,7 @@ def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | No
     panels = [(title, means) for title, means in panels if means is not None]
     if not panels:
         return None
-    figure, axes = _grid(1, len(panels), 5.6, 3.2)
+    figure, axes = new_grid(1, len(panels), 5.6, 3.2)
     names = _class_ticks(seen)[0]
     for axis, (title, means) in zip(axes, panels, strict=True):
         assert means is not None
@@ -268,7 +268,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
     if not series:
         return None
     many = len(names) > _MANY_CLASSES
-    figure, (axis,) = _grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
+    figure, (axis,) = new_grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
     for number, (label, values) in enumerate(series.items()):
         if many:
             (drawn[label],) = axis.plot(np.sort(values), **_line_style(number))
@@ -288,7 +288,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
         axis.grid(axis="y", color="#dddddd")
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
-    _legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -321,7 +321,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
+def new_grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
     """Return a figure and its axes, row by row.
 
     Args:
@@ -340,7 +340,7 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
     return figure, axes
 
 
-def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
+def add_legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
     """Draw a legend of everything in `drawn`. The names are set afterwards, because matplotlib leaves out a name that
     begins with _."""
     legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)

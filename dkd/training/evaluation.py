@@ -120,9 +120,8 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     samples, top1, top5 = counts.tolist()
-    missing = 0
-    if samples != batches.total:
-        missing = _count_missing(failures, unreadable, skip_unreadable and samples > 0)
+    allowed = skip_unreadable and samples > 0
+    missing = 0 if samples == batches.total else _count_missing(failures, unreadable, allowed)
     if samples + missing != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
     return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, missing)

@@ -183,14 +183,14 @@ def test_names_are_no_mathematics_and_stay_in_legends(tmp_path, capsys, monkeypa
     from dkd.report import figures
 
     legends, ticks = [], []
-    hidden = figures._legend
+    hidden = figures.add_legend
     monkeypatch.setattr(
         figures,
-        "_legend",
+        "add_legend",
         lambda axis, drawn, **place: (hidden(axis, drawn, **place), legends.append(axis.get_legend())),
     )
-    grid = figures._grid
-    monkeypatch.setattr(figures, "_grid", lambda *a, **k: (made := grid(*a, **k), ticks.extend(made[1]))[0])
+    grid = figures.new_grid
+    monkeypatch.setattr(figures, "new_grid", lambda *a, **k: (made := grid(*a, **k), ticks.extend(made[1]))[0])
     run = student_of(tmp_path / "one", HOSTILE)
     copies = []
     for name in ("_a", "$x^$"):
