@@ -75,7 +75,7 @@ class _PairsSection(Section):
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """The (student path, teacher path) of each pair."""
+        """Return (student path, teacher path) of each pair."""
         return [(pair[0], pair[1]) for pair in self.pairs]
 
     @property
@@ -239,7 +239,7 @@ class CustomLossSection(Section):
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """The (student path, teacher path) of each pair."""
+        """Return (student path, teacher path) of each pair."""
         return [(pair[0], pair[1]) for pair in self.pairs]
 
 

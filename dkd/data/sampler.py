@@ -56,7 +56,7 @@ class GlobalBatchSampler:
 
     @property
     def micro_steps(self) -> int:
-        """A, the number of micro-steps of a global step."""
+        """Return A, the number of micro-steps of a global step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
     def epoch(self, epoch: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Term(Protocol):
     def value(
         self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
     ) -> torch.Tensor:
-        """The unweighted loss: a scalar whose mean over ranks is its value on the global batch."""
+        """Return the unweighted loss: a scalar whose mean over ranks is its value on the global batch."""
         ...
 
 

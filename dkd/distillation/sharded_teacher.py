@@ -22,7 +22,7 @@ from dkd.models import blocks
 
 
 def shard_mesh(mesh: str, device_type: str, local_world_size: int) -> DeviceMesh:
-    """The ranks that share one teacher: of the whole `world`, or of each `node`. A collective.
+    """Return the ranks that share one teacher: of the whole `world`, or of each `node`. A collective.
 
     Args:
         mesh: `world` or `node`.

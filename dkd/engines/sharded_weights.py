@@ -49,8 +49,8 @@ def plain_name(name: str) -> str:
 
 
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of the student's model, on the CPU of the main process; the others, which write none of it, get
-    nothing and copy nothing. A collective under sharding: all ranks call it."""
+    """Return the whole state of the student's model, on the CPU of the main process; the others, which write none of
+    it, get nothing and copy nothing. A collective under sharding: all ranks call it."""
     state = accelerator.get_state_dict(wrapped) or {}
     if not accelerator.is_main_process:
         return {}

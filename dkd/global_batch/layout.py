@@ -42,7 +42,7 @@ class _Kind(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The first number of the shape; a scalar has no rows."""
+        """Return the first number of the shape; a scalar has no rows."""
         return self.shape[0] if self.shape else _UNEVEN_WITHIN_RANK
 
     @property

@@ -49,7 +49,7 @@ def write_report(
         The files that were written: the page, then the pictures.
 
     Raises:
-        RecipeError: a path is no run, or the output cannot be written, or would replace a picture of somebody else.
+        RecipeError: a path is no run, or the output cannot be written, or would replace a picture of another program.
     """
     with figures.drawing_names():
         return _write_report(paths, output, images, trust_code, say)

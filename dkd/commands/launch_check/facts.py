@@ -107,7 +107,7 @@ def _compare_clocks(facts: Facts, found: Findings) -> None:
     if difference > _CLOCK_SECONDS:
         slowest = facts[clocks.index(min(clocks))]["host"]
         found.warnings.append(
-            f"clocks differ by {difference:.0f} s, or ranks joined that far apart; the clock of {slowest} is behind"
+            f"clocks differ by {difference:.0f} s, or ranks joined that far apart; the clock of {slowest} is late"
         )
 
 
