@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 COMMANDS = ("train", "evaluate", "status", "inspect", "plan", "report", "export", "launch-check")
 # A page that `python -m benchmarks.cifar10_short` writes, and one whose lines are as wide as the code's.
-OTHER_WIDTH = {"configs/official/cifar10_short/results.md", "docs/code.md"}
+OTHER_WIDTH = {"configs/official/cifar10_short/results.md"}
 
 
 def name(page):
@@ -137,11 +137,9 @@ def test_the_lines_of_metrics_are_json():
 
 
 def test_paths_in_the_pages_exist():
-    """What a page names as a file or folder of the repository is there. docs/code.md has a test of its own."""
+    """What a page names as a file or folder of the repository is there."""
     problems = []
     for page in PAGES:
-        if name(page) == "docs/code.md":
-            continue
         for path in re.findall(
             r"(?<![\w/.])((?:dkd|launch|configs|benchmarks|tests|docs)/[\w./-]*\w)", page.read_text()
         ):

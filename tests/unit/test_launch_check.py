@@ -32,7 +32,7 @@ FACTS = {
         (
             {"clock": 100.0},
             [],
-            ["clocks differ by 100 s, or ranks joined that far apart; the clock of node1 is behind"],
+            ["clocks differ by 100 s, or ranks joined that far apart; the clock of node1 is late"],
         ),
     ],
 )
