@@ -80,7 +80,7 @@ class _PairsSection(Section):
 
     @property
     def pair_weights(self) -> list[float]:
-        """The weight of each pair; 1 where none is written."""
+        """Return the weight of each pair; 1 where none is written."""
         return [float(as_number(pair[2])) if len(pair) == 3 else 1.0 for pair in self.pairs]
 
 

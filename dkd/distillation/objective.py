@@ -132,7 +132,7 @@ class Objective:
         return [term.name for term in self.terms]
 
     def split(self) -> tuple[Objective, Objective]:
-        """The terms that are means over samples, and the relational ones: their sums make the whole."""
+        """Return the terms that are means over samples, and the relational ones: their sums make the whole."""
         relational = [term for term in self.terms if getattr(term, "relational", False)]
         return Objective([term for term in self.terms if term not in relational]), Objective(relational)
 
@@ -144,7 +144,7 @@ class Objective:
     def __call__(
         self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, *, step: int, layout: BatchLayout
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The total to back-propagate, and the detached value of each term before its weight.
+        """Return the total to back-propagate, and the detached value of each term before its weight.
 
         Each is a share of this rank times W: its mean over ranks is the value on the global batch.
         """

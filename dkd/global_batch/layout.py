@@ -47,7 +47,7 @@ class _Kind(NamedTuple):
 
     @property
     def beyond_rows(self) -> tuple[bool, tuple[int, ...], str, bool]:
-        """What must be equal on all ranks."""
+        """Return what must be equal on all ranks."""
         return bool(self.shape), self.shape[1:], self.dtype, self.gradient
 
 
@@ -70,7 +70,7 @@ class _Call:
 
     @property
     def signature(self) -> int:
-        """One number that is equal where all but the rows agrees, so that ranks agree by one small message."""
+        """Return one number that is equal where all but the rows agrees, so that ranks agree by one small message."""
         return zlib.crc32(repr((self.loss, [kind.beyond_rows for kind in self.kinds])).encode())
 
 
