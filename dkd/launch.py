@@ -30,7 +30,7 @@ _NUMBERS: Mapping[str, tuple[int, int | None]] = {
     "RANK": (0, None),
     "LOCAL_WORLD_SIZE": (1, None),
     "LOCAL_RANK": (0, None),
-    "MASTER_PORT": (0, 65535),
+    "MASTER_PORT": (1, 65535),
     "TORCHELASTIC_MAX_RESTARTS": (0, None),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (1, None),
     "DKD_STOP_EXIT_CODE": (0, 255),

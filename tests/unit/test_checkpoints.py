@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or not there, verified before they are read, and read without running code."""
 
 import enum
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from dkd.checkpoints import CheckpointError, CheckpointFolder, load_tensors, save_tensors, saved_tensors
 from dkd.checkpoints.checkpointer import newest_intact
+from dkd.checkpoints.facts import FORMAT
 from dkd.checkpoints.folder import MANIFEST
 from dkd.cli import main
 from dkd.config import load_recipe
@@ -90,6 +92,24 @@ FILES = [
 def test_a_checkpoint_has_these_files_and_no_others(run):
     folder = run / "checkpoints" / "step_00000003"
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == FILES
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(run, capsys):
+    for step in (1, 2, 3):
+        folder = run / "checkpoints" / f"step_{step:08}"
+        facts = json.loads((folder / "state.json").read_text())
+        assert facts["format"] == FORMAT
+        (folder / "state.json").write_text(json.dumps({**facts, "format": FORMAT + 1}))
+        manifest = json.loads((folder / MANIFEST).read_text())
+        content = (folder / "state.json").read_bytes()
+        manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+    (run / "FINISHED").unlink()
+    assert main(["train", *TRAINING, f"run.dir={run}"]) == 2
+    message = (
+        f"is of format {FORMAT + 1}, and this version of dkd reads format {FORMAT}: resume it with the version that"
+    )
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", HARMS)

@@ -185,7 +185,9 @@ def test_paths_that_the_system_refuses(tmp_path, capsys, command):
         ("LOCAL_WORLD_SIZE", "2.5", "LOCAL_WORLD_SIZE must be a whole number from 1, not '2.5'"),
         ("RANK", "-1", "RANK must be a whole number from 0, not '-1'"),
         ("LOCAL_RANK", "abc", "LOCAL_RANK must be a whole number from 0, not 'abc'"),
-        ("MASTER_PORT", "65536", "MASTER_PORT must be a whole number from 0 to 65535, not '65536'"),
+        ("MASTER_PORT", "65536", "MASTER_PORT must be a whole number from 1 to 65535, not '65536'"),
+        # torchrun with --master_port 0: the ranks would wait for each other until their patience ends.
+        ("MASTER_PORT", "0", "MASTER_PORT must be a whole number from 1 to 65535, not '0'"),
         ("TORCHELASTIC_MAX_RESTARTS", "many", "TORCHELASTIC_MAX_RESTARTS must be a whole number from 0, not 'many'"),
         ("DKD_STOP_EXIT_CODE", "abc", "DKD_STOP_EXIT_CODE must be a whole number from 0 to 255, not 'abc'"),
         ("DKD_STOP_EXIT_CODE", "256", "DKD_STOP_EXIT_CODE must be a whole number from 0 to 255, not '256'"),
