@@ -52,9 +52,9 @@ def dkd_images():
 
 def test_wrong_input_is_an_input_error_and_starts_nothing(tmp_path):
     values = {**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}
-    with pytest.raises(dkd.InputError, match="train.epochs: must be"):
+    with pytest.raises(dkd.InputError, match=r"train\.epochs: must be"):
         dkd.train(values, ["train.epochs=-1"])
-    with pytest.raises(dkd.InputError, match="does not divide train.global_batch=64"):
+    with pytest.raises(dkd.InputError, match=r"does not divide train\.global_batch=64"):
         dkd.train(values, ["train.micro_batch=7"])
     with pytest.raises(dkd.RecipeError, match="no such run"):
         dkd.evaluate(tmp_path / "run")
