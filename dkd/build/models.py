@@ -41,8 +41,7 @@ def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
 
 def pairs(recipe: Recipe) -> list[tuple[str, str]]:
     """Return (student path, teacher path) of all feature losses."""
-    losses = recipe.losses
-    return [pair for section in (losses.at, losses.sp, *losses.custom) if section is not None for pair in section.paths]
+    return [pair for _, section in recipe.losses.named() for pair in section.paths]
 
 
 def student_parameters(recipe: Recipe) -> int:

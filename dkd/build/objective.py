@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from dkd.build.schedules import Schedule, loss_weight
 from dkd.config import Recipe
-from dkd.config.losses import CustomLossSection
+from dkd.config.losses import (
+    AttentionTransferSection,
+    CrossEntropySection,
+    CustomLossSection,
+    GradientAttentionSection,
+    LossSection,
+    SimilarityPreservingSection,
+    SoftTargetsSection,
+    WeightSchedule,
+)
 from dkd.data import GlobalBatchSampler
 from dkd.distillation import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective
 from dkd.distillation.objective import Term
@@ -30,7 +41,11 @@ def gram_size(recipe: Recipe, sampler: GlobalBatchSampler) -> int:
 
 def comm_dtype(recipe: Recipe) -> torch.dtype | None:
     """Return the type that SP's features are rounded to on their way between ranks; None: they are not rounded."""
-    return torch.bfloat16 if recipe.losses.sp and recipe.losses.sp.comm_dtype == "bf16" else None
+    return None if recipe.losses.sp is None else _dtype_between_ranks(recipe.losses.sp)
+
+
+def _dtype_between_ranks(sp: SimilarityPreservingSection) -> torch.dtype | None:
+    return torch.bfloat16 if sp.comm_dtype == "bf16" else None
 
 
 def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
@@ -63,37 +78,65 @@ def build_objective(recipe: Recipe, sampler: GlobalBatchSampler, total_steps: in
         total_steps: of all epochs, which the weights' schedules are drawn over.
         device: a loss of the user's own may have buffers, which are moved there.
     """
-    losses = recipe.losses
-
-    def weight(value: object, factor: float = 1.0) -> Schedule:
-        schedule = loss_weight(value, sampler.steps_per_epoch, total_steps)  # type: ignore[arg-type]
-        return lambda step: factor * schedule(step)
-
-    terms: list[Term] = [LabelTerm("ce", weight(losses.ce.weight), CrossEntropy(losses.ce.label_smoothing))]
-    if losses.at is not None:
-        at = losses.at
-        at_loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens)
-        terms.append(FeatureTerm("at", weight(at.beta), at_loss, at.paths))
-    if losses.sp is not None:
-        sp = losses.sp
-        scale = effective_gamma(1.0, sp.reference_batch, gram_size(recipe, sampler))
-        sp_loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, comm_dtype(recipe), sp.floor)
-        terms.append(FeatureTerm("sp", weight(sp.gamma, scale), sp_loss, sp.paths, relational=sp.batch == "step"))
-    if losses.gradient_at is not None:
-        section = losses.gradient_at
-        gradient_loss = GradientAttention(section.form, section.squared)
-        terms.append(InputGradientTerm("gradient_at", weight(section.beta), gradient_loss, section.form == "symmetric"))
-    if losses.kd is not None:
-        terms.append(LogitTerm("kd", weight(losses.kd.alpha), SoftTargets(losses.kd.temperature)))
-    terms += [_custom_term(custom, weight(custom.weight)) for custom in losses.custom]
+    batch = _Batch(sampler, total_steps, gram_size(recipe, sampler))
+    terms = [TERMS[type(section)](key, section, batch) for key, section in recipe.losses.named()]
     for term in terms:
         if isinstance(loss := getattr(term, "loss", None), nn.Module):
             loss.to(device)
     return Objective(terms)
 
 
-def _custom_term(section: CustomLossSection, weight: Schedule) -> Term:
-    loss = custom_loss(section)
+@dataclass(frozen=True)
+class _Batch:
+    """Holds what a term needs to know of a training beside its section."""
+
+    sampler: GlobalBatchSampler
+    total_steps: int
+    gram_size: int
+
+    def schedule(self, value: float | WeightSchedule, factor: float = 1.0) -> Schedule:
+        """Return the weight of each step, times a factor."""
+        weight = loss_weight(value, self.sampler.steps_per_epoch, self.total_steps)
+        return lambda step: factor * weight(step)
+
+
+def _label_term(key: str, ce: CrossEntropySection, batch: _Batch) -> Term:
+    return LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing))
+
+
+def _attention_term(key: str, at: AttentionTransferSection, batch: _Batch) -> Term:
+    loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens)
+    return FeatureTerm(key, batch.schedule(at.beta), loss, at.paths)
+
+
+def _similarity_term(key: str, sp: SimilarityPreservingSection, batch: _Batch) -> Term:
+    scale = effective_gamma(1.0, sp.reference_batch, batch.gram_size)
+    loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, _dtype_between_ranks(sp), sp.floor)
+    return FeatureTerm(key, batch.schedule(sp.gamma, scale), loss, sp.paths, relational=sp.batch == "step")
+
+
+def _gradient_term(key: str, section: GradientAttentionSection, batch: _Batch) -> Term:
+    loss = GradientAttention(section.form, section.squared)
+    return InputGradientTerm(key, batch.schedule(section.beta), loss, section.form == "symmetric")
+
+
+def _logit_term(key: str, kd: SoftTargetsSection, batch: _Batch) -> Term:
+    return LogitTerm(key, batch.schedule(kd.alpha), SoftTargets(kd.temperature))
+
+
+def _custom_term(key: str, section: CustomLossSection, batch: _Batch) -> Term:
+    loss, weight = custom_loss(section), batch.schedule(section.weight)
     if section.of == "features":
         return FeatureTerm(section.name, weight, loss, section.paths, getattr(loss, "relational", False))
     return (LogitTerm if section.of == "logits" else LabelTerm)(section.name, weight, loss)
+
+
+# Section of a loss -> what makes its term of it.
+TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], Term]] = {
+    CrossEntropySection: _label_term,
+    AttentionTransferSection: _attention_term,
+    GradientAttentionSection: _gradient_term,
+    SimilarityPreservingSection: _similarity_term,
+    SoftTargetsSection: _logit_term,
+    CustomLossSection: _custom_term,
+}

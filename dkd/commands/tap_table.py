@@ -10,7 +10,13 @@ from collections.abc import Mapping
 
 from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
-from dkd.config.losses import AttentionTransferSection, WeightSchedule
+from dkd.config.losses import (
+    AttentionTransferSection,
+    CustomLossSection,
+    LossSection,
+    SimilarityPreservingSection,
+    WeightSchedule,
+)
 from dkd.losses.attention_transfer import token_grid
 from dkd.losses.similarity_preserving import effective_gamma
 from dkd.models import ModelSpec, output_shapes
@@ -39,19 +45,28 @@ def tap_table(recipe: Recipe, image_size: int, gram_size: int) -> list[tuple[str
         return f"{s} {_dimensions(student[s])}  ←  {t} {_dimensions(teacher[t])}"
 
     lines = []
-    if losses.at is not None:
-        for (s, t), weight in zip(losses.at.paths, losses.at.pair_weights, strict=True):
-            lines.append(("at", f"{compared(s, t)}   {_attention_weight(losses.at, weight, student[s], teacher[t])}"))
-    if losses.sp is not None:
-        gamma = _first(losses.sp.gamma)
-        effective = effective_gamma(gamma, losses.sp.reference_batch, gram_size)
-        formula = f"γ·B/reference_batch = {gamma:g} · {gram_size} / {losses.sp.reference_batch}"
-        for (s, t), weight in zip(losses.sp.paths, losses.sp.pair_weights, strict=True):
-            times = f" · {weight:g}" if weight != 1 else ""
-            lines.append(("sp", f"{compared(s, t)}   {formula}{times} = {effective * weight:g}"))
-    for custom in losses.custom:
-        lines += [(custom.name, f"{compared(s, t)}   weight {_first(custom.weight):g}") for s, t in custom.paths]
+    for key, section in losses.named():
+        for number, (s, t) in enumerate(section.paths):
+            weight = _weigh_pair(section, number, student[s], teacher[t], gram_size)
+            lines.append((getattr(section, "name", key), f"{compared(s, t)}   {weight}"))
     return lines
+
+
+def _weigh_pair(
+    section: LossSection, number: int, student: tuple[int, ...], teacher: tuple[int, ...], gram_size: int
+) -> str:
+    """Return what one sample of a pair weighs in the loss, in words."""
+    if isinstance(section, AttentionTransferSection):
+        return _attention_weight(section, section.pair_weights[number], student, teacher)
+    if isinstance(section, SimilarityPreservingSection):
+        gamma, weight = _first(section.gamma), section.pair_weights[number]
+        effective = effective_gamma(gamma, section.reference_batch, gram_size)
+        formula = f"γ·B/reference_batch = {gamma:g} · {gram_size} / {section.reference_batch}"
+        times = f" · {weight:g}" if weight != 1 else ""
+        return f"{formula}{times} = {effective * weight:g}"
+    if isinstance(section, CustomLossSection):
+        return f"weight {_first(section.weight):g}"
+    return section.describe()
 
 
 def _attention_weight(

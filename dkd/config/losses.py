@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -54,16 +54,60 @@ Weight = Annotated[
 Pair = list[Any]
 
 
-class CrossEntropySection(Section):
+class LossSection(Section):
+    """Be the base of all sections of losses. What other rooms ask of a loss is stated here, and by its section."""
+
+    title: ClassVar[str]
+    """Name of the loss in reports."""
+    of_samples: ClassVar[bool] = True
+    """The loss is a mean over samples: nothing moves between ranks for it."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether the loss compares with a teacher."""
+        return True
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return whether the loss reads the teacher's logits."""
+        return False
+
+    @property
+    def paths(self) -> list[tuple[str, str]]:
+        """Return (student path, teacher path) of each pair of tapped modules; none where features are not read."""
+        return []
+
+    def describe(self) -> str:
+        """Return the loss with its weight, as reports show it."""
+        raise NotImplementedError
+
+
+def describe_weight(weight: float | WeightSchedule) -> str:
+    """Return a weight, or the first and last value of a scheduled one."""
+    return f"{weight.start:g} → {weight.end:g}" if isinstance(weight, WeightSchedule) else f"{weight:g}"
+
+
+class CrossEntropySection(LossSection):
     """Set the cross-entropy with the labels."""
+
+    title: ClassVar = "cross-entropy"
 
     weight: Weight = 1.0
     """Weight of the cross-entropy."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the probability that is spread evenly over all classes."""
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Return False: the labels teach."""
+        return False
 
-class _PairsSection(Section):
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"CE {describe_weight(self.weight)}"
+
+
+class _PairsSection(LossSection):
     pairs: Annotated[list[Pair], Field(min_length=1)]
     """One [student path, teacher path] or [student path, teacher path, weight] for each pair of tapped modules."""
 
@@ -110,8 +154,9 @@ SP_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class AttentionTransferSection(_PairsSection):
-    """Set activation-based Attention Transfer; docs/losses.md has its formulas."""
+    """Set activation-based Attention Transfer; docs/reference/losses.md has its formulas."""
 
+    title: ClassVar = "AT"
     preset: Literal["authors", "paper", "repdistiller", "torchdistill"] | None = None
     """The implementation whose defaults the other keys have; see docs/reference/losses.md. `paper` has no beta."""
     beta: Weight
@@ -140,10 +185,16 @@ class AttentionTransferSection(_PairsSection):
             raise ValueError("map: sum takes no p; use sum_p")
         return self
 
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"AT β {describe_weight(self.beta)}"
+
 
 class SimilarityPreservingSection(_PairsSection):
-    """Set the Similarity-Preserving loss; docs/losses.md has its formula."""
+    """Set the Similarity-Preserving loss; docs/reference/losses.md has its formula."""
 
+    title: ClassVar = "SP"
+    of_samples: ClassVar = False
     preset: Literal["paper", "repdistiller"] | None = None
     """Where gamma and reference_batch come from: the paper, or the public implementation."""
     gamma: Weight
@@ -174,20 +225,36 @@ class SimilarityPreservingSection(_PairsSection):
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
+    def describe(self) -> str:
+        """Return the loss with its weight, the batch of that weight, and a scope that is not global."""
+        scope = "" if self.scope == "global" else f", {self.scope}"
+        return f"SP γ {describe_weight(self.gamma)} at {self.reference_batch}{scope}"
 
-class SoftTargetsSection(Section):
+
+class SoftTargetsSection(LossSection):
     """Set the loss of soft targets (KD)."""
 
+    title: ClassVar = "KD"
     alpha: Weight
     """α, the weight of the loss."""
     temperature: Positive = 4.0
     """T, which divides the logits."""
 
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return True."""
+        return True
 
-class GradientAttentionSection(Section):
+    def describe(self) -> str:
+        """Return the loss with its weight and temperature."""
+        return f"KD α {describe_weight(self.alpha)}, T {self.temperature:g}"
+
+
+class GradientAttentionSection(LossSection):
     """Set gradient-based Attention Transfer. It differentiates a gradient, and so needs a whole teacher, DDP or one
     process, and no compiled model."""
 
+    title: ClassVar = "gradient AT"
     beta: Weight
     """β, the weight of the loss."""
     form: Literal["transfer", "symmetric"] = "transfer"
@@ -195,6 +262,20 @@ class GradientAttentionSection(Section):
     mirrored image."""
     squared: Switch = False
     """Whether the loss is ½‖·‖² instead of ½‖·‖."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether the student is compared with a teacher, and not with itself on mirrored images."""
+        return self.form == "transfer"
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return whether the teacher's gradient is taken of its logits."""
+        return self.needs_teacher
+
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"gradient AT β {describe_weight(self.beta)}"
 
 
 def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
@@ -209,10 +290,12 @@ def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
     return None
 
 
-class CustomLossSection(Section):
+class CustomLossSection(LossSection):
     """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See
     docs/guides/own_loss.md."""
 
+    title: ClassVar = "custom"
+    of_samples: ClassVar = False  # what it moves is its own
     name: Annotated[str, allow(lambda v: matches(r"[a-z][a-z0-9_]*", v), "a word of small letters, digits and _")]
     """Name of the loss in metrics.jsonl."""
     loss: Annotated[str, allow(lambda v: matches(r"[\w.]+:\w+", v), "module:attribute")]
@@ -229,7 +312,7 @@ class CustomLossSection(Section):
 
     @model_validator(mode="after")
     def _pairs_belong_to_features(self) -> CustomLossSection:
-        if self.name in (*_OWN_TERMS, *_LOGGED):
+        if self.name in (*LossesSection.model_fields, *_LOGGED):
             raise ValueError(f"name {self.name!r} is taken: it means something else in metrics.jsonl")
         if (self.of == "features") != bool(self.pairs):
             raise ValueError("of: features needs pairs" if self.of == "features" else f"of: {self.of} has no pairs")
@@ -242,8 +325,21 @@ class CustomLossSection(Section):
         """Return (student path, teacher path) of each pair."""
         return [(pair[0], pair[1]) for pair in self.pairs]
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Return whether the loss reads more than the student's logits and the labels."""
+        return self.of != "labels"
 
-_OWN_TERMS = ("ce", "at", "gradient_at", "sp", "kd")
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return whether the loss reads logits of both."""
+        return self.of == "logits"
+
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"{self.name} {describe_weight(self.weight)}"
+
+
 # Further keys of a line of metrics.jsonl with loss terms, and keys that distinguish the other lines from it.
 _LOGGED = (
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "sp_row_difference", "replaced_images",
@@ -274,16 +370,29 @@ class LossesSection(Section):
             raise ValueError(f"two losses of one name: {', '.join(names)}")
         return self
 
+    def named(self) -> list[tuple[str, LossSection]]:
+        """Return the losses that are used, each with its key below `losses`: `at`, `custom.0`."""
+        own = [(key, getattr(self, key)) for key in LOSSES]
+        return [(key, section) for key, section in own if section is not None] + [
+            (f"custom.{i}", section) for i, section in enumerate(self.custom)
+        ]
+
     @property
     def needs_teacher(self) -> list[str]:
-        """Keys of the losses that compare with a teacher."""
-        found = [name for name in ("at", "sp", "kd") if getattr(self, name) is not None]
-        if self.gradient_at is not None and self.gradient_at.form == "transfer":
-            found.append("gradient_at")
-        return found + [f"custom.{i}" for i, section in enumerate(self.custom) if section.of != "labels"]
+        """Return the keys of the losses that compare with a teacher."""
+        return [key for key, section in self.named() if section.needs_teacher]
 
     @property
     def needs_teacher_logits(self) -> list[str]:
-        """Keys of the losses that read the teacher's logits."""
-        by_logits = [f"custom.{i}" for i, section in enumerate(self.custom) if section.of == "logits"]
-        return [key for key in self.needs_teacher if key in ("kd", "gradient_at")] + by_logits
+        """Return the keys of the losses that read the teacher's logits."""
+        return [key for key, section in self.named() if section.needs_teacher_logits]
+
+
+LOSSES: dict[str, type[LossSection]] = {
+    "ce": CrossEntropySection,
+    "at": AttentionTransferSection,
+    "sp": SimilarityPreservingSection,
+    "gradient_at": GradientAttentionSection,
+    "kd": SoftTargetsSection,
+}
+"""The recipe's own losses, in the order in which their terms are summed: key -> section."""

@@ -60,7 +60,11 @@ class Engine(Protocol):
         ...
 
     def step(self, max_norm: float | None, skip_nonfinite: bool) -> bool:
-        """Finish a micro-step: update the weights when it was the last of its step.
+        """Finish a micro-step: update the weights when it was the last of its step, and clear the gradient.
+
+        Before it, and in a step's last micro-step only, DDP and FSDP2 keep the gradient in `parameter.grad` (FSDP2 a
+        shard of it, as a DTensor), in fp16 times the loss scale. DeepSpeed has clipped, stepped and cleared in
+        `backward` already, and keeps no gradient that can be read here.
 
         Args:
             max_norm: the gradient's 2-norm is cut down to it; None: it is not.

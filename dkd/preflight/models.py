@@ -41,16 +41,9 @@ def _shapes(
     """Return the shapes of the taps of one model that exist, or None when the model itself cannot be had."""
     section = getattr(recipe, role)
     spec = student_spec(recipe) if role == "student" else teacher_spec(recipe)
-    losses = recipe.losses
-    tapping = [
-        ("at", losses.at),
-        ("sp", losses.sp),
-        *((f"custom.{i}", section) for i, section in enumerate(losses.custom)),
-    ]
     taps = [
         (f"losses.{key}.pairs.{i}", pair[0 if role == "student" else 1])
-        for key, loss in tapping
-        if loss is not None
+        for key, loss in recipe.losses.named()
         for i, pair in enumerate(loss.paths)
     ]
     logits: tuple[int, ...] = ()

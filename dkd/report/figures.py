@@ -19,12 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from dkd import console
+from dkd.config.losses import LOSSES
 from dkd.report.observations import ModelView, Observation
 from dkd.report.run_files import RunFiles
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradient_at": "gradient AT"}
+# The names of the recipe's own losses; a loss of the user's own has the name of its term.
+TERM_NAMES = {key: section.title for key, section in LOSSES.items()}
 _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
 _PITCH = 1.08  # distance between the cells of attention maps, in sides of a cell

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
-from dkd.config.losses import WeightSchedule
 from dkd.report import figures
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
@@ -223,7 +222,7 @@ def _row(run: RunFiles) -> list[str]:
         run.label,
         recipe.student.name,
         recipe.teacher.name if recipe.teacher else "none",
-        ", ".join(_losses(run)),
+        ", ".join(section.describe() for _, section in run.recipe.losses.named()),
         _percent(evaluation.get("top1")),
         _percent(evaluation.get("top5")),
         f"{description['parameters']:,}" if "parameters" in description else "",
@@ -235,26 +234,6 @@ def _row(run: RunFiles) -> list[str]:
         f"{median(speeds):,.0f}" if speeds else "",
         f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
     ]
-
-
-def _losses(run: RunFiles) -> list[str]:
-    losses = run.recipe.losses
-    found = []
-    if losses.at is not None:
-        found.append(f"AT β {_weight(losses.at.beta)}")
-    if losses.gradient_at is not None:
-        found.append(f"gradient AT β {_weight(losses.gradient_at.beta)}")
-    if losses.sp is not None:
-        scope = "" if losses.sp.scope == "global" else f", {losses.sp.scope}"
-        found.append(f"SP γ {_weight(losses.sp.gamma)} at {losses.sp.reference_batch}{scope}")
-    if losses.kd is not None:
-        found.append(f"KD α {_weight(losses.kd.alpha)}, T {losses.kd.temperature:g}")
-    found += [f"{custom.name} {_weight(custom.weight)}" for custom in losses.custom]
-    return [f"CE {_weight(losses.ce.weight)}", *found]
-
-
-def _weight(weight: float | WeightSchedule) -> str:
-    return f"{weight.start:g} → {weight.end:g}" if isinstance(weight, WeightSchedule) else f"{weight:g}"
 
 
 def _percent(fraction: float | None) -> str:

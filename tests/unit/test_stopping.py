@@ -101,11 +101,13 @@ def test_a_terminal_that_closes_asks_a_run_to_stop_unless_nohup_started_it():
 
 @pytest.fixture
 def noted():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, where the tests themselves are started by nohup
     kept = {number: signal.getsignal(number) for number in stop_signals.SIGNALS}
     stop_signals.note_signals(Launch())
     yield
     stop_signals.stop_noting(Launch())
     assert {number: signal.getsignal(number) for number in stop_signals.SIGNALS} == kept
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", stop_signals.SIGNALS)

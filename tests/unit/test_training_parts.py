@@ -177,3 +177,13 @@ def test_buckets_are_settled_without_the_model_and_where_ddp_moves_its_inputs():
         assert wrapped(torch.zeros(1, 3, 4, 4)).shape == (1, 4, 2, 2)  # its own forward is back
     finally:
         dist.destroy_process_group()
+
+
+def test_every_loss_of_a_recipe_has_its_section_its_term_and_its_name():
+    from dkd.build.objective import TERMS
+    from dkd.config.losses import LOSSES, CustomLossSection, LossesSection
+
+    assert set(LOSSES) == set(LossesSection.model_fields) - {"custom"}
+    assert set(TERMS) == {*LOSSES.values(), CustomLossSection}
+    assert len({section.title for section in LOSSES.values()}) == len(LOSSES)
+    assert all("describe" in vars(section) for section in LOSSES.values())

@@ -26,7 +26,7 @@ def describe(planned: Plan) -> str:
         lines.append(("", _teacher_memory(planned, planned.teacher, number, number_bytes)))
     gradients = 2 * (world - 1) * planned.student.parameters * number_bytes // world
     lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
-    shares = [name for name in ("ce", "at", "gradient_at", "kd") if getattr(recipe.losses, name) is not None]
+    shares = [name for name, section in recipe.losses.named() if section.of_samples]
     lines.append((", ".join(shares), "means over samples: no features move"))
     if planned.gram is not None:
         lines += _gram_lines(planned, planned.gram)
