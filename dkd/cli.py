@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dkd import __version__, console, launch
 from dkd.commands import evaluate, export, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
-from dkd.commands.errors import describe_in_one_line, is_data_error, list_problems
+from dkd.commands.errors import is_data_error
 from dkd.commands.launch_check import command as launch_check
 from dkd.commands.plan import command as plan
 from dkd.errors import InputError
+from dkd.preflight.refusals import describe_in_one_line, list_problems
 
 BAD_INPUT = 2
 INTERRUPTED = 130

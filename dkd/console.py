@@ -12,14 +12,18 @@ import codecs
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any, TextIO
 
 from dkd import atomic_files, launch
 from dkd.errors import RunError
 
+LONGEST_WRITE = 5.0
+"""Seconds that the end of a run waits at most for its log to be written."""
 # Control characters of ASCII and of Latin-1, separators of lines, marks of the direction of text, and halves of
 # characters, which stand for bytes of a file's name that are not UTF-8.
 _UNPRINTABLE = {
@@ -94,55 +98,85 @@ class _StandardError(logging.Handler):
 
 LOGGER = logging.getLogger("dkd")
 """Receives every line that dkd reports. A host program that wants none of them sets its level
-(`logging.getLogger("dkd").setLevel(logging.ERROR)`), and one that wants them elsewhere removes the handler and adds its
-own, as with the loggers of transformers and datasets."""
+(`logging.getLogger("dkd").setLevel(logging.ERROR)`), and one that wants them elsewhere adds a handler of its own before
+dkd is imported, as with the loggers of transformers and datasets."""
 if not LOGGER.handlers:
     LOGGER.addHandler(_StandardError())
-    LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # a root logger with a handler would print each line again
+if LOGGER.level == logging.NOTSET:
+    LOGGER.setLevel(logging.INFO)
 
 
 def say(message: str) -> None:
     """Report one line: to standard error, and to the log files that are open. Raises nothing: a line that cannot be
     written is dropped."""
-    # What a program adds to the logger is not dkd's: only its own handlers promise not to raise.
     level = logging.WARNING if message.removeprefix("dkd: ").startswith("warning: ") else logging.INFO
-    LOGGER.log(level, "%s", message)
+    if level < LOGGER.level:
+        return
+    record = LOGGER.makeRecord(LOGGER.name, level, __file__, 0, "%s", (message,), None)
+    # Handed over here, not by LOGGER.log: a module that configures logging, or turns it off, would silence the reason
+    # why a run ends. A handler of another program may raise.
+    with suppress(Exception):
+        LOGGER.callHandlers(record)
 
 
 class _LogFile(logging.Handler):
-    """Appends lines with time and rank to a file, and drops a line that the file does not take."""
+    """Appends lines with time and rank to a file. A thread of its own writes, so that a disk that hangs holds up no
+    rank, and drops a line that the file does not take."""
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
         self.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s"))
-        self._file: IO[bytes] | None = None
-        with suppress(OSError):
-            self._file = atomic_files.open_to_append(path)
+        self._path = path
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="train.log", daemon=True)
+        self._thread.start()
+
+    def createLock(self) -> None:
+        """Make no lock: the queue needs none, and a rank must never wait for another thread here."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._file is not None:
-            with suppress(OSError, ValueError):
-                self._file.write(printable(self.format(record)).encode() + b"\n")
+        self._lines.put(printable(self.format(record)).encode() + b"\n")
 
-    def close(self) -> None:
-        if self._file is not None:
+    def _write(self) -> None:
+        file: IO[bytes] | None = None
+        with suppress(OSError):
+            file = atomic_files.open_to_append(self._path)
+        while (line := self._lines.get()) is not None:
+            if file is not None:
+                with suppress(OSError, ValueError):
+                    file.write(line)
+        if file is not None:
             with suppress(OSError):
-                self._file.close()
-        super().close()
+                file.close()
+
+    def finish(self) -> None:
+        """Wait for the lines that were reported, some seconds at most, and close the file. Not `close`, which logging
+        calls whenever a program configures it."""
+        self._lines.put(None)
+        self._thread.join(LONGEST_WRITE)
 
 
 @contextmanager
-def log_file(path: Path, rank: int) -> Iterator[None]:
+def log_file(path: Path, rank: int) -> Iterator[Callable[[str], None]]:
     """Append every line that is reported inside to a file, with time and rank. A file that cannot be written is left
-    out: no log ends a training."""
+    out: no log ends a training.
+
+    Yields:
+        A function that writes a line to this file alone.
+    """
     handler = _LogFile(path, rank)
     LOGGER.addHandler(handler)
+
+    def note(message: str) -> None:
+        handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, __file__, 0, "%s", (message,), None))
+
     try:
-        yield
+        yield note
     finally:
         LOGGER.removeHandler(handler)
-        handler.close()
+        handler.finish()
 
 
 def say_on_first_rank(message: str) -> None:

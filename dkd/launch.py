@@ -144,9 +144,23 @@ class Launch:
         return cls._read("single", None)
 
     @classmethod
+    def read_rendezvous(cls) -> Launch:
+        """Read only what ranks need to find each other, for a rank that is to report that the rest is wrong. A process
+        whose variables do not describe a rendezvous is alone."""
+        problems = _environment_problems()
+        if any(name in problem for problem in problems for name in _RENDEZVOUS) or not _meets():
+            return cls()
+        environment = os.environ
+        return cls(
+            rank=int(environment["RANK"]),
+            local_rank=int(environment["LOCAL_RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            address=(environment["MASTER_ADDR"], int(environment["MASTER_PORT"])),
+        )
+
+    @classmethod
     def _read(cls, engine: EngineName, deepspeed: Mapping[str, Any] | None) -> Launch:
         numbers = {name: int(os.environ[name]) for name in _NUMBERS if name in os.environ}
-        together = all(name in os.environ for name in _RENDEZVOUS)
         return cls(
             rank=numbers.get("RANK", 0),
             local_rank=numbers.get("LOCAL_RANK", 0),
@@ -156,7 +170,7 @@ class Launch:
             deepspeed=deepspeed,
             asks_for_cpu=_is_on("ACCELERATE_USE_CPU"),
             has_launcher="LOCAL_RANK" in os.environ,
-            address=(os.environ["MASTER_ADDR"], numbers["MASTER_PORT"]) if together else None,
+            address=(os.environ["MASTER_ADDR"], numbers["MASTER_PORT"]) if _meets() else None,
             restarts_ranks=numbers.get("TORCHELASTIC_MAX_RESTARTS", 0) > 0,
             is_elastic="TORCHELASTIC_RUN_ID" in os.environ,
             stop_exit_code=numbers.get("DKD_STOP_EXIT_CODE"),
@@ -193,11 +207,6 @@ def named_rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def ranks_can_meet() -> bool:
-    """Return whether the variables by which the ranks of a launch find each other are right."""
-    return not any(name in problem for problem in _environment_problems() for name in _RENDEZVOUS)
-
-
 def local_world_size() -> int | None:
     """Return the number of processes on this machine, or None where no launcher has set it to a number: for the losses
     in a training loop of the user's own, which has no `Launch`."""
@@ -214,6 +223,11 @@ def ask_for_repeatable_gpu_sums() -> None:
 def keep_deepspeed_on_cpu() -> None:
     """Keep DeepSpeed from looking for a GPU, and from warning that there is none: it reads a variable."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _meets() -> bool:
+    """Return whether a launcher has set all variables by which ranks find each other."""
+    return all(name in os.environ for name in _RENDEZVOUS)
 
 
 def _environment_problems() -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe
 from dkd.commands.command import Command
-from dkd.commands.errors import input_errors_as_recipe_errors, load_recipe_on_all_ranks, read_launch
+from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+from dkd.preflight.refusals import input_errors_as_recipe_errors
 
 if TYPE_CHECKING:
     from dkd.config import Recipe

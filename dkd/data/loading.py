@@ -124,7 +124,7 @@ class Loading(Iterator[Batch]):
     def _wait_for_batch(self) -> Batch | FilledSlot:
         # DataLoader gives batches to its workers in turn, and takes them back in the same order.
         worker = (self._given - self._first) % max(1, self._workers)
-        seen, looked, waited = self._marks.count(worker), time.monotonic(), 0.0
+        seen, looked, waited, started = self._marks.count(worker), time.monotonic(), 0.0, 0.0
         while True:
             assert self._iterator is not None
             try:
@@ -142,17 +142,20 @@ class Loading(Iterator[Batch]):
                 raise DataError(
                     f"{self._marks.describe(worker)}, has read nothing for {waited:.0f} s: it hangs, or its disk does"
                 )
-            elif not self._marks.has_begun(worker) and waited >= self._start_seconds:
+            elif not self._marks.has_begun(worker) and waited - started >= self._patience(limit):
                 console.say(
                     f"warning: a worker process has not begun to load after {waited:.0f} s; the worker processes are "
                     "started again"
                 )
-                stuck: list[Iterator[Batch | FilledSlot] | None] = [self._iterator]
-                self._iterator = None
-                _abandon(stuck, self._pids)
+                self._stop_workers()
                 self._start_seconds *= 2
                 self._start()
-                worker, seen, waited = 0, 0, 0.0
+                # What was waited counts against the limit: the other ranks wait for this one all the time.
+                worker, seen, started = 0, 0, waited
+
+    def _patience(self, limit: float | None) -> float:
+        """Return the seconds that workers have to begin: few enough that they can be replaced before the limit."""
+        return self._start_seconds if limit is None else min(self._start_seconds, limit / 3)
 
     def _make_blank(self, failure: str) -> Batch:
         assert self._size is not None

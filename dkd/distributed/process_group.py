@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dkd.config import RecipeError
 from dkd.distributed.rendezvous import Refused, meet
 from dkd.launch import Launch
-from dkd.library_internals.torch import process_groups, set_group_timeout
+from dkd.library_internals.torch import group_timeout, process_groups, set_group_timeout
 
 REFUSAL_SECONDS = 300.0
 """Seconds that a rank which cannot take part waits for the others, to report why: they may still be opening their
@@ -94,3 +94,23 @@ def set_timeouts(seconds: float, but: Collection[Any] = ()) -> None:
     for group in process_groups():
         if not any(group is other for other in but):
             set_group_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def kept_timeouts() -> Iterator[None]:
+    """Restore, at the end, the timeouts that all present groups have now."""
+    device = torch.device("cpu")
+    before = [(group, group_timeout(group, device)) for group in process_groups()] if dist.is_initialized() else []
+    try:
+        yield
+    finally:
+        for group, timeout in before:
+            if timeout is not None:
+                set_group_timeout(timeout, group)
+
+
+def abandon_process_group() -> None:
+    """Give up the process group after an error that this rank may be alone with. With gloo, the collectives of other
+    ranks fail now; with other backends, the group is left as it is, since leaving would wait for the others."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 PREPARE_BACKEND = "_prepare_backend"
@@ -17,6 +18,21 @@ def reset_accelerate() -> None:
     classes, and no public function clears all of them."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@contextmanager
+def fresh_settings() -> Iterator[None]:
+    """Set Accelerate's settings of this process aside, so that another Accelerator can be made inside, and restore them
+    afterwards. The settings live in classes, which all of their instances share."""
+    classes = (PartialState, AcceleratorState, GradientState)
+    kept = [dict(each._shared_state) for each in classes]
+    reset_accelerate()
+    try:
+        yield
+    finally:
+        reset_accelerate()
+        for each, settings in zip(classes, kept, strict=True):
+            each._shared_state.update(settings)
 
 
 def set_units_of_sharding(model: nn.Module, classes: Sequence[str]) -> None:

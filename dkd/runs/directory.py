@@ -78,6 +78,7 @@ class RunDirectory:
         self._metrics: Any = None
         self._unwritten = b""
         self._log = ExitStack()
+        self._note: Callable[[str], None] = lambda message: None
 
     def take_over(
         self, recipe: Recipe, if_run_exists: IfRunExists, start: Start, allow_recipe_change: bool
@@ -138,7 +139,7 @@ class RunDirectory:
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
         self._metrics = atomic_files.open_to_append(self.path / _METRICS)
-        self._log.enter_context(console.log_file(self.path / LOG_FILE, rank=0))
+        self._note = self._log.enter_context(console.log_file(self.path / LOG_FILE, rank=0))
         return (
             [] if damage is None else [f"warning: {damage}; it is now {_DAMAGED_PROVENANCE}, and a new one was begun"]
         )
@@ -254,7 +255,12 @@ class RunDirectory:
         named = f"{first.get('host')} {first.get('started')} {first.get('command')}"
         return hashlib.sha256(named.encode()).hexdigest()[:16], len(starts) > 1
 
+    def note_end(self, error: Exception) -> None:
+        """Write into the run's log why the run ends. Whoever started the run reports it elsewhere."""
+        self._note(str(error))
+
     def close(self) -> None:
+        """Close the run's files, and let other trainings into its folder."""
         if self._metrics is not None:
             self._metrics.close()  # unbuffered: there is nothing left to write that could fail
             self._metrics = None

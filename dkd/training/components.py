@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,10 +143,14 @@ def build_components(
     heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
     with heartbeat.names_lost_ranks():
         parts = _build(recipe, launch, engine, heartbeat, run_dir, training, validation)
-        parts.resume(if_run_exists, allow_recipe_change)
-        parts.state.notes.extend(notes)
-        parts.open_log()
-        parts.report_start(training)
+        with ExitStack() as on_failure:
+            on_failure.callback(run_dir.close)
+            on_failure.callback(heartbeat.close)
+            parts.resume(if_run_exists, allow_recipe_change)
+            parts.state.notes.extend(notes)
+            parts.open_log()
+            parts.report_start(training)
+            on_failure.pop_all()
         return parts
 
 

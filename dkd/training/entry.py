@@ -13,10 +13,13 @@ import torch.distributed as dist
 
 from dkd.config import Recipe, load_recipe
 from dkd.config.loading import build_recipe
-from dkd.engines.accelerated import forget_settings, leave_process_group
+from dkd.distributed.process_group import abandon_process_group, announces_refusals, kept_timeouts
+from dkd.engines.accelerated import leave_process_group
 from dkd.errors import Stopped, TrainingError
 from dkd.launch import Launch
+from dkd.library_internals.accelerate import fresh_settings
 from dkd.preflight.check import check
+from dkd.preflight.refusals import input_errors_as_recipe_errors, refused_on_all_ranks
 from dkd.runs.launches import IfRunExists
 from dkd.training.evaluate_student import StudentEvaluation, evaluate_student
 from dkd.training.evaluation import Evaluation
@@ -73,11 +76,13 @@ def train(
         InputError: what was given is wrong; nothing was started.
         RunError: the run cannot continue (TrainingError, LostRankError), or was asked to stop (Stopped).
     """
-    launch = Launch.read()
-    resolved = resolve(recipe, overrides)
-    check(resolved, launch, if_run_exists, allow_recipe_change)
+    with refused_on_all_ranks():
+        launch = Launch.read()
+        resolved = resolve(recipe, overrides)
     with process_group_of_its_own():
-        trainer = Trainer.from_recipe(resolved, launch, if_run_exists, allow_recipe_change)
+        with announces_refusals(launch), input_errors_as_recipe_errors():
+            check(resolved, launch, if_run_exists, allow_recipe_change)
+            trainer = Trainer.from_recipe(resolved, launch, if_run_exists, allow_recipe_change)
         result = trainer.fit()
         return TrainResult(trainer.parts.run_dir.path, trainer.state.step, result)
 
@@ -94,8 +99,10 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), *, trust_code: b
     Raises:
         InputError: what is missing or does not fit.
     """
-    with process_group_of_its_own():
-        return evaluate_student(target, overrides, trust_code)
+    with refused_on_all_ranks():
+        launch = Launch.read()
+    with process_group_of_its_own(), announces_refusals(launch):
+        return evaluate_student(target, overrides, trust_code, launch)
 
 
 def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -108,15 +115,19 @@ def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence
 
 @contextmanager
 def process_group_of_its_own() -> Iterator[None]:
-    """Leave, at the end, the process group that was opened inside, and no other: one that the caller has opened stays.
-    Accelerate's settings of this process are forgotten in any case, so that the next training can have others."""
-    leave = forget_settings if dist.is_initialized() else leave_process_group
-    try:
-        yield
-    except (TrainingError, Stopped):  # raised by all ranks together, so that they can leave together
-        leave()
-        raise
-    except BaseException:
-        forget_settings()
-        raise
-    leave()
+    """Leave, at the end, the process group that was opened inside. One that the caller has opened stays, with the
+    timeouts that its groups had; and so do Accelerate's settings, which a trainer of the caller's may use."""
+    with fresh_settings():
+        if dist.is_initialized():
+            with kept_timeouts():
+                yield
+            return
+        try:
+            yield
+        except (TrainingError, Stopped):  # raised by all ranks together, so that they can leave together
+            leave_process_group()
+            raise
+        except BaseException:
+            abandon_process_group()
+            raise
+        leave_process_group()

@@ -13,7 +13,7 @@ from dkd.data import DataError
 from dkd.data.loader import Batch
 from dkd.distributed.async_mean import AsyncMean, Number, StepValues
 from dkd.distributed.process_group import set_timeouts
-from dkd.errors import TrainingError
+from dkd.errors import RunError, TrainingError
 from dkd.launch import Launch
 from dkd.runs.launches import IfRunExists
 from dkd.training.components import Components, build_components
@@ -80,10 +80,15 @@ class Trainer:
                 assert result is not None  # an evaluation is due after the last step
                 self.parts.saver.finish(result)
                 return result
-        except TrainingError:
-            self.parts.saver.wait()
+        except RunError as error:
+            if isinstance(error, TrainingError):  # raised by all ranks together, so that all can finish a checkpoint
+                self.parts.saver.wait()
+            self.parts.run_dir.note_end(error)
             raise
         finally:
+            if self.parts.launch.world_size == 1:
+                # The process may train again. Other ranks might never join the checkpoint of several.
+                self.parts.checkpointer.wait()
             self.close()
 
     def _begin(self) -> Evaluation | None:

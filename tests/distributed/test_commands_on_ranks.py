@@ -1,7 +1,9 @@
 """Commands on two ranks of a real launch: what they write, what they print, and how they end."""
 
 import json
+import socket
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +129,53 @@ def test_two_ranks_go_to_their_end_when_the_reader_of_their_log_leaves(tmp_path)
         launch.process.stdout.close()
         assert launch.wait(limit(180)) == 0
     assert (tmp_path / "run" / "FINISHED").exists()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+SCRIPT = "import sys, dkd; dkd.train(sys.argv[1], sys.argv[2:])"
+
+
+@pytest.mark.parametrize("how", ["command", "function"])
+def test_what_is_wrong_on_one_machine_ends_all_ranks(tmp_path, how):
+    """A wrong variable on the second of two machines, and data that only the first one has."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+run: {trackers: []}
+data: {train: digits, validation: digits, classes: 10, transforms: digits, image_size: 8}
+student: {name: resnet8}
+train: {global_batch: 32, epochs: 1, max_steps: 1, precision: fp32}
+optimizer: {name: sgd, lr: 0.05}
+schedule: {name: cosine}
+"""
+    )
+    start = [*DKD, "train"] if how == "command" else [sys.executable, "-c", SCRIPT]
+    for variables, override, message in (
+        ({"DKD_STOP_EXIT_CODE": "abc"}, [], "DKD_STOP_EXIT_CODE must be a whole number from 0 to 255, not 'abc'"),
+        ({}, ["data.train=/nowhere/*.parquet"], "/nowhere/*.parquet"),
+    ):
+        ranks, port = [], str(free_port())
+        for rank in (0, 1):
+            own = {
+                **RANKS,
+                "MASTER_PORT": port,
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                **(variables if rank else {}),
+            }
+            command = [*start, recipe, f"run.dir={tmp_path / 'run'}", *(override if rank else [])]
+            ranks.append(Launch(command, tmp_path / f"log{rank}", **own))
+        with ranks[0], ranks[1]:
+            codes = [each.process.wait(timeout=limit(60)) for each in ranks]
+            said = [each.said() for each in ranks]
+        assert message in said[0], said[0]
+        assert message in said[1], said[1]
+        assert codes == ([2, 2] if how == "command" else [1, 1])
+        assert "Traceback" not in said[0] or how == "function"
+        assert not (tmp_path / "run").exists()

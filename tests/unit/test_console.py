@@ -1,11 +1,14 @@
 """A log that cannot be written never ends a training, nor does it change its exit code."""
 
 import io
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from launched import DKD, Launch, limit
+from launched import DKD, Launch, child_environment, limit
 
 from dkd import console
 from dkd.cli import main
@@ -113,3 +116,43 @@ def test_a_tracker_that_does_not_start_is_wrong_input(tmp_path, monkeypatch, cap
     ]
     assert main(words) == 2
     assert "run.trackers: tensorboard cannot start: LookupError: no key" in capsys.readouterr().err
+
+
+def test_a_program_that_configures_logging_does_not_silence_the_reason_of_an_end(tmp_path, capsys):
+    import logging.config
+
+    with console.log_file(tmp_path / "train.log", 0) as note:
+        logging.disable(logging.CRITICAL)
+        try:
+            console.say("one")
+        finally:
+            logging.disable(logging.NOTSET)
+        logging.config.dictConfig({"version": 1})  # disables all loggers, and closes all handlers
+        console.say("two")
+        note("three")
+    assert capsys.readouterr().err == "one\ntwo\n"
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.rpartition(" rank 0 ")[2] for line in lines] == ["INFO one", "INFO two", "ERROR three"]
+
+
+def test_a_log_file_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "LONGEST_WRITE", 0.1)
+    os.mkfifo(tmp_path / "train.log")  # to open it waits for a reader
+    begun = time.monotonic()
+    with console.log_file(tmp_path / "train.log", 0):
+        for _ in range(1000):
+            console.say("line")
+    assert time.monotonic() - begun < limit(2)
+
+
+def test_a_level_that_was_set_before_dkd_was_used_is_kept(tmp_path):
+    code = """
+import logging, dkd
+logging.getLogger("dkd").setLevel(logging.ERROR)
+from dkd import console
+console.say("quiet")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, timeout=limit(30)
+    )
+    assert (result.returncode, result.stderr) == (0, "")

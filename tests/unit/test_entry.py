@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -108,3 +109,82 @@ for name in dkd.__all__:
     assert getattr(dkd, name).__doc__, name
 """
     subprocess.run([sys.executable, "-c", code], env=child_environment(), check=True, timeout=limit(60))
+
+
+class Failing(dkd.Trainer):
+    def train_step(self):
+        if self.state.step == 2:
+            raise RuntimeError("a bug")
+        return super().train_step()
+
+
+def test_after_an_error_nothing_is_written_and_the_folder_is_free(tmp_path, monkeypatch):
+    values = {**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}, "checkpoint": {"every_steps": 1}}
+    from dkd.training import entry
+
+    monkeypatch.setattr(entry, "Trainer", Failing)
+    with pytest.raises(RuntimeError, match="a bug"):
+        dkd.train(values, ["train.max_steps=4"])
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+    monkeypatch.setattr(entry, "Trainer", dkd.Trainer)
+    assert dkd.train(values, ["train.max_steps=4"]).steps == 4
+
+
+def test_a_start_that_fails_late_leaves_nothing_behind_it(tmp_path, monkeypatch):
+    from dkd.engines.trackers import Trackers
+
+    values = {**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}
+    handlers = list(console.LOGGER.handlers)
+
+    def fail(*arguments):
+        raise dkd.RecipeError.at("run.trackers", "cannot start")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Trackers, "start", fail)
+        with pytest.raises(dkd.RecipeError, match="cannot start"):
+            dkd.train(values)
+    assert console.LOGGER.handlers == handlers
+    assert dkd.train(values).steps == 2
+
+
+def test_the_log_of_a_run_states_why_it_ended(tmp_path):
+    values = {**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "run")}}
+    with pytest.raises(dkd.TrainingError) as error:
+        dkd.train(values, ["optimizer.lr=1e30", "train.max_steps=8"])
+    last = (tmp_path / "run" / "train.log").read_text().splitlines()[-1]
+    assert last.endswith(f"rank 0 ERROR {error.value}")
+
+
+def test_a_trainer_of_the_callers_survives_an_evaluation(tmp_path):
+    values = {**RECIPE, "run": {**RECIPE["run"], "dir": str(tmp_path / "done")}}
+    done = dkd.train(values, ["train.precision=bf16"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    trainer = dkd.Trainer.from_recipe(dkd.load_recipe(path, [f"run.dir={tmp_path / 'alive'}"]))
+    try:
+        trainer.load_images(2)
+        trainer.train_step()
+        dkd.evaluate(done.run_dir)
+        trainer.train_step()
+    finally:
+        trainer.close()
+    assert trainer.state.step == 2
+
+
+def test_a_process_group_of_the_callers_stays_with_its_timeout(tmp_path):
+    code = f"""
+import datetime, torch.distributed as dist, dkd
+from dkd.library_internals.torch import group_timeout
+import torch
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=datetime.timedelta(seconds=1234))
+recipe = {RECIPE!r}
+recipe["run"]["dir"] = {str(tmp_path / "run")!r}
+assert dkd.train(recipe).steps == 2
+assert dist.is_initialized()
+print(group_timeout(dist.group.WORLD, torch.device("cpu")).total_seconds())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, timeout=limit(60)
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip() == "1234.0"
