@@ -53,7 +53,7 @@ def kill_one_and_finish(recipe, folder, undisturbed, trial):
     assert len(run.starts()) == 2, (run.starts(), said)
     assert run.starts()[1] >= 10
     assert run.student() == undisturbed(2)
-    assert f"rank {trial % 2} on {platform.node()}: no sign of life" in said, said
+    assert f"rank {trial % 2} on {platform.node()}: no heartbeat" in said, said
 
 
 @pytest.mark.short
@@ -77,7 +77,7 @@ def test_a_stopped_rank_is_named_by_the_others_at_the_timeout(recipe, tmp_path):
         # The launcher kills the stopped rank, half a minute after it has asked it to end.
         assert launch.wait(60) == 1
         said = launch.said()
-    assert re.search(rf"rank 1 on {platform.node()}: no sign of life, last seen at .*step \d+", said), said
+    assert re.search(rf"rank 1 on {platform.node()}: no heartbeat, last seen at .*step \d+", said), said
     assert re.search(rf"this is rank 0 on {platform.node()}: .*step \d+", said), said
 
 
@@ -201,7 +201,7 @@ def test_launch_check_names_a_rank_that_does_not_come(recipe, tmp_path):
     begun = time.monotonic()
     with Launch(accelerate_command(2, program, recipe, f"run.dir={tmp_path / 'run'}"), tmp_path / "log") as launch:
         assert launch.wait(60) == 1
-        assert f"rank 1 did not come within 10 s; this is rank 0 on {platform.node()}" in launch.said()
+        assert f"rank 1 did not arrive within 10 s; this is rank 0 on {platform.node()}" in launch.said()
     assert time.monotonic() - begun < 60
 
 

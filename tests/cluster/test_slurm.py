@@ -117,7 +117,7 @@ def test_near_its_time_limit_it_stops_behind_a_checkpoint_and_requeues_itself(cl
     starts = job.run.starts()
     assert starts[0] == 0
     assert starts[1] >= 15
-    assert "stopped behind a checkpoint; going back into the queue" in job.said()
+    assert "stopped after a checkpoint; going back into the queue" in job.said()
     assert "by SIGUSR1; the same command resumes it" in job.said()
     assert job.run.student() == undisturbed
 
