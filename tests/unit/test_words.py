@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted((ROOT / "dkd").rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted(path for folder in ("launch", "configs") for path in (ROOT / folder).rglob("*") if path.is_file())
 # A function's docstring begins with a verb, not with one of these.
 NO_VERBS = {
     *(
