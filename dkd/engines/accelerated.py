@@ -85,7 +85,8 @@ class AcceleratedEngine:
         return {"cpu": False}
 
     def _check(self, recipe: Recipe) -> None:
-        """Compare what Accelerate made with what was asked for. Raises RecipeError."""
+        """Compare what Accelerate made with what was asked for. `preflight/launch.py` refuses before what it can know
+        of the device; here the device is known. Raises RecipeError."""
         accelerator, world_size = self.accelerator, self._launch.world_size
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if (

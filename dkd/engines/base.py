@@ -63,8 +63,9 @@ class Engine(Protocol):
         """Finish a micro-step: update the weights when it was the last of its step, and clear the gradient.
 
         Before it, and in a step's last micro-step only, DDP and FSDP2 keep the gradient in `parameter.grad` (FSDP2 a
-        shard of it, as a DTensor), in fp16 times the loss scale. DeepSpeed has clipped, stepped and cleared in
-        `backward` already, and keeps no gradient that can be read here.
+        shard of it, as a DTensor). In fp16 it is multiplied by the loss scale until it is clipped or unscaled, and a
+        scaler refuses to unscale twice in one step. DeepSpeed has clipped, stepped and cleared in `backward` already;
+        of the gradient it keeps the norm before clipping, `student.get_global_grad_norm()`.
 
         Args:
             max_norm: the gradient's 2-norm is cut down to it; None: it is not.

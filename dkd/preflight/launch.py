@@ -7,7 +7,7 @@ from dkd.config.derived import micro_batch, micro_steps
 from dkd.engines.arithmetic import device_type, has_gpu
 from dkd.engines.rules import EngineRules, rules_of
 from dkd.global_batch import ranks_per_group
-from dkd.launch import LAUNCH_FILES, Launch
+from dkd.launch import Launch
 
 
 def launch_problems(recipe: Recipe, launch: Launch) -> list[Problem]:
@@ -58,8 +58,13 @@ def _teacher_problems(recipe: Recipe, launch: Launch, rules: EngineRules) -> lis
     if teacher is None:
         return []
     if teacher.placement == "zero3" and not rules.uses_deepspeed:
-        advice = f"take fsdp2 under {rules.name}"
-        found.append(Problem("teacher.placement", f"zero3 needs a student under DeepSpeed ({LAUNCH_FILES}); {advice}"))
+        files = "launch/accelerate/{zero1,zero2,zero3}.yaml"
+        found.append(
+            Problem(
+                "teacher.placement",
+                f"zero3 needs a student under DeepSpeed ({files}); this launch is {rules.name}: take fsdp2",
+            )
+        )
     if teacher.placement != "replicated" and recipe.train.compile.teacher:
         found.append(Problem("train.compile.teacher", f"is not supported with teacher.placement={teacher.placement}"))
     if teacher.mesh != "world" and teacher.placement != "fsdp2":

@@ -77,6 +77,8 @@ def _shapes(
 
 
 def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Problem]:
+    """Return what is wrong with the shapes of pairs: one block for each loss that has rules of shapes. A block calls
+    what the loss itself raises, as `token_grid`, so that there is one text."""
     problems = []
     at = recipe.losses.at
     for i, (s, t) in enumerate(at.paths if at is not None else []):
