@@ -30,4 +30,5 @@ def test_they_stop_after_a_checkpoint(tmp_path):
     assert stopped["by"] == "SIGTERM"
     assert (run / "checkpoints" / f"step_{stopped['step']:08}").is_dir()
     lost = f"the launcher (pid {launch.process.pid}) of this rank is gone"
-    assert launch.said().count(lost) == 2
+    # Each rank looks once a second; the first one that finds out stops both, and the other may be gone before it looks.
+    assert 1 <= launch.said().count(lost) <= 2

@@ -15,7 +15,6 @@ from dkd.launch import (
     Start,
     local_world_size,
     named_rank,
-    ranks_can_meet,
     speaks_for_machine,
 )
 
@@ -175,7 +174,8 @@ def test_wrong_deepspeed_files_are_refused(environment, tmp_path, text, said):
 
 
 def test_all_wrong_variables_are_reported_together(environment):
-    environment(WORLD_SIZE="two", RANK="5", LOCAL_WORLD_SIZE="2", LOCAL_RANK="2", ACCELERATE_USE_FSDP="maybe")
+    wrong = {"WORLD_SIZE": "two", "RANK": "5", "LOCAL_RANK": "2", "ACCELERATE_USE_FSDP": "maybe"}
+    environment(**{**RANKS, **wrong})
     for read in (Launch.read, Launch.read_ranks):
         with pytest.raises(LaunchError) as error:
             read()
@@ -184,11 +184,13 @@ def test_all_wrong_variables_are_reported_together(environment):
             "the environment variable LOCAL_RANK must be less than LOCAL_WORLD_SIZE=2, not 2",
             "the environment variable ACCELERATE_USE_FSDP must be true or false, not 'maybe'",
         ]
-    assert not ranks_can_meet()
+    assert Launch.read_rendezvous() == Launch()
     environment(WORLD_SIZE="6")
-    assert not ranks_can_meet()  # LOCAL_RANK is still wrong
+    assert Launch.read_rendezvous() == Launch()  # LOCAL_RANK is still wrong
     environment(LOCAL_RANK="1")
-    assert ranks_can_meet()  # what is wrong is no matter of the rendezvous
+    # What is wrong is no matter of the rendezvous, where it is reported to the other ranks.
+    launch = Launch.read_rendezvous()
+    assert (launch.rank, launch.world_size, launch.named_address) == (5, 6, "node1:29500")
 
 
 def test_questions_that_are_asked_without_a_launch(environment):
