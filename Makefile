@@ -33,12 +33,12 @@ test-matrix: $(VENV)/.test
 	$(BIN)/python -m pytest -m matrix -s
 
 test-cluster: $(VENV)/.test cluster-tools
-	$(BIN)/python -m pytest tests/test_launch_scripts.py
+	$(BIN)/python -m pytest tests/unit/test_launch_scripts.py
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
 # One kind of process tracking, with a requeue and scancel; one cut link; one killed rank.
 test-cluster-short: $(VENV)/.test cluster-tools
-	$(BIN)/python -m pytest tests/test_launch_scripts.py
+	$(BIN)/python -m pytest tests/unit/test_launch_scripts.py
 	$(BIN)/python -m pytest -m "cluster and short" -k "not second" tests/cluster
 
 # Slurm, network namespaces and shellcheck. Where they cannot be installed, the tests that need them are skipped, and say so.

@@ -1,1 +1,2 @@
-"""Measurements, each a command: `python -m benchmarks.NAME`. Ratios within one run are what they are for; machines differ."""
+"""Measurements, each a command: `python -m benchmarks.NAME`. Ratios within one run are what they are for; machines
+differ."""

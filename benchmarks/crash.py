@@ -1,4 +1,5 @@
-"""Kills a rank of a training at random moments, starts the same command again, and compares the finished run with an undisturbed one.
+"""Kills a rank of a training at random moments, starts the same command again, and compares the finished run with an
+undisturbed one.
 
 python -m benchmarks.crash                       20 trials, at least 5 of them while a checkpoint is being written
 python -m benchmarks.crash --trials 3 --inside 1
@@ -25,7 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
 RECIPE = [
-    "configs/quickstart.yaml", "teacher.weights=random", "train.precision=fp32", "run.trackers=[]", "train.max_steps=60",
+    "configs/quickstart.yaml", "teacher.weights=random", "train.precision=fp32", "run.trackers=[]",
+    "train.max_steps=60",
     "checkpoint.every_steps=3", "train.ema={decay: 0.9}",
 ]  # fmt: skip
 TIMINGS = ("images_per_second", "data_wait", "seconds")
@@ -35,7 +37,9 @@ def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     command += ["-m", "dkd", "train", *RECIPE, f"run.dir={run}"]
     with log.open("a") as output:
-        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
 
 def rank_processes(launcher: int) -> dict[int, int]:
@@ -58,7 +62,9 @@ def rank_processes(launcher: int) -> dict[int, int]:
 def result(run: Path) -> dict[str, Any]:
     """What must be equal: the weights, and everything logged but the clock's share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    logged = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines if "checkpoint" not in line]
+    logged = [
+        {key: value for key, value in line.items() if key not in TIMINGS} for line in lines if "checkpoint" not in line
+    ]
     return {"sha256": hashlib.sha256((run / "student.safetensors").read_bytes()).hexdigest(), "lines": logged}
 
 
@@ -90,7 +96,9 @@ def wait_for(launcher: subprocess.Popen[bytes], condition: Any, seconds: float =
     return True
 
 
-def trial(folder: Path, number: int, inside: bool, undisturbed: dict[str, Any], duration: float, draw: random.Random) -> Trial | None:
+def trial(
+    folder: Path, number: int, inside: bool, undisturbed: dict[str, Any], duration: float, draw: random.Random
+) -> Trial | None:
     """One training, killed once. None when it was over before the moment came."""
     run, log = folder / f"trial_{number}", folder / f"trial_{number}.log"
     launcher = start(run, log)
@@ -122,7 +130,12 @@ def trial(folder: Path, number: int, inside: bool, undisturbed: dict[str, Any], 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="kills (default 20)")
-    parser.add_argument("--inside", type=int, metavar="N", help="at least so many while a checkpoint is being written (default a quarter)")
+    parser.add_argument(
+        "--inside",
+        type=int,
+        metavar="N",
+        help="at least so many while a checkpoint is being written (default a quarter)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     options = parser.parse_args()
     inside = -(-options.trials // 4) if options.inside is None else options.inside
@@ -137,8 +150,14 @@ def main() -> int:
             return 1
         duration = time.monotonic() - begun
         undisturbed = result(folder / "undisturbed")
-        print(f"undisturbed: {len(undisturbed['lines'])} lines, student {undisturbed['sha256'][:12]}; SIGKILL of one of {PROCESSES} ranks:")
-        print(f"{'trial':>5} {'rank':>5} {'after step':>11} {'inside a checkpoint':>20} {'resumed from':>13}  finished run")
+        print(
+            f"undisturbed: {len(undisturbed['lines'])} lines, student {undisturbed['sha256'][:12]}; SIGKILL of one of "
+            f"{PROCESSES} ranks:"
+        )
+        print(
+            f"{'trial':>5} {'rank':>5} {'after step':>11} {'inside a checkpoint':>20} {'resumed from':>13}  finished "
+            "run"
+        )
         done: list[Trial] = []
         number = 0
         while len(done) < options.trials or sum(t.inside for t in done) < inside:
@@ -153,7 +172,10 @@ def main() -> int:
             done.append(tried)
             verdict = "equal" if tried.equal else f"DIFFERS: {(folder / f'trial_{number}.log').read_text()[-1500:]}"
             where = "yes" if tried.inside else "no"
-            print(f"{len(done):>5} {tried.rank:>5} {tried.step:>11} {where:>20} {tried.resumed:>13}  {verdict}", flush=True)
+            print(
+                f"{len(done):>5} {tried.rank:>5} {tried.step:>11} {where:>20} {tried.resumed:>13}  {verdict}",
+                flush=True,
+            )
     wrong = [t for t in done if not t.equal]
     print(f"{len(done)} kills, {sum(t.inside for t in done)} inside a checkpoint, {len(wrong)} finished runs differ")
     return 1 if wrong else 0

@@ -4,10 +4,14 @@ python -m benchmarks.data                        CPU time an image and images/s,
 python -m benchmarks.data --photos 'imagenet/train-*.parquet' --small 'cifar10/train-*.parquet'
 python -m benchmarks.data --imagenet-index       1,281,167 rows with tiny images: start, order, memory, resuming
 
-The first compares ways from encoded images to normalised batches, by worker processes: torchvision's usual pipeline (an image folder,
-transforms on PIL images); dkd's loading as it was before its decoder, views and shared memory; dkd's map-style source and its streaming.
-CPU time is that of the rank and all its workers: what a machine with more cores can do. Images/s depend on what else runs. Each way is
-measured in turn, several times, and ratios are of one run. The pixels of all images are compared with those of the way before.
+The first compares ways from encoded images to normalised batches, by worker processes: torchvision's usual pipeline (an
+image folder,
+transforms on PIL images); dkd's loading as it was before its decoder, views and shared memory; dkd's map-style source
+and its streaming.
+CPU time is that of the rank and all its workers: what a machine with more cores can do. Images/s depend on what else
+runs. Each way is
+measured in turn, several times, and ratios are of one run. The pixels of all images are compared with those of the way
+before.
 """
 
 from __future__ import annotations
@@ -53,7 +57,7 @@ def write_images(folder: Path, count: int, sizes: list[tuple[int, int]], row_gro
 
 def image_folder(pattern: str, folder: Path) -> Path:
     """The same images as files, FOLDER/LABEL/N.jpg."""
-    from dkd.data.row_groups import open_row_groups
+    from dkd.data.parquet_stream import open_row_groups
 
     source = open_row_groups(pattern, training=True)
     for index in range(len(source)):
@@ -88,20 +92,23 @@ def torchvision_batches(folder: Path, preset: str, workers: int) -> Iterator[tor
 def dkd_batches(
     pattern: str, preset: str, workers: int, streaming: bool, in_memory: bool, normalized: bool = True
 ) -> Iterator[torch.Tensor]:
-    from dkd.data import TrainingBatches, build_pipeline, open_row_groups, open_source
+    from dkd.data import TrainLoader, build_pipeline, open_row_groups, open_source
     from dkd.data import in_memory as decoded
 
     pipeline = build_pipeline(preset)
     source: Any = open_row_groups(pattern, training=True) if streaming else open_source(pattern, training=True)
     if in_memory:
         source = decoded(source)
-    for batch in TrainingBatches(source, pipeline.train, order_of(source, BATCH), workers, image_size=pipeline.image_size).steps(0, 10**6):
+    for batch in TrainLoader(
+        source, pipeline.train, order_of(source, BATCH), workers, image_size=pipeline.image_size
+    ).steps(0, 10**6):
         yield pipeline.normalize(batch.images) if normalized else batch.images
 
 
 class Before(torch.utils.data.Dataset[Any]):
-    """Load images as dkd did before: Pillow decodes, pixels are transposed, torchvision's transforms follow one another, images are
-    stacked, and a batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and index."""
+    """Load images as dkd did before: Pillow decodes, pixels are transposed, torchvision's transforms follow one
+    another, images are stacked, and a batch reaches the rank as a file in /dev/shm. Keys are pairs of epoch and
+    index."""
 
     def __init__(self, pattern: str, preset: str, streaming: bool) -> None:
         from torchvision.transforms import v2
@@ -113,17 +120,17 @@ class Before(torch.utils.data.Dataset[Any]):
         self.transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> torch.Tensor:
-        from dkd.data.order import mix
         from dkd.data.sources import to_rgb_tensor
+        from dkd.rng import derive_seed
 
         images = []
         for epoch, index in keys:
             with Image.open(io.BytesIO(encoded_image(self.source, index))) as opened:
                 image = to_rgb_tensor(opened).contiguous()
             if self.of_one is not None:
-                images.append(self.of_one.of_batch(image[None], [mix(0, epoch, index)])[0])
+                images.append(self.of_one.of_batch(image[None], [derive_seed(0, epoch, index)])[0])
             else:
-                torch.default_generator.manual_seed(mix(0, epoch, index))
+                torch.default_generator.manual_seed(derive_seed(0, epoch, index))
                 images.append(self.transform(image))
         out = torch.zeros(len(images), *images[0].shape, dtype=torch.uint8)
         torch.stack(images, out=out)
@@ -134,23 +141,16 @@ def encoded_image(source: Any, index: int) -> bytes:
     """Return the bytes that a parquet file, opened in either way, holds of an image."""
     from dkd.data import RowGroups
 
-    if isinstance(source, RowGroups):
-        group, first = source._place(index)
-        cell = source._column(group)[index - first].as_py()
-        source._unread[group] -= 1
-        if source._unread[group] == 0:
-            del source._kept[group]
-    else:
-        cell = source.dataset[index][source.image_column]
+    cell = source.cell(index) if isinstance(source, RowGroups) else source.dataset[index][source.image_column]
     return cell if isinstance(cell, bytes) else cell["bytes"]
 
 
 def order_of(source: Any, batch: int, global_batch: int | None = None) -> Any:
-    from dkd.data import RowGroups, SampleOrder, StreamedOrder
+    from dkd.data import GlobalBatchSampler, RowGroups, StreamedBatchSampler
 
     if isinstance(source, RowGroups):
-        return StreamedOrder(len(source), 0, global_batch or batch, batch, 0, 1, tuple(source.sizes.tolist()))
-    return SampleOrder(len(source), 0, global_batch or batch, batch)
+        return StreamedBatchSampler(len(source), 0, global_batch or batch, batch, 0, 1, tuple(source.sizes.tolist()))
+    return GlobalBatchSampler(len(source), 0, global_batch or batch, batch)
 
 
 def before_batches(pattern: str, preset: str, workers: int, streaming: bool) -> Iterator[torch.Tensor]:
@@ -182,13 +182,13 @@ def _as_it_is(batch: Any) -> Any:
 
 def different_pixels(pattern: str, preset: str, streaming: bool, workers: int) -> tuple[int, int]:
     """Count the images of one epoch that were compared with those of the way before, and those that differ."""
-    from dkd.data import TrainingBatches, build_pipeline
+    from dkd.data import TrainLoader, build_pipeline
 
     before = Before(pattern, preset, streaming)
     rows = len(before.source)
     batch = max(size for size in range(1, 65) if rows % size == 0)
     order = order_of(before.source, batch, rows)
-    loaded = TrainingBatches(before.source, build_pipeline(preset).train, order, workers).steps(0, 1)
+    loaded = TrainLoader(before.source, build_pipeline(preset).train, order, workers).steps(0, 1)
     compared = different = 0
     for keys, ours in zip(order.micro_batches(0, 1), loaded, strict=True):
         theirs = before.__getitems__(keys)
@@ -217,7 +217,9 @@ def cost(batches: Iterator[torch.Tensor], seconds: float) -> tuple[float, float]
     return (cpu_seconds() - used) / count * 1e6, count / (time.monotonic() - begun)
 
 
-def measure(title: str, pattern: str, preset: str, folder: Path, workers: list[int], seconds: float, rounds: int) -> int:
+def measure(
+    title: str, pattern: str, preset: str, folder: Path, workers: list[int], seconds: float, rounds: int
+) -> int:
     """Print a table. Returns how many images differ from what the way before makes of them."""
     files = image_folder(pattern, folder)
     ways: dict[str, Callable[[int], Iterator[torch.Tensor]]] = {
@@ -231,27 +233,36 @@ def measure(title: str, pattern: str, preset: str, folder: Path, workers: list[i
         ways["in memory"] = lambda n: dkd_batches(pattern, preset, n, False, True)
     else:
         ways["map-style, uint8"] = lambda n: dkd_batches(pattern, preset, n, False, False, normalized=False)
-    print(f"\n{title}: CPU µs an image (torchvision's over it), images/s\n{'workers':>8}" + "".join(f"{name:>26}" for name in ways))
+    print(
+        f"\n{title}: CPU µs an image (torchvision's over it), images/s\n{'workers':>8}"
+        + "".join(f"{name:>26}" for name in ways)
+    )
     for number in workers:
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, way in ways.items():
                 found[name].append(cost(way(number), seconds))
-        medians = {name: [statistics.median(values) for values in zip(*results, strict=True)] for name, results in found.items()}
+        medians = {
+            name: [statistics.median(values) for values in zip(*results, strict=True)]
+            for name, results in found.items()
+        }
         cells = (f"{cpu:.0f} ({medians['torchvision'][0] / cpu:.2f}) {speed:.0f}/s" for cpu, speed in medians.values())
         print(f"{number:>8}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
     wrong = 0
     for streaming in (False, True):
         compared, different = different_pixels(pattern, preset, streaming, max(workers))
         print(
-            f"{'streaming' if streaming else 'map-style'}: {compared} images compared with the way before, {different} differ", flush=True
+            f"{'streaming' if streaming else 'map-style'}: {compared} images compared with the way before, {different} "
+            "differ",
+            flush=True,
         )
         wrong += different
     return wrong
 
 
 def write_index(folder: Path) -> str:
-    """ImageNet's number of rows, in as many files and row groups as its parquet form has, each image the same 8×8 pixels."""
+    """ImageNet's number of rows, in as many files and row groups as its parquet form has, each image the same 8×8
+    pixels."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -275,8 +286,9 @@ def megabytes(pids: list[int]) -> float:
 
 
 def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, workers: int, results: Any) -> None:
-    """What one rank does before its first batch, what it holds, and how it goes on in the middle of the second epoch."""
-    from dkd.data import RowGroups, SampleOrder, StreamedOrder, TrainingBatches, open_row_groups, open_source
+    """What one rank does before its first batch, what it holds, and how it goes on in the middle of the second
+    epoch."""
+    from dkd.data import GlobalBatchSampler, RowGroups, StreamedBatchSampler, TrainLoader, open_row_groups, open_source
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of its workers, as in a training
@@ -285,13 +297,13 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
     source: Any = open_row_groups(pattern, training=True) if streaming else open_source(pattern, training=True)
     opened = time.monotonic() - begun
     batches = (len(source), 0, 1024, 1024 // world_size, rank, world_size)
-    order = SampleOrder(*batches)
+    order = GlobalBatchSampler(*batches)
     if isinstance(source, RowGroups):
-        order = StreamedOrder(*batches, tuple(source.sizes.tolist()))
+        order = StreamedBatchSampler(*batches, tuple(source.sizes.tolist()))
     begun = time.monotonic()
     order.epoch(0)
     drawn = time.monotonic() - begun
-    loaded = TrainingBatches(source, lambda image: image, order, workers, image_size=8)
+    loaded = TrainLoader(source, lambda image: image, order, workers, image_size=8)
     begun = time.monotonic()
     from_start = loaded.steps(0, 3 * order.steps_per_epoch)
     next(from_start)
@@ -306,7 +318,19 @@ def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, w
     labels = next(loaded.steps(middle, middle + 2)).labels
     resumed = time.monotonic() - begun
     wanted = [index for _, index in list(order.micro_batches(middle - 1, middle + 1))[-1]]
-    results.put((rank, opened, drawn, first, len(pids) - 1, held, middle, resumed, labels.tolist() == source.labels[wanted].tolist()))
+    results.put(
+        (
+            rank,
+            opened,
+            drawn,
+            first,
+            len(pids) - 1,
+            held,
+            middle,
+            resumed,
+            labels.tolist() == source.labels[wanted].tolist(),
+        )
+    )
 
 
 def imagenet_index(workers: int, world_size: int = 2) -> int:
@@ -316,12 +340,20 @@ def imagenet_index(workers: int, world_size: int = 2) -> int:
         os.environ["HF_HOME"] = f"{name}/cache"
         begun = time.monotonic()
         pattern = write_index(Path(name))
-        print(f"{IMAGENET_ROWS:,} rows in {len(list(Path(name).glob('*.parquet')))} files written in {time.monotonic() - begun:.0f} s")
         print(
-            f"{'':>26} {'rank':>5} {'open s':>8} {'order s':>8} {'first batch s':>14} {'workers':>8} {'MB':>6} {'resumed at':>11} "
+            f"{IMAGENET_ROWS:,} rows in {len(list(Path(name).glob('*.parquet')))} files written in "
+            f"{time.monotonic() - begun:.0f} s"
+        )
+        print(
+            f"{'':>26} {'rank':>5} {'open s':>8} {'order s':>8} {'first batch s':>14} {'workers':>8} {'MB':>6} "
+            f"{'resumed at':>11} "
             f"{'first batch s':>14}  as without interruption"
         )
-        for title, streaming in (("map-style, first start", False), ("map-style, later starts", False), ("streaming", True)):
+        for title, streaming in (
+            ("map-style, first start", False),
+            ("map-style, later starts", False),
+            ("streaming", True),
+        ):
             results = context.Queue()
             ranks = [
                 context.Process(target=index_on_a_rank, args=(rank, world_size, pattern, streaming, workers, results))
@@ -329,10 +361,13 @@ def imagenet_index(workers: int, world_size: int = 2) -> int:
             ]
             for process in ranks:
                 process.start()
-            for rank, opened, drawn, first, count, held, middle, resumed, equal in sorted(results.get(timeout=1800) for _ in ranks):
+            for rank, opened, drawn, first, count, held, middle, resumed, equal in sorted(
+                results.get(timeout=1800) for _ in ranks
+            ):
                 wrong += not equal
                 print(
-                    f"{title:>26} {rank:>5} {opened:>8.1f} {drawn:>8.2f} {first:>14.1f} {count:>8} {held:>6.0f} {middle:>11} "
+                    f"{title:>26} {rank:>5} {opened:>8.1f} {drawn:>8.2f} {first:>14.1f} {count:>8} {held:>6.0f} "
+                    f"{middle:>11} "
                     f"{resumed:>14.1f}  {'yes' if equal else 'NO'}",
                     flush=True,
                 )
@@ -343,10 +378,14 @@ def imagenet_index(workers: int, world_size: int = 2) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", metavar="GLOB", help="parquet files of photographs (default: 400 images made for it)")
+    parser.add_argument(
+        "--photos", metavar="GLOB", help="parquet files of photographs (default: 400 images made for it)"
+    )
     parser.add_argument("--small", metavar="GLOB", help="parquet files of 32×32 images (default: 10,000 made for it)")
     parser.add_argument("--imagenet-index", action="store_true", help="the costs of ImageNet's number of rows instead")
-    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="worker processes a rank (default 0 1 2; of the index 8)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", metavar="N", help="worker processes a rank (default 0 1 2; of the index 8)"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="a measurement (default 5)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of which the median counts (default 3)")
     options = parser.parse_args()
@@ -362,9 +401,23 @@ def main() -> int:
         small = options.small or write_images(folder / "small", 10_000, [(32, 32)], row_group=1000)
         workers = options.workers or [0, 1, 2]
         wrong = measure(
-            "photographs, random resized crop to 224", photos, "imagenet", folder / "photo_files", workers, options.seconds, options.rounds
+            "photographs, random resized crop to 224",
+            photos,
+            "imagenet",
+            folder / "photo_files",
+            workers,
+            options.seconds,
+            options.rounds,
         )
-        wrong += measure("32×32, padded random crop", small, "cifar", folder / "small_files", workers, options.seconds, options.rounds)
+        wrong += measure(
+            "32×32, padded random crop",
+            small,
+            "cifar",
+            folder / "small_files",
+            workers,
+            options.seconds,
+            options.rounds,
+        )
     return 1 if wrong else 0
 
 

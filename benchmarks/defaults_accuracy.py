@@ -1,4 +1,5 @@
-"""What the defaults for speed (bf16 autocast, channels_last) do to accuracy: the quickstart's student, distilled with each setting.
+"""What the defaults for speed (bf16 autocast, channels_last) do to accuracy: the quickstart's student, distilled with
+each setting.
 
     python -m benchmarks.defaults_accuracy             3 seeds, digits
     python -m benchmarks.defaults_accuracy --seeds 5
@@ -29,7 +30,10 @@ def main() -> int:
         train("configs/quickstart_teacher.yaml", "runs/quickstart_teacher")
     top1 = {
         title: [
-            100 * train("configs/quickstart.yaml", "runs/defaults_accuracy", f"run.seed={seed}", *overrides)["evaluation"]["top1"]
+            100
+            * train("configs/quickstart.yaml", "runs/defaults_accuracy", f"run.seed={seed}", *overrides)["evaluation"][
+                "top1"
+            ]
             for seed in range(options.seeds)
         ]
         for title, overrides in SETTINGS.items()

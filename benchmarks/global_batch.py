@@ -1,20 +1,21 @@
 """SP over the global batch: what each way moves, takes and holds.
 
-    python -m benchmarks.global_batch                        2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
+    python -m benchmarks.global_batch            2, 4 and 8 ranks, over loopback and over a 1 Gbit/s link (needs root)
     python -m benchmarks.global_batch --worlds 8 --links loopback --shapes layer4
 
 Forward and backward of SimilarityPreserving on random features, on the CPU with gloo, one thread a rank, in these ways:
 
-    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then the whole B×B Gram
+    common      common practice: a differentiable all-gather of the features (its backward is a reduce-scatter), then
+                the whole B×B Gram
                 matrix and loss on every rank
     gather, exchange, auto      this package's
 
-Bytes are counted at the collective calls, memory by following every tensor that is allocated. Times are medians over rounds of the slowest
-rank, the ways in turn within each round. On the second link the ranks are in two network namespaces, half of them in each, joined by a link
-that lets 1 Gbit/s through.
+Bytes are counted at the collective calls, memory by following every tensor that is allocated. Times are medians over
+rounds of the slowest rank, the ways in turn within each round. On the second link the ranks are in two network
+namespaces, half of them in each, joined by a link that lets 1 Gbit/s through.
 
-Exit code 1 when bytes are not those of the formula, when the ways disagree on loss or gradient, or when `exchange` is not at least 4 times
-as fast as common practice for layer4 on 8 ranks.
+Exit code 1 when bytes are not those of the formula, when the ways disagree on loss or gradient, or when `exchange` is
+not at least 4 times as fast as common practice for layer4 on 8 ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dkd import SimilarityPreserving
 from dkd.global_batch import BatchLayout, GramTensor, cheapest_strategies, collectives, received_bytes
-from dkd.global_batch.strategy import held
+from dkd.global_batch.cost import held
 
 # Rows a rank, and (student, teacher) features of each pair.
 SHAPES: dict[str, tuple[str, int, list[tuple[int, int]]]] = {
@@ -126,7 +127,7 @@ def strategies_of(way: str, tensors: list[GramTensor], rows: int, world: int) ->
 
 
 def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank receives, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank receives, by the formulas of docs/explanations/global_batch.md."""
     tensors = gram_tensors(pairs)
     if way == "common":
         return sum((world - 1) * rows * t.width * 4 * (1 + t.backward) for t in tensors)
@@ -135,7 +136,7 @@ def expected_bytes(way: str, rows: int, pairs: list[tuple[int, int]], world: int
 
 
 def expected_memory(way: str, rows: int, pairs: list[tuple[int, int]], world: int) -> int:
-    """Bytes that a rank holds at once at most, by the formulas of docs/global_batch.md."""
+    """Bytes that a rank holds at once at most, by the formulas of docs/explanations/global_batch.md."""
     if way == "common":
         # All features, the gathered gradient in two terms, and Gram matrices.
         batch = rows * world
@@ -153,7 +154,8 @@ def worker(options: argparse.Namespace) -> None:
     if rank == 0:
         Path(options.worker).write_text(json.dumps(found))
     dist.barrier()
-    # At once. A thread of gloo that still has to let go of a tensor when the interpreter shuts down aborts the process, after all is done.
+    # At once. A thread of gloo that still has to let go of a tensor when the interpreter shuts down aborts the process,
+    # after all is done.
     os._exit(0)
 
 
@@ -198,7 +200,10 @@ def measure(rows: int, pairs: list[tuple[int, int]], world: int, rank: int, roun
             ways[way]["seconds"].append(timed(partial(run, way)))
     assert wanted is not None
     value = run("exchange", torch.bfloat16)
-    bf16 = [max_over_ranks(relative(mean_over_ranks(value), wanted[0])), max_over_ranks(relative(gradient(), wanted[1]))]
+    bf16 = [
+        max_over_ranks(relative(mean_over_ranks(value), wanted[0])),
+        max_over_ranks(relative(gradient(), wanted[1])),
+    ]
     return {"ways": ways, "bf16": bf16}
 
 
@@ -226,13 +231,15 @@ def relative(value: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @contextmanager
 def two_namespaces() -> Iterator[list[tuple[list[str], str, str]]]:
-    """Two network namespaces joined by a link of 1 Gbit/s: for each the command prefix, its interface, and the first one's address."""
+    """Two network namespaces joined by a link of 1 Gbit/s: for each the command prefix, its interface, and the first
+    one's address."""
     names = [f"dkd{os.getpid()}{side}" for side in "ab"]
     try:
         for name in names:
             subprocess.run(["ip", "netns", "add", name], check=True)
         subprocess.run(
-            ["ip", "link", "add", "lnk0", "netns", names[0], "type", "veth", "peer", "name", "lnk1", "netns", names[1]], check=True
+            ["ip", "link", "add", "lnk0", "netns", names[0], "type", "veth", "peer", "name", "lnk1", "netns", names[1]],
+            check=True,
         )
         for i, name in enumerate(names):
             inside = ["ip", "-n", name]
@@ -291,7 +298,9 @@ def launch(world: int, link: str, options: argparse.Namespace, folder: Path) -> 
 
 
 def _run(commands: list[tuple[list[str], dict[str, str]]], result: Path) -> dict[str, Any]:
-    processes = [subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c, e in commands]
+    processes = [
+        subprocess.Popen(c, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c, e in commands
+    ]
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode:
@@ -339,7 +348,10 @@ def memory_table(found: dict[tuple[str, int, str], dict[str, Any]]) -> str:
     lines = ["| shape, rows a rank | W | common, MB | gather, MB | exchange, MB |", "|---|---|---|---|---|"]
     for (shape, world, link), result in found.items():
         if link == "loopback":
-            cells = [f"{result['ways'][w]['memory'] / 1e6:.1f} ({result['ways'][w]['expected_memory'] / 1e6:.1f})" for w in WAYS[:3]]
+            cells = [
+                f"{result['ways'][w]['memory'] / 1e6:.1f} ({result['ways'][w]['expected_memory'] / 1e6:.1f})"
+                for w in WAYS[:3]
+            ]
             lines.append(f"| {SHAPES[shape][0]}, {SHAPES[shape][1]} | {world} | {' | '.join(cells)} |")
     return "\n".join([*lines, "(in brackets: by the formula)"])
 
@@ -351,12 +363,16 @@ def failures(found: dict[tuple[str, int, str], dict[str, Any]]) -> tuple[list[st
         where = f"{shape}, {world} ranks, {link}"
         for way, numbers in result["ways"].items():
             if numbers["bytes"] != numbers["expected_bytes"]:
-                broken.append(f"{where}: {way} received {numbers['bytes']} bytes, by the formula {numbers['expected_bytes']}")
+                broken.append(
+                    f"{where}: {way} received {numbers['bytes']} bytes, by the formula {numbers['expected_bytes']}"
+                )
             if not numbers["disagreement"] < LARGEST_DISAGREEMENT:
                 broken.append(f"{where}: {way} differs from common practice by {numbers['disagreement']:.1e}")
         speedup = milliseconds(result, "common") / milliseconds(result, "exchange")
         if (shape, world) == ("layer4", 8) and speedup < NEEDED_SPEEDUP:
-            broken.append(f"{where}: exchange is {speedup:.1f} times as fast as common practice, not {NEEDED_SPEEDUP:g}")
+            broken.append(
+                f"{where}: exchange is {speedup:.1f} times as fast as common practice, not {NEEDED_SPEEDUP:g}"
+            )
         better = min(("gather", "exchange"), key=lambda way: milliseconds(result, way))
         chosen = set(result["ways"]["auto"]["strategies"])
         # Where it is one of the two, that one's own time is the same code's: what differs from it is noise.
@@ -368,7 +384,9 @@ def failures(found: dict[tuple[str, int, str], dict[str, Any]]) -> tuple[list[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8], metavar="W", help="numbers of ranks, even (default 2 4 8)")
+    parser.add_argument(
+        "--worlds", type=int, nargs="+", default=[2, 4, 8], metavar="W", help="numbers of ranks, even (default 2 4 8)"
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--rounds", type=int, default=5)
@@ -391,13 +409,20 @@ def main() -> int:
                 print(f"measuring {world} ranks, {link} ...", file=sys.stderr, flush=True)
                 for shape, result in launch(world, link, options, Path(folder)).items():
                     found[shape, world, link] = result
-    found = dict(sorted(found.items(), key=lambda item: (list(SHAPES).index(item[0][0]), item[0][1], LINKS.index(item[0][2]))))
+    found = dict(
+        sorted(found.items(), key=lambda item: (list(SHAPES).index(item[0][0]), item[0][1], LINKS.index(item[0][2])))
+    )
     print(f"{os.cpu_count()} cores, torch {torch.__version__}\n\n{table(found)}\n")
     print(f"Most memory held at once by the tensors of one rank:\n\n{memory_table(found)}\n")
     loss, gradient = (max(result["bf16"][i] for result in found.values()) for i in (0, 1))
-    print(f"comm_dtype=bfloat16 (exchange) changes the loss by up to {loss:.1e} and its gradient by up to {gradient:.1e}, relative.")
+    print(
+        f"comm_dtype=bfloat16 (exchange) changes the loss by up to {loss:.1e} and its gradient by up to "
+        f"{gradient:.1e}, relative."
+    )
     if options.json:
-        Path(options.json).write_text(json.dumps([{"shape": s, "world": w, "link": n, **r} for (s, w, n), r in found.items()], indent=1))
+        Path(options.json).write_text(
+            json.dumps([{"shape": s, "world": w, "link": n, **r} for (s, w, n), r in found.items()], indent=1)
+        )
     broken, notes = failures(found)
     for note in notes:
         print(f"note: {note}")

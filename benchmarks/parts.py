@@ -1,4 +1,4 @@
-"""What single parts of a step cost, each beside the way it is not done: the numbers of docs/speed.md's second table.
+"""What single parts of a step cost, each beside the way it is not done: the table of parts in docs/benchmarks.md.
 
 python -m benchmarks.parts                 2 CPU threads, about a minute
 python -m benchmarks.parts --threads 4
@@ -45,7 +45,8 @@ def augmentation() -> str:
         lambda: CropAndFlip(32, 4, flip=True).of_batch(images, range(len(images))),
         lambda: torch.stack([one_by_one(image) for image in images]),
     )
-    return f"crop and flip, 256 images of 32×32: {1e3 * batch / 256:.1f} µs an image as a batch, {1e3 * single / 256:.0f} one by one"
+    each = f"{1e3 * batch / 256:.1f} µs an image as a batch, {1e3 * single / 256:.0f} one by one"
+    return f"crop and flip, 256 images of 32×32: {each}"
 
 
 def attention_backward() -> str:
@@ -61,14 +62,15 @@ def attention_backward() -> str:
 
 
 def around_a_step() -> str:
-    """A training step of a student alone on two tiny images: nearly all of it is what Python and torch do around the arithmetic."""
+    """A training step of a student alone on two tiny images: nearly all of it is what Python and torch do around the
+    arithmetic."""
     from benchmarks.step import Row
 
     options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=2)
     alone: dict[str, Any] = {"teacher": None, "losses": {}, "data.image_size": 8, "train.precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         row = Row("alone", options, Path(folder), alone)
-        model = copy.deepcopy(row.trainer.accelerator.unwrap_model(row.trainer.student).model)
+        model = copy.deepcopy(row.trainer.parts.engine.model.model)
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
         images, labels = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), torch.zeros(2, dtype=torch.long)
 
@@ -84,7 +86,8 @@ def around_a_step() -> str:
                 plain()
 
         ours, theirs = milliseconds(lambda: row.take(5), five)
-    return f"a step of wrn_16_1 on 2 images of 8×8: {ours / 5:.1f} ms in the trainer, {theirs / 5:.1f} in a plain loop of four lines"
+    both = f"{ours / 5:.1f} ms in the trainer, {theirs / 5:.1f} in a plain loop of four lines"
+    return f"a step of wrn_16_1 on 2 images of 8×8: {both}"
 
 
 def folded_teacher() -> str:
@@ -96,7 +99,8 @@ def folded_teacher() -> str:
     model, folded = (m.to(memory_format=torch.channels_last) for m in (model, folded))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         plain, fused = milliseconds(lambda: model(images), lambda: folded(images))
-    return f"forward of a wrn_40_2 teacher, 64 images, bf16: {plain:.0f} ms, {fused:.0f} with BatchNorm folded into convolutions"
+    both = f"{plain:.0f} ms, {fused:.0f} with BatchNorm folded into convolutions"
+    return f"forward of a wrn_40_2 teacher, 64 images, bf16: {both}"
 
 
 def optimizers() -> str:

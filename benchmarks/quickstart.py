@@ -1,6 +1,7 @@
-"""The quickstart: a teacher, a student taught by it, and the same student alone, on scikit-learn's digits. Prints one table.
+"""The quickstart: a teacher, a student taught by it, and the same student alone, on scikit-learn's digits. Prints one
+table.
 
-python -m benchmarks.quickstart                what `make quickstart` runs: both students with 3 seeds each, means and paired difference
+python -m benchmarks.quickstart   what `make quickstart` runs: 3 seeds each, means and paired difference
 python -m benchmarks.quickstart --seeds 1      one seed, which may fall either way: 449 images, and 5 epochs
 """
 
@@ -33,13 +34,19 @@ def row(title: str, run: dict[str, Any]) -> str:
     evaluation = run["evaluation"]
     accuracy = f"{100 * evaluation['top1']:.2f} % ({evaluation['top1_correct']}/{evaluation['samples']})"
     name = run["architecture"]["name"]
-    return f"{title:<28}{name:<10}{run['parameters']:>12,}{accuracy:>22}{run['seconds']:>10.1f}{run['global_batch']:>14}"
+    return (
+        f"{title:<28}{name:<10}{run['parameters']:>12,}{accuracy:>22}{run['seconds']:>10.1f}{run['global_batch']:>14}"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1 of the two students (default 3)")
-    parser.add_argument("--processes", type=int, default=2, choices=(1, 2), help="processes of each training (default 2)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1 of the two students (default 3)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, choices=(1, 2), help="processes of each training (default 2)"
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs of the two students (default: the recipe's 5)")
     options = parser.parse_args()
     length = [f"train.epochs={options.epochs}"] if options.epochs else []
@@ -48,7 +55,13 @@ def main() -> int:
     pairs = []
     for seed in range(options.seeds):
         suffix = f"_seed{seed}" if seed else ""
-        taught = train("configs/quickstart.yaml", f"runs/quickstart{suffix}", f"run.seed={seed}", *length, processes=options.processes)
+        taught = train(
+            "configs/quickstart.yaml",
+            f"runs/quickstart{suffix}",
+            f"run.seed={seed}",
+            *length,
+            processes=options.processes,
+        )
         alone = train(
             "configs/quickstart.yaml",
             f"runs/quickstart_no_teacher{suffix}",
@@ -70,9 +83,15 @@ def main() -> int:
         differences = [100 * (taught["evaluation"]["top1"] - alone["evaluation"]["top1"]) for taught, alone in pairs]
         for title, runs in (("alone", [alone for _, alone in pairs]), ("distilled", [taught for taught, _ in pairs])):
             print(f"mean of {len(runs)} seeds, {title}: {100 * mean(run['evaluation']['top1'] for run in runs):.2f} %")
-        print(f"distilled − alone, same seed: {mean(differences):+.2f} points, standard deviation {stdev(differences):.2f}")
+        print(
+            f"distilled − alone, same seed: {mean(differences):+.2f} points, standard deviation "
+            f"{stdev(differences):.2f}"
+        )
     print("\nfiles: runs/quickstart_teacher, runs/quickstart, runs/quickstart_no_teacher")
-    print("each with student.safetensors, student.json, metrics.jsonl, recipe.yaml, provenance.json, tensorboard/, checkpoints/")
+    print(
+        "each with student.safetensors, student.json, metrics.jsonl, recipe.yaml, provenance.json, tensorboard/, "
+        "checkpoints/"
+    )
     return 0
 
 

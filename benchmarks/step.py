@@ -1,21 +1,20 @@
 """The distillation step: images a second with each option, and where the time goes.
 
-    python -m benchmarks.step                                          wrn_16_2 → wrn_16_1, batch 64, 32×32
+    python -m benchmarks.step                       wrn_16_2 → wrn_16_1, batch 64, 32×32
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
-    python -m benchmarks.step --no-compile                             without the compiled rows, which take a minute to compile on a CPU
+    python -m benchmarks.step --no-compile          without the compiled rows, which take a minute to compile on a CPU
 
-One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a recipe. The rows are
-measured in turn, several rounds, and the median of each is shown; the last column is against the first row of the same round.
+One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a
+recipe. The rows are measured in turn, several rounds, and the median of each is shown; the last column is against the
+first row of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,95 +59,78 @@ class Row:
     """One setting of the trainer, ready to take steps."""
 
     def __init__(self, title: str, options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
-        from accelerate.state import AcceleratorState, GradientState
-
         from dkd.config.loading import validate
+        from dkd.engines.accelerated import forget_settings
         from dkd.training.trainer import Trainer
 
         self.title, self.batch = title, options.batch
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-        self.trainer = Trainer(validate(recipe_values(options, folder, settings)), existing="replace")
-        self.batches = self.trainer.batches.steps(0, 10**9 // options.batch)
-        self.steps = 0
+        forget_settings()
+        recipe = validate(recipe_values(options, folder, settings))
+        self.trainer = Trainer.from_recipe(recipe, if_run_exists="replace")
+        self.device = self.trainer.parts.engine.device
+        self.trainer.load_images(10**9 // options.batch)
 
     def take(self, steps: int) -> list[float]:
+        """Take steps, and return the seconds of each."""
         seconds = []
         for _ in range(steps):
             started = time.perf_counter()
-            self.trainer._step(self.steps, self.batches)
-            _synchronize(self.trainer.device)
+            self.trainer.train_step()
+            _synchronize(self.device)
             seconds.append(time.perf_counter() - started)
-            self.steps += 1
         return seconds
 
 
 def forward_only(row: Row) -> list[float]:
-    """Seconds of the teacher's forward alone."""
-    trainer = row.trainer
-    assert trainer.teacher is not None
-    images = trainer.forward.images(trainer._on_device(0, 0, next(row.batches)))
+    """Return the seconds of the teacher's forward alone."""
+    step = row.trainer.parts.step
+    assert step.teacher is not None
+    pixels = next(row.trainer.parts.data.train_loader.steps(0, 1)).images.to(row.device)
+    images = step.forward.images(pixels)
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
-        trainer.teacher(images)
-        _synchronize(trainer.device)
+        step.teacher(images)
+        _synchronize(row.device)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
 
 
 def shares(row: Row, steps: int) -> dict[str, float]:
-    """Share of the step's time in data, teacher, losses (their backward is the student's), and the student with backward and optimizer."""
-    trainer, spent = row.trainer, {"data": 0.0, "teacher": 0.0, "losses": 0.0}
-
-    @contextlib.contextmanager
-    def clocked(owner: Any, name: str, part: str) -> Iterator[None]:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            _synchronize(trainer.device)
-            started = time.perf_counter()
-            result = original(*args, **kwargs)
-            _synchronize(trainer.device)
-            spent[part] += time.perf_counter() - started
-            return result
-
-        setattr(owner, name, timed)
-        try:
-            yield
-        finally:
-            delattr(owner, name) if name in vars(owner) else None
+    """Return the shares of the step's time in data, teacher, losses (their backward is the student's), and the student
+    with backward and optimizer."""
+    step, spent = row.trainer.parts.step, {"teacher": 0.0, "losses": 0.0}
+    objective = step.objective
 
     class Clocked:
-        def __next__(self) -> Any:
-            started = time.perf_counter()
-            batch = next(row.batches)
-            spent["data"] += time.perf_counter() - started
-            return batch
+        """Adds the seconds of its calls to a part."""
 
-    class ClockedObjective:
+        def __init__(self, called: Any, part: str) -> None:
+            self._called, self._part = called, part
+
         def __getattr__(self, name: str) -> Any:
-            return getattr(objective, name)
+            return getattr(self._called, name)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            _synchronize(trainer.device)
+            _synchronize(row.device)
             started = time.perf_counter()
-            result = objective(*args, **kwargs)
-            _synchronize(trainer.device)
-            spent["losses"] += time.perf_counter() - started
+            result = self._called(*args, **kwargs)
+            _synchronize(row.device)
+            spent[self._part] += time.perf_counter() - started
             return result
 
-    objective = trainer.objective
-    trainer.objective = ClockedObjective()  # type: ignore[assignment]
-    started = time.perf_counter()
-    with clocked(trainer.teacher, "forward", "teacher"):
-        for _ in range(steps):
-            trainer._step(row.steps, Clocked())  # type: ignore[arg-type]
-            row.steps += 1
-    _synchronize(trainer.device)
+    forward_teacher = step.forward.teacher
+    step.forward.teacher = Clocked(forward_teacher, "teacher")  # type: ignore[method-assign]
+    step.objective = Clocked(step.objective, "losses")  # type: ignore[assignment]
+    waited, started = 0.0, time.perf_counter()
+    for _ in range(steps):
+        waited += float(row.trainer.train_step().counts["seconds_waited"])
+    _synchronize(row.device)
     total = time.perf_counter() - started
-    trainer.objective = objective
-    return {**{part: seconds / total for part, seconds in spent.items()}, "student": 1 - sum(spent.values()) / total}
+    step.forward.teacher = forward_teacher  # type: ignore[method-assign]
+    step.objective = objective
+    found = {"data": waited / total, **{part: seconds / total for part, seconds in spent.items()}}
+    return {**found, "student": 1 - sum(found.values())}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -170,7 +152,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default 2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="measure torch.compile too")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure torch.compile too"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     np.random.seed(0)
@@ -194,16 +178,19 @@ def main() -> int:
         folder = Path(temporary)
         write_teacher(options, folder)
         rows = [Row(title, options, folder, setting) for title, setting in settings.items()]
-        device = rows[0].trainer.device
+        device = rows[0].device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
-        print(f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}")
+        print(
+            f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}"
+        )
         defaults = rows[list(settings).index("the defaults")]
-        print("\n".join(f"the defaults: {note}" for note in defaults.trainer.notes))
+        print("\n".join(f"the defaults: {note}" for note in defaults.trainer.state.notes))
         warm = {row.title: row.take(2)[-1] for row in rows}
         seconds: dict[str, list[float]] = {row.title: [] for row in rows}
         for _ in range(options.rounds):
             for row in rows:
-                # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates it.
+                # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates
+                # it.
                 steps = 1 if warm[row.title] > 5 * warm[rows[0].title] else options.steps
                 seconds[row.title].append(median(row.take(steps)))
         first = seconds[rows[0].title]

@@ -1,10 +1,11 @@
 """What a teacher costs each rank in memory and time, whole or in shards.
 
-    python -m benchmarks.teacher_memory                                ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
+    python -m benchmarks.teacher_memory                 ViT-L/16 on 1, 2 and 4 processes: a few minutes, 8 GB of memory
     python -m benchmarks.teacher_memory --teacher torchvision/vit_b_16 --worlds 2
 
-Random weights in a safetensors file, float32, loaded as a training loads them; then forwards of `--batch` images on each rank. On CPUs,
-with gloo over loopback. Peak memory is the process's largest resident set beyond what it held with all libraries imported.
+Random weights in a safetensors file, float32, loaded as a training loads them; then forwards of `--batch` images on
+each rank. On CPUs, with gloo over loopback. Peak memory is the process's largest resident set beyond what it held with
+all libraries imported.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def worker(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from dkd.build.models import build_teacher
     from dkd.config.loading import validate
-    from dkd.training import assembly
-    from dkd.training.engine import leave_process_group
-    from dkd.training.sharded_weights import parameter_counts
+    from dkd.engines.accelerated import leave_process_group
+    from dkd.engines.arithmetic import Arithmetic
+    from dkd.engines.sharded_weights import parameter_counts
+    from dkd.launch import Launch
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -48,9 +51,8 @@ def worker(options: argparse.Namespace) -> None:
             "schedule": {"name": "constant"},
         }
     )
-    world = dist.get_world_size()
     before = resident()
-    teacher = assembly.build_teacher(recipe, torch.device("cpu"), world, world)
+    teacher = build_teacher(recipe, Launch.read(), Arithmetic.of(recipe), torch.device("cpu"))
     assert teacher is not None
     built = resident()
     images = torch.randn(options.batch, 3, 224, 224)
@@ -62,8 +64,14 @@ def worker(options: argparse.Namespace) -> None:
         dist.barrier()
         seconds.append(time.perf_counter() - started)
     kept, total = parameter_counts(teacher)
-    found = {"kept": 4 * kept, "total": 4 * total, "built": built - before, "peak": resident() - before, "seconds": median(seconds[1:])}
-    every: list[Any] = [None] * world
+    found = {
+        "kept": 4 * kept,
+        "total": 4 * total,
+        "built": built - before,
+        "peak": resident() - before,
+        "seconds": median(seconds[1:]),
+    }
+    every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, found)
     if dist.get_rank() == 0:
         worst = {key: max(rank[key] for rank in every) for key in found}
@@ -78,8 +86,12 @@ def resident() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="torchvision/vit_l_16", help="a model by name (default torchvision/vit_l_16)")
-    parser.add_argument("--tap", default="encoder.layers.encoder_layer_23", help="the last tap (default ViT-L's last block)")
+    parser.add_argument(
+        "--teacher", default="torchvision/vit_l_16", help="a model by name (default torchvision/vit_l_16)"
+    )
+    parser.add_argument(
+        "--tap", default="encoder.layers.encoder_layer_23", help="the last tap (default ViT-L's last block)"
+    )
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], metavar="W")
     parser.add_argument("--batch", type=int, default=1, help="images a rank forwards at once (default 1)")
     parser.add_argument("--forwards", type=int, default=3, help="forwards; the first is not timed (default 3)")
@@ -100,7 +112,14 @@ def main() -> int:
         for world in options.worlds:
             for placement in PLACEMENTS:
                 result = Path(folder) / "result.json"
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+                torchrun = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc_per_node",
+                    str(world),
+                ]
                 named = [
                     "--teacher",
                     options.teacher,
@@ -113,7 +132,12 @@ def main() -> int:
                 ]
                 mine = ["--worker", str(result), "--weights", str(weights), "--placement", placement]
                 # Freed memory goes back to the system, so that the resident set shows what is held.
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+                environment = {
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "MALLOC_MMAP_THRESHOLD_": "1048576",
+                }
                 command = [*torchrun, "-m", "benchmarks.teacher_memory", *named, *mine]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:

@@ -1,27 +1,103 @@
 """Distributed knowledge distillation for vision models.
 
-The losses work in any training loop; the trainer is `dkd train` (see `dkd --help`).
+    import dkd
 
-    from dkd import AttentionTransfer, SimilarityPreserving, SoftTargets
+    result = dkd.train("recipe.yaml", ["train.epochs=10"])    # what `dkd train` does
+    dkd.evaluate(result.run_dir).result.top1                  # what `dkd evaluate` does
+    student = dkd.load_student(result.student)                # a torch.nn.Module
+
+The losses, and the step that combines them, work in any training loop:
+
+    from dkd import AttentionTransfer, DistillationStep, Objective, SimilarityPreserving, SoftTargets
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from dkd.config import Recipe, RecipeError, load_recipe
+    from dkd.distillation import (
+        DistillationStep,
+        FeatureTerm,
+        FrozenTeacher,
+        InputGradientTerm,
+        LabelTerm,
+        LogitTerm,
+        Objective,
+    )
+    from dkd.errors import DkdError, InputError, LostRankError, RunError, Stopped, TrainingError
+    from dkd.global_batch import BatchLayout
+    from dkd.launch import Launch
     from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
-    from dkd.models import load_student
+    from dkd.models import TappedModel, load_student
+    from dkd.training.entry import TrainResult, evaluate, train
+    from dkd.training.trainer import Trainer
 
-__all__ = ["AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets", "load_student"]
+_MODULES = {
+    "config": ("Recipe", "RecipeError", "load_recipe"),
+    "distillation": (
+        "DistillationStep",
+        "FeatureTerm",
+        "FrozenTeacher",
+        "InputGradientTerm",
+        "LabelTerm",
+        "LogitTerm",
+        "Objective",
+    ),
+    "errors": ("DkdError", "InputError", "LostRankError", "RunError", "Stopped", "TrainingError"),
+    "global_batch": ("BatchLayout",),
+    "launch": ("Launch",),
+    "losses": ("AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets"),
+    "models": ("TappedModel", "load_student"),
+    "training.entry": ("TrainResult", "evaluate", "train"),
+    "training.trainer": ("Trainer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "AttentionTransfer",
+    "BatchLayout",
+    "CrossEntropy",
+    "DistillationStep",
+    "DkdError",
+    "FeatureTerm",
+    "FrozenTeacher",
+    "GradientAttention",
+    "InputError",
+    "InputGradientTerm",
+    "LabelTerm",
+    "Launch",
+    "LogitTerm",
+    "LostRankError",
+    "Objective",
+    "Recipe",
+    "RecipeError",
+    "RunError",
+    "SimilarityPreserving",
+    "SoftTargets",
+    "Stopped",
+    "TappedModel",
+    "TrainResult",
+    "Trainer",
+    "TrainingError",
+    "evaluate",
+    "load_recipe",
+    "load_student",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import: `dkd --help` and a recipe's errors should not wait for it.
-    if name not in __all__:
+    # torch takes seconds to import: `dkd --help` and a recipe's errors do not wait for it.
+    if name not in _HOMES:
         raise AttributeError(f"module 'dkd' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("dkd.models" if name == "load_student" else "dkd.losses"), name)
+    return getattr(import_module(f"dkd.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

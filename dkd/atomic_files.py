@@ -1,8 +1,8 @@
-"""The one place that opens the files of a run directory.
+"""Open the files of a run directory, which no other module does.
 
-Writing follows no links: a run directory may be shared, and a link in it may lead to any file of this user. A file that is replaced
-appears whole or not at all, also after a power cut, and has the mode that the umask gives. Reading never raises on damage: it returns a
-reason, which a command can print as one line.
+Writing follows no links: a run directory may be shared, and a link in it may lead to any file of this user. A file that
+is replaced appears complete or not at all, also after a power cut, and has the mode that the umask gives. Reading never
+raises on damage: it returns a reason, which a command can print as one line.
 """
 
 from __future__ import annotations
@@ -12,57 +12,82 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-_UNFINISHED = ".writing_"  # how the name of a file begins that is to replace another one
+from dkd.errors import InputError
+
+_UNFINISHED = ".writing_"  # the beginning of the name of a file that is to replace another one
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
-class LinkError(OSError):
+LOOK_AGAIN_SECONDS = 10.0
+"""Seconds after which a network file system shows what was written on another machine, at the latest."""
+_LOOK_EVERY = 0.2  # seconds
+
+
+class LinkError(InputError, OSError):
     """A file that was to be written is a link."""
 
 
+def look_again(look: Callable[[], str | None], seconds: float) -> str | None:
+    """Call `look` until it finds nothing wrong, at most for `seconds`. Returns the last result of `look`; None: nothing
+    is wrong.
+
+    Args:
+        look: returns what is wrong; None: nothing is.
+    """
+    end = time.monotonic() + seconds
+    while (reason := look()) is not None and time.monotonic() < end:
+        time.sleep(_LOOK_EVERY)
+    return reason
+
+
 def open_to_append(path: Path) -> FileIO:
-    """Open a file to write at its end, unbuffered; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    """Open a file to write at its end, unbuffered; a missing file is made. Raises OSError, and LinkError for a link."""
     return FileIO(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def open_lock(path: Path) -> FileIO:
-    """Open a file to lock it, and leave what it holds; it is made when it is not there. Raises OSError, and LinkError for a link."""
+    """Open a file to lock it, without changing its content; a missing file is made. Raises OSError, and LinkError for a
+    link."""
     return FileIO(_open(path, os.O_RDWR | os.O_CREAT), "rb+")
 
 
 def create(path: Path, text: str) -> None:
-    """Write a file that is not there yet. Raises OSError: also when something, such as a link, has that name."""
+    """Write a new file. Raises OSError, also when something else, such as a link, has that name."""
     with open(os.open(path, _NEW, 0o666), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file, in the place of an older one. A reader, also after a power cut, sees the old file or the new one. Raises OSError."""
+    """Write a file in the place of an older file. A reader sees the old file or the new file, also after a power cut.
+    Raises OSError."""
     with replacing(path) as unfinished, open(_open(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside `path`, with its suffix, to be written by a library; afterwards it takes the place of `path`.
+    """Yield the path of an empty file beside `path`, with the same suffix, to be written by a library. After the block,
+    the new file takes the place of `path`.
 
     An older file stays as it is when the block raises. A link at `path` is replaced, not followed.
 
     Raises:
-        OSError: the file system does not take it.
+        OSError: the file system refuses.
     """
     unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}_{path.name}")
     descriptor = os.open(unfinished, _NEW, 0o666)
     try:
         try:
-            # What the umask, or the folder's default access list, makes of a file. Libraries may put a private one in its place.
+            # The mode that the umask, or the folder's default access list, gives a file. Libraries may put a private
+            # file in its place.
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         finally:
             os.close(descriptor)
@@ -83,33 +108,37 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, names: Collection[str]) -> None:
-    """Remove what `replacing` has left of the files `names` in a folder because its process was killed. Raises OSError."""
+    """Remove the unfinished files that `replacing` has left in a folder for the files `names`, because its process was
+    killed. Raises OSError."""
     for entry in os.listdir(folder):
         if entry.startswith(_UNFINISHED) and entry.removeprefix(_UNFINISHED).partition("_")[2] in names:
             (folder / entry).unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: only then do new ones survive a power cut. Raises OSError."""
+    """Put the names in a folder on the disk, which new files need to survive a power cut. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _CANNOT_SYNC:  # some file systems do not know it for folders
+        if error.errno not in _CANNOT_SYNC:  # some file systems cannot do it for folders
             raise
     finally:
         os.close(descriptor)
 
 
 def link_problem(path: Path) -> str | None:
-    """Return why `path` cannot be written, when it is a link."""
+    """Return the reason why `path` cannot be written, when it is a link; None: it is no link."""
     if not path.is_symlink():
         return None
-    return f"{str(path)!r} is a link, and dkd writes through no link in a run directory; remove it, or put what it leads to in its place"
+    return (
+        f"{str(path)!r} is a link, and dkd writes through no link in a run directory; remove it, or put what it leads "
+        "to in its place"
+    )
 
 
 def read_bytes(path: Path) -> tuple[bytes, str | None]:
-    """Return the content of a regular file and None; or nothing and why it cannot be read."""
+    """Return the content of a regular file and None; or nothing and the reason why the file cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
         try:
@@ -128,7 +157,7 @@ def read_bytes(path: Path) -> tuple[bytes, str | None]:
 
 
 def read_json(path: Path) -> tuple[Any, str | None]:
-    """Return the value that a JSON file holds and None; or None and why it cannot be read."""
+    """Return the value that a JSON file holds and None; or None and the reason why the file cannot be read."""
     content, reason = read_bytes(path)
     if reason is not None:
         return None, reason
@@ -142,11 +171,12 @@ def parse_json(text: str | bytes) -> tuple[Any, str | None]:
         return json.loads(text), None
     except RecursionError:
         return None, "it is nested too deeply"
-    except ValueError as error:  # UnicodeDecodeError and numbers of too many digits are ValueErrors, too
+    except ValueError as error:  # also UnicodeDecodeError, and numbers of too many digits
         return None, f"it is not JSON ({error})"
 
 
 def _open(path: Path, flags: int) -> int:
+    """Open a regular file, and return its descriptor. Raises OSError, and LinkError for a link."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:

@@ -1,19 +1,45 @@
-"""The one base of all errors that a person can mend: a wrong recipe, file, name, argument or environment variable.
+"""Define the errors of dkd: one base, and two families below the base.
 
-A leaf that every room may import. `dkd.cli.main` prints such an error as one line and ends with exit code 2. Any other error is a bug, and
-shows its traceback.
+DkdError
+    InputError    what a person gave is missing, cannot be read or does not fit: a recipe, file, name, argument or
+                  environment variable. The command line prints the error as one line and stops with exit code 2.
+    RunError      a run that has started cannot continue, or was asked to stop.
+
+Every other exception is a bug of dkd, and shows its traceback.
 """
 
 from __future__ import annotations
 
 
-class InputError(ValueError):
-    """Something that was given to dkd is missing, cannot be read, or does not fit. The message says what, and what was expected."""
+class DkdError(Exception):
+    """Be the base of all errors that dkd raises on purpose."""
 
 
-def shorten(text: str, longest: int = 1000) -> str:
-    """Return `text`, without its middle where it is longer than `longest` characters."""
-    if len(text) <= longest:
-        return text
-    end = longest // 4
-    return f"{text[: longest - end - 3]} … {text[-end:]}"
+class InputError(DkdError, ValueError):
+    """Something that was given to dkd is missing, cannot be read, or does not fit. The message states what was given,
+    and what was expected."""
+
+
+class RunError(DkdError, RuntimeError):
+    """A run cannot continue."""
+
+
+class TrainingError(RunError):
+    """Training cannot continue. Raised on every rank, at the same step."""
+
+
+class LostRankError(RunError):
+    """A collective failed, because another rank is gone or never joined. The message names that rank."""
+
+
+class Stopped(RunError):
+    """The run was asked to stop, and stopped after a checkpoint. Raised on every rank, at the same step.
+
+    Args:
+        step: steps done.
+        by: what asked: a signal's name, or the name of the stop file.
+    """
+
+    def __init__(self, step: int, by: str) -> None:
+        self.step, self.by = step, by
+        super().__init__(f"stopped after step {step} by {by}; the same command resumes it")

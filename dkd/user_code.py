@@ -1,7 +1,4 @@
-"""Code of the user's own, named in a recipe as `module:attribute`: models, losses, data sets.
-
-A leaf that every room may import: it knows nothing of dkd.
-"""
+"""Load the user's own code, which a recipe names as `module:attribute`: models, losses, data sets."""
 
 from __future__ import annotations
 
@@ -19,22 +16,23 @@ _OWN_FILES = (os.path.dirname(__file__), *(sysconfig.get_path(key) for key in ("
 
 
 class UserCodeError(InputError):
-    """A name that leads to nothing, or a module that cannot be imported."""
+    """A name leads to nothing, or its module cannot be imported."""
 
 
 def load_callable(name: str) -> Callable[..., Any]:
-    """The callable that `module:attribute` names. Importing runs the module.
+    """Return the callable that `module:attribute` names. Importing runs the module.
 
     Raises:
-        UserCodeError: with the user's own error, and where in their code it was raised.
+        UserCodeError: with the error of the user's code, and the place in that code where the error was raised.
     """
     module_name, _, attribute = name.partition(":")
-    # As `python -m` has it, but `dkd` and `accelerate launch` may not: a user's module beside the recipe's command is found.
+    # `python -m` puts the working directory on the path, which `dkd` and `accelerate launch` may not: a user's module
+    # there must be found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserCodeError(f"{name!r}: cannot import {module_name!r}: {describe_error(error)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -43,10 +41,10 @@ def load_callable(name: str) -> Callable[..., Any]:
 
 
 def describe_error(error: BaseException) -> str:
-    """One line: the error, and where in the user's own code it was raised."""
+    """Return one line: the error, and the place in the user's own code where the error was raised."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception as broken:  # its text is made by the user's code, too
+    except Exception as broken:  # the user's code makes the text, too
         lines = [f"(its text cannot be had: {type(broken).__name__})"]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN_FILES)]
     where = f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""

@@ -5,7 +5,7 @@
 #   PROCESSES=4 ENGINE=fsdp2 MAX_RESTARTS=3 launch/local.sh RECIPE
 #   launch/local.sh --dry-run RECIPE                       prints what would be run
 #
-# MAX_RESTARTS: how often all ranks start again, behind the newest checkpoint, when one of them fails.
+# MAX_RESTARTS: how often all ranks start again, after the newest checkpoint, when one of them fails.
 set -euo pipefail
 
 DKD=${DKD:-$(cd "$(dirname "$0")/.." && pwd)}          # the folder that holds launch/

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: folders that appear whole or not at all, and named tensors in them. Knows nothing of training."""
+"""Keep checkpoints on disk: folders that appear complete or not at all, and named tensors in them."""
 
 from dkd.checkpoints.folder import CheckpointError, CheckpointFolder, SharedCheckpointError
 from dkd.checkpoints.tensors import SavedTensor, load_tensors, missing_file, save_tensors, saved_tensors

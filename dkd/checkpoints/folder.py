@@ -1,14 +1,14 @@
-"""The checkpoints of a run.
+"""Keep the folders of a run's checkpoints.
 
 RUN/checkpoints/
-  step_00000200/        whole: manifest.json lists every other file in it, with size and SHA-256
+  step_00000200/        complete: manifest.json lists every other file in it, with size and SHA-256
   step_00000300/
-  writing_00000400/     being written, or left behind by a process that was killed; never read
-  removing_00000100/    the same of one being removed
-  damaged_00000350/     set aside: its files were not what had been written
+  writing_00000400/     being written, or left by a process that was killed; never read
+  removing_00000100/    being removed, or left by a process that was killed; never read
+  damaged_00000350/     set aside, because its files were not as they had been written
 
-A checkpoint is written into writing_N. Once all of it is on the disk, and its manifest too, the folder is renamed: at any moment, what is
-called step_N is whole. Older ones are removed only after that.
+A checkpoint is written into writing_N. The folder is renamed once all its files and its manifest are on the disk, so
+that a folder called step_N is complete at any moment. Older checkpoints are removed only after the renaming.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ from pathlib import Path
 from typing import Any
 
 from dkd.atomic_files import create, link_problem, read_bytes, read_json, sync_folder
+from dkd.errors import RunError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _STEP = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is not what it was when it was written."""
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or is no longer as it was written."""
 
 
 class SharedCheckpointError(CheckpointError):
-    """What one rank could not do, raised on every rank alike."""
+    """A rank could not write or read its part of a checkpoint. Raised on every rank, with the same message."""
 
 
 class CheckpointFolder:
-    """One process writes: methods that change anything are the main process's.
+    """Keep the checkpoints of one run. Methods that change anything are called on the main process only.
 
     Args:
         path: RUN/checkpoints; made by the first checkpoint.
-        run_problem: returns why RUN is no longer the folder of this training; None: it is. Nothing is changed in another's.
+        run_problem: returns the reason why RUN is no longer the folder of this training; None: it still is. Nothing is
+            changed in the folder of another training.
     """
 
     def __init__(self, path: Path, run_problem: Callable[[], str | None] = lambda: None) -> None:
@@ -50,15 +52,15 @@ class CheckpointFolder:
         self._run_problem = run_problem
 
     def path_of(self, step: int) -> Path:
-        """Where the whole checkpoint of a step is, or will be."""
+        """Return the folder where the complete checkpoint of a step is, or will be."""
         return self.path / f"step_{step:08d}"
 
     def writing_path(self, step: int) -> Path:
-        """Where the checkpoint of a step is made."""
+        """Return the folder that the checkpoint of a step is written into."""
         return self.path / f"writing_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Return the steps of all whole checkpoints, oldest first. Whether they are still what they were, `problem` tells."""
+        """Return the steps of all complete checkpoints, oldest first. `problem` reports whether one is still intact."""
         if not self.path.is_dir():
             return []
         return sorted(int(match[1]) for match in map(_STEP.fullmatch, os.listdir(self.path)) if match)
@@ -67,8 +69,8 @@ class CheckpointFolder:
         """Make the empty folder that the checkpoint of a step is written into.
 
         Raises:
-            CheckpointError: the folder of the run, or of its checkpoints, is not one of this training.
-            OSError: as the file system says.
+            CheckpointError: the folder of the run, or that of its checkpoints, does not belong to this training.
+            OSError: the file system refuses.
         """
         self._check_place()
         self.path.mkdir(exist_ok=True)
@@ -83,18 +85,19 @@ class CheckpointFolder:
             raise CheckpointError(problem)
 
     def remove_unfinished(self) -> None:
-        """Remove what was being written or removed when a process ended.
+        """Remove folders that were being written or removed when a process ended.
 
         Raises:
-            CheckpointError: the folder of the run is no longer one of this training.
-            OSError: as the file system says.
+            CheckpointError: the folder of the run no longer belongs to this training.
+            OSError: the file system refuses.
         """
         self._check_place()
         for left in [*self.path.glob("writing_*"), *self.path.glob("removing_*")]:
             _remove(left)
 
     def set_aside(self, step: int) -> None:
-        """A checkpoint that is not whole must not count as one when older ones are removed."""
+        """Rename a checkpoint that is not intact, so that it does not count when older ones are removed. Raises
+        OSError."""
         folder = self.path_of(step)
         damaged = folder.with_name(folder.name.replace("step_", "damaged_"))
         if os.path.lexists(damaged):
@@ -102,11 +105,11 @@ class CheckpointFolder:
         folder.rename(damaged)
 
     def commit(self, step: int) -> int:
-        """Make what is in `writing_path(step)` the checkpoint of that step. Returns its size in bytes.
+        """Turn `writing_path(step)` into the checkpoint of that step. Returns the size of its files in bytes.
 
         Raises:
-            CheckpointError: the folder of the run is no longer one of this training.
-            OSError: as the file system says.
+            CheckpointError: the folder of the run no longer belongs to this training.
+            OSError: the file system refuses.
         """
         folder, final = self.writing_path(step), self.path_of(step)
         files: dict[str, dict[str, Any]] = {}
@@ -119,8 +122,8 @@ class CheckpointFolder:
         for directory in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
             sync_folder(directory)
         self._check_place()
-        # There may be one of the same step, from before a resume.
-        older = self._renamed_for_removal(final) if os.path.lexists(final) else None
+        # A checkpoint of the same step may exist, from before a resume.
+        older = self._rename_for_removal(final) if os.path.lexists(final) else None
         folder.rename(final)
         sync_folder(self.path)
         sync_folder(self.path.parent)
@@ -129,7 +132,7 @@ class CheckpointFolder:
         return sum(entry["bytes"] for entry in files.values())
 
     def discard(self, step: int) -> None:
-        """Remove what was written of a checkpoint that failed: its space is free again."""
+        """Remove the files of a checkpoint that failed, which frees their space."""
         if self._run_problem() is None:
             shutil.rmtree(self.writing_path(step), ignore_errors=True)
 
@@ -137,42 +140,44 @@ class CheckpointFolder:
         """Keep the checkpoints of `steps`, and remove the others.
 
         Raises:
-            CheckpointError: the folder of the run is no longer one of this training.
-            OSError: as the file system says.
+            CheckpointError: the folder of the run no longer belongs to this training.
+            OSError: the file system refuses.
         """
         self._check_place()
         for step in self.steps():
             if step not in steps:
-                _remove(self._renamed_for_removal(self.path_of(step)))
+                _remove(self._rename_for_removal(self.path_of(step)))
 
     def remove_all(self) -> None:
-        """Remove every checkpoint, whole or not. Raises OSError."""
+        """Remove every checkpoint, complete or not. Raises OSError."""
         if self.path.is_dir() and not self.path.is_symlink():
             for entry in self.path.iterdir():
                 if entry.name.startswith(("step_", "writing_", "removing_", "damaged_")):
                     _remove(entry)
 
-    def _renamed_for_removal(self, folder: Path) -> Path:
-        """Half of a checkpoint must not be taken for a damaged one."""
+    def _rename_for_removal(self, folder: Path) -> Path:
+        """Rename a checkpoint, so that a removal that is interrupted leaves nothing that looks like a damaged one."""
         doomed = folder.with_name(folder.name.replace("step_", "removing_"))
         if os.path.lexists(doomed):
             _remove(doomed)
         return folder.rename(doomed)
 
     def fingerprint(self, step: int) -> str | None:
-        """Return the SHA-256 of a checkpoint's manifest, and so of all its files; None: it cannot be read."""
+        """Return the SHA-256 of a checkpoint's manifest, which stands for all its files; None: the manifest cannot be
+        read."""
         content, reason = read_bytes(self.path_of(step) / MANIFEST)
         return hashlib.sha256(content).hexdigest() if reason is None else None
 
     def late(self, step: int) -> str | None:
-        """Return which file of a checkpoint is not there, or not to its end; None: all are. Over a network, it may only be late."""
-        return self._problem(step, contents=False)
+        """Return which file of a checkpoint is missing or too short; None: no file is. A network file system may show
+        the file later."""
+        return self._check(step, contents=False)
 
     def problem(self, step: int) -> str | None:
-        """Return what is wrong with the files of a checkpoint; None: they are as they were written."""
-        return self._problem(step, contents=True)
+        """Return what is wrong with the files of a checkpoint; None: the checkpoint is intact."""
+        return self._check(step, contents=True)
 
-    def _problem(self, step: int, contents: bool) -> str | None:
+    def _check(self, step: int, contents: bool) -> str | None:
         folder = self.path_of(step)
         if folder.is_symlink():
             return "it is a link; put the folder that it leads to in its place"
@@ -224,7 +229,7 @@ def _read_manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:
 def _digest(path: Path, to_disk: bool = False) -> tuple[int, str]:
     """Return the length of a file in bytes and its SHA-256 in hexadecimal.
 
-    The length is that of what was read: a file system over a network may still have an older answer to `stat`.
+    The length counts the bytes that were read: a network file system may still answer `stat` with an older length.
     """
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:

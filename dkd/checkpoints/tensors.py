@@ -1,8 +1,9 @@
-"""Named tensors in a folder, by torch.distributed.checkpoint: each rank writes its part, and any number of ranks reads them back.
+"""Write and read named tensors in a folder by torch.distributed.checkpoint: each rank writes its part, and any number
+of ranks reads the parts back.
 
-torch's reader unpickles `.metadata` as it is, and unpickles entries that the metadata calls bytes. Here the metadata may name nothing but
-torch's own classes of metadata, and every entry must be a tensor, which torch reads with `weights_only=True`: reading runs no code of a
-file.
+torch's reader unpickles `.metadata` without restrictions, and unpickles entries that the metadata calls bytes. Here the
+metadata may name only torch's own classes of metadata, and every entry must be a tensor, which torch reads with
+`weights_only=True`. So reading runs no code that a file holds.
 """
 
 from __future__ import annotations
@@ -22,36 +23,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
 from dkd.checkpoints.folder import CheckpointError, SharedCheckpointError
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    _METADATA: {
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "collections": {"OrderedDict"},
-}  # fmt: skip
+from dkd.library_internals.pickle import PythonUnpickler
+from dkd.library_internals.torch import METADATA_GLOBALS, METADATA_MEMORY_FORMAT
 
 
 class SavedTensor(NamedTuple):
-    """What is known of a tensor in a folder without reading it."""
+    """Describe a tensor in a folder, which has not been read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Write `tensors`: plain ones, equal on all ranks that name them, or DTensors, of which each rank writes its shards. A collective.
+    """Write `tensors`. This is a collective of `group`.
 
     Args:
         folder: on a file system that all ranks share; it may hold other files.
-        group: None: this process alone.
+        tensors: plain tensors, equal on all ranks that name them, or DTensors, of which each rank writes its shards.
+        group: the process group of the ranks that write; None: this process alone.
 
     Raises:
-        SharedCheckpointError: on every rank, when one could not write.
+        SharedCheckpointError: on every rank, when a rank could not write.
     """
     try:
         with _no_warning_of_one_process():
@@ -61,13 +53,14 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 
 
 def missing_file(folder: Path) -> str | None:
-    """Return what this process does not see, or not to its end, of what all ranks have written by `save_tensors`; None: it sees all.
+    """Return which file that `save_tensors` wrote on any rank is missing or too short for this process; None: no file
+    is.
 
-    A file system over a network may show it a little later.
+    A network file system may show the file a little later.
     """
     try:
         lengths: dict[str, int] = {}
-        for info in _read_metadata(folder).storage_data.values():
+        for info in read_metadata(folder).storage_data.values():
             lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
         for name, length in sorted(lengths.items()):
             path = folder / name
@@ -81,10 +74,15 @@ def missing_file(folder: Path) -> str | None:
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Fill `tensors`, plain ones or DTensors of any sharding, from what `save_tensors` wrote. A collective.
+    """Fill `tensors` from the files that `save_tensors` wrote. This is a collective of `group`.
+
+    Args:
+        folder: the folder of the files.
+        tensors: plain tensors, or DTensors of any sharding.
+        group: the process group of the ranks that read; None: this process alone.
 
     Raises:
-        SharedCheckpointError: on every rank, when a file is damaged, holds more than tensors, or lacks one.
+        SharedCheckpointError: on every rank, when a file is damaged, holds more than tensors, or lacks a tensor.
     """
     try:
         with _no_warning_of_one_process():
@@ -94,18 +92,18 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: dist.
 
 
 def saved_tensors(folder: Path) -> dict[str, SavedTensor]:
-    """Name -> shape and dtype of everything in `folder`. Raises CheckpointError when its metadata is damaged or holds more than tensors."""
-    entries = _read_metadata(folder).state_dict_metadata
+    """Return the shape and dtype of every tensor in `folder`, by name. Raises CheckpointError when the metadata is
+    damaged or holds more than tensors."""
+    entries = read_metadata(folder).state_dict_metadata
     return {name: SavedTensor(tuple(entry.size), entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
 
 
-_PythonUnpickler: Any = pickle._Unpickler
+class _MetadataUnpickler(PythonUnpickler):
+    """Unpickle metadata that names only what METADATA_GLOBALS lists. The base class is the unpickler written in Python,
+    whose
+    steps can be overridden: a pickle may change attributes of the objects that it names, classes included."""
 
-
-class _MetadataUnpickler(_PythonUnpickler):
-    """The one written in Python, whose steps can be overridden: a pickle may change attributes of what it names, so of classes too."""
-
-    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(PythonUnpickler.dispatch)
 
     def load_build(self) -> None:
         if callable(self.stack[-2]):
@@ -116,32 +114,44 @@ class _MetadataUnpickler(_PythonUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
-            return _path_as_text  # where the checkpoint was written, which nobody asks
+            return _join_path  # the folder where the checkpoint was written, which is not used
         if (module, name) == ("builtins", "getattr"):
-            return _memory_format  # as some versions of Python pickle members of an Enum
-        if name in _ALLOWED.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return _find_memory_format  # some versions of Python pickle members of an Enum by getattr
+        if name in METADATA_GLOBALS.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise CheckpointError(f".metadata names {module}.{name}, which is no part of a checkpoint; it was not loaded")
 
 
-def _memory_format(encoding: Any, name: str) -> Any:
-    if getattr(encoding, "__name__", "") != "_MEM_FORMAT_ENCODING" or type(name) is not str or name not in encoding.__members__:
-        raise CheckpointError(f".metadata asks for {name!r} of {encoding!r}, which is no part of a checkpoint; it was not loaded")
+def _find_memory_format(encoding: Any, name: str) -> Any:
+    if (
+        getattr(encoding, "__name__", "") != METADATA_MEMORY_FORMAT
+        or type(name) is not str
+        or name not in encoding.__members__
+    ):
+        raise CheckpointError(
+            f".metadata asks for {name!r} of {encoding!r}, which is no part of a checkpoint; it was not loaded"
+        )
     return encoding[name]
 
 
-def _path_as_text(*parts: str) -> str:
+def _join_path(*parts: str) -> str:
     return "/".join(map(str, parts))
 
 
-def _read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path) -> Metadata:
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
         entries = metadata.state_dict_metadata
-        tensors_only = all(type(name) is str and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items())
-        tensors_only = tensors_only and all(isinstance(tuple(e.size), tuple) and e.properties.dtype for e in entries.values())
-        names = _files(metadata)
+        tensors_only = all(
+            type(name) is str and isinstance(entry, TensorStorageMetadata) for name, entry in entries.items()
+        )
+        tensors_only = tensors_only and all(
+            isinstance(tuple(e.size), tuple) and e.properties.dtype for e in entries.values()
+        )
+        names = _list_files(metadata)
         here = all(type(name) is str and "/" not in name and name not in ("", ".", "..") for name in names)
     except (CheckpointError, OSError):
         raise
@@ -152,13 +162,15 @@ def _read_metadata(folder: Path) -> Metadata:
     return metadata
 
 
-def _files(metadata: Metadata) -> set[str]:
+def _list_files(metadata: Metadata) -> set[str]:
     return {info.relative_path for info in metadata.storage_data.values()}
 
 
 class _Reader(FileSystemReader):
+    """Read a folder by torch, with the metadata that `read_metadata` has checked."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _read_metadata(Path(self.path))
+        metadata = read_metadata(Path(self.path))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -166,15 +178,16 @@ class _Reader(FileSystemReader):
 
 @contextmanager
 def _no_warning_of_one_process() -> Iterator[None]:
+    """Silence torch's warning that only one process takes part."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
 
 
 def _first_reason(error: CheckpointException) -> str:
-    """What failed on the first rank that failed. torch's own text holds every rank's stack."""
+    """Return the reason of the first rank that failed. torch's own text holds the stack of every rank."""
     rank, (reason, _) = sorted(error.failures.items())[0]
     text = " ".join(str(reason).split())[:300]
-    # torch's writer, stopped by the system in the middle of a file, complains of that and hides why.
+    # When the system stops torch's writer in the middle of a file, the writer's error hides the reason.
     hint = " (is the disk full?)" if "inline_container" in text else ""
     return f"rank {rank}: {type(reason).__name__}: {text}{hint}"

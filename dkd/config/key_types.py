@@ -1,4 +1,4 @@
-"""What the keys of a recipe hold: numbers, counts, switches, and sections of them."""
+"""Define the types of a recipe's keys: numbers, counts, switches, and sections."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from dkd.config.problems import shown
+from dkd.config.messages import shown
 
 MOST = 10**12
-"""The largest whole number of a recipe: products of two such numbers can still be a float."""
+"""Largest whole number of a recipe: the product of two such numbers still fits a float."""
 LONGEST_NAME = 255
-"""Bytes of a file's name, on all common file systems."""
+"""Bytes of a file's name, at most, on all common file systems."""
 LONGEST_PATH = 4096
+"""Bytes of a path, at most."""
 
 
 def as_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; here it is the number everybody means."""
+    """Return the number that a text such as `1e-4` means, which YAML 1.1 reads as text. Any other value stays."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -29,24 +30,26 @@ def as_number(value: Any) -> Any:
 
 
 def no_bool(value: Any) -> Any:
+    """Refuse true and false, which Python counts as numbers. Raises ValueError."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     return value
 
 
 def is_one_line(value: str) -> bool:
-    """Whether `value` has no line breaks, no other control characters and no halves of characters."""
+    """Return whether `value` has no line breaks, no other control characters and no halves of characters."""
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value)
 
 
 def one_line(value: str) -> str:
+    """Refuse text that is not one line. Raises ValueError."""
     if not is_one_line(value):
         raise ValueError(f"must be one line of text without control characters, not {shown(value)}")
     return value
 
 
 def fits_file_system(value: Any) -> bool:
-    """Whether no name of the path is longer than a file's name can be."""
+    """Return whether a path, and each name in it, is as short as file systems need."""
     if not isinstance(value, str):
         return True
     encoded = value.encode("utf-8", "replace")
@@ -64,7 +67,13 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(one_line)]
 
 
 def allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
-    """For keys of more than one type: one message, where a union would give one for each member."""
+    """Return a validator for keys of more than one type, with one message, where a union would give a message for each
+    type.
+
+    Args:
+        test: whether a value is allowed.
+        allowed: what is allowed, in words.
+    """
 
     def check(value: Any) -> Any:
         if not test(value):
@@ -75,8 +84,11 @@ def allow(test: Callable[[Any], bool], allowed: str) -> BeforeValidator:
 
 
 def matches(pattern: str, value: Any) -> bool:
+    """Return whether `value` is text that matches a pattern as a whole."""
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 class Section(BaseModel):
+    """Be the base of all sections: unknown keys are refused, and values are not changed after loading."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

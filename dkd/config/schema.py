@@ -1,4 +1,4 @@
-"""The recipe's schema: every key, its type, default and meaning. Unknown keys are refused."""
+"""Define the recipe's schema: every key, its type, default and meaning. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -22,16 +22,24 @@ from dkd.config.key_types import (
     is_one_line,
     one_line,
 )
-from dkd.config.loss_sections import LossesSection
+from dkd.config.losses import LossesSection
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and "\\" not in value and is_one_line(value)
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and "/" not in value
+        and "\\" not in value
+        and is_one_line(value)
+    )
 
 
-_Seconds = Annotated[Number, Field(gt=0, le=10**7)]  # four months: a clock of the system counts to less than 1e10
+_Seconds = Annotated[Number, Field(gt=0, le=10**7)]  # four months; the system's clocks count to less than 1e10
 _MOST_WORKERS = 1024
-_Path = Annotated[str, AfterValidator(one_line), allow(fits_file_system, f"a path with names of at most {LONGEST_NAME} bytes")]
+_Path = Annotated[
+    str, AfterValidator(one_line), allow(fits_file_system, f"a path with names of at most {LONGEST_NAME} bytes")
+]
 
 
 def _at_most_workers(value: Any) -> Any:
@@ -41,41 +49,58 @@ def _at_most_workers(value: Any) -> Any:
 
 
 def _is_transform(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and len(value) == 1 and all(isinstance(k, str) for k in value))
+    return isinstance(value, str) or (
+        isinstance(value, dict) and len(value) == 1 and all(isinstance(k, str) for k in value)
+    )
 
 
 Workers = Annotated[
     int | Literal["auto"],
     AfterValidator(_at_most_workers),
-    allow(lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 0), "auto or a whole number from 0"),
+    allow(
+        lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+        "auto or a whole number from 0",
+    ),
 ]
-AutoSwitch = Annotated[bool | Literal["auto"], allow(lambda v: v == "auto" or isinstance(v, bool), "auto, true or false")]
+AutoSwitch = Annotated[
+    bool | Literal["auto"], allow(lambda v: v == "auto" or isinstance(v, bool), "auto, true or false")
+]
 PRESETS = ("imagenet", "cifar", "digits")
 Transforms = Annotated[
     str | list[str | dict[str, Any]],
     allow(
-        lambda v: v in PRESETS if isinstance(v, str) else isinstance(v, list) and bool(v) and all(map(_is_transform, v)),
+        lambda v: (
+            v in PRESETS if isinstance(v, str) else isinstance(v, list) and bool(v) and all(map(_is_transform, v))
+        ),
         f"{', '.join(PRESETS)} or a list of transforms such as [RandomCrop: {{size: 32, padding: 4}}]",
     ),
 ]
-_Name = Annotated[str, allow(fits_file_system, f"at most {LONGEST_NAME} bytes long"), allow(_is_file_name, "a name without slashes")]
+_Name = Annotated[
+    str, allow(fits_file_system, f"at most {LONGEST_NAME} bytes long"), allow(_is_file_name, "a name without slashes")
+]
 
 
 class RunSection(Section):
+    """Set where a run writes, how it repeats, and how long its ranks wait."""
+
     name: _Name = "run"
-    """Names the run in trackers; `run.dir` defaults to runs/NAME."""
+    """Name of the run in trackers; default: the recipe's file name."""
     dir: _Path = ""
+    """Folder of the run; default: runs/NAME."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    """Seed of everything that is drawn."""
     trackers: list[Text] = ["tensorboard"]
-    """Accelerate's trackers, by its names: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio."""
+    """Names of Accelerate's trackers: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab,
+    trackio."""
     start_timeout: _Seconds = 1800.0
-    """Seconds that a rank waits for the others until the first step is done, while data are indexed, weights fetched and models compiled;
-    later, for those that write a checkpoint."""
+    """Seconds that a rank waits for the other ranks until the first step is done, while data are indexed, weights
+    fetched and models compiled; later, seconds that it waits for ranks that write a checkpoint."""
     collective_timeout: _Seconds = 300.0
-    """Seconds that a rank waits for another from then on, before the run ends."""
+    """Seconds that a rank waits for another rank after the first step, before the run stops."""
     deterministic: Switch = False
-    """GPUs: only algorithms that give the same bits each time, in torch, cuDNN, cuBLAS and the compiler; slower. Without it a GPU's sums
-    may differ in their last bits from one start to the next. CPUs repeat their bits either way."""
+    """Whether GPUs use only algorithms that give the same bits each time, in torch, cuDNN, cuBLAS and the compiler,
+    which is slower. With false, a GPU's sums may differ in their last bits from one start to the next. CPUs repeat
+    their bits either way."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl and the trackers."""
 
@@ -88,123 +113,176 @@ class RunSection(Section):
 
 
 class Normalization(Section):
-    """(image − mean) / std a channel, on values from 0 to 1."""
+    """Compute (image − mean) / std for each channel, on values from 0 to 1."""
 
     mean: Annotated[list[Number], Field(min_length=3, max_length=3)]
+    """Mean of each channel."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    """Standard deviation of each channel."""
 
 
 class DataSection(Section):
+    """Set the images and labels, and how images are transformed and loaded."""
+
     train: Text
-    """Parquet or tar files or globs, `hub:NAME[:SPLIT]`, `disk:PATH`, `folder:PATH`, `torchvision:NAME`, or `digits` (embedded)."""
+    """The training images: parquet or tar files or globs, `hub:NAME[:SPLIT]`, `disk:PATH`, `folder:PATH`,
+    `torchvision:NAME`, `python:MODULE:CALLABLE`, or `digits` (part of scikit-learn)."""
     validation: Text
+    """The validation images, named as for `train`."""
     classes: Count
+    """Number of classes."""
     transforms: Transforms
-    """A preset, or a list of torchvision.transforms.v2 names, each with its arguments: [RandomCrop: {size: 32, padding: 4}, ...]."""
+    """A preset, or a list of torchvision.transforms.v2 names, each with its arguments: [RandomCrop: {size: 32, padding:
+    4}, ...]."""
     validation_transforms: Transforms | None = None
-    """With a list of `transforms`: what validation images get."""
+    """Transforms of the validation images, where `transforms` is a list."""
     image_size: Count | None = None
-    """Side of the images that the models see, pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
+    """Side of the images that the models see, in pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
     normalization: Normalization | None = None
-    """Default: the preset's."""
+    """Mean and standard deviation of the channels; default: the preset's."""
     mixup: NonNegative = 0.0
-    """α of mixup, 0: off. Images are mixed within a micro-batch, after its transforms; the teacher sees the mixed images too."""
+    """α of mixup; 0: off. Images are mixed within a micro-batch, after the transforms; the teacher sees the mixed
+    images too."""
     cutmix: NonNegative = 0.0
-    """α of CutMix, 0: off. With both, each micro-batch takes one of them, at equal odds."""
+    """α of CutMix; 0: off. With mixup and CutMix, one of them is drawn for each micro-batch, at equal odds."""
     image_column: Text | None = None
+    """Column of the images in parquet and hub data; default: the only column that fits."""
     label_column: Text | None = None
+    """Column of the labels in parquet and hub data; default: the only column that fits."""
     root: Text = "data"
-    """Where `torchvision:NAME` looks for its files."""
+    """Folder where `torchvision:NAME` looks for its files."""
     workers: Workers = "auto"
-    """Worker processes a rank. auto: 0 for images held in memory, else the rank's share of the machine's cores, up to 16 (streaming: 8)."""
+    """Number of worker processes of a rank. auto: 0 for images held in memory, else the rank's share of the machine's
+    cores, up to 16 (streaming: 8)."""
     streaming: Switch = False
-    """Parquet (files or of the hub) is read where it lies, in the order of StreamedOrder, instead of being copied and read at random."""
+    """Whether parquet (files, or of the hub) is read in place, in the order of StreamedBatchSampler, instead of being
+    copied and read at random."""
     stream_lanes: Count = 64
-    """`streaming`: places in the data that are read at the same time, over all ranks."""
+    """`streaming`: number of places in the data that are read at the same time, over all ranks."""
     shuffle_window: Count = 256
-    """`streaming`: rows of each lane that are shuffled with each other."""
+    """`streaming`: number of rows of each lane that are shuffled with each other."""
     on_error: Literal["raise", "skip"] = "raise"
-    """An image that cannot be read ends the run, on all ranks together; or another one stands in its place, and is counted."""
+    """raise: an image that cannot be read stops the run, on all ranks together. skip: another image stands in its
+    place, and is counted."""
     in_memory: AutoSwitch = "auto"
-    """Decode the training set once into memory, on each rank. auto: when all images have one size and fit 1 GiB and the rank's share of an
-    eighth of this machine's memory."""
+    """Whether the training set is decoded once into memory, on each rank. auto: when all images have one size and fit 1
+    GiB and the rank's share of an eighth of this machine's memory."""
 
 
 class StudentSection(Section):
+    """Set the model that is trained."""
+
     name: Text
+    """A model of this package, `torchvision/NAME`, `timm/NAME`, or your own `module:callable`."""
     weights: Text | None = None
+    """A file, or torchvision's name of a weight set; null: the student is initialised at random."""
     norm: Literal["batch", "group", "none"] | None = None
+    """Normalisation of a CIFAR model of this package; null: the model's own."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the model."""
 
 
 class TeacherSection(Section):
+    """Set the frozen model that the student learns from."""
+
     name: Text
+    """The model, named as for the student."""
     weights: Text
-    """A file, torchvision's name of a weight set, or `random` (said with a warning)."""
+    """A file, torchvision's name of a weight set, or `random` (reported by a warning)."""
     placement: Literal["replicated", "fsdp2", "zero3"] = "replicated"
-    """Whole on every rank; or in shards, by FSDP2 (with any engine of the student) or by ZeRO-3 (with a student under DeepSpeed)."""
+    """replicated: whole on every rank. fsdp2: in shards, with any engine of the student. zero3: in shards, with a
+    student under DeepSpeed."""
     mesh: Literal["world", "node"] = "world"
     """fsdp2: the ranks that share one teacher."""
     weights_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. Needs train.precision: bf16, which rounds
-    them for every forward anyway. auto: bf16 with that precision (but under ZeRO-3, which keeps float32), else fp32."""
+    """bf16: Linear, convolution and attention weights are kept in bfloat16, at half the memory. It needs
+    train.precision: bf16, which rounds these weights for every forward anyway. auto: bf16 with that precision (except
+    under ZeRO-3, which keeps float32), else fp32."""
     norm: Literal["batch", "group", "none"] | None = None
+    """Normalisation of a CIFAR model of this package; null: the model's own."""
     options: dict[str, Any] = {}
+    """Further keyword arguments of the model."""
     classes: Count | None = None
-    """Outputs of the teacher's head; default data.classes. `losses.kd` needs them equal."""
+    """Number of outputs of the teacher's head; default: data.classes. `losses.kd` needs them equal."""
     normalization: Normalization | None = None
-    """Default: the student's."""
+    """Mean and standard deviation of the channels; default: the student's."""
     input_size: Count | None = None
-    """The teacher sees the images resized to this; default: as the student sees them."""
+    """Side, in pixels, that images are resized to for the teacher; default: the student's."""
 
 
 class CompileSection(Section):
+    """Set which models are compiled by torch.compile."""
+
     student: Switch = False
+    """Whether the student is compiled."""
     teacher: Switch = False
+    """Whether the teacher is compiled."""
 
 
 class EmaSection(Section):
+    """Set the exponential moving average of the student."""
+
     decay: Annotated[Number, Field(gt=0, lt=1)]
+    """Share of the average that stays at each step."""
 
 
 class TrainSection(Section):
+    """Set how much is trained, in which batches and in which precision."""
+
     global_batch: Count
+    """B, samples of a step over all ranks."""
     micro_batch: Count | None = None
-    """Samples a rank forwards at once; default global_batch / world size."""
+    """b, samples that a rank forwards at the same time; default: global_batch / world size."""
     epochs: Count
+    """Number of epochs."""
     max_steps: Count | None = None
-    """Ends the run earlier."""
+    """Number of steps after which the run stops, where that is earlier."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
-    """bf16 and fp16 are autocast of student and teacher; weights and losses stay float32. auto: what the hardware of all ranks is fast in,
-    chosen at the run's first start and kept by its resumes. fp32 is IEEE arithmetic on GPUs too; tf32 lets their convolutions and matrix
-    products round to TF32. fp16 and tf32 need a GPU. fp64 is everything in float64: slow, for telling rounding from error."""
+    """bf16 and fp16 are autocast of student and teacher; weights and losses stay float32. auto: the precision that the
+    hardware of all ranks is fast in, chosen at the run's first start and kept when the run resumes. fp32 is IEEE
+    arithmetic on GPUs too; tf32 lets their convolutions and matrix products round to TF32. fp16 and tf32 need a GPU.
+    fp64 computes everything in float64, which is slow and helps to tell rounding from error."""
     channels_last: AutoSwitch = "auto"
-    """The memory format of images and convolution weights. auto: true; a resumed run keeps what it was begun with."""
+    """Whether images and convolution weights are in the memory format channels_last. auto: true; a resumed run keeps
+    the format that it began with."""
     sync_batch_norm: Switch = False
-    """BatchNorm's batch is that of all ranks in a micro-step, not the micro-batch: dependent on the number of ranks. Needs DDP on GPUs."""
+    """Whether BatchNorm's batch is that of all ranks in a micro-step, instead of the micro-batch. The result then
+    depends on the number of ranks. It needs DDP on GPUs."""
     clip_grad_norm: Positive | None = None
+    """Largest L2 norm of the gradient; null: the gradient is not clipped."""
     skip_nonfinite: CountFromZero = 0
-    """Updates in a row that are left out because the gradient is not finite, before the run ends. Above 0, each step waits for its
-    gradient."""
+    """Number of consecutive updates that may be left out because the gradient is not finite, before the run stops.
+    Above 0, each step waits for its gradient."""
     ema: EmaSection | None = None
-    """Exponential moving average of the student; evaluated and exported in its place."""
+    """Exponential moving average of the student, which is evaluated and exported in the student's place; null: none."""
     compile: CompileSection = CompileSection()
+    """Models that are compiled."""
 
 
 class EvaluationSection(Section):
+    """Set when and how the student is evaluated."""
+
     batch: Count = 256
-    """Samples a rank forwards at once."""
+    """Samples that a rank forwards at the same time."""
     every_epochs: Count = 1
+    """Epochs between evaluations."""
 
 
 class SgdSection(Section):
+    """Set torch.optim.SGD."""
+
     name: Literal["sgd"]
+    """The optimizer."""
     lr: Positive
+    """Learning rate, before the schedule's factor."""
     momentum: Fraction = 0.9
+    """Momentum."""
     nesterov: Switch = False
+    """Whether the momentum is Nesterov's."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
     decay_norm_and_bias: Switch = True
+    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> SgdSection:
@@ -214,67 +292,107 @@ class SgdSection(Section):
 
 
 class AdamWSection(Section):
+    """Set torch.optim.AdamW."""
+
     name: Literal["adamw"]
+    """The optimizer."""
     lr: Positive
+    """Learning rate, before the schedule's factor."""
     betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of the averages of the gradient and of its square."""
     eps: Positive = 1e-8
+    """Number added to the denominator."""
     weight_decay: NonNegative = 0.01
+    """Weight decay."""
     decay_norm_and_bias: Switch = True
+    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
 
 
 class _ScheduleSection(Section):
     warmup_epochs: NonNegative = 0.0
+    """Epochs in which the learning rate grows linearly up to `optimizer.lr`."""
 
 
 class ConstantSchedule(_ScheduleSection):
+    """Keep the learning rate."""
+
     name: Literal["constant"]
+    """The schedule."""
 
 
 class StepSchedule(_ScheduleSection):
+    """Multiply the learning rate by a factor at some epochs."""
+
     name: Literal["step"]
+    """The schedule."""
     milestones: list[Positive]
     """Epochs at which the learning rate is multiplied by `factor`."""
     factor: Positive = 0.1
+    """Factor of the learning rate at each milestone."""
 
 
 class CosineSchedule(_ScheduleSection):
+    """Lower the learning rate along half a cosine."""
+
     name: Literal["cosine"]
+    """The schedule."""
     final: Fraction = 0.0
-    """The last learning rate, as a fraction of the first."""
+    """Last learning rate, as a fraction of `optimizer.lr`."""
 
 
 class OneCycleSchedule(Section):
+    """Raise the learning rate to its peak and lower it again, along half cosines."""
+
     name: Literal["one_cycle"]
+    """The schedule."""
     peak: Annotated[Number, Field(gt=0, lt=1)] = 0.3
-    """The share of the run after which `optimizer.lr` is reached."""
+    """Share of the run after which `optimizer.lr` is reached."""
     start: Positive = 0.04
+    """First learning rate, as a fraction of `optimizer.lr`."""
     final: Fraction = 1e-4
-    """First and last learning rate, as fractions of `optimizer.lr`."""
+    """Last learning rate, as a fraction of `optimizer.lr`."""
 
 
 class CheckpointSection(Section):
-    """When RUN/checkpoints/step_N is written, with all that training needs to go on from there. The last step always makes one."""
+    """Set when RUN/checkpoints/step_N is written, with everything that training needs to resume from there. The last
+    step always makes a checkpoint."""
 
     every_epochs: Count | None = 1
+    """Epochs between checkpoints; null: epochs make none."""
     every_steps: Count | None = None
+    """Steps between checkpoints; null: steps make none."""
     every_minutes: Positive | None = None
+    """Minutes between checkpoints; null: time makes none."""
     keep_last: Count = 2
+    """Number of the newest checkpoints that are kept."""
     keep_best: CountFromZero = 0
-    """Further ones that are kept: those with the highest top-1."""
+    """Number of further checkpoints that are kept: those with the highest top-1."""
     background: Switch = True
-    """Training goes on while a copy of its state is written; false: it waits."""
+    """Whether training continues while a copy of its state is written; false: training waits."""
 
 
 class Recipe(Section):
-    """One training: what is trained, on what, towards what, and how."""
+    """Describe one training: the student, the data, the teacher and losses, and how to train."""
 
     run: RunSection = RunSection()
+    """Where a run writes, how it repeats, and how long its ranks wait."""
     data: DataSection
+    """Images and labels."""
     student: StudentSection
+    """The model that is trained."""
     teacher: TeacherSection | None = None
+    """The frozen model that the student learns from; null: none."""
     losses: LossesSection = LossesSection()
+    """The losses and their weights."""
     train: TrainSection
+    """Batches, length and precision."""
     evaluation: EvaluationSection = EvaluationSection()
+    """Evaluation of the student."""
     optimizer: Annotated[SgdSection | AdamWSection, Field(discriminator="name")]
-    schedule: Annotated[ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule, Field(discriminator="name")]
+    """The optimizer."""
+    schedule: Annotated[
+        ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule, Field(discriminator="name")
+    ]
+    """The learning rate over the run."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """Checkpoints."""

@@ -1,4 +1,4 @@
-"""YAML that nobody vouches for: plain values of a bounded size, no key twice, and every error as one sentence."""
+"""Read untrusted YAML: plain values of a bounded size, no key twice, and every error as one sentence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import yaml
 from dkd.errors import InputError
 
 MOST_CHARACTERS = 2**20
+"""Characters of a document, at most."""
 MOST_VALUES = 20_000
-"""Values of a document, each alias counted as all that it stands for. The recipes of this repository have fewer than 200."""
+"""Values of a document, at most; each alias counts as all values that it stands for. The recipes of this repository
+have fewer than 200."""
 DEEPEST = 50
-"""Levels of lists and mappings inside each other, aliases followed."""
+"""Levels of nested lists and mappings, at most, aliases followed."""
 
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class YamlTextError(InputError):
-    """Text that is not YAML, or more of it than a recipe can hold."""
+    """A text is not YAML, or holds more than a recipe can."""
 
 
 def read(text: str) -> Any:
@@ -45,43 +47,49 @@ def read(text: str) -> Any:
 
 
 def read_argument(text: str) -> Any:
-    """Return the value of one argument of a command line. As `read`, but `#` begins no comment: on a command line it is part of a name.
+    """Return the value of one argument of a command line. In contrast to `read`, `#` begins no comment: on a command
+    line it is part of a name.
 
     Raises:
-        YamlTextError: as `read`; or YAML would read a part of the text as a comment, and the rest is more than plain text.
+        YamlTextError: as `read`; or YAML would read a part of the text as a comment, and the rest is more than plain
+            text.
     """
     if "#" in text and len(text) <= MOST_CHARACTERS:
         try:
             tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:
-            return read(text)  # which names the error
+            return read(text)  # raises with the error's name
         gaps = (text[before.end_mark.index : after.start_mark.index] for before, after in itertools.pairwise(tokens))
         if any("#" in gap for gap in gaps):
             within = tokens[1:-1]  # without the start and the end of the stream
             if any(not (isinstance(token, yaml.ScalarToken) and token.plain) for token in within) or len(within) > 1:
                 raise YamlTextError(
-                    "holds a # with which YAML begins a comment; write text that holds one in quotes of its own: 'key=\"a #1\"'"
+                    "holds a # with which YAML begins a comment; write text that holds one in quotes of its own: "
+                    "'key=\"a #1\"'"
                 )
             return text.strip()
     return read(text)
 
 
 class _TooLarge(Exception):
-    """A bound is passed. Not a YAMLError: those name a line, and this is about the whole text."""
+    """A text exceeds a bound. This is no YAMLError, which would name a line: the bound is one of the whole text."""
 
 
 class _Extent(NamedTuple):
-    """The size of a node, aliases followed."""
+    """Count the size of a node, aliases followed."""
 
     values: int
+    """Values in the node, the node itself included."""
     levels: int
+    """Levels of nested lists and mappings."""
     characters: int
+    """Characters of all values."""
 
 
 class _Loader(yaml.SafeLoader):
-    """What `yaml.safe_load` reads, within bounds."""
+    """Read what `yaml.safe_load` reads, within bounds."""
 
-    # A date that does not exist would be an error of Python's, and one that does is no value of any key.
+    # Dates stay text: a date that does not exist would be an error of Python, and no key holds a date.
     yaml_implicit_resolvers = {  # noqa: RUF012 (the name and the kind are PyYAML's)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -91,7 +99,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._level = 0
         self._extents: dict[int, _Extent] = {}
-        """The extent of each node, by its id: nodes live as long as their document."""
+        """Extent of each node, by the node's id: nodes live as long as their document."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._level += 1
@@ -100,25 +108,32 @@ class _Loader(yaml.SafeLoader):
         is_alias = self.check_event(yaml.AliasEvent)
         node: yaml.Node | None = super().compose_node(parent, index)
         self._level -= 1
-        if is_alias and id(node) not in self._extents:  # of a value that is not complete yet
+        if is_alias and id(node) not in self._extents:  # the alias stands for a value that is not complete yet
             raise _TooLarge("holds a value that contains itself")
         if node is not None and not is_alias:
-            self._extents[id(node)] = self._extent(node)
+            self._extents[id(node)] = self._measure(node)
         return node
 
-    def _extent(self, node: yaml.Node) -> _Extent:
+    def _measure(self, node: yaml.Node) -> _Extent:
         if isinstance(node, yaml.ScalarNode):
             if any("\ud800" <= character <= "\udfff" for character in node.value):
-                raise yaml.composer.ComposerError(None, None, f"{node.value[:60]!r} holds half of a character", node.start_mark)
+                raise yaml.composer.ComposerError(
+                    None, None, f"{node.value[:60]!r} holds half of a character", node.start_mark
+                )
             return _Extent(1, 1, len(node.value))
-        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = (
+            [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+        )
         within = [self._extents[id(child)] for child in children]
         extent = _Extent(
             1 + sum(child.values for child in within),
             1 + max((child.levels for child in within), default=0),
             sum(child.characters for child in within),
         )
-        for count, most, what in ((extent.values, MOST_VALUES, "values"), (extent.characters, MOST_CHARACTERS, "characters")):
+        for count, most, what in (
+            (extent.values, MOST_VALUES, "values"),
+            (extent.characters, MOST_CHARACTERS, "characters"),
+        ):
             if count > most:
                 raise _TooLarge(f"holds more than {most:,} {what} (an alias counts as all that it stands for)")
         if extent.levels > DEEPEST:
@@ -130,14 +145,15 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of int(), float(), date() and PyYAML's own tables: they expect that a tag tells the truth
+        # int(), float(), date() and PyYAML's own tables expect that a tag is true, and raise where it is not.
+        except Exception as error:
             kind = node.tag.rpartition(":")[2]
             raise yaml.constructor.ConstructorError(
                 None, None, f"{str(node.value)[:60]!r} cannot be read as {kind}: {str(error)[:100]}", node.start_mark
             ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuse a key that is there twice: the later one would win silently."""
+        """Refuse a key that is there twice, of which the later one would be used without a warning."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:

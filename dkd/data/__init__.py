@@ -1,26 +1,26 @@
-"""Images and labels: where they come from, how they are augmented, in which order ranks see them.
+"""Read images and labels, augment images, and decide in which order ranks see them.
 
-Knows nothing of models or losses.
+This package knows nothing of models or losses.
 """
 
-from dkd.data.batches import EvaluationBatches, TrainingBatches
-from dkd.data.mixing import BatchMixing
-from dkd.data.order import SampleOrder, StreamedOrder
-from dkd.data.row_groups import RowGroups, open_row_groups
+from dkd.data.loader import EvaluationLoader, TrainLoader
+from dkd.data.mixup import MixupCutmix
+from dkd.data.parquet_stream import RowGroups, open_row_groups
+from dkd.data.sampler import GlobalBatchSampler, StreamedBatchSampler
 from dkd.data.sources import DataError, ImageSource, in_memory, is_in_memory, open_source
 from dkd.data.transforms import ImagePipeline, Normalize, build_pipeline
 
 __all__ = [
-    "BatchMixing",
     "DataError",
-    "EvaluationBatches",
+    "EvaluationLoader",
+    "GlobalBatchSampler",
     "ImagePipeline",
     "ImageSource",
+    "MixupCutmix",
     "Normalize",
     "RowGroups",
-    "SampleOrder",
-    "StreamedOrder",
-    "TrainingBatches",
+    "StreamedBatchSampler",
+    "TrainLoader",
     "build_pipeline",
     "in_memory",
     "is_in_memory",

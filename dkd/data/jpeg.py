@@ -1,8 +1,9 @@
-"""Decodes JPEG files by the fastest decoder whose pixels are Pillow's, bit for bit.
+"""Decode JPEG files by the fastest decoder whose pixels equal Pillow's, bit for bit.
 
-Pillow is the reference: which files can be read, how they are turned, and every pixel. Where simplejpeg is installed
-(`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow's, it decodes the files that are
-of the kinds tried. All others go to Pillow: grayscale and CMYK, other samplings, whatever is damaged.
+Pillow is the reference for which files can be read, how images are turned, and every pixel. Where simplejpeg is
+installed (`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow,
+simplejpeg decodes the files of the kinds that were tried. Pillow decodes all other files: grayscale and CMYK, other
+samplings, and damaged files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import PIL
 from PIL import Image
 
 Decode = Callable[[bytes], np.ndarray]
-"""Maps a JPEG file's content to uint8 (H, W, 3), RGB. Raises ValueError for anything unusual in it."""
+"""A function from a JPEG file's content to uint8 (H, W, 3), RGB. Raises ValueError for anything unusual in the file."""
 
 _SOI = b"\xff\xd8"
 _BASELINE, _PROGRESSIVE, _SCAN = 0xC0, 0xC2, 0xDA
@@ -27,39 +28,45 @@ _RESTARTS, _JFIF, _ADOBE = 0xDD, 0xE0, 0xEE
 
 
 class Kind(NamedTuple):
-    """Tells what of a file decides which code decodes it."""
+    """Hold the features of a file that decide which code decodes it."""
 
     progressive: bool
+    """Whether the scans are progressive."""
     sampling: tuple[int, ...]
-    """Holds the sampling of the three components as the frame header writes it: 0x22 is 2 by 2."""
+    """Sampling of the three components, as written in the frame header: 0x22 is 2 by 2."""
     restarts: bool
+    """Whether the file has restart markers."""
     colours: str
-    """Names what says that colours are YCbCr: `JFIF`, `Adobe`, or nothing (the default)."""
+    """The marker that declares the colours to be YCbCr: `JFIF`, `Adobe`, or nothing (the default)."""
 
 
 class Header(NamedTuple):
-    """Holds what the header of a JPEG file of three components of 8 bits says."""
+    """Hold the header of a JPEG file of three components of 8 bits."""
 
     kind: Kind
+    """Features that decide which code decodes the file."""
     height: int
+    """Height in pixels."""
     width: int
+    """Width in pixels."""
     plain: bool
-    """Tells that there is no metadata but JFIF's: nothing that turns the image, and nothing that Pillow might refuse."""
+    """Whether the only metadata is JFIF's: then nothing turns the image, and there is nothing that Pillow might
+    refuse."""
 
 
 @dataclass(frozen=True)
 class JpegDecoder:
-    """Decodes the JPEG files of this process, or leaves them to Pillow."""
+    """Decode the JPEG files of this process, or leave them to Pillow."""
 
     name: str
-    """Names the decoder with its version, and where that is Pillow, the reason."""
+    """Name and version of the decoder; where it is Pillow, with the reason."""
     decode: Decode | None
-    """Is None where Pillow decodes all files."""
+    """The decoding function; None where Pillow decodes all files."""
     kinds: frozenset[Kind] = frozenset()
-    """Holds the kinds of files whose pixels have been compared."""
+    """Kinds of files whose pixels have been compared."""
 
     def header(self, content: bytes) -> Header | None:
-        """Read the header of a file that `pixels` may decode. Returns None for a file that Pillow is to decode."""
+        """Return the header of a file that `pixels` may decode; None for a file that Pillow must decode."""
         header = read_header(content) if self.decode is not None else None
         if header is None or header.kind not in self.kinds:
             return None
@@ -67,13 +74,14 @@ class JpegDecoder:
         return header if limit is None or header.width * header.height <= limit else None
 
     def pixels(self, content: bytes, header: Header) -> np.ndarray | None:
-        """Decode a file to uint8 (H, W, 3). Returns None where something in it is unusual: Pillow then tells whether it can be read."""
+        """Decode a file to uint8 (H, W, 3). Returns None where something in the file is unusual: Pillow then decides
+        whether the file can be read."""
         assert self.decode is not None
         try:
             pixels = self.decode(content)
         except MemoryError:
             raise
-        except Exception:  # Pillow, which is asked next, says what is wrong
+        except Exception:  # Pillow decodes next, and its error states what is wrong
             return None
         return pixels if pixels.shape == (header.height, header.width, 3) else None
 
@@ -118,7 +126,7 @@ def read_header(content: bytes) -> Header | None:
 
 @functools.cache
 def jpeg_decoder() -> JpegDecoder:
-    """Return what decodes JPEG files in this process. It is chosen once, by decoding the trial images."""
+    """Return the decoder of JPEG files for this process, which is chosen once, by decoding the trial images."""
     pillow = f"Pillow {PIL.__version__}"
     try:
         import simplejpeg
@@ -126,7 +134,7 @@ def jpeg_decoder() -> JpegDecoder:
         return JpegDecoder(f"{pillow} (simplejpeg is not installed)", None)
 
     def decode(content: bytes) -> np.ndarray:
-        # The exact DCT and the smooth upsampling, as Pillow's; `strict` turns warnings into errors.
+        # Pillow uses the exact DCT and the smooth upsampling; `strict` turns warnings into errors.
         pixels: np.ndarray = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False, strict=True)
         return pixels
 
@@ -138,41 +146,54 @@ def jpeg_decoder() -> JpegDecoder:
 
 
 def tried_kinds(decode: Decode) -> frozenset[Kind] | str:
-    """Return the kinds of the trial images when all are decoded as by Pillow, else the reason why this decoder cannot be used."""
+    """Return the kinds of the trial images when all are decoded to Pillow's pixels, else the reason why this decoder
+    cannot be used."""
     kinds = set()
     try:
         for content in trial_images():
             header = read_header(content)
-            if header is None:  # an encoder that writes something else
+            if header is None:  # the encoder writes something else
                 continue
             with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
                 wanted = np.asarray(image.convert("RGB"))
             if not np.array_equal(decode(content), wanted):
-                return f"its pixels differ from Pillow's, first in a trial image of {header.width}×{header.height}, {header.kind}"
+                size = f"{header.width}×{header.height}"
+                return f"its pixels differ from Pillow's, first in a trial image of {size}, {header.kind}"
             kinds.add(header.kind)
-    except Exception as error:  # of either library: a reason to stay with Pillow, as is any
+    except Exception as error:  # any error of either library is a reason to stay with Pillow
         return f"a trial image cannot be decoded: {type(error).__name__}: {error}"
     return frozenset(kinds)
 
 
 def trial_images() -> Iterator[bytes]:
-    """Make JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise that overflows,
-    progressive scans, restart markers, and the three ways to say that colours are YCbCr."""
+    """Yield JPEG files in which decoders can differ: odd sizes, each sampling, coarse and fine quantisation of noise
+    that overflows, progressive scans, restart markers, and the three ways to declare YCbCr colours."""
     generator = np.random.default_rng(0)
-    ways: list[dict[str, Any]] = [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"progressive": True, "restart_marker_rows": 1}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"progressive": True},
+        {"restart_marker_blocks": 2},
+        {"progressive": True, "restart_marker_rows": 1},
+    ]
     sizes = (1, 1), (9, 7), (16, 16), (33, 18), (70, 47), (157, 39)
     for number, (width, height) in enumerate(sizes):
         pixels = generator.integers(0, 2, (height, width, 3)) * 255
-        smooth = np.linspace(0, 255, width)[None, :, None] * np.linspace(1, 0.2, height)[:, None, None] * np.array([1.0, 0.7, 0.3])
+        smooth = (
+            np.linspace(0, 255, width)[None, :, None]
+            * np.linspace(1, 0.2, height)[:, None, None]
+            * np.array([1.0, 0.7, 0.3])
+        )
         pixels = np.where(np.arange(width)[None, :, None] < 0.6 * width, smooth, pixels).astype(np.uint8)
         for sampling in (0, 1, 2):
             for way in ways:
                 file = io.BytesIO()
-                Image.fromarray(pixels).save(file, "JPEG", quality=(40, 75, 95)[(number + sampling) % 3], subsampling=sampling, **way)
+                Image.fromarray(pixels).save(
+                    file, "JPEG", quality=(40, 75, 95)[(number + sampling) % 3], subsampling=sampling, **way
+                )
                 content = file.getvalue()
                 yield content
                 if (width, height) == sizes[-1] and content[2:4] == b"\xff\xe0":
-                    # JFIF's marker left out, and Adobe's (transform 1) in its place.
+                    # The same file without JFIF's marker, and with Adobe's (transform 1) in its place.
                     rest = content[4 + int.from_bytes(content[4:6], "big") :]
                     yield _SOI + rest
                     yield _SOI + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x01" + rest

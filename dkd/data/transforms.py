@@ -1,5 +1,5 @@
-"""What happens to an image between its source and the model: torchvision v2 transforms a sample at a time, on uint8, then normalisation a
-batch at a time, on the device that trains."""
+"""Transform images between their source and the model: torchvision's v2 transforms on uint8, a sample at a time, then
+normalisation of a batch, on the device that trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Stages = str | Sequence[str | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Normalize:
-    """uint8 (b, 3, H, W) -> (image/255 − mean) / std, in float32 unless another type is asked for.
+    """Compute (image/255 − mean) / std of uint8 (b, 3, H, W), in float32 or in another type.
 
     Args:
         mean, std: three numbers each, on the scale 0 to 1.
@@ -29,28 +29,39 @@ class Normalize:
     def __call__(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         scale, shift = _scale_and_shift(self, images.device, dtype)
         numbers = images.to(dtype)
-        # Into the same memory, unless it is the caller's: new memory of this size costs as much as the arithmetic.
+        # The result goes into the same memory, unless the memory is the caller's: new memory of this size costs as much
+        # as the arithmetic.
         return torch.addcmul(shift, numbers, scale, out=None if numbers is images else numbers)
 
 
 @functools.cache
-def _scale_and_shift(normalize: Normalize, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    # Kept on the device: a copy from the host in every step would make the host wait for the device.
+def _scale_and_shift(
+    normalize: Normalize, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Both stay on the device: a copy from the host in every step would make the host wait for the device.
     scale = torch.tensor([1 / (255 * s) for s in normalize.std], dtype=dtype, device=device)
-    shift = torch.tensor([-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], dtype=dtype, device=device)
+    shift = torch.tensor(
+        [-m / s for m, s in zip(normalize.mean, normalize.std, strict=True)], dtype=dtype, device=device
+    )
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 
 @runtime_checkable
 class BatchTransform(Protocol):
-    """A transform of whole batches, several times as fast on small images as one image after the other."""
+    """Transform whole batches, which is several times as fast on small images as one image after the other."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """One image, or several of one shape; what is random is drawn from torch's default generator."""
+        """Transform one image, or several images of one shape. Randomness is drawn from torch's default generator."""
         ...
 
     def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """uint8 (b, 3, h, w) -> (b, 3, H, W). What is random for an image depends on its seed alone, not on its neighbours."""
+        """Return uint8 (b, 3, H, W) from (b, 3, h, w). The randomness of an image depends on its seed alone, not on the
+        other images.
+
+        Args:
+            images: uint8 (b, 3, h, w).
+            seeds: one for each image.
+        """
         ...
 
 
@@ -58,7 +69,7 @@ class CropAndFlip:
     """Resize, pad with black, crop at a random place, flip at random.
 
     Args:
-        size: side of what comes out, pixels; images of another size are resized to it first.
+        size: side of the result, pixels; images of another size are resized to it first.
         padding: pixels on each side; 0: no crop.
         flip: whether half of the images are mirrored.
     """
@@ -73,29 +84,29 @@ class CropAndFlip:
         return out if images.dim() == 4 else out[0]
 
     def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-        """As BatchTransform."""
+        """Transform a batch; see BatchTransform."""
         pixels = self._fit(images).numpy()
         drawn = np.array(seeds, dtype=np.uint64)
         if self.padding:
             padded = np.pad(pixels, ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding)))
             places = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
-            # Divisions, one after the other, take independent numbers out of one seed of 63 random bits.
+            # Successive divisions take independent numbers out of one seed of 63 random bits.
             drawn, top = np.divmod(drawn, 2 * self.padding + 1)
             drawn, left = np.divmod(drawn, 2 * self.padding + 1)
             pixels = places[np.arange(len(drawn)), :, top, left]
         if self.flip:
             mirrored = drawn % 2 == 1
-            pixels = pixels.copy() if not self.padding else pixels  # the caller's own otherwise
+            pixels = pixels.copy() if not self.padding else pixels  # without padding, they are the caller's
             pixels[mirrored] = pixels[mirrored][..., ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels))
 
 
 class ResizedCropAndFlip:
-    """Crops and flips as torchvision's RandomResizedCrop and RandomHorizontalFlip do: the same draws, the same pixels, in half the time on
-    an image whose pixels have their three colours side by side, as a decoder leaves them.
+    """Crop and flip as torchvision's RandomResizedCrop and RandomHorizontalFlip do, with the same draws and the same
+    pixels, in half the time on an image whose pixels have their three colours side by side, as decoders leave them.
 
     Args:
-        size: side of what comes out, pixels.
+        size: side of the result, pixels.
     """
 
     def __init__(self, size: int) -> None:
@@ -103,18 +114,19 @@ class ResizedCropAndFlip:
         self._size = [size, size]
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Map uint8 (3, h, w) to (3, size, size). What is random is drawn from torch's default generator."""
+        """Return uint8 (3, size, size) from (3, h, w). Randomness is drawn from torch's default generator."""
         place = self._crop.make_params([image])
         top, left = place["top"], place["left"]
         region = image[:, top : top + place["height"], left : left + place["width"]]
-        # Resizing works on pixels with their colours side by side, in one piece of memory; it would bring all else into that form and back.
+        # Resizing works on pixels with their colours side by side, in one piece of memory; it would bring anything else
+        # into that form and back.
         whole = region.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         resized = v2.functional.resize_image(whole, self._size, antialias=True)
         return resized.flip(-1) if torch.rand(1) < 0.5 else resized
 
 
 class _Contiguous(torch.nn.Module):
-    """Lays channels one after the other in memory: the last bit of some of torchvision's transforms depends on that."""
+    """Lay channels one after the other in memory, on which the last bit of some of torchvision's transforms depends."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image.contiguous()
@@ -122,13 +134,13 @@ class _Contiguous(torch.nn.Module):
 
 @dataclass(frozen=True)
 class ImagePipeline:
-    """The transforms of a recipe, built.
+    """Hold the transforms of a recipe.
 
     Args:
-        train, validation: uint8 (3, H, W) -> uint8 (3, size, size). Randomness is drawn from torch's default generator, or, by a
-            BatchTransform, from a seed for each image.
-        image_size: pixels.
-        normalize: to be applied to batches, on the device.
+        train, validation: from uint8 (3, H, W) to uint8 (3, size, size). Randomness is drawn from torch's default
+            generator, or, by a BatchTransform, from a seed for each image.
+        image_size: side of an image, pixels.
+        normalize: applied to batches, on the device.
     """
 
     train: v2.Transform | BatchTransform | ResizedCropAndFlip
@@ -143,25 +155,30 @@ DIGITS = Normalize((0.305, 0.305, 0.305), (0.376, 0.376, 0.376))
 
 
 def build_pipeline(
-    stages: Stages, validation_stages: Stages | None = None, image_size: int | None = None, normalize: Normalize | None = None
+    stages: Stages,
+    validation_stages: Stages | None = None,
+    image_size: int | None = None,
+    normalize: Normalize | None = None,
 ) -> ImagePipeline:
-    """Presets, or transforms by name.
+    """Build the transforms of a preset, or transforms by name.
 
     Args:
         stages: `imagenet`, `cifar`, `digits`, or a list of names of torchvision.transforms.v2 with their arguments.
-        validation_stages: with a list: what validation images get.
-        image_size: None: the preset's.
+        validation_stages: the transforms of validation images, where `stages` is a list.
+        image_size: side of an image, pixels; None: the preset's.
         normalize: None: the preset's.
 
     Raises:
-        ValueError: an unknown transform, or arguments that it does not take.
+        ValueError: a transform is unknown, or does not take its arguments.
     """
     if isinstance(stages, str):
         size = image_size or {"imagenet": 224, "cifar": 32, "digits": 32}[stages]
         train, validation, default = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}[stages](size)
         return ImagePipeline(train, validation, size, normalize or default)
     if validation_stages is None or isinstance(validation_stages, str) or image_size is None or normalize is None:
-        raise ValueError("a list of transforms needs a list of validation transforms, an image size and a normalisation")
+        raise ValueError(
+            "a list of transforms needs a list of validation transforms, an image size and a normalisation"
+        )
     return ImagePipeline(transforms_by_name(stages), transforms_by_name(validation_stages), image_size, normalize)
 
 
@@ -170,23 +187,25 @@ def _resize(size: int | Sequence[int]) -> v2.Transform:
 
 
 def _cifar(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
-    """Four pixels of padding at 32, a random crop, a random flip. Nothing is resized of CIFAR's own 32 pixels."""
+    """Build four pixels of padding at 32, a random crop, and a random flip. CIFAR's own 32 pixels are not resized."""
     return CropAndFlip(size, size // 8, flip=True), CropAndFlip(size), CIFAR
 
 
 def _imagenet(size: int) -> tuple[ResizedCropAndFlip, v2.Transform, Normalize]:
-    """A random resized crop and a random flip; for validation the shorter side at 256/224 of the size and a centre crop."""
+    """Build a random resized crop and a random flip; for validation, the shorter side is resized to 256/224 of the size
+    before a centre crop."""
     validation = v2.Compose([_resize(round(size * 256 / 224)), v2.CenterCrop(size)])
     return ResizedCropAndFlip(size), validation, IMAGENET
 
 
 def _digits(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
-    """8×8 digits enlarged, then a random crop; no flip, a digit is not its mirror image."""
+    """Build a resize of 8×8 digits, and a random crop. Nothing is flipped: a digit is not its mirror image."""
     return CropAndFlip(size, size // 8), CropAndFlip(size), DIGITS
 
 
 def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
-    """torchvision's transforms in a row. Raises ValueError for a name or arguments that are not theirs."""
+    """Build torchvision's transforms, applied one after the other. Raises ValueError for an unknown name, or arguments
+    that a transform does not take."""
     transforms = []
     for stage in stages:
         name, arguments = (stage, {}) if isinstance(stage, str) else next(iter(stage.items()))
@@ -199,6 +218,6 @@ def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transfor
             raise ValueError(f"{name}: arguments are written as {{name: value}}, not {arguments!r}")
         try:
             transforms.append(factory(**arguments))
-        except Exception as error:  # a transform's own code
+        except Exception as error:  # a transform's own code may raise anything
             raise ValueError(f"{name}: {error}") from error
     return v2.Compose([_Contiguous(), *transforms])

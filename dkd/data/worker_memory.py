@@ -1,8 +1,9 @@
-"""Holds memory that a rank shares with the worker processes that it forks: for batches, and for signs of how far each worker is.
+"""Hold memory that a rank shares with the worker processes that it forks: for batches, and for signs of how far each
+worker is.
 
-A batch through DataLoader's own queues is a file in /dev/shm, made, zeroed and mapped anew each time, which costs as much as decoding its
-images; where it does not fit, a thread of the worker drops it, and the rank waits for ever. The slots here are mapped once, before the
-fork. They are no files, and so need no room in /dev/shm.
+A batch that goes through DataLoader's own queues is a file in /dev/shm, made, zeroed and mapped each time, which costs
+as much as decoding its images. Where the file does not fit, a thread of the worker drops the batch, and the rank waits
+forever. The slots here are mapped once, before the fork. They are no files, and so need no space in /dev/shm.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from dkd.library_internals.torch import shared_storage
+
 _ALIGNMENT = 64  # bytes
 _FREE, _TAKEN = 0, 1
 
 
-def empty_batch(rows: int, shape: torch.Size, channels_last: bool, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return uint8 images (rows, 3, H, W) and int64 labels (rows,), not set, in one piece of memory.
+def empty_batch(
+    rows: int, shape: torch.Size, channels_last: bool, memory: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return uninitialised uint8 images (rows, 3, H, W) and int64 labels (rows,), in one piece of memory.
 
     Args:
         shape: (3, H, W).
@@ -47,20 +52,21 @@ def _aligned(size: int) -> int:
 
 
 def new_shared_memory(size: int) -> torch.Tensor:
-    """Return uint8 (size,) in a file of /dev/shm, to be sent to another process as it is. Raises RuntimeError where it does not fit."""
-    # What torch's own collate functions call in a worker; share_memory_() would copy.
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
+    """Return uint8 (size,) in a file of /dev/shm, which can be sent to another process without a copy. Raises
+    RuntimeError where the file does not fit."""
+    return torch.empty(0, dtype=torch.uint8).set_(shared_storage(size), 0, (size,), (1,))
 
 
 class BatchSlots:
-    """Holds slots for batches of one size, of which each worker process has its own. A worker fills a free slot and sends its number; the
-    rank reads the batch there, and when the last tensor of it is gone, the slot is free.
+    """Hold slots for batches of one size. Each worker process has slots of its own.
+
+    A worker fills a free slot and sends the slot's number. The rank reads the batch in the slot, and when the last
+    tensor of the batch is gone, the slot is free.
 
     Args:
-        workers: worker processes.
-        slots: of each.
-        rows, shape: of a batch; images are uint8 (rows, *shape).
+        workers: number of worker processes.
+        slots: slots of each worker.
+        rows, shape: size of a batch; images are uint8 (rows, *shape).
     """
 
     _known: ClassVar[weakref.WeakValueDictionary[int, BatchSlots]] = weakref.WeakValueDictionary()
@@ -69,7 +75,7 @@ class BatchSlots:
     def __init__(self, workers: int, slots: int, rows: int, shape: torch.Size) -> None:
         self.rows, self.shape, self.slots = rows, shape, slots
         self._size = batch_bytes(rows, shape)
-        # Not touched before a worker writes there: slots that are not needed cost nothing.
+        # No memory is used before a worker writes to a slot: slots that are not needed cost nothing.
         self._memory = mmap.mmap(-1, workers * slots * self._size)
         self._states = mmap.mmap(-1, workers * slots)
         self._owner = os.getpid()
@@ -82,7 +88,7 @@ class BatchSlots:
         return cls._known[number]
 
     def take(self, worker: int) -> int | None:
-        """Take one of its free slots, in a worker process. Returns None when the rank holds on to all."""
+        """Take one of the worker's free slots, in the worker process. Returns None when the rank still uses all."""
         for slot in range(worker * self.slots, (worker + 1) * self.slots):
             if self._states[slot] == _FREE:
                 self._states[slot] = _TAKEN
@@ -90,11 +96,12 @@ class BatchSlots:
         return None
 
     def give_back(self, slot: int) -> None:
-        """Give back a slot of which nothing was sent, in a worker process."""
+        """Give back a slot that was not sent, in a worker process."""
         self._states[slot] = _FREE
 
     def _free(self, slot: int) -> None:
-        if os.getpid() == self._owner:  # a worker forked meanwhile holds copies of the rank's objects, but does not read for it
+        # A worker that was forked meanwhile holds copies of the rank's objects, which must not free the rank's slots.
+        if os.getpid() == self._owner:
             self._states[slot] = _FREE
 
     def taken(self) -> int:
@@ -105,33 +112,36 @@ class BatchSlots:
         """Return images and labels as `empty_batch` does, in a slot.
 
         Args:
-            to_be_freed: the slot is free once no tensor is left that shares this memory.
+            slot: the slot's number.
+            channels_last: whether the three colours of a pixel lie together.
+            to_be_freed: whether the slot becomes free once no tensor is left that shares its memory.
         """
         array = np.frombuffer(self._memory, dtype=np.uint8, count=self._size, offset=slot * self._size)
         if to_be_freed:
-            # Tensors hold on to their memory, and that to this array, from which it was made.
+            # Tensors keep their memory alive, and the memory keeps this array alive, from which it was made.
             weakref.finalize(array, self._free, slot).atexit = False
         return empty_batch(self.rows, self.shape, channels_last, torch.from_numpy(array))
 
 
 class Marks:
-    """Tells how far worker processes are: each leaves its process id, how many images it has begun to read, and which one it is at."""
+    """Hold how far worker processes are: each worker writes its process id, how many images it has begun to read, and
+    the index of the last of them."""
 
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * 3 * 8)
         self._marks = np.frombuffer(self._memory, dtype=np.int64).reshape(workers, 3)
 
     def begin(self, worker: int) -> None:
-        """Leave the process id, in worker process `worker`."""
+        """Write the process id, in worker process `worker`."""
         self._marks[worker, 0] = os.getpid()
 
     def reach(self, worker: int, index: int) -> None:
-        """Note, in worker process `worker`, that it begins to read image `index`."""
+        """Write, in worker process `worker`, that it begins to read image `index`."""
         self._marks[worker, 2] = index
         self._marks[worker, 1] += 1
 
     def has_begun(self, worker: int) -> bool:
-        """Tell whether a worker has left its process id."""
+        """Return whether a worker has written its process id."""
         return bool(self._marks[worker, 0])
 
     def count(self, worker: int) -> int:
@@ -139,7 +149,7 @@ class Marks:
         return int(self._marks[worker, 1])
 
     def describe(self, worker: int) -> str:
-        """Describe which process a worker is, and at which image."""
+        """Return which process a worker is and at which image, in words."""
         pid, count, index = self._marks[worker].tolist()
         if not pid:
             return f"worker process {worker}, which has not started"

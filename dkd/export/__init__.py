@@ -1,4 +1,4 @@
-"""Finished students in the formats of others, each checked against the original's logits before it is called done."""
+"""Write finished students in formats of other libraries, and compare the logits of each file with the student's."""
 
 from dkd.export.formats import FORMATS, ExportError, OtherLogitsError, export_student
 

@@ -1,8 +1,8 @@
-"""`dkd export`: one writer a format, and one reader, which knows nothing of dkd, to check what was written.
+"""Export a student: each format has a writer, and a reader independent of the trainer that checks the written file.
 
-safetensors    the plain model's tensors, their names those of the architecture; what it is of is in the file's metadata
+safetensors    the plain model's tensors under the architecture's own names; the architecture is in the metadata
 torchvision    a state dict for torchvision.models.NAME(num_classes=K), read with torch.load(weights_only=True)
-onnx           the whole model, any batch, for onnxruntime and others
+onnx           the whole model for batches of any size, for onnxruntime and others
 """
 
 from __future__ import annotations
@@ -20,30 +20,42 @@ import torch
 from torch import nn
 
 from dkd.atomic_files import replacing
-from dkd.errors import InputError, shorten
-from dkd.models import ModelSpec, UnknownModelError, WeightsError, build_model, load_student, read_description, student_spec
+from dkd.errors import InputError, RunError
+from dkd.models import (
+    ModelSpec,
+    UnknownModelError,
+    WeightsError,
+    build_model,
+    load_student,
+    read_description,
+    student_spec,
+)
+from dkd.text import shorten
 from dkd.user_code import describe_error
 
-LARGEST_DIFFERENCE = 1e-4  # of logits, relative to the largest: other libraries sum float32 in another order
-_BATCHES = (1, 3)
+LARGEST_DIFFERENCE = 1e-4
+"""Largest accepted difference of a logit, relative to the largest logit: other libraries sum float32 in another
+order."""
+_BATCHES = (1, 3)  # sizes of the batches that check a written file
 
 
 class ExportError(InputError):
-    """A student that is not there, or that a format does not fit."""
+    """There is no student, or the student does not fit the format."""
 
 
-class OtherLogitsError(RuntimeError):
-    """What was written does not give the student's logits."""
+class OtherLogitsError(RunError):
+    """The written file does not give the student's logits."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """What is exported.
+    """The student to export.
 
     Args:
-        model: in eval mode, on the CPU; expects normalised images (b, 3, H, W).
-        image_size: pixels.
-        mean, std: of the normalisation, on the scale 0 to 1.
+        spec: its architecture.
+        model: the model in eval mode, on the CPU; it expects normalised images (b, 3, H, W).
+        image_size: pixels, the side of an image.
+        mean, std: the normalisation of each channel, on the scale 0 to 1.
     """
 
     spec: ModelSpec
@@ -54,7 +66,7 @@ class Student:
 
 
 class _WithNormalization(nn.Module):
-    """Takes images on the scale 0 to 255."""
+    """The student, preceded by its normalisation: takes images (b, 3, H, W) on the scale 0 to 255."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -63,7 +75,9 @@ class _WithNormalization(nn.Module):
         super().__init__()
         self.model = student.model
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in student.std]).view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1))
+        self.register_buffer(
+            "shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1)
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(images * self.scale + self.shift)
@@ -78,16 +92,16 @@ def export_student(
     Args:
         run: a run directory, a checkpoint in it, or a student.safetensors.
         form: one of FORMATS.
-        output: the file; default: beside the student, exported.safetensors, student.pth or student.onnx.
-        normalization: onnx only: the file takes images on the scale 0 to 255 and normalises them itself.
-        trust_code: as `load_student`.
+        output: the file to write; default: exported.safetensors, student.pth or student.onnx beside the student.
+        normalization: the file takes images on the scale 0 to 255 and normalises them itself; onnx only.
+        trust_code: import the module:callable that student.json names, as in `load_student`.
 
     Returns:
-        The file, and the largest difference of a logit, relative to the largest logit.
+        The path of the file, and the largest difference of a logit, relative to the largest logit.
 
     Raises:
-        ExportError: with what does not fit.
-        OtherLogitsError: after which the file is not there.
+        ExportError: there is no student, or the student, the format and the path do not fit each other.
+        OtherLogitsError: the file gives other logits. It has been removed.
     """
     try:
         student = _read(run, trust_code)
@@ -98,12 +112,12 @@ def export_student(
         raise ExportError(f"--normalization belongs to onnx: a file of {form} holds tensors, and no operations")
     folder = run if run.is_dir() else run.parent
     if output is None and folder.parent.name == "checkpoints":
-        raise ExportError(f"{str(folder)!r} is a checkpoint, which a run may remove; name an --output")
+        raise ExportError(f"{str(folder)!r} is a checkpoint, which the run may remove: name a file with --output")
     path = output or folder / (f"exported{suffix}" if suffix == ".safetensors" else f"student{suffix}")
     if path.suffix != suffix or path.is_dir():
-        raise ExportError(f"{str(path)!r} is no name of a file of {form}, which ends in {suffix}")
+        raise ExportError(f"{str(path)!r} is no name for a file of {form}: name a file that ends in {suffix}")
     if path.resolve() in ((folder / "student.safetensors").resolve(), run.resolve()):
-        raise ExportError(f"{str(path)!r} is the run's own student; name another --output")
+        raise ExportError(f"{str(path)!r} is the run's own student: name another --output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         exported = _WithNormalization(student).eval() if normalization else student.model
@@ -111,36 +125,52 @@ def export_student(
             write(partial, student, exported)
             difference = _largest_difference(student, exported, read(partial, student), 255.0 if normalization else 1.0)
             if not difference <= LARGEST_DIFFERENCE:
-                raise OtherLogitsError(f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}")
+                raise OtherLogitsError(
+                    f"the file's logits differ by {difference:.1e} of the largest, more than {LARGEST_DIFFERENCE:.0e}"
+                )
     except OSError as error:
         raise ExportError(f"{str(path)!r} cannot be written: {error}") from error
     return path, difference
 
 
 def _read(run: Path, trust_code: bool) -> Student:
+    """Read a student and its description. Raises WeightsError and UnknownModelError."""
     weights = run / "student.safetensors" if run.is_dir() else run
     if not weights.is_file():
-        raise WeightsError(f"no finished student: {str(weights)!r} is not there")
+        raise WeightsError(f"no finished student: {str(weights)!r} does not exist")
     description = read_description(weights)
     normalization = description.get("normalization") or {"mean": [0.0] * 3, "std": [1.0] * 3}
     size = description.get("image_size")
     name = str(weights.with_suffix(".json"))
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise WeightsError(f"{name!r} must say image_size, a number of pixels, not {size!r}")
+        raise WeightsError(f"{name!r} must hold image_size, a number of pixels, not {size!r}")
     mean, std = (normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std"))
     if not _are_channels(mean, -math.inf) or not _are_channels(std, 0):
-        said = shorten(repr(normalization), 200)
-        raise WeightsError(f"{name!r} must say normalization as mean and std, 3 numbers each and std above 0, not {said}")
+        held = shorten(repr(normalization), 200)
+        raise WeightsError(
+            f"{name!r} must hold normalization as mean and std, 3 numbers each and std above 0, not {held}"
+        )
     return Student(student_spec(description), load_student(weights, trust_code), size, mean, std)
 
 
 def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) and above < v < math.inf for v in values)
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(v, int | float) and above < v < math.inf for v in values)
+    )
 
 
 @torch.no_grad()
-def _largest_difference(student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float) -> float:
-    """On random images, in batches of several sizes."""
+def _largest_difference(
+    student: Student, model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], scale: float
+) -> float:
+    """Return the largest difference of a logit, relative to the largest logit, on random images in batches of several
+    sizes. Raises ExportError when the student fails, and OtherLogitsError when the shapes differ.
+
+    Args:
+        scale: the largest value of a pixel.
+    """
     generator = torch.Generator().manual_seed(0)
     size = student.image_size
     found = 0.0
@@ -148,11 +178,14 @@ def _largest_difference(student: Student, model: nn.Module, exported: Callable[[
         try:
             images = torch.rand(batch, 3, size, size, generator=generator) * scale
             wanted = model(images)
-        except (Exception, SystemExit) as error:  # any model's own code, or images that fit no memory
-            raise ExportError(f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}") from error
+        except (Exception, SystemExit) as error:  # a user's own model, or images too large for memory
+            raise ExportError(
+                f"{student.spec.name!r} fails on {batch} images of {size}×{size}: {describe_error(error)}"
+            ) from error
         given = exported(images)
         if given.shape != wanted.shape:
-            raise OtherLogitsError(f"the file yields {tuple(given.shape)}, the student {tuple(wanted.shape)}")
+            shapes = f"{tuple(given.shape)}, the student {tuple(wanted.shape)}"
+            raise OtherLogitsError(f"the file gives logits of shape {shapes}")
         found = max(found, ((given - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)).item())
     return found
 
@@ -179,7 +212,9 @@ def _read_safetensors(path: Path, student: Student) -> Callable[[torch.Tensor], 
 
 def _write_torchvision(path: Path, student: Student, exported: nn.Module) -> None:
     if not student.spec.name.startswith("torchvision/"):
-        raise ExportError(f"the student is {student.spec.name!r}, which torchvision does not have; take safetensors or onnx")
+        raise ExportError(
+            f"the student is {student.spec.name!r}, which torchvision does not have: export it as safetensors or onnx"
+        )
     torch.save(student.model.state_dict(), path)
 
 
@@ -195,7 +230,7 @@ def _read_torchvision(path: Path, student: Student) -> Callable[[torch.Tensor], 
 def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"onnx needs {', '.join(missing)}: pip install 'dkd[onnx]'")
+        raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: pip install 'dkd[onnx]'")
     argument = "images" if exported is not student.model else _first_argument(exported)
     try:
         images = torch.zeros(2, 3, student.image_size, student.image_size)
@@ -208,9 +243,11 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
             dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
             verbose=False,
         )
-    except Exception as error:  # of torch.export, for a model that it cannot follow
+    except Exception as error:  # torch.export raises errors of many classes for a model that it cannot follow
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ExportError(f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}") from error
+        raise ExportError(
+            f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}"
+        ) from error
     assert program is not None
     program.save(str(path), external_data=False)
 

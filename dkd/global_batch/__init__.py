@@ -1,18 +1,19 @@
-"""The arithmetic of a batch spread over ranks: who holds which rows, means over all of them, rows of the global Gram matrix.
+"""Compute with a batch that is spread over ranks: which rank holds which rows, means over all rows, and rows of the
+global Gram matrix.
 
-Knows tensors and `torch.distributed` process groups; knows no model, recipe or trainer.
+This package knows tensors and `torch.distributed` process groups, and no model, recipe or trainer.
 """
 
-from dkd.global_batch.attendance import Attendance
+from dkd.global_batch.arrivals import Arrivals
+from dkd.global_batch.cost import STRATEGIES, GramTensor, cheapest_strategies, received_bytes
 from dkd.global_batch.gram import full_precision, gram_rows
+from dkd.global_batch.groups import GramScope, ranks_per_group
 from dkd.global_batch.layout import AbsentRankError, BatchLayout, BatchMismatchError
-from dkd.global_batch.scope import GramScope, ranks_per_group
-from dkd.global_batch.strategy import STRATEGIES, GramTensor, cheapest_strategies, received_bytes
 
 __all__ = [
     "STRATEGIES",
     "AbsentRankError",
-    "Attendance",
+    "Arrivals",
     "BatchLayout",
     "BatchMismatchError",
     "GramScope",

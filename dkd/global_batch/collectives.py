@@ -1,6 +1,7 @@
-"""The flat-tensor collectives this project uses, under one name on every supported torch.
+"""Offer the collectives of flat tensors that this project uses, under one name on every supported torch.
 
-torch 2.14 renames `all_gather_into_tensor` and its siblings (`*_single`) and warns at the old names; earlier releases have only those.
+torch 2.14 renames `all_gather_into_tensor` and similar functions to `*_single`, and warns at the old names; earlier
+releases have only the old names.
 """
 
 from __future__ import annotations
@@ -14,41 +15,44 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from dkd.library_internals.torch import group_timeout
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 
-# On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather hands rows round a ring. Its all-to-all sends every block straight to
-# where it belongs, in a half or a third of the time. It sends what is gathered W times, so only small rows go that way.
+# On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather passes rows around a ring. Its all-to-all sends
+# every block directly to its rank, in a half or a third of the time. An all-gather by all-to-all sends each row W
+# times, so only small rows are gathered that way.
 _SMALL_BYTES = 2**16
 
 
 def is_distributed() -> bool:
-    """Whether a process group exists; without one every function of this package is its single-process form."""
+    """Return whether a process group exists. Without one, every function of this package computes the single-process
+    form."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks of a group; 1 without a process group."""
     return dist.get_world_size(group) if is_distributed() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return this process's rank in a group; 0 without a process group."""
     return dist.get_rank(group) if is_distributed() else 0
 
 
 def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
-    """The timeout of a group's collectives, to be given to its subgroups; None, torch's default, where torch does not tell it."""
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = group._get_backend(torch.device(device)).options._timeout  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError):
-        return None
-    return found if isinstance(found, timedelta) else None
+    """Return the timeout of a group's collectives, which its subgroups are to have too; None, torch's default, where
+    torch does not report it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return None if group is None else group_timeout(group, device)
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """(b, ...) on each of W ranks, b equal, to (W·b, ...) on all of them, in rank order. Carries no gradient."""
+    """Gather (b, ...) from each of W ranks, b equal, to (W·b, ...) on all ranks, in rank order. Carries no gradient."""
     world = world_size(group)
     out = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
     count(out, group)
@@ -60,7 +64,7 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) 
 
 
 def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """(W·b, ...) on each of W ranks to (b, ...): the sum over ranks of this rank's rows. Carries no gradient."""
+    """Reduce (W·b, ...) on each of W ranks to (b, ...): the sum over ranks of this rank's rows. Carries no gradient."""
     world = world_size(group)
     count(rows, group)
     if rows.device.type == "cpu":
@@ -73,7 +77,8 @@ def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = No
 
 
 def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """(W, ...) on each rank: block i goes to rank i; returns (W, ...) with block i from rank i. Carries no gradient."""
+    """Exchange (W, ...) of each rank: block i goes to rank i. Returns (W, ...) with block i from rank i. Carries no
+    gradient."""
     out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     count(out, group)
     dist.all_to_all_single(out, blocks.contiguous(), group=group)
@@ -81,21 +86,23 @@ def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = No
 
 
 def sum_over_ranks(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """A few numbers, summed over the ranks of a process group. Carries no gradient, and `count_received` leaves it out."""
+    """Sum a few numbers over the ranks of a process group. Carries no gradient; `count_received` does not count this
+    collective."""
     total = numbers.detach().clone()
     dist.all_reduce(total, group=group)
     return total
 
 
 def message_device(group: dist.ProcessGroup | None = None) -> torch.device:
-    """Where a message of this rank that belongs to no tensor has to lie: NCCL takes it from the GPU alone."""
+    """Return the device where a message of this rank must lie that belongs to no tensor: NCCL reads GPU memory only."""
     if is_distributed() and "nccl" in dist.get_backend_config(group):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Small Python values of all ranks, in rank order. Pickles between the ranks of one job: for messages, not for data."""
+    """Gather small Python values of all ranks, in rank order. The values are pickled between the ranks of one job: use
+    this for messages, not for data."""
     if not is_distributed():
         return [value]
     out: list[T | None] = [None] * world_size(group)
@@ -105,10 +112,12 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 @dataclass
 class ReceivedBytes:
-    """Bytes that this rank has received from other ranks, and in how many collectives."""
+    """Count what this rank has received from other ranks."""
 
     bytes: int = 0
+    """Bytes received."""
     collectives: int = 0
+    """Number of collectives."""
 
 
 _counters: list[ReceivedBytes] = []
@@ -116,7 +125,8 @@ _counters: list[ReceivedBytes] = []
 
 @contextmanager
 def count_received() -> Iterator[ReceivedBytes]:
-    """Counts, at the calls of this module that move rows, what comes from other ranks. A reduce-scatter counts as W − 1 blocks received."""
+    """Count what the calls inside that move rows receive from other ranks. A reduce-scatter counts as W − 1 received
+    blocks."""
     counter = ReceivedBytes()
     _counters.append(counter)
     try:
@@ -126,7 +136,7 @@ def count_received() -> Iterator[ReceivedBytes]:
 
 
 def count(whole: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Take note of a collective that brings all of `whole` but this rank's own part."""
+    """Count a collective that brings all of `whole` except this rank's own part."""
     for counter in _counters:
         world = world_size(group)
         counter.bytes += whole.numel() * whole.element_size() // world * (world - 1)

@@ -1,4 +1,4 @@
-"""Who holds which rows of a global batch."""
+"""Describe which rank holds which rows of a global batch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from dkd.errors import InputError, RunError
 from dkd.global_batch import collectives
-from dkd.global_batch.attendance import Attendance
+from dkd.global_batch.arrivals import Arrivals
+from dkd.text import first_line
 
-# In the place of a number of rows.
+# Sent in the place of a number of rows.
 _UNEVEN_WITHIN_RANK, _NO_TENSORS = -1, -2
 
 
-class BatchMismatchError(ValueError):
-    """Ranks called different losses, or one loss with features of different shapes. Raised on every rank, naming ranks and what differs."""
+class BatchMismatchError(InputError):
+    """Ranks called different losses, or one loss with features of different shapes. Raised on every rank; the message
+    names ranks and what differs."""
 
 
-class AbsentRankError(RuntimeError):
-    """A rank did not come to a loss within the process group's timeout, or is gone. Raised on the ranks that came, naming it."""
+class AbsentRankError(RunError):
+    """A rank did not join a loss within the process group's timeout, or is gone. Raised on the ranks that joined; the
+    message names the absent rank."""
 
 
-_arrivals: dict[str, tuple[Attendance, int]] = {}
-"""Of each process group, by its name: how often its ranks were asked to agree."""
+_arrivals: dict[str, tuple[Arrivals, int]] = {}
+"""By the name of a process group: the arrivals of its ranks, and how often they were asked to agree."""
 
 
 class _Kind(NamedTuple):
-    """What ranks must agree on of a tensor: all but its rows."""
+    """Hold what ranks must agree on for a tensor (its shape except the rows, dtype, gradient), and its rows."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -38,20 +42,21 @@ class _Kind(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The first number of the shape; a scalar has none."""
+        """Return the first number of the shape; a scalar has no rows."""
         return self.shape[0] if self.shape else _UNEVEN_WITHIN_RANK
 
     @property
     def beyond_rows(self) -> tuple[bool, tuple[int, ...], str, bool]:
+        """Return what must be equal on all ranks."""
         return bool(self.shape), self.shape[1:], self.dtype, self.gradient
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one rank brings to an agreement.
+    """Hold what one rank brings to an agreement.
 
     Args:
-        loss: which loss it calls, and with which settings; empty where the caller does not say.
+        loss: the loss that the rank calls, and its settings; empty where the caller does not name them.
         kinds: the tensors.
     """
 
@@ -65,18 +70,18 @@ class _Call:
 
     @property
     def signature(self) -> int:
-        """Equal where all but the rows agrees. One number, so that agreeing costs one small message."""
+        """Return one number that is equal where all but the rows agrees, so that ranks agree by one small message."""
         return zlib.crc32(repr((self.loss, [kind.beyond_rows for kind in self.kinds])).encode())
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """The rows of one global batch: rank r holds `rows[r]` of them, in rank order.
+    """Describe the rows of one global batch: rank r holds `rows[r]` rows, in rank order.
 
     Args:
-        rows: rows held by each rank, W numbers.
+        rows: number of rows held by each rank, W numbers.
         rank: the rank that holds this object.
-        group: the process group of the W ranks; None is the default one.
+        group: the process group of the W ranks; None: the default one.
     """
 
     rows: tuple[int, ...]
@@ -85,41 +90,50 @@ class BatchLayout:
 
     @classmethod
     def even(cls, rows: int, group: dist.ProcessGroup | None = None) -> BatchLayout:
-        """Every rank holds `rows` rows. No communication: the caller knows it, as the trainer does."""
+        """Return the layout in which every rank holds `rows` rows. Nothing is communicated: the caller knows the
+        number, as the trainer does."""
         return cls((rows,) * collectives.world_size(group), collectives.rank(group), group)
 
     @classmethod
-    def agree(cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = "") -> BatchLayout:
-        """Ask all ranks how many rows they hold, and check that they agree on all else: the loss, shapes, dtypes, gradient or none. One
-        small all-gather.
+    def agree(
+        cls, features: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, loss: object = ""
+    ) -> BatchLayout:
+        """Ask all ranks how many rows they hold, and check that they agree on everything else: the loss, shapes,
+        dtypes, and which tensors have a gradient. Costs one small all-gather.
 
         Args:
             features: tensors of shape (b, ...), the same number on every rank; b may differ between ranks.
-            group: the process group of the ranks whose rows make one batch; None is the default one, all ranks.
-            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and settings, must be the
-                same on every rank.
+            group: the process group of the ranks whose rows make one batch; None: the default one, all ranks.
+            loss: the loss that is called, such as a module that calls `agree` with itself: str(loss), its name and
+                settings, must be the same on every rank.
 
         Raises:
-            BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within one.
+            BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within
+                one.
             ValueError: on every rank, when `features` is empty.
-            AbsentRankError: when a rank does not come within the group's timeout (a gloo group's; an NCCL group ends the process itself).
+            AbsentRankError: when a rank does not join within the group's timeout (under gloo; NCCL ends the process
+                itself).
         """
-        kinds = tuple(_Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features)
+        kinds = tuple(
+            _Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features
+        )
         if not collectives.is_distributed():
             call = _Call("", kinds)
             table = [(call.rows, 0)]
         else:
             call = _Call(str(loss), kinds)
-            # Everything travels as one number; only when the numbers differ, which all ranks see alike, is it itself sent.
+            # Each rank sends one number that stands for all else. Only when the numbers differ, which all ranks see,
+            # the ranks send everything.
             device = features[0].device if len(features) else collectives.message_device(group)
             row = torch.tensor([[call.rows, call.signature]], dtype=torch.int64, device=device)
-            attendance = _arrive(call.kinds, group)
+            arrivals = _arrive(call.kinds, group)
             try:
                 table = [(r, s) for r, s in collectives.all_gather_rows(row, group).tolist()]
             except RuntimeError as error:
-                reason = (str(error).splitlines() or [""])[0]
+                reason = first_line(error)
                 raise AbsentRankError(
-                    f"not all ranks came to this loss ({attendance.describe()}); every rank must make the same calls to it [{reason}]"
+                    f"not all ranks joined this loss ({arrivals.describe()}); every rank must make the same calls to "
+                    f"the loss [{reason}]"
                 ) from error
         if len({s for _, s in table}) > 1 or any(r == _UNEVEN_WITHIN_RANK for r, _ in table):
             raise BatchMismatchError(_describe_mismatch(collectives.all_gather_objects(call, group)))
@@ -132,6 +146,7 @@ class BatchLayout:
 
     @property
     def world_size(self) -> int:
+        """W, the number of ranks."""
         return len(self.rows)
 
     @property
@@ -140,14 +155,14 @@ class BatchLayout:
         return sum(self.rows)
 
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
-        """A few numbers, summed over the ranks of this layout. Carries no gradient. A collective."""
+        """Sum a few numbers over the ranks of this layout, by a collective. Carries no gradient."""
         return collectives.sum_over_ranks(numbers.detach(), self.group) if self.world_size > 1 else numbers.detach()
 
     def mean(self, per_row: torch.Tensor) -> torch.Tensor:
-        """The share of this rank in the mean over all B rows, times W.
+        """Return the share of this rank in the mean over all B rows, times W.
 
-        Its mean over ranks is the global mean, and so is its gradient once averaged over ranks as DDP, FSDP and ZeRO do.
-        With even batches it is the local mean.
+        The mean of the result over ranks is the global mean; the gradient, averaged over ranks as DDP, FSDP and ZeRO
+        do, is the gradient of the global mean. With even batches the result is the local mean.
 
         Args:
             per_row: (b,) values of the rows held here.
@@ -158,19 +173,21 @@ class BatchLayout:
         return per_row.sum() * (self.world_size / self.total)
 
 
-def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Attendance:
+def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Arrivals:
     group = group or dist.group.WORLD
     name = group.group_name if group is not None else ""
-    attendance, calls = _arrivals.get(name, (None, 0))
-    _arrivals[name] = attendance, calls = attendance or Attendance("loss", group), calls + 1
-    attendance.reach([calls], f"call {calls} of it, with {_show(kinds)}")
-    return attendance
+    arrivals, calls = _arrivals.get(name, (None, 0))
+    _arrivals[name] = arrivals, calls = arrivals or Arrivals("loss", group), calls + 1
+    arrivals.reach([calls], f"call {calls} of it, with {_show(kinds)}")
+    return arrivals
 
 
 def _describe_mismatch(every: Sequence[_Call]) -> str:
     def show(kinds: Sequence[_Kind], other: Sequence[_Kind]) -> str:
         return _show(
-            kinds, [k.dtype for k in kinds] != [k.dtype for k in other], [k.gradient for k in kinds] != [k.gradient for k in other]
+            kinds,
+            [k.dtype for k in kinds] != [k.dtype for k in other],
+            [k.gradient for k in kinds] != [k.gradient for k in other],
         )
 
     first = every[0]
@@ -182,13 +199,15 @@ def _describe_mismatch(every: Sequence[_Call]) -> str:
             )
     for r, call in enumerate(every):
         if any(not kind.shape for kind in call.kinds):
-            return f"rank {r}: a loss needs tensors of shape (b, ...), b rows, and got one without dimensions: {_show(call.kinds)}"
+            return (
+                f"rank {r}: a loss needs tensors of shape (b, ...), b rows, and got one without dimensions: "
+                f"{_show(call.kinds)}"
+            )
         if call.rows == _UNEVEN_WITHIN_RANK:
             return f"rank {r}: features of one batch have different numbers of rows: {_show(call.kinds)}"
         if call.signature != first.signature:
-            return (
-                f"features differ between ranks: rank 0 has {show(first.kinds, call.kinds)}, rank {r} has {show(call.kinds, first.kinds)}"
-            )
+            ours, theirs = show(first.kinds, call.kinds), show(call.kinds, first.kinds)
+            return f"features differ between ranks: rank 0 has {ours}, rank {r} has {theirs}"
     return "features differ between ranks"
 
 

@@ -1,16 +1,19 @@
-"""Activation-based Attention Transfer. Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+"""Compute activation-based Attention Transfer (AT).
+
+Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
 
 A feature map A (C, H, W) becomes an attention map F(A) (H, W) over its channels:
 
     sum    F = Σ_c |A_c|          sum_p  F = Σ_c |A_c|^p          max_p  F = max_c |A_c|^p
 
-Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. Over the B samples of the global batch, for one pair (S, T):
+Each sample's map is flattened and divided by its L2 norm, Q = F / ‖F‖₂. Over the B samples of the global batch, for one
+pair (S, T):
 
     mean_squared   (1 / (B·H·W)) Σ_i ‖Q_S,i − Q_T,i‖₂²        the authors' code
     paper          (1 / B) Σ_i ½ ‖Q_S,i − Q_T,i‖_q             equation 2; q = `norm`
 
-Pairs are summed. A factor of a sample's map does not change Q, so each map is divided by its largest element: float32 holds neither the
-squares of numbers beyond 1e19 nor high powers of ordinary ones.
+Pairs are summed. A factor of a sample's map does not change Q, so each map is divided by its largest element: float32
+holds neither the squares of numbers beyond 1e19 nor high powers of ordinary numbers.
 """
 
 from __future__ import annotations
@@ -26,33 +29,35 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
 
-# A map of zeros is divided by this. What is below it has no square in float32; and the gradient of a map of zeros must stay finite, so that
-# it is zero when it is multiplied by the features.
+# A map of zeros is divided by this number. Smaller numbers have no square in float32; and the gradient of a map of
+# zeros must stay finite, so that its product with the features is zero.
 _SMALLEST = 1e-19
 
 
 class AttentionTransfer(nn.Module):
-    """The AT loss over the global batch.
+    """Compute the AT loss over the global batch.
 
     Args:
         map: `sum`, `sum_p` or `max_p`.
         p: the exponent of `sum_p` and `max_p`; absolute values are taken first, so odd p is right on signed features.
-        reduction: `mean_squared` (the authors' code, what β = 1000 in the literature belongs to) or `paper`.
+        reduction: `mean_squared` (the authors' code, for which the literature has β = 1000) or `paper`.
         norm: q of the `paper` reduction.
-        resize: what to do when the two resolutions differ. `error`; `map`: the larger attention map is interpolated to the smaller one
-            (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled to the smaller resolution before
-            its map is taken (what RepDistiller and mdistiller do).
-        weights: one weight a pair; default 1.
-        class_tokens: for features of tokens (b, N, C), as transformers have: how many at the front are no part of the image and are left
-            out; the rest must be a square grid, row by row. None: such features are an error.
+        resize: what to do when the two resolutions differ. `error`; `map`: the larger attention map is interpolated to
+            the smaller one (the paper's way; bilinear, antialiased); `features`: the larger feature is average-pooled
+            to the smaller resolution before its map is taken (what RepDistiller and mdistiller do).
+        weights: one weight for each pair; None: 1.
+        class_tokens: for features of tokens (b, N, C), as transformers have: the number of tokens at the front that are
+            no part of the image and are left out; the rest must be a square grid, row by row. None: such features are
+            an error.
 
-    Called with one tensor (b, C, H, W) for the student and one for the teacher, or equal-length lists of them; C may differ. Returns a
-    scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over ranks as DDP, FSDP and ZeRO do, is that
-    loss's gradient. Without a process group it is the single-process loss. `layout` says who holds which rows; left out, the ranks agree on
-    it by one small all-gather, and uneven local batches are right too.
+    The module is called with one tensor (b, C, H, W) of the student and one of the teacher, or with equal-length lists
+    of tensors; C may differ. It returns a scalar whose mean over ranks is the loss of the global batch, and whose
+    gradient, averaged over ranks as DDP, FSDP and ZeRO do, is that loss's gradient. Without a process group, the scalar
+    is the single-process loss. `layout` states which rank holds which rows. Without `layout`, the ranks agree on one by
+    one small all-gather, and local batches may be uneven.
 
     Raises:
-        ValueError: shapes that make no pair, or resolutions that differ under `resize="error"`.
+        ValueError: the shapes make no pair, or the resolutions differ under `resize="error"`.
         BatchMismatchError: on all ranks, when shapes differ between ranks.
 
     Example:
@@ -79,10 +84,10 @@ class AttentionTransfer(nn.Module):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
         if p < 1 or norm < 1:
-            # Below 1 the gradient at 0 is infinite, and features behind a ReLU are full of zeros.
+            # Below 1 the gradient at 0 is infinite, and features after a ReLU are full of zeros.
             raise ValueError(f"p={p} and norm={norm} must be at least 1")
-        self.map, self.p, self.reduction, self.norm, self.resize, self.weights = map, p, reduction, norm, resize, weights
-        self.class_tokens = class_tokens
+        self.map, self.p, self.reduction, self.norm = map, p, reduction, norm
+        self.resize, self.weights, self.class_tokens = resize, weights, class_tokens
 
     def extra_repr(self) -> str:
         return (
@@ -95,81 +100,87 @@ class AttentionTransfer(nn.Module):
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = [(self._as_map(s), self._as_map(t), w) for s, t, w in as_pairs(student, teacher, self.weights)]
         with no_autocast(pairs[0][0].device):
-            return torch.stack([w * layout.mean(self._per_sample(s, t)) for s, t, w in pairs]).sum()
+            return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
 
     def _as_map(self, features: torch.Tensor) -> torch.Tensor:
-        """(b, C, H, W) as it is; tokens (b, N, C) -> (b, C, H, H)."""
+        """Turn tokens (b, N, C) into a map (b, C, H, H); return (b, C, H, W) as it is."""
         shape = token_grid(tuple(features.shape[1:]), self.class_tokens)
         if features.dim() == 4:
             return features
         return features[:, self.class_tokens :].transpose(1, 2).reshape(len(features), *shape)
 
-    def _per_sample(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """(b, C_S, H, W), (b, C_T, H, W) -> (b,), the distance of each sample's normalised maps."""
+    def _compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Return (b,), the distance of each sample's normalised maps, from (b, C_S, H, W) and (b, C_T, H, W)."""
         if student.shape[2:] != teacher.shape[2:] and self.resize == "error":
             raise ValueError(
                 f"resolutions differ: student {tuple(student.shape[2:])}, teacher {tuple(teacher.shape[2:])}; "
                 "ask for resize='map' or resize='features'"
             )
         smaller = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-        difference = self._normalised_map(student, smaller) - self._normalised_map(teacher.detach(), smaller)
+        difference = self._normalize_map(student, smaller) - self._normalize_map(teacher.detach(), smaller)
         if self.reduction == "mean_squared":
             return difference.square().mean(1)
         return 0.5 * torch.linalg.vector_norm(difference, ord=self.norm, dim=1)
 
-    def _normalised_map(self, features: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
-        """(b, C, H, W) -> (b, h·w), rows of unit L2 norm."""
+    def _normalize_map(self, features: torch.Tensor, resolution: tuple[int, int]) -> torch.Tensor:
+        """Return (b, h·w), rows of unit L2 norm, from (b, C, H, W)."""
         features = full_precision(features)
         if self.resize == "features" and features.shape[2:] != resolution:
             features = F.adaptive_avg_pool2d(features, resolution)
-        # Squares and sums of features fit float32: there it is enough, and far less work, to scale the map. Higher powers need it before.
+        # Squares and sums of features fit float32: then it is enough, and far less work, to scale the map. Before
+        # higher powers, the features must be scaled.
         early = self.map != "sum" and self.p != 2
-        attention = attention_map(_scaled(features) if early else features, self.map, self.p)
+        attention = attention_map(_scale(features) if early else features, self.map, self.p)
         if self.resize == "map" and attention.shape[1:] != resolution:
             attention = F.interpolate(attention[:, None], resolution, mode="bilinear", antialias=True)[:, 0]
-        return F.normalize((attention if early else _scaled(attention)).flatten(1))
+        return F.normalize((attention if early else _scale(attention)).flatten(1))
 
 
-def _scaled(samples: torch.Tensor) -> torch.Tensor:
-    """(b, ...) with every sample divided by its largest absolute value, a constant to the gradient."""
+def _scale(samples: torch.Tensor) -> torch.Tensor:
+    """Divide every sample of (b, ...) by its largest absolute value, which is a constant to the gradient."""
     largest = samples.detach().abs().amax(tuple(range(1, samples.dim())), keepdim=True)
     return samples / largest.clamp_min(_SMALLEST)
 
 
 def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, ...]:
-    """The shape (C, H, W) of the map that a feature of one sample has: its own, or that of tokens (N, C) without the class tokens.
+    """Return the shape (C, H, W) of the map of one sample's feature: the feature's own shape, or that of tokens (N, C)
+    without the class tokens.
 
     Raises:
-        ValueError: neither a map nor tokens, or tokens that make no square.
+        ValueError: the shape is neither that of a map nor of tokens, or the tokens make no square.
     """
     if len(shape) == 3:
         return shape
     if len(shape) != 2 or class_tokens is None:
         raise ValueError(
             f"attention maps need features of shape (C, H, W), not {shape}"
-            + ("; for tokens (N, C) say how many class_tokens are in front" if len(shape) == 2 else "")
+            + ("; for tokens (N, C) set class_tokens, the number of them at the front" if len(shape) == 2 else "")
         )
     tokens = shape[0] - class_tokens
     side = math.isqrt(max(tokens, 0))
     if side == 0 or side**2 != tokens:
-        raise ValueError(f"features of shape {shape} are {tokens} tokens without {class_tokens} class tokens: no square grid")
+        raise ValueError(
+            f"features of shape {shape} are {tokens} tokens without {class_tokens} class tokens: no square grid"
+        )
     return shape[1], side, side
 
 
 def attention_map(features: torch.Tensor, map: str = "sum_p", p: float = 2) -> torch.Tensor:
-    """(b, C, H, W) -> (b, H, W): the attention map of each sample, not normalised. `map` and `p` as in AttentionTransfer."""
+    """Return the attention map of each sample, (b, H, W) from (b, C, H, W), not normalised. `map` and `p` as in
+    AttentionTransfer."""
     if map == "sum":
         return features.abs().sum(1)
     if map == "max_p":
         return features.abs().amax(1).pow(p)
     if p != 2:
         return features.abs().pow(p).sum(1)
-    # torch.compile writes the short backward by itself, and traces no function that has a derivative of its own in forward mode.
+    # torch.compile finds the short backward by itself, and traces no function that defines its own forward-mode
+    # derivative.
     return features.square().sum(1) if torch.compiler.is_compiling() else _SumOfSquares.apply(features)
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """Σ_c A_c², whose backward 2·A·∂ is one pass over A instead of three."""
+    """Compute Σ_c A_c², with a backward 2·A·∂ of one pass over A instead of three."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels, mean over the global batch."""
+"""Compute the cross-entropy with the labels, as a mean over the global batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from dkd.losses.feature_pairs import check_labels, check_logits, no_autocast
 
 
 class CrossEntropy(nn.Module):
-    """(1/B) Σ_i CE(z_i, y_i). A user's own local mean is this only when all ranks hold equally many rows.
+    """Compute (1/B) Σ_i CE(z_i, y_i). The mean over a rank's own rows equals it only when all ranks hold equally many
+    rows.
 
     Args:
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
 
-    Called with logits (b, K) and integer labels (b,) or class probabilities (b, K). Returns a scalar with the same promise
-    over ranks as AttentionTransfer.
+    The module is called with logits (b, K) and integer labels (b,) or class probabilities (b, K). It returns a scalar
+    with the same meaning over ranks as AttentionTransfer's.
 
     Raises:
-        ValueError: logits or labels of other shapes.
+        ValueError: logits or labels have other shapes.
         BatchMismatchError: on all ranks, when shapes differ between ranks.
     """
 

@@ -1,4 +1,5 @@
-"""What the losses accept: of features one pair of tensors, or equal-length lists of student and teacher tensors; of logits (b, K)."""
+"""Check what the losses accept: features as one pair of tensors or as equal-length lists of student and teacher
+tensors, and logits (b, K)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,17 @@ Features = torch.Tensor | Sequence[torch.Tensor]
 
 
 def as_list(features: Features) -> list[torch.Tensor]:
+    """Return one tensor, or a sequence of tensors, as a list."""
     return [features] if isinstance(features, torch.Tensor) else list(features)
 
 
-def as_pairs(student: Features, teacher: Features, weights: Sequence[float] | None) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """(student feature, teacher feature, weight) for each pair; weights default to 1.
+def as_pairs(
+    student: Features, teacher: Features, weights: Sequence[float] | None
+) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Return (student feature, teacher feature, weight) for each pair; weights default to 1.
 
     Raises:
-        ValueError: when the lists or the weights differ in length, or are empty, or features are no real numbers.
+        ValueError: the lists or the weights differ in length, or are empty, or features are no real numbers.
     """
     students, teachers = as_list(student), as_list(teacher)
     if len(students) != len(teachers) or not students:
@@ -42,10 +46,12 @@ def check_logits(logits: torch.Tensor, whose: str = "") -> None:
         whose: the model's name in the message, such as "student ".
 
     Raises:
-        ValueError: anything else, such as a map of classes (b, K, H, W), of which this loss is not defined.
+        ValueError: anything else, such as a map of classes (b, K, H, W), for which the losses are not defined.
     """
     if logits.dim() != 2:
-        raise ValueError(f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}")
+        raise ValueError(
+            f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}"
+        )
     _check_real(logits, f"{whose}logits")
 
 
@@ -58,8 +64,8 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     wanted = tuple(logits.shape) if labels.is_floating_point() else tuple(logits.shape[:1])
     if labels.is_complex() or tuple(labels.shape) != wanted:
         raise ValueError(
-            f"labels must be whole numbers of shape {tuple(logits.shape[:1])} or probabilities of shape {tuple(logits.shape)}, "
-            f"not {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+            f"labels must be whole numbers of shape {tuple(logits.shape[:1])} or probabilities of shape "
+            f"{tuple(logits.shape)}, not {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
         )
 
 
@@ -70,6 +76,7 @@ def _check_real(tensor: torch.Tensor, what: str) -> None:
 
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
-    """The losses compute in the precision of `full_precision`, whatever autocast the model runs under."""
+    """Turn autocast off inside: the losses compute in the precision of `full_precision`, under any autocast of the
+    model."""
     with torch.autocast(device.type, enabled=False):
         yield

@@ -1,4 +1,6 @@
-"""Soft targets. Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
+"""Compute the loss of soft targets (KD).
+
+Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015.
 
 L_KD = T² · (1/B) Σ_i KL( softmax(z_T,i / T) ‖ softmax(z_S,i / T) )
 """
@@ -14,16 +16,17 @@ from dkd.losses.feature_pairs import check_logits, no_autocast
 
 
 class SoftTargets(nn.Module):
-    """T²·KL between the softened outputs of teacher and student, mean over the global batch.
+    """Compute T²·KL between the softened outputs of teacher and student, as a mean over the global batch.
 
     Args:
         temperature: T.
 
-    Called with logits (b, K) of the student and of the teacher. Returns a scalar with the same promise over ranks as AttentionTransfer.
-    A class whose logit is −∞ for the teacher, as one that is masked out, has probability 0 and adds nothing.
+    The module is called with logits (b, K) of the student and of the teacher. It returns a scalar with the same meaning
+    over ranks as AttentionTransfer's. A class whose logit is −∞ for the teacher, such as a class that is masked out,
+    has probability 0 and adds nothing.
 
     Raises:
-        ValueError: logits of different shapes, or of another shape than (b, K).
+        ValueError: the logits differ in shape, or have another shape than (b, K).
         BatchMismatchError: on all ranks, when shapes differ between ranks.
     """
 
@@ -40,12 +43,14 @@ class SoftTargets(nn.Module):
         layout = layout or BatchLayout.agree([student, teacher], loss=self)
         check_logits(student, "student ")
         if student.shape != teacher.shape:
-            raise ValueError(f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape")
+            raise ValueError(
+                f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape"
+            )
         check_logits(teacher, "teacher ")
         with no_autocast(student.device):
             log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)
             log_teacher = F.log_softmax(full_precision(teacher.detach()) / self.temperature, dim=1)
             by_class = F.kl_div(log_student, log_teacher, reduction="none", log_target=True)
-            # p·log(p/q) is 0 at p = 0; computed, it is 0·∞.
+            # p·log(p/q) is 0 at p = 0, but is computed as 0·∞.
             by_class = by_class.masked_fill(log_teacher.exp() == 0, 0.0)
             return self.temperature**2 * layout.mean(by_class.sum(1))

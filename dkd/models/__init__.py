@@ -1,14 +1,30 @@
-"""Models by name, their weights, and the wrapper that yields features.
+"""Build models by name, load their weights, and wrap them so that they yield features.
 
-Knows nothing of losses or training.
+This package knows nothing of losses or training.
 """
 
 from dkd.models.blocks import block_classes, blocks
-from dkd.models.exported import load_student, read_description, save_student, student_spec
-from dkd.models.inspection import ModelCost, ModuleRow, build_on_meta, check_training, model_cost, module_rows, output_shapes, tap_dtypes
+from dkd.models.inspection import (
+    ModelCost,
+    ModuleRow,
+    build_on_meta,
+    check_training,
+    model_cost,
+    module_rows,
+    output_shapes,
+    tap_dtypes,
+)
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
+from dkd.models.student_file import load_student, read_description, save_student, student_spec
 from dkd.models.tapped import TapError, TappedModel
-from dkd.models.weights import Fingerprint, WeightsError, check_weights, load_weights, stream_weights, weights_fingerprint
+from dkd.models.weights import (
+    Fingerprint,
+    WeightsError,
+    check_weights,
+    load_weights,
+    stream_weights,
+    weights_fingerprint,
+)
 
 __all__ = [
     "Fingerprint",

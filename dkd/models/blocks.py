@@ -1,4 +1,4 @@
-"""The blocks of a model: the repeated units that sharding keeps whole."""
+"""Find the blocks of a model: the repeated units that sharding does not divide."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of the elements of Sequential and ModuleList containers that are made of several modules with parameters, outermost
-    ones only: the BasicBlocks of a ResNet, the encoder blocks of a ViT."""
+    """Return (path, module) of the blocks: the elements of Sequential and ModuleList containers that are made of
+    several modules with parameters. Only the outermost are returned: the BasicBlocks of a ResNet, the encoder blocks of
+    a ViT."""
     found: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer, _ in found):
@@ -22,9 +23,11 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def block_classes(model: nn.Module) -> list[str]:
-    """Names of the blocks' classes."""
+    """Return the names of the blocks' classes, sorted."""
     return sorted({type(module).__name__ for _, module in blocks(model)})
 
 
 def _has_parts(module: nn.Module) -> bool:
-    return sum(any(True for _ in child.parameters(recurse=False)) for child in module.modules() if child is not module) > 1
+    return (
+        sum(any(True for _ in child.parameters(recurse=False)) for child in module.modules() if child is not module) > 1
+    )

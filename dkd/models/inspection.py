@@ -1,4 +1,5 @@
-"""What a model is made of: paths, output shapes, parameter counts. On meta tensors where the model allows it: nothing is computed."""
+"""Inspect a model: paths, output shapes, parameter counts, operations. Meta tensors are used where the model allows
+them, so that nothing is computed."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dkd.library_internals.torch import FakeTensorMode
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.tapped import TapError, TappedModel
 from dkd.user_code import describe_error
@@ -22,21 +23,27 @@ from dkd.user_code import describe_error
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One submodule: its dotted path, class, the shape of its output for one image (None: not one tensor), parameters, calls."""
+    """Describe one submodule."""
 
     path: str
+    """Dotted path."""
     kind: str
+    """Name of the class."""
     shape: tuple[int, ...] | None
+    """Shape of the output for one image; None: the output is not one tensor."""
     parameters: int
+    """Number of parameters, those of submodules included."""
     calls: int
+    """Number of calls in one forward."""
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _on_meta(run: Callable[[], T]) -> T:
-    """`run` with meta tensors; a model that cannot be built or run with those (it reads values) does so on the CPU instead."""
+def _run_on_meta(run: Callable[[], T]) -> T:
+    """Call `run` with meta tensors; for a model that cannot be built or run with them (it reads values), call `run` on
+    the CPU."""
     try:
         with torch.device("meta"), torch.no_grad():
             return run()
@@ -46,23 +53,25 @@ def _on_meta(run: Callable[[], T]) -> T:
 
 
 def build_on_meta(spec: ModelSpec) -> nn.Module:
-    """The architecture without memory or time; on the CPU where it cannot be built on the meta device."""
-    return _on_meta(lambda: build_model(spec))
+    """Build the architecture on the meta device, which takes no memory and hardly any time; on the CPU where the model
+    cannot be built there. Raises UnknownModelError."""
+    return _run_on_meta(lambda: build_model(spec))
 
 
 @contextmanager
-def _named(spec: ModelSpec, images: str) -> Iterator[None]:
-    """Whatever a model's forward raises becomes one sentence."""
+def _naming_errors(spec: ModelSpec, images: str) -> Iterator[None]:
+    """Turn whatever a model's forward raises into an UnknownModelError of one sentence."""
     try:
         yield
     except (UnknownModelError, TapError):
         raise
-    except (Exception, SystemExit) as error:  # any model's own code
+    except (Exception, SystemExit) as error:  # a model's own code may raise anything
         raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
 
 
-def _remembered(function: Callable[P, T]) -> Callable[P, T]:
-    """A check, a plan and a tap table ask the same of a model again and again. Code of the user's own may change, and is asked anew."""
+def _remember(function: Callable[P, T]) -> Callable[P, T]:
+    """Remember the results of a function of a ModelSpec, since a check, a plan and a tap table call it with the same
+    model again and again. Results for the user's own code are not remembered: the code may change."""
     known: dict[str, T] = {}
 
     @functools.wraps(function)
@@ -78,48 +87,56 @@ def _remembered(function: Callable[P, T]) -> Callable[P, T]:
     return asked
 
 
-@_remembered
+@_remember
 def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
-    """Forward and backward in training mode, on meta tensors: what only a model in training shows.
+    """Run a forward and a backward in training mode, on meta tensors, to find what only a model in training shows.
 
     Args:
+        spec: the model.
         batch: the micro-batch; BatchNorm may need more than one sample.
-        image_size: pixels.
+        image_size: side of an image, pixels.
 
     Raises:
         UnknownModelError: the forward fails, or parameters get no gradient from the logits (an error in DDP).
         TapError: the output is not one tensor.
     """
-    with _named(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
+    with _naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
         try:
             with torch.device("meta"):
                 model = TappedModel(build_model(spec), []).train()
                 logits, _ = model(torch.zeros(batch, 3, image_size, image_size))
                 logits.sum().backward()
-        except NotImplementedError:  # a model that reads values cannot run on meta; its first step will tell
+        except NotImplementedError:  # a model that reads values cannot run on meta; its first step shows the error
             return
     unused = [
-        name.removeprefix("model.") for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+        name.removeprefix("model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     if unused:
         raise UnknownModelError(
-            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the logits; "
-            "remove them, or freeze them with requires_grad_(False)"
+            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the "
+            "logits; remove them, or freeze them with requires_grad_(False)"
         )
 
 
 Shape = tuple[int, ...]
 
 _shapes_of: dict[str, tuple[Shape, dict[str, Shape]]] = {}
-"""Holds by model and image size the shape of the logits, and of each tap that was asked for so far."""
+"""By model and image size: the shape of the logits, and of each tap that was asked for so far."""
 
 
 def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tuple[Shape, dict[str, Shape]]:
-    """Return the shapes for one image of the logits and of each tapped feature, without the batch dimension. One forward gives all that
-    are not known yet. Checks the taps as TappedModel does.
+    """Return the shapes of the logits and of each tapped feature for one image, without the batch dimension. One
+    forward computes all shapes that are not known yet. Checks the taps as TappedModel does.
+
+    Args:
+        spec: the model.
+        taps: dotted paths.
+        image_size: side of an image, pixels.
 
     Raises:
-        UnknownModelError, TapError: no such model or tap.
+        UnknownModelError, TapError: there is no such model or tap.
     """
 
     def run() -> tuple[Shape, dict[str, Shape]]:
@@ -130,8 +147,8 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
     known = None if runs_user_code(spec.name) else _shapes_of.get(key)
     unknown = [tap for tap in taps if known is None or tap not in known[1]]
     if known is None or unknown:
-        with _named(spec, f"one image of {image_size}×{image_size}"):
-            found = _on_meta(run)
+        with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
+            found = _run_on_meta(run)
         known = (found[0], {**(known[1] if known else {}), **found[1]})
         if not runs_user_code(spec.name):
             _shapes_of[key] = known
@@ -139,7 +156,8 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
 
 
 class _CudaAutocast(TorchFunctionMode):
-    """What CUDA's autocast computes in float32 and the CPU's does not, of what ends a block of a vision model."""
+    """Compute in float32 those functions at the end of a vision model's block that CUDA's autocast computes in float32
+    and the CPU's does not."""
 
     _FLOAT32 = (F.layer_norm, F.group_norm, F.softmax, torch.softmax)
 
@@ -151,25 +169,35 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@_remembered
+@_remember
 def tap_dtypes(
     spec: ModelSpec, taps: Sequence[str], image_size: int, autocast: torch.dtype | None, device_type: str = "cuda"
 ) -> dict[str, torch.dtype]:
-    """The dtype of each tapped feature of a float32 model in eval mode, under the autocast of a kind of device, or without. With fake
-    tensors: nothing is computed.
+    """Return the dtype of each tapped feature of a float32 model in eval mode, by fake tensors: nothing is computed.
+
+    Args:
+        spec: the model.
+        taps: dotted paths.
+        image_size: side of an image, pixels.
+        autocast: the type of autocast; None: no autocast.
+        device_type: the kind of device whose autocast is meant.
 
     Raises:
-        UnknownModelError, TapError: no such model or tap.
+        UnknownModelError, TapError: there is no such model or tap.
     """
     model = build_on_meta(spec)
 
     def run() -> dict[str, torch.dtype]:
         lists = _CudaAutocast() if device_type == "cuda" else nullcontext()
-        with lists, torch.no_grad(), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with (
+            lists,
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+        ):
             _, features = TappedModel(model, taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return {tap: feature.dtype for tap, feature in features.items()}
 
-    with _named(spec, f"one image of {image_size}×{image_size}"):
+    with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 model.to_empty(device="cpu")
@@ -181,14 +209,14 @@ def tap_dtypes(
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model takes.
+    """Hold the cost of a model.
 
     Args:
-        parameters: their number.
-        tensor_bytes: of its parameters and buffers, in float32.
-        forward: floating-point operations of a forward of one image, a multiplication and an addition being two; to the last tap, where
-            the logits are not needed.
-        backward: those of the backward, for weights and features.
+        parameters: number of parameters.
+        tensor_bytes: bytes of parameters and buffers, in float32.
+        forward: floating-point operations of a forward of one image (a multiplication and an addition are two); up to
+            the last tap, where the logits are not needed.
+        backward: floating-point operations of the backward, for weights and features.
     """
 
     parameters: int
@@ -197,24 +225,27 @@ class ModelCost:
     backward: int
 
 
-def model_cost(spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True) -> ModelCost:
-    """Counted on meta tensors, for two images. Of a model that cannot run on those, no operations are counted.
+def model_cost(
+    spec: ModelSpec, taps: Sequence[str], image_size: int, needs_logits: bool = True, training: bool = True
+) -> ModelCost:
+    """Count the cost of a model on meta tensors, for two images. No operations are counted for a model that cannot run
+    on meta tensors.
 
     Args:
-        spec, taps, image_size: what runs.
-        needs_logits: as TappedModel.
-        training: in training mode, with backward; else in eval mode without.
+        spec, taps, image_size: the model, its taps, and the side of an image in pixels.
+        needs_logits: as for TappedModel.
+        training: training mode, with a backward; else eval mode without a backward.
 
     Raises:
-        UnknownModelError: no such model.
+        UnknownModelError: there is no such model.
     """
-    # On the way to the logits, every layer is passed once, forward and backward, whatever is tapped on that way.
-    return _cost(spec, () if needs_logits else tuple(taps), image_size, training)
+    # With logits, every layer is passed once, forward and backward, whichever features are tapped.
+    return _count_cost(spec, () if needs_logits else tuple(taps), image_size, training)
 
 
-@_remembered
-def _cost(spec: ModelSpec, taps: tuple[str, ...], image_size: int, training: bool) -> ModelCost:
-    """Count to the last of `taps`, or where there are none to the logits."""
+@_remember
+def _count_cost(spec: ModelSpec, taps: tuple[str, ...], image_size: int, training: bool) -> ModelCost:
+    """Count the cost up to the last of `taps`, or up to the logits where there are no taps."""
     model = build_on_meta(spec)
     parameters = sum(p.numel() for p in model.parameters())
     nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -227,20 +258,20 @@ def _cost(spec: ModelSpec, taps: tuple[str, ...], image_size: int, training: boo
             ends = [e for e in (logits, *features.values()) if e is not None and e.requires_grad]
             with FlopCounterMode(display=False) as backward:
                 torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
-    except Exception:  # a model's own code, which has run on real or meta tensors before: only the count is lost
+    except Exception:  # a model's own code, which has run before: only the count is lost
         return ModelCost(parameters, nbytes, 0, 0)
     return ModelCost(parameters, nbytes, forward.get_total_flops() // 2, backward.get_total_flops() // 2)
 
 
 def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
-    """Every submodule of the model, in the order of definition.
+    """Return every submodule of the model, in the order of definition.
 
     Args:
         spec: which model.
         image_size: side of the square input image, pixels.
 
     Raises:
-        UnknownModelError: no such model.
+        UnknownModelError: there is no such model.
     """
 
     def run() -> list[ModuleRow]:
@@ -256,9 +287,15 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
             module.register_forward_hook(lambda _module, _inputs, output, path=path: note(path, output))
         model(torch.zeros(1, 3, image_size, image_size))
         return [
-            ModuleRow(path, type(module).__name__, shapes.get(path), sum(p.numel() for p in module.parameters()), calls.get(path, 0))
+            ModuleRow(
+                path,
+                type(module).__name__,
+                shapes.get(path),
+                sum(p.numel() for p in module.parameters()),
+                calls.get(path, 0),
+            )
             for path, module in model.named_modules()
         ]
 
-    with _named(spec, f"one image of {image_size}×{image_size}"):
-        return _on_meta(run)
+    with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
+        return _run_on_meta(run)

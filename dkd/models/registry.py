@@ -1,4 +1,4 @@
-"""A model by its name.
+"""Build a model by its name.
 
 wrn_16_2, resnet8x4, ...   the CIFAR models of this package
 torchvision/resnet34       torchvision's classification models
@@ -17,23 +17,32 @@ from typing import Any
 from torch import nn
 
 from dkd.errors import InputError
-from dkd.models import cifar_bottleneck, cifar_resnet, mobilenet_v1, mobilenet_v2, network_in_network, shufflenet, vgg, wide_resnet
-from dkd.models.normalization_layers import NORMS
+from dkd.models.zoo import (
+    cifar_bottleneck,
+    cifar_resnet,
+    mobilenet_v1,
+    mobilenet_v2,
+    network_in_network,
+    shufflenet,
+    vgg,
+    wide_resnet,
+)
+from dkd.models.zoo.normalization_layers import NORMS
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
 class UnknownModelError(InputError):
-    """No model of that name, or it cannot be built with those options."""
+    """There is no model of a name, or it cannot be built or run with its options."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that is needed to build an architecture.
+    """Hold everything that is needed to build an architecture.
 
     Args:
         name: as above.
         classes: outputs of the head.
-        norm: `batch` or `group`, for the CIFAR models of this package; None: as the model comes.
+        norm: `batch` or `group`, for the CIFAR models of this package; None: the model's own.
         options: further keyword arguments of the model.
     """
 
@@ -44,48 +53,61 @@ class ModelSpec:
 
 
 def runs_user_code(name: str) -> bool:
-    """Whether building `name` imports a module that the name itself chooses."""
+    """Return whether building `name` imports a module that the name itself chooses."""
     return ":" in name
 
 
-def _zoo() -> dict[str, Callable[..., nn.Module]]:
+def _list_zoo() -> dict[str, Callable[..., nn.Module]]:
     return {
         **{name: partial(cifar_resnet.CifarResNet, *size) for name, size in cifar_resnet.DEPTHS_AND_WIDTHS.items()},
         **{name: partial(wide_resnet.WideResNet, *size) for name, size in wide_resnet.DEPTHS_AND_WIDTHS.items()},
-        **{name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks) for name, blocks in cifar_bottleneck.BLOCKS.items()},
+        **{
+            name: partial(cifar_bottleneck.CifarBottleneckResNet, blocks)
+            for name, blocks in cifar_bottleneck.BLOCKS.items()
+        },
         **{name: partial(vgg.CifarVgg, convolutions) for name, convolutions in vgg.CONVOLUTIONS.items()},
         **{name: partial(mobilenet_v2.CifarMobileNetV2, width) for name, width in mobilenet_v2.WIDTHS.items()},
         "mobilenetv1": mobilenet_v1.MobileNetV1,
         "shufflenetv1": shufflenet.CifarShuffleNetV1,
         **{name: partial(shufflenet.CifarShuffleNetV2, widths) for name, widths in shufflenet.V2_WIDTHS.items()},
-        **{name: partial(network_in_network.NetworkInNetwork, widths) for name, widths in network_in_network.WIDTHS.items()},
+        **{
+            name: partial(network_in_network.NetworkInNetwork, widths)
+            for name, widths in network_in_network.WIDTHS.items()
+        },
     }
 
 
 def known_names() -> list[str]:
-    """The CIFAR models of this package and torchvision's classification models."""
+    """Return the names of the CIFAR models of this package and of torchvision's classification models."""
     import torchvision
 
-    return [*_zoo(), *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models))]
+    return [
+        *_list_zoo(),
+        *(f"torchvision/{name}" for name in torchvision.models.list_models(module=torchvision.models)),
+    ]
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """The model, freshly initialised from torch's default generator, on torch's default device.
+    """Build a model, initialised from torch's default generator, on torch's default device.
 
     Raises:
-        UnknownModelError: with the nearest names, the missing package, or what the model's constructor objected to.
+        UnknownModelError: with the nearest names, the missing package, or the error of the model's constructor.
     """
-    builder = _builder(spec.name)
+    builder = _find_builder(spec.name)
     options = dict(spec.options)
     if spec.norm is not None:
-        if spec.name not in _zoo():
-            raise UnknownModelError(f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options")
+        if spec.name not in _list_zoo():
+            raise UnknownModelError(
+                f"norm={spec.norm!r} is for the CIFAR models of this package; {spec.name!r} takes its own options"
+            )
         if spec.norm not in NORMS and not (spec.norm == "none" and spec.name in network_in_network.WIDTHS):
-            raise UnknownModelError(f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}; none is for nin_wide and nin_thin")
+            raise UnknownModelError(
+                f"norm={spec.norm!r}: must be one of {', '.join(NORMS)}; none is for nin_wide and nin_thin"
+            )
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
-    except (Exception, SystemExit) as error:  # whatever a model's own code objects to, the answer to the user is the same
+    except (Exception, SystemExit) as error:  # a model's own code may raise anything
         described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
         raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
     if not isinstance(model, nn.Module):
@@ -93,8 +115,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def _builder(name: str) -> Callable[..., nn.Module]:
-    zoo = _zoo()
+def _find_builder(name: str) -> Callable[..., nn.Module]:
+    zoo = _list_zoo()
     if name in zoo:
         return zoo[name]
     if name.startswith("torchvision/"):
@@ -105,19 +127,19 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         if plain in known:
             return lambda **options: torchvision.models.get_model(plain, weights=None, **options)
     elif name.startswith("timm/"):
-        return _timm_builder(name.removeprefix("timm/"))
+        return _find_timm_builder(name.removeprefix("timm/"))
     elif ":" in name:
-        return _user_builder(name)
-    raise UnknownModelError(_unknown(name, known_names()))
+        return _find_user_builder(name)
+    raise UnknownModelError(_describe_unknown(name, known_names()))
 
 
-def _timm_builder(name: str) -> Callable[..., nn.Module]:
+def _find_timm_builder(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError as error:
         raise UnknownModelError(f"'timm/{name}' needs timm: pip install 'dkd[timm]'") from error
     if not timm.is_model(name):  # an exact name: no hub, no path
-        raise UnknownModelError(_unknown(f"timm/{name}", [f"timm/{known}" for known in timm.list_models()]))
+        raise UnknownModelError(_describe_unknown(f"timm/{name}", [f"timm/{known}" for known in timm.list_models()]))
 
     def build(**options: Any) -> nn.Module:
         if {"checkpoint_path", "pretrained"} & set(options):
@@ -127,15 +149,15 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _user_builder(name: str) -> Callable[..., nn.Module]:
+def _find_user_builder(name: str) -> Callable[..., nn.Module]:
     try:
         return load_callable(name)
     except UserCodeError as error:
         raise UnknownModelError(str(error)) from error
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    # The bare name comes first, so that `resnet34` leads to `torchvision/resnet34`.
+def _describe_unknown(name: str, known: list[str]) -> str:
+    # Equal names without a prefix come first, so that `resnet34` leads to `torchvision/resnet34`.
     near = [k for k in known if k.rpartition("/")[2] == name] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; see `dkd inspect --list`"
     return f"{name!r} is not a known model{hint}"

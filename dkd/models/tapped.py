@@ -1,11 +1,11 @@
-"""A model whose forward returns its features too.
+"""Wrap a model so that its forward returns features too.
 
-Taps are dotted module paths. Features come back as outputs, so every engine that wraps the model (DDP, FSDP2, ZeRO) sees them.
+Taps are dotted module paths. Features are returned as outputs, so that every engine that wraps the model (DDP, FSDP2,
+ZeRO) sees them.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,33 +13,37 @@ import torch
 from torch import nn
 
 from dkd.errors import InputError
+from dkd.library_internals.torch import change_count
+from dkd.text import did_you_mean
 
 
 class TapError(InputError):
-    """A tap that does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
+    """A tap does not exist, does not fire exactly once, yields no tensor, or is changed in place after it was read."""
 
 
 class _LastTapReached(Exception):
-    pass
+    """Stop a forward whose logits are not needed. Never leaves this module."""
 
 
 class TappedModel(nn.Module):
-    """Wraps `model`; forward(images) returns (logits, {path: feature}).
+    """Wrap `model`, so that forward(images) returns (logits, {path: feature}).
 
     Args:
-        model: any module whose forward returns the logits. It is not changed: hooks only read.
+        model: any module whose forward returns the logits. The model is not changed: hooks only read.
         taps: dotted paths of submodules whose outputs are wanted, such as `layer4` or `blocks.11`.
-        autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Inside the module, so that every
-            engine that wraps it does the same.
-        needs_logits: False stops the forward after the last tap, and logits are None. Compiled, the rest is dead code and is removed by
-            the compiler instead.
+        needs_logits: False stops the forward after the last tap, and the logits are None. In a compiled model, the rest
+            is dead code, which the compiler removes.
+        autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Autocast is
+            inside the module, so that it is the same under every engine.
 
     Raises:
-        TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that fires not once, whose
-            output is no tensor, or whose tensor is changed in place afterwards.
+        TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that
+            does not fire exactly once, whose output is no tensor, or whose tensor is changed in place afterwards.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.autocast = autocast
         self.model = model
@@ -49,13 +53,14 @@ class TappedModel(nn.Module):
         paths = dict(model.named_modules())
         for tap in self.taps:
             if tap not in paths or not tap:
-                near = difflib.get_close_matches(tap, paths, n=3, cutoff=0.4)
                 raise TapError(
-                    f"{tap!r} is not a module of {type(model).__name__}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+                    f"{tap!r} is not a module of {type(model).__name__}" + did_you_mean(tap, paths, most=3, cutoff=0.4)
                 )
-            paths[tap].register_forward_hook(self._reader(tap))
+            paths[tap].register_forward_hook(self._make_reader(tap))
 
-    def _reader(self, tap: str) -> Any:
+    def _make_reader(self, tap: str) -> Any:
+        """Return the hook that reads a tap."""
+
         def read(module: nn.Module, inputs: Any, output: Any) -> None:
             if not isinstance(output, torch.Tensor):
                 raise TapError(f"{tap!r} yields {type(output).__name__}, not a tensor; tap a module inside it")
@@ -66,7 +71,7 @@ class TappedModel(nn.Module):
         return read
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Images (b, 3, H, W) -> logits (b, K) or None, and the feature of each tap."""
+        """Return logits (b, K) or None, and the feature of each tap, for images (b, 3, H, W). Raises TapError."""
         self._fired = {}
         logits = None
         try:
@@ -76,9 +81,9 @@ class TappedModel(nn.Module):
                 with torch.autocast(images.device.type, dtype=self.autocast):
                     logits = self.model(images)
         except _LastTapReached:
-            # Hooks behind the last tap did not run; FSDP2's would have let go of the weights gathered for that block.
+            # Hooks after the last tap did not run; FSDP2's hook would have freed the weights gathered for that block.
             for module in self.model.modules():
-                getattr(module, "reshard", _nothing)()
+                getattr(module, "reshard", _do_nothing)()
         finally:
             fired, self._fired = self._fired, {}
         if logits is not None and not isinstance(logits, torch.Tensor):
@@ -90,15 +95,18 @@ class TappedModel(nn.Module):
                 raise TapError(f"{tap!r} fired {len(readings)} times in one forward; a tap must fire exactly once")
             feature, version = readings[0]
             if _version(feature) != version:
-                raise TapError(f"{tap!r} is changed in place after it was read (an in-place activation behind it?); tap what follows it")
+                raise TapError(
+                    f"{tap!r} is changed in place after it was read (is an in-place activation after it?); tap the "
+                    "module after it"
+                )
             features[tap] = feature
         return (logits if self.needs_logits else None), features
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 def _version(tensor: torch.Tensor) -> int:
-    # Tensors of a traced graph have no version to ask for; the check has run in eager mode before anything is compiled.
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    # Tensors of a traced graph have no version; the check has run in eager mode before anything is compiled.
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else change_count(tensor)

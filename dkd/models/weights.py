@@ -1,6 +1,6 @@
-"""Weights from a local file or by torchvision's names, and a fingerprint of them.
+"""Load weights from a local file or by torchvision's names, and compute a fingerprint of weights.
 
-Files are read without running code: safetensors, or `torch.load(weights_only=True)`.
+Files are read without running code that they hold: as safetensors, or by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dkd.errors import InputError
-from dkd.models.key_layouts import our_names
+from dkd.models.foreign_names import our_names
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
 
 
 class WeightsError(InputError):
-    """Weights that are missing, unreadable, or do not fit the model."""
+    """Weights are missing, cannot be read, or do not fit the model."""
 
 
 def is_file_name(weights: str) -> bool:
-    """Whether `weights` names a file, rather than one of torchvision's weight sets."""
+    """Return whether `weights` names a file, rather than one of torchvision's weight sets."""
     return weights.endswith(FILE_SUFFIXES) or "/" in weights or Path(weights).exists()
 
 
 def load_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Fill `model` (built as `name`) from `weights`, strictly.
+    """Fill `model` from `weights`, which must hold every tensor of the model and no other.
 
     Args:
-        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight set such as
-            IMAGENET1K_V1, which torchvision downloads and checks.
+        model: the model.
+        name: the name that the model was built by.
+        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight
+            set such as IMAGENET1K_V1, which torchvision downloads and checks.
 
     Raises:
-        WeightsError: with the file, or the keys that are missing, unexpected or of another shape.
+        WeightsError: the file cannot be read, or keys are missing, unexpected or of another shape.
     """
-    # Old files lack BatchNorm's counters; all else is there, as checked.
+    # Old files lack BatchNorm's counters; `stream_weights` has checked that everything else is there.
     state = model.state_dict()
     with torch.no_grad():
         for key, tensor in stream_weights(model, name, weights):
@@ -50,16 +52,17 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
 
 
 def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(key, tensor) of what `load_weights` would fill `model` with, one whole tensor at a time: a safetensors file is never in memory as a
-    whole. The model may be on the meta device. Checked before the first is yielded. Arguments and errors as `load_weights`."""
+    """Yield (key, tensor) of everything that `load_weights` would fill `model` with, one whole tensor at a time: a
+    safetensors file is never in memory as a whole. The model may be on the meta device. All keys and shapes are checked
+    before the first tensor is yielded. Arguments and errors as for `load_weights`."""
     path = Path(weights)
     if path.is_dir() and (path / "student.safetensors").is_file():
         path = path / "student.safetensors"
     if not is_file_name(weights) or path.suffix != ".safetensors":
-        state = _in_our_names(read_file(path) if is_file_name(weights) else _torchvision_set(name, weights), model)
+        state = _rename(read_file(path) if is_file_name(weights) else _download(name, weights), model)
         _check_fit(model, name, weights, state)
         return iter(state.items())
-    _check_fit(model, name, weights, _in_our_names(read_file(path, device="meta"), model))
+    _check_fit(model, name, weights, _rename(read_file(path, device="meta"), model))
     return _stream_safetensors(path, list(model.state_dict()))
 
 
@@ -67,7 +70,8 @@ def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, to
     with safe_open(path, framework="pt") as file:
         names = our_names(file.keys(), wanted)
     for key, ours in names.items():
-        # Opened anew for each: what was read of a mapped file counts as memory of the process until it is closed.
+        # The file is opened for each tensor: the parts of a mapped file that were read count as memory of the process
+        # until the file is closed.
         with safe_open(path, framework="pt") as file:
             tensor = file.get_tensor(key)
         yield ours, tensor
@@ -75,11 +79,11 @@ def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, to
 
 
 def check_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Whether `load_weights` would succeed, as far as can be told without reading or downloading tensors. Raises WeightsError."""
+    """Check whether `load_weights` would succeed, without reading or downloading tensors. Raises WeightsError."""
     if is_file_name(weights):
-        _check_fit(model, name, weights, _in_our_names(read_file(Path(weights), device="meta"), model))
+        _check_fit(model, name, weights, _rename(read_file(Path(weights), device="meta"), model))
         return
-    categories = _torchvision_weight_set(name, weights).meta.get("categories", [])
+    categories = _find_weight_set(name, weights).meta.get("categories", [])
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     if categories and last and last[0].out_features != len(categories):
         raise WeightsError(f"{weights!r} of {name} has {len(categories)} classes, the model {last[0].out_features}")
@@ -92,7 +96,10 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
     for title, keys in (
         ("missing", [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]),
         ("unexpected", [key for key in state if key not in wanted]),
-        ("of another shape", [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape]),
+        (
+            "of another shape",
+            [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape],
+        ),
     ):
         if keys:
             problems.append(f"{len(keys)} {title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
@@ -101,64 +108,68 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
 
 
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
-    """The tensors of a weights file; on the `meta` device only their shapes are read.
+    """Return the tensors of a weights file by name. On the `meta` device, only their shapes are read.
 
-    A torch file may hold them under `state_dict` or `model`.
+    A torch file may hold the tensors under `state_dict` or `model`.
 
     Raises:
-        WeightsError: no such file, or one that cannot be read safely.
+        WeightsError: there is no such file, or it cannot be read safely.
     """
     if path.is_dir() and (path / "student.safetensors").is_file():
         path = path / "student.safetensors"
     if not path.is_file():
         raise WeightsError(f"no such file: {str(path)!r}")
     try:
-        with path.open("rb"):  # the libraries' own errors would hide that this process may not
+        with path.open("rb"):  # the libraries' errors would hide that this process may not read the file
             pass
     except OSError as error:
         raise WeightsError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     try:
         if path.suffix == ".safetensors":
-            return _safetensors_shapes(path) if device == "meta" else load_file(path, device)
-        # A namespace of options, as RepDistiller puts beside the weights, is data like a dictionary.
+            return _read_shapes(path) if device == "meta" else load_file(path, device)
+        # RepDistiller puts a namespace of options beside the weights, which is data like a dictionary.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # unpickling garbage raises anything; torch's own advice is to unpickle it unsafely
+    except Exception as error:  # unpickling garbage raises anything; torch's message advises to unpickle it unsafely
         raise WeightsError(
-            f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another format, "
-            "or holds Python objects, which are not loaded"
+            f"{str(path)!r} cannot be read as a file of tensors ({type(error).__name__}): it is damaged, of another "
+            "format, or holds Python objects, which are not loaded"
         ) from error
     for key in _NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    named = isinstance(state, Mapping) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
+    named = isinstance(state, Mapping) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    )
     if not named or not state:
         raise WeightsError(f"{str(path)!r} holds no mapping of names to tensors")
     return state
 
 
-def _in_our_names(state: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+def _rename(state: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
     return {ours: state[name] for name, ours in our_names(state, model.state_dict()).items()}
 
 
-def _safetensors_shapes(path: Path) -> Mapping[str, torch.Tensor]:
+def _read_shapes(path: Path) -> Mapping[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
         return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _torchvision_weight_set(name: str, weights: str) -> Any:
+def _find_weight_set(name: str, weights: str) -> Any:
     if not name.startswith("torchvision/"):
         raise WeightsError(f"no such file: {weights!r} (only torchvision/... models have weights by name)")
     import torchvision
 
     sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
     if weights not in sets.__members__:
-        raise WeightsError(f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}")
+        raise WeightsError(
+            f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}"
+        )
     return sets[weights]
 
 
-def _torchvision_set(name: str, weights: str) -> Mapping[str, torch.Tensor]:
-    weight_set = _torchvision_weight_set(name, weights)
+def _download(name: str, weights: str) -> Mapping[str, torch.Tensor]:
+    weight_set = _find_weight_set(name, weights)
     try:
         return weight_set.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
@@ -169,13 +180,14 @@ def _torchvision_set(name: str, weights: str) -> Mapping[str, torch.Tensor]:
 
 
 class Fingerprint:
-    """SHA-256 of named tensors, added in any order. Half-precision values count as the float32 they stand for; BatchNorm's counters, which
-    old files lack and no forward reads, do not count."""
+    """Compute the SHA-256 of named tensors, which may be added in any order. Half-precision values count as the equal
+    float32 values. BatchNorm's counters, which old files lack and no forward reads, do not count."""
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add one tensor."""
         if name.endswith("num_batches_tracked"):
             return
         value = tensor.detach().cpu()
@@ -184,17 +196,21 @@ class Fingerprint:
         self._digests[name] = hashlib.sha256(header + value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
     def adding(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """`tensors`, each added as it goes by."""
+        """Yield `tensors`, and add each of them."""
         for name, tensor in tensors:
             self.add(name, tensor)
             yield name, tensor
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items())).encode()).hexdigest()
+        """Return the fingerprint of all tensors added so far, in hexadecimal."""
+        return hashlib.sha256(
+            "".join(f"{name} {digest}\n" for name, digest in sorted(self._digests.items())).encode()
+        ).hexdigest()
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, names included, in hexadecimal. Bit-identical models agree."""
+    """Return the SHA-256 of all parameters and buffers, with their names, in hexadecimal. Bit-identical models have the
+    same fingerprint."""
     fingerprint = Fingerprint()
     for name, value in model.state_dict().items():
         fingerprint.add(name, value)

@@ -1,6 +1,6 @@
-"""Pictures and pages of runs, from their files alone.
+"""Write a page of figures about runs, from the files of the runs alone.
 
-Knows recipes, models, images and what an attention map or a Gram matrix is; knows nothing of training.
+This room knows recipes, models, images, attention maps and Gram matrices; it knows nothing of training.
 """
 
 from dkd.report.write import write_report

@@ -1,4 +1,8 @@
-"""Figures of a report. Colours are Okabe and Ito's, told apart by all kinds of colour vision; lines differ in style too."""
+"""Draw the figures of a report.
+
+The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart; lines also differ in
+style. A function returns None when there is nothing to draw.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +19,28 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from dkd import console
+from dkd.config.losses import LOSSES
 from dkd.report.observations import ModelView, Observation
 from dkd.report.run_files import RunFiles
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-TERM_NAMES = {"ce": "cross-entropy", "at": "AT", "sp": "SP", "kd": "KD", "gradient_at": "gradient AT"}
+# The names of the recipe's own losses; a loss of the user's own has the name of its term.
+TERM_NAMES = {key: section.title for key, section in LOSSES.items()}
 _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
-_PITCH = 1.08  # of cells of attention maps, in their sides
+_PITCH = 1.08  # distance between the cells of attention maps, in sides of a cell
 _MANY_CLASSES = 40
 _MARKERS = "osD^vPX*"
 
 
 def loss_terms(run: RunFiles) -> Figure | None:
-    """Each term before its weight, and their weighted sum, over steps."""
+    """Draw each loss term before its weight, and the weighted sum, over steps."""
     names = ["loss", *run.terms]
     if not run.steps:
         return None
     columns = min(3, len(names))
-    figure, axes = _grid(-(-len(names) // columns), columns, 4.2, 2.8)
+    figure, axes = new_grid(-(-len(names) // columns), columns, 4.2, 2.8)
     for axis, name in zip(axes, names, strict=False):
         steps, values = _series(run, name)
         axis.plot(steps, values, color=COLOURS[0], alpha=0.3, linewidth=0.8)
@@ -49,10 +55,10 @@ def loss_terms(run: RunFiles) -> Figure | None:
 
 
 def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
-    """Top-1 over epochs, of all runs."""
+    """Draw the top-1 accuracy of all runs over epochs."""
     if not any(run.evaluations for run in runs):
         return None
-    figure, (axis,) = _grid(1, 1, 7.5, 3.6)
+    figure, (axis,) = new_grid(1, 1, 7.5, 3.6)
     lines = {}
     for number, run in enumerate(runs):
         epochs = [line["epoch"] for line in run.evaluations]
@@ -62,15 +68,15 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1, % of validation images")
     axis.set_title("Accuracy of the student")
-    _legend(axis, lines, loc="lower right")
+    add_legend(axis, lines, loc="lower right")
     return figure
 
 
 def schedules(run: RunFiles) -> Figure | None:
-    """Learning rate and loss weights over steps."""
+    """Draw the learning rate and the loss weights over steps."""
     if not run.steps:
         return None
-    figure, (left, right) = _grid(1, 2, 4.8, 2.8)
+    figure, (left, right) = new_grid(1, 2, 4.8, 2.8)
     left.plot(*_series(run, "lr"), color=COLOURS[0])
     left.set_title("Learning rate")
     lines = {}
@@ -79,18 +85,18 @@ def schedules(run: RunFiles) -> Figure | None:
     right.set_title("Weights of the loss terms")
     right.set_yscale("symlog", linthresh=0.01)
     _plain_powers(right)
-    _legend(right, lines)
+    add_legend(right, lines)
     for axis in (left, right):
         axis.set_xlabel("step")
     return figure
 
 
 def throughput(runs: Sequence[RunFiles]) -> Figure | None:
-    """Images a second over steps, and the share of each run's time by what it went into."""
+    """Draw the images a second over steps, and the shares of each run's time."""
     with_steps = [run for run in runs if run.steps]
     if not with_steps:
         return None
-    figure, (left, right) = _grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
+    figure, (left, right) = new_grid(1, 2, 5.6, max(2.8, 1.2 + 0.35 * len(with_steps)))
     lines = {}
     for number, run in enumerate(with_steps):
         steps, values = _series(run, "images_per_second")
@@ -99,7 +105,7 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
     left.set_xlabel("step")
     left.set_ylabel("images a second")
     left.set_ylim(bottom=0)
-    _legend(left, lines)
+    add_legend(left, lines)
     parts = [seconds_by_part(run) for run in with_steps]
     ends = np.zeros(len(with_steps))
     for number, part in enumerate(parts[0]):
@@ -116,7 +122,8 @@ def throughput(runs: Sequence[RunFiles]) -> Figure | None:
 
 
 def seconds_by_part(run: RunFiles) -> dict[str, float]:
-    """Seconds of a run, as far as its log tells. A logged line speaks for all steps since the one before."""
+    """Return the seconds that a run spent on each part of its work, calculated from its log. A logged step stands for
+    all steps since the logged step before it."""
     training = waiting = 0.0
     before = 0
     for line in run.steps:
@@ -131,12 +138,12 @@ def seconds_by_part(run: RunFiles) -> dict[str, float]:
         "evaluation": sum(line.get("seconds", 0.0) for line in run.evaluations),
         "standing still for checkpoints": sum(line.get("stall", 0.0) for line in run.checkpoints),
     }
-    whole = run.description.get("seconds")
-    return {**parts, "not logged": max(0.0, whole - sum(parts.values())) if isinstance(whole, int | float) else 0.0}
+    total = run.description.get("seconds")
+    return {**parts, "not logged": max(0.0, total - sum(parts.values())) if isinstance(total, int | float) else 0.0}
 
 
 def attention(seen: Observation) -> Figure | None:
-    """The same images, and the attention maps of teacher and student laid over them, a row for each pair of taps."""
+    """Draw the same images with the attention maps of teacher and student over them, one row for each tap."""
     assert seen.student is not None
     assert seen.images is not None
     assert seen.shown_labels is not None
@@ -145,9 +152,15 @@ def attention(seen: Observation) -> Figure | None:
         return None
     chosen = _one_of_each_class(seen.shown_labels)
     views = [(view, role) for view, role in ((seen.teacher, "teacher"), (seen.student, "student")) if view is not None]
-    rows = [(view, role, tap) for s, t in pairs for view, role in views for tap in [t if role == "teacher" else s] if tap in view.attention]
-    # One axis for all: with an axis for each cell, making and laying them out takes longer than anything else on the page.
-    figure, (axis,) = _grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
+    rows = [
+        (view, role, tap)
+        for s, t in pairs
+        for view, role in views
+        for tap in [t if role == "teacher" else s]
+        if tap in view.attention
+    ]
+    # One axis for all cells: axes for each cell take longer to create and lay out than everything else on the page.
+    figure, (axis,) = new_grid(1, 1, 1.45 * len(chosen), 1.45 * (1 + len(rows)), frame=False)
 
     def cell(row: int, column: int) -> tuple[float, float, float, float]:
         x, y = column * _PITCH, row * _PITCH
@@ -156,11 +169,20 @@ def attention(seen: Observation) -> Figure | None:
     for column, index in enumerate(chosen):
         image = seen.images[index].transpose(1, 2, 0)
         axis.imshow(image, extent=cell(0, column))
-        axis.text(column * _PITCH + 0.5, -0.05, _short(seen.class_names[seen.shown_labels[index]]), ha="center", va="bottom", fontsize=8)
+        axis.text(
+            column * _PITCH + 0.5,
+            -0.05,
+            _short(seen.class_names[seen.shown_labels[index]]),
+            ha="center",
+            va="bottom",
+            fontsize=8,
+        )
         gray = image.mean(2)
         for row, (view, _role, tap) in enumerate(rows, start=1):
             axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=cell(row, column))
-            axis.imshow(view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=cell(row, column), interpolation="bilinear")
+            axis.imshow(
+                view.attention[tap][index], cmap=_MAP, alpha=0.65, extent=cell(row, column), interpolation="bilinear"
+            )
     for row, label in enumerate(["image", *(f"{role}\n{tap}" for _, role, tap in rows)]):
         axis.text(-0.12, row * _PITCH + 0.5, label, ha="right", va="center", fontsize=8)
     axis.set_xlim(0, len(chosen) * _PITCH - _PITCH + 1)
@@ -170,7 +192,7 @@ def attention(seen: Observation) -> Figure | None:
 
 
 def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
-    """Row-normalised Gram matrices of teacher and student, and their difference; samples sorted by class."""
+    """Draw the row-normalised Gram matrices of teacher and student, sorted by class, and their difference."""
     assert seen.student is not None
     assert seen.shown_labels is not None
     student, teacher = pair
@@ -182,9 +204,13 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
     if theirs is not None:
         panels = [(f"teacher {teacher}", theirs, _MAP), *panels, ("student − teacher", own - theirs, _DIFFERENCE)]
     matrices = [matrix for _, matrix, colours in panels if colours == _MAP]
-    # The diagonal, an image with itself, would leave the rest of an early layer dark.
-    largest, smallest = max(float(np.quantile(m, 0.99)) for m in matrices), min(0.0, *(float(m.min()) for m in matrices))
-    figure, axes = _grid(1, len(panels), 3.9, 3.6)
+    # Cut the scale at the brightest hundredth: by the diagonal, which compares an image with itself, the rest of an
+    # early layer would be dark.
+    largest, smallest = (
+        max(float(np.quantile(m, 0.99)) for m in matrices),
+        min(0.0, *(float(m.min()) for m in matrices)),
+    )
+    figure, axes = new_grid(1, len(panels), 3.9, 3.6)
     names, ticks, edges = _class_ticks(seen)
     for axis, (title, matrix, colours) in zip(axes, panels, strict=True):
         # One scale for teacher and student, so that they can be compared.
@@ -203,7 +229,7 @@ def gram_matrices(seen: Observation, pair: tuple[str, str]) -> Figure | None:
 
 
 def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | None:
-    """Mean activation of each channel for the images of each class, of teacher and student."""
+    """Draw the mean activation of each channel on the images of each class, for teacher and student."""
     assert seen.student is not None
     panels = [(f"student {pair[0]}", _class_means(seen, seen.student, pair[0]))]
     if seen.teacher is not None:
@@ -211,7 +237,7 @@ def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | No
     panels = [(title, means) for title, means in panels if means is not None]
     if not panels:
         return None
-    figure, axes = _grid(1, len(panels), 5.6, 3.2)
+    figure, axes = new_grid(1, len(panels), 5.6, 3.2)
     names = _class_ticks(seen)[0]
     for axis, (title, means) in zip(axes, panels, strict=True):
         assert means is not None
@@ -225,7 +251,7 @@ def channel_activations(seen: Observation, pair: tuple[str, str]) -> Figure | No
 
 
 def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
-    """Accuracy of each class, of the students and their teacher."""
+    """Draw the accuracy of the students and their teachers on each class."""
     series: dict[str, np.ndarray] = {}
     names: Sequence[str] = ()
     for label, seen in observed.items():
@@ -244,7 +270,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
     if not series:
         return None
     many = len(names) > _MANY_CLASSES
-    figure, (axis,) = _grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
+    figure, (axis,) = new_grid(1, 1, 9.5 if len(names) > 12 else 7.5, 3.4)
     for number, (label, values) in enumerate(series.items()):
         if many:
             (drawn[label],) = axis.plot(np.sort(values), **_line_style(number))
@@ -252,20 +278,24 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
             # Dots, since the axis does not begin at 0.
             places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * 0.6 / len(series)
             marker = _MARKERS[number % len(_MARKERS)]
-            (drawn[label],) = axis.plot(places, values, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6)
+            (drawn[label],) = axis.plot(
+                places, values, linestyle="none", color=COLOURS[number % 7], marker=marker, markersize=6
+            )
     if many:
         axis.set_xlabel("classes, each model's sorted by its accuracy")
     else:
-        axis.set_xticks(range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right")
+        axis.set_xticks(
+            range(len(names)), [_short(name) for name in names], rotation=45 if len(names) > 6 else 0, ha="right"
+        )
         axis.grid(axis="y", color="#dddddd")
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
-    _legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
+    add_legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
 def accuracy_by_class(seen: Observation, view: ModelView) -> np.ndarray:
-    """(K,) per cent; nan for a class without an image."""
+    """Return the accuracy on each class, (K,) in per cent; NaN for a class without an image."""
     assert seen.labels is not None
     right = np.bincount(seen.labels, weights=view.predictions == seen.labels, minlength=len(seen.class_names))
     total = np.bincount(seen.labels, minlength=len(seen.class_names))
@@ -273,12 +303,16 @@ def accuracy_by_class(seen: Observation, view: ModelView) -> np.ndarray:
 
 
 def _series(run: RunFiles, key: str) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line["step"], line[key]) for line in run.steps if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+    found = [
+        (line["step"], line[key])
+        for line in run.steps
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
+    ]
     return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=float)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a fiftieth of the run, shorter at its ends."""
+    """Return the moving mean over a fiftieth of the run, over fewer values at its ends."""
     half = len(values) // 100
     if half == 0:
         return values
@@ -289,8 +323,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return smoothed
 
 
-def _grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
-    """`width`, `height`: inches of one panel."""
+def new_grid(rows: int, columns: int, width: float, height: float, frame: bool = True) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, row by row.
+
+    Args:
+        width, height: inches of one panel.
+        frame: whether the panels have axes with ticks.
+    """
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     axes = list(np.array(figure.subplots(rows, columns, squeeze=False)).ravel())
     for axis in axes:
@@ -303,15 +342,16 @@ def _grid(rows: int, columns: int, width: float, height: float, frame: bool = Tr
     return figure, axes
 
 
-def _legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
-    """Draw a legend of everything in `drawn`. Matplotlib would leave out a name that begins with _, so it hears the names afterwards."""
+def add_legend(axis: Axes, drawn: Mapping[str, Artist], **place: Any) -> None:
+    """Draw a legend of everything in `drawn`. The names are set afterwards, because matplotlib leaves out a name that
+    begins with _."""
     legend = axis.legend(list(drawn.values()), [str(number) for number in range(len(drawn))], fontsize="small", **place)
     for text, name in zip(legend.get_texts(), drawn, strict=True):
         text.set_text(console.printable(name))
 
 
 class _PlainPowers(LogFormatter):
-    """Labels a logarithmic axis without mathematics, which `drawing_names` turns off."""
+    """Label a logarithmic axis without formulas, which `drawing_names` turns off."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -324,7 +364,8 @@ def _plain_powers(axis: Axes) -> None:
 
 
 def drawing_names() -> AbstractContextManager[Any]:
-    """Return a context in which figures are to be made and drawn: a name with dollars in it is a name there, and no formula."""
+    """Return a context in which all figures must be made and drawn: matplotlib reads no name with dollars as a formula
+    there."""
     return matplotlib.rc_context({"text.parse_math": False})
 
 
@@ -343,7 +384,8 @@ def _one_of_each_class(labels: np.ndarray) -> list[int]:
 
 
 def _class_ticks(seen: Observation) -> tuple[list[str], list[float], list[float]]:
-    """Names of the shown classes, where their labels go, and the lines between them."""
+    """Return the names of the shown classes, the positions of their labels, and the positions of the lines between
+    classes."""
     assert seen.shown_labels is not None
     classes, starts, counts = np.unique(seen.shown_labels, return_index=True, return_counts=True)
     names = [_short(seen.class_names[label]) for label in classes]

@@ -1,4 +1,4 @@
-"""`dkd report`: from run directories to a page and its pictures."""
+"""Write the page and the pictures of `dkd report` from run directories."""
 
 from __future__ import annotations
 
@@ -15,46 +15,56 @@ from matplotlib.figure import Figure
 from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
-from dkd.config.loss_sections import WeightSchedule
 from dkd.report import figures
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
 from dkd.report.run_files import RunFiles, labels_of, read_run
 
 _MARK = "dkd report"
-"""In each picture, so that the next report of that name removes those of this one, and nothing else."""
-_LONGEST_NAME = 200  # bytes of a picture's name, before its ending
+"""Text in each picture, by which the next report of the same name finds the pictures that it may remove."""
+_LONGEST_NAME = 200  # bytes of a picture's name, without its extension
 
 
 def write_report(
-    paths: Sequence[Path], output: Path, images: int | None = None, trust_code: bool = False, say: Callable[[str], None] = console.say
+    paths: Sequence[Path],
+    output: Path,
+    images: int | None = None,
+    trust_code: bool = False,
+    say: Callable[[str], None] = console.say,
 ) -> list[Path]:
-    """Write OUTPUT, one self-contained page, and each of its pictures as a PNG into a folder beside it.
+    """Write one self-contained page, and each of its pictures as a PNG into a folder beside the page.
 
     Pictures that an earlier report left in that folder are removed; other files in it stay.
 
     Args:
-        paths: run directories; finished or not, of any number of processes.
-        output: an .html file; replaced when it is there.
-        images: validation images to classify for the accuracies of classes; default 2,000, or 20 a class where that is more.
-        trust_code: import what recipes and student.json name as `module:callable`.
-        say: where progress goes.
+        paths: run directories, finished or not, of any number of processes.
+        output: an .html file; an existing file is replaced.
+        images: validation images to classify for the accuracies of classes; None: 2,000, or 20 a class where that is
+            more.
+        trust_code: import every module:callable that recipes and student.json files name.
+        say: receives one line for each stage of the work.
 
     Returns:
-        The page and the pictures.
+        The files that were written: the page, then the pictures.
 
     Raises:
-        RecipeError: a path that is no run, or an output that cannot be written, or only over somebody else's picture.
+        RecipeError: a path is no run, or the output cannot be written, or would replace a picture of another program.
     """
     with figures.drawing_names():
         return _write_report(paths, output, images, trust_code, say)
 
 
-def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust_code: bool, say: Callable[[str], None]) -> list[Path]:
+def _write_report(
+    paths: Sequence[Path], output: Path, images: int | None, trust_code: bool, say: Callable[[str], None]
+) -> list[Path]:
     if len({path.resolve() for path in paths}) < len(paths):
-        raise RecipeError.at("", "one run is given twice")
+        raise RecipeError.at("", "a run is given twice: name each run once")
     if output.is_dir() or not os.access(next(p for p in output.resolve().parents if p.exists()), os.W_OK):
-        raise RecipeError.at("", f"the report cannot be written to {str(output)!r}: it is a folder, or may not be written")
+        raise RecipeError.at(
+            "",
+            f"the report cannot be written to {str(output)!r}: it is a folder, or its folder is not writable; choose "
+            "another --output",
+        )
     runs = [read_run(path, label) for path, label in zip(paths, labels_of(list(paths)), strict=True)]
     title = runs[0].recipe.run.name if len(runs) == 1 else f"{len(runs)} runs"
     gallery = _Gallery(Page(f"Distillation report: {title}"))
@@ -63,21 +73,22 @@ def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust
     page.table(*_comparison(runs))
     observed: dict[str, Observation] = {}
     for run in runs:
-        say(f"looking at {run.label}")
+        say(f"running the models of {run.label}")
         observed[run.label] = observe(run, [other for other in runs if other is not run], images, trust_code)
     gallery.add(figures.accuracy(runs), "accuracy", "Each evaluation counts every validation image once.")
     classified = next((len(seen.labels) for seen in observed.values() if seen.labels is not None), 0)
-    caption = f"Of up to {classified:,} validation images of each run, spread over the set."
+    caption = f"Measured on up to {classified:,} validation images of each run, spread over the set."
     gallery.add(figures.class_accuracies(observed), "accuracy by class", caption)
     gallery.add(
         figures.throughput(runs),
         "throughput",
-        "Left: smoothed. Right: from the logged steps, evaluations and checkpoints; the rest of a finished run's time is not logged.",
+        "Left: smoothed. Right: calculated from the logged steps, evaluations and checkpoints; the rest of a finished "
+        "run's time is not logged.",
     )
     for run in runs:
         page.section(run.label)
         if run.damaged:
-            page.note(f"{run.damaged} lines of metrics.jsonl are damaged and do not count.")
+            page.note(f"{run.damaged} lines of metrics.jsonl are damaged and are left out.")
         for note in observed[run.label].notes:
             page.note(note)
         say(f"drawing {run.label}")
@@ -90,28 +101,32 @@ def _write_report(paths: Sequence[Path], output: Path, images: int | None, trust
 
 def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, several: bool) -> None:
     prefix = f"{run.label} " if several else ""
-    gallery.add(figures.loss_terms(run), f"{prefix}loss terms", "Thin: each logged step. Thick: mean over a fiftieth of the run.")
+    gallery.add(
+        figures.loss_terms(run),
+        f"{prefix}loss terms",
+        "Thin: each logged step. Thick: mean over a fiftieth of the run.",
+    )
     gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
     if seen.student is None:
         return
     gallery.add(
         figures.attention(seen),
         f"{prefix}attention maps",
-        "For each position the sum over channels of the squared activation, which attention transfer compares unless its recipe names "
-        "another map. Teacher and student see the same validation images; each map has its own scale.",
+        "Each position shows the sum over channels of the squared activation, which attention transfer compares unless "
+        "its recipe names another map. Teacher and student see the same validation images; each map has its own scale.",
     )
     for pair in seen.pairs:
         gallery.add(
             figures.gram_matrices(seen, pair),
             f"{prefix}Gram matrices {_named(pair)}",
-            "What SP compares: inner products of the images' features, each row divided by its norm. A bright square on the diagonal "
-            "is a class whose images activate the layer alike. Rows are those of the shown images; the brightest hundredth, "
-            "mostly the diagonal, has one colour.",
+            "SP compares these matrices: inner products of the images' features, each row divided by its norm. A "
+            "bright square on the diagonal is a class whose images activate the layer alike. There is one row for each "
+            "shown image; the brightest hundredth of the numbers, mostly the diagonal, has one colour.",
         )
         gallery.add(
             figures.channel_activations(seen, pair),
             f"{prefix}channel activations {_named(pair)}",
-            "Activation of each channel, averaged over positions and over the images of a class.",
+            "The activation of each channel is averaged over positions and over the images of a class.",
         )
 
 
@@ -120,13 +135,14 @@ def _named(pair: tuple[str, str]) -> str:
 
 
 class _Gallery:
-    """Puts figures on the page, and keeps their PNGs."""
+    """Draw figures onto the page, and keep their PNGs."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self._pictures: dict[str, bytes] = {}
 
     def add(self, figure: Figure | None, title: str, caption: str) -> None:
+        """Draw a figure and add it to the page; None adds nothing."""
         if figure is None:
             return
         buffer = io.BytesIO()
@@ -141,16 +157,27 @@ class _Gallery:
         self.page.picture(buffer.getvalue(), title, caption)
 
     def write(self, output: Path) -> list[Path]:
-        """Raises OSError, and RecipeError where a file would take the place of one that no report wrote."""
+        """Write the page and the pictures, and return their paths.
+
+        Raises:
+            OSError: a file cannot be written.
+            RecipeError: a picture would replace a file that no report wrote.
+        """
         folder = output.with_name(f"{output.stem}_pictures")
         if folder.is_symlink():
-            raise RecipeError.at("", f"{str(folder)!r} is a link; pictures are written into a folder of their own: choose another --output")
+            raise RecipeError.at(
+                "",
+                f"{str(folder)!r} is a link, but pictures are written into a folder of their own: remove the link, or "
+                "choose another --output",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         earlier = [path for path in folder.glob("*.png") if _is_of_a_report(path)]
         pictures = {folder / f"{name}.png": png for name, png in self._pictures.items()}
         for path in pictures:
             if path not in earlier and (path.exists() or path.is_symlink()):
-                raise RecipeError.at("", f"{str(path)!r} is there already, and not of a report: move it, or choose another --output")
+                raise RecipeError.at(
+                    "", f"{str(path)!r} exists, and no report wrote it: move it, or choose another --output"
+                )
         for path in earlier:
             path.unlink()
         for path, png in pictures.items():
@@ -170,7 +197,20 @@ def _is_of_a_report(path: Path) -> bool:
 
 
 def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
-    head = ["run", "student", "teacher", "losses", "top-1", "top-5", "parameters", "epochs", "global batch", "ranks", "images/s", "seconds"]
+    head = [
+        "run",
+        "student",
+        "teacher",
+        "losses",
+        "top-1",
+        "top-5",
+        "parameters",
+        "epochs",
+        "global batch",
+        "ranks",
+        "images/s",
+        "seconds",
+    ]
     return head, [_row(run) for run in runs]
 
 
@@ -182,36 +222,18 @@ def _row(run: RunFiles) -> list[str]:
         run.label,
         recipe.student.name,
         recipe.teacher.name if recipe.teacher else "none",
-        ", ".join(_losses(run)),
+        ", ".join(section.describe() for _, section in run.recipe.losses.named()),
         _percent(evaluation.get("top1")),
         _percent(evaluation.get("top5")),
         f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}" if "epoch" in evaluation else f"0 of {recipe.train.epochs}",
+        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}"
+        if "epoch" in evaluation
+        else f"0 of {recipe.train.epochs}",
         str(recipe.train.global_batch),
         str(description.get("world_size", "")),
         f"{median(speeds):,.0f}" if speeds else "",
         f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
     ]
-
-
-def _losses(run: RunFiles) -> list[str]:
-    losses = run.recipe.losses
-    found = []
-    if losses.at is not None:
-        found.append(f"AT β {_weight(losses.at.beta)}")
-    if losses.gradient_at is not None:
-        found.append(f"gradient AT β {_weight(losses.gradient_at.beta)}")
-    if losses.sp is not None:
-        scope = "" if losses.sp.scope == "global" else f", {losses.sp.scope}"
-        found.append(f"SP γ {_weight(losses.sp.gamma)} at {losses.sp.reference_batch}{scope}")
-    if losses.kd is not None:
-        found.append(f"KD α {_weight(losses.kd.alpha)}, T {losses.kd.temperature:g}")
-    found += [f"{custom.name} {_weight(custom.weight)}" for custom in losses.custom]
-    return [f"CE {_weight(losses.ce.weight)}", *found]
-
-
-def _weight(weight: float | WeightSchedule) -> str:
-    return f"{weight.start:g} → {weight.end:g}" if isinstance(weight, WeightSchedule) else f"{weight:g}"
 
 
 def _percent(fraction: float | None) -> str:

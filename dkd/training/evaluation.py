@@ -10,64 +10,88 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dkd.data import DataError, EvaluationBatches
-from dkd.data.batches import Batch
+from dkd.data import DataError, EvaluationLoader
+from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.runs.logger import RunLogger
 
 BATCHES_BETWEEN_AGREEMENTS = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over a data set. `top5_correct` is None where there are fewer than six classes."""
+    """Counts over a data set."""
 
     samples: int
     top1_correct: int
     top5_correct: int | None
+    """None where there are fewer than six classes."""
     loss: float
-    """Mean cross-entropy, nats."""
+    """Mean cross-entropy, in nats."""
     unreadable: int = 0
-    """Images that do not count among the samples."""
+    """Images that could not be read, and are not among the samples."""
 
     @property
     def top1(self) -> float:
-        """Fraction."""
+        """Fraction of samples whose first class is right."""
         return self.top1_correct / self.samples
 
     @property
     def top5(self) -> float | None:
+        """Fraction of samples whose first five classes hold the right one."""
         return None if self.top5_correct is None else self.top5_correct / self.samples
 
     @property
     def problem(self) -> str | None:
-        """Why the numbers mean nothing; None where they are sound."""
+        """Return why the numbers mean nothing; None where they are sound."""
         if math.isfinite(self.loss):
             return None
-        return f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means nothing"
+        return (
+            f"the loss is not finite ({self.loss}): for some images the student's logits are not, and its top-1 means "
+            "nothing"
+        )
 
     def facts(self) -> dict[str, float | int | None]:
-        """For JSON, which has no numbers that are not finite: such a loss is null there."""
+        """Return what JSON can hold, which has no numbers that are not finite: such a loss is null there."""
         loss = self.loss if math.isfinite(self.loss) else None
         return {**asdict(self), "loss": loss, "top1": self.top1, "top5": self.top5}
+
+    def log(self, log: RunLogger, step: int, epoch: float, seconds: float) -> None:
+        """Write the result to a run's log.
+
+        Args:
+            step: steps done.
+            epoch: epochs done.
+            seconds: seconds that the evaluation took.
+        """
+        if self.unreadable:
+            log.say(f"warning: {self.unreadable} validation images cannot be read and do not count")
+        if self.problem:
+            log.say(f"warning: evaluation after step {step}: {self.problem}")
+        line = {"evaluation": {"steps": step, "epoch": epoch, **self.facts()}, "seconds": round(seconds, 3)}
+        log.write(line, {"evaluation/top1": self.top1, "evaluation/loss": self.loss}, step)
+        counts = f"{self.top1_correct}/{self.samples}"
+        log.say(f"epoch {epoch:g}: top-1 {self.top1:.4f} ({counts}), loss {self.loss:.4f}")
 
 
 @torch.no_grad()
 def evaluate(
     logits_of: Callable[[Batch], torch.Tensor],
-    batches: EvaluationBatches,
+    batches: EvaluationLoader,
     device: torch.device,
     skip_unreadable: bool = False,
     loading: Iterator[Batch] | None = None,
     is_asked_to_stop: Callable[[int], bool] | None = None,
 ) -> Evaluation | None:
-    """A collective: all ranks call it, and run equally many forwards of one shape; padding counts for nothing.
+    """Evaluate a student exactly. A collective: all ranks run equally many forwards of one shape; padding counts for
+    nothing.
 
     Args:
         logits_of: a batch -> logits (b, K) on `device`. The model is in eval mode.
         batches: this rank's.
         skip_unreadable: images that cannot be read do not count; else they are an error.
         loading: `iter(batches)`, where it has begun already.
-        is_asked_to_stop: called before each batch, with its number; when it says so on any rank, all end soon.
+        is_asked_to_stop: called before each batch, with its number; when it returns True on any rank, all stop soon.
 
     Returns:
         The same numbers on every rank; None when it was asked to stop.
@@ -76,9 +100,9 @@ def evaluate(
         DataError: on every rank, after the last batch.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     unreadable: list[str] = []
     failures: list[str] = []
-    loss = torch.zeros((), dtype=torch.float64, device=device)
     classes = 0
     for number, batch in enumerate(loading or batches):
         asked = is_asked_to_stop is not None and is_asked_to_stop(number)
@@ -96,21 +120,34 @@ def evaluate(
         dist.all_reduce(counts)
         dist.all_reduce(loss)
     samples, top1, top5 = counts.tolist()
-    missing: list[str] = []
-    if samples != batches.total:
-        ranks = all_gather_objects((failures, unreadable))
-        missing = [message for _, messages in ranks for message in messages]
-        failed = [message for messages, _ in ranks for message in messages]
-        if failed or (missing and not (skip_unreadable and samples)):
-            messages = failed or missing
-            raise DataError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
-    if samples + len(missing) != batches.total:
+    allowed = skip_unreadable and samples > 0
+    missing = 0 if samples == batches.total else _count_missing(failures, unreadable, allowed)
+    if samples + missing != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
-    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, len(missing))
+    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, missing)
+
+
+def _count_missing(failures: list[str], unreadable: list[str], allowed: bool) -> int:
+    """Return the number of images that could not be read, on all ranks. A collective.
+
+    Args:
+        failures, unreadable: this rank's messages.
+        allowed: unreadable images are left out; else they are an error.
+
+    Raises:
+        DataError: on every rank: batches could not be made, or images not be read.
+    """
+    ranks = all_gather_objects((failures, unreadable))
+    failed = [message for messages, _ in ranks for message in messages]
+    missing = [message for _, messages in ranks for message in messages]
+    if failed or (missing and not allowed):
+        messages = failed or missing
+        raise DataError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
+    return len(missing)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is set on any rank. A collective, waited for."""
+    """Return whether the flag is set on any rank. A collective, waited for."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flag
     flags = torch.full((), int(flag), dtype=torch.int32, device=device)

@@ -73,7 +73,7 @@ for name in SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_CLUSTER_NA
     if [ -n "${!name:-}" ]; then kept+=("$name=${!name}"); fi
 done
 # Slurm's signals reach this script alone, or every process below it, as its ProctrackType goes. The launcher, which USR1 would end, ignores it,
-# inside a container too; a rank takes it as the wish to stop behind a checkpoint.
+# inside a container too; a rank takes it as the wish to stop after a checkpoint.
 trap '' USR1
 # shellcheck disable=SC2016
 ${prefix[@]+"${prefix[@]}"} bash -c 'trap "" USR1; exec "$@"' bash env ${kept[@]+"${kept[@]}"} "${command[@]}" &

@@ -5,7 +5,7 @@
 #   launch/torchrun/machines.sh --dry-run RECIPE           prints what would be run
 #
 # run.dir must be on a file system that all machines see. When a rank fails, or a machine is cut off and comes back, all ranks start again
-# behind the newest checkpoint.
+# after the newest checkpoint.
 set -euo pipefail
 
 HEAD=${HEAD:-}                           # the address of one of the machines, on which the others find each other

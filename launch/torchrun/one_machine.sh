@@ -7,7 +7,7 @@
 set -euo pipefail
 
 PROCESSES=${PROCESSES:-gpu}              # gpu: one for each GPU; or a number
-MAX_RESTARTS=${MAX_RESTARTS:-0}          # how often all ranks start again, behind the newest checkpoint, when one of them fails
+MAX_RESTARTS=${MAX_RESTARTS:-0}          # how often all ranks start again, after the newest checkpoint, when one of them fails
 
 dry_run=
 if [ "${1:-}" = --dry-run ]; then dry_run=1; shift; fi

@@ -1,6 +1,6 @@
-"""A real Slurm cluster of two virtual nodes on this machine: slurmctld, munge, and two slurmd, each in network, host name and mount
-namespaces of its own, joined by a bridge. Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge. Nothing outlives
-`down`.
+"""A real Slurm cluster of two virtual nodes on this machine: slurmctld, munge, and two slurmd, each in network, host
+name and mount namespaces of its own, joined by a bridge. Needs root and Debian's packages slurmctld, slurmd,
+slurm-client and munge. Nothing outlives `down`.
 """
 
 import os
@@ -9,7 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from processes import environment
+from launched import child_environment
 
 NODES = ("node1", "node2")
 NETWORK = "10.77.0"
@@ -21,7 +21,9 @@ def missing():
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
         return "a Slurm cluster of virtual nodes needs root"
-    absent = [command for command in COMMANDS if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    absent = [
+        command for command in COMMANDS if shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
     if absent:
         return f"{', '.join(absent)} not installed; make test-cluster installs Debian's packages"
     trial = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
@@ -43,7 +45,7 @@ class SlurmCluster:
 
     def __init__(self, folder, proctrack):
         self.folder, self.proctrack = Path(folder), proctrack
-        self.environment = environment(SLURM_CONF=self.folder / "etc" / "slurm.conf")
+        self.environment = child_environment(SLURM_CONF=self.folder / "etc" / "slurm.conf")
         self.environment["PATH"] += ":/usr/sbin:/sbin"
 
     def __enter__(self):
@@ -82,7 +84,14 @@ class SlurmCluster:
         )
         # The controller must know the nodes' names, too.
         self._run(
-            "unshare", "--mount", "--propagation", "private", "bash", "-c", 'mount --bind "$0" /etc/hosts; exec slurmctld -i', self._hosts
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "bash",
+            "-c",
+            'mount --bind "$0" /etc/hosts; exec slurmctld -i',
+            self._hosts,
         )
         for node in NODES:
             self._run(*self._inside(node), "slurmd", "-N", node)
@@ -91,12 +100,18 @@ class SlurmCluster:
     def down(self):
         try:
             subprocess.run(["scancel", "--full", "-u", "root"], env=self.environment, capture_output=True, timeout=20)
-            end = time.monotonic() + 40  # longer than KillWait: what a node's daemon leaves behind when it ends would go on
+            end = (
+                time.monotonic() + 40
+            )  # longer than KillWait: what a node's daemon leaves behind when it ends would go on
             while self._run("squeue", "-h", check=False).strip() and time.monotonic() < end:
                 time.sleep(0.5)
         except subprocess.TimeoutExpired:
             pass  # the controller did not come up, and there are no jobs
-        for pid_file in (*(self.folder / f"{node}.pid" for node in NODES), self.folder / "ctld.pid", self.folder / "munge" / "pid"):
+        for pid_file in (
+            *(self.folder / f"{node}.pid" for node in NODES),
+            self.folder / "ctld.pid",
+            self.folder / "munge" / "pid",
+        ):
             self._stop(pid_file)
         for number, node in enumerate(NODES):
             subprocess.run(["ip", "link", "del", f"dkdv{number}"], capture_output=True)
@@ -133,20 +148,26 @@ class SlurmCluster:
     def seconds(self, job):
         """That it has run, this time."""
         words = self.scontrol("show", "job", job, "-o").split()
-        hours, minutes, seconds = next(word for word in words if word.startswith("RunTime=")).removeprefix("RunTime=").split(":")
+        hours, minutes, seconds = (
+            next(word for word in words if word.startswith("RunTime=")).removeprefix("RunTime=").split(":")
+        )
         return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
 
     def until_idle(self, seconds):
         end = time.monotonic() + seconds
         while (seen := self._run("sinfo", "-h", "-o", "%D", "-t", "idle", check=False).strip()) != str(len(NODES)):
-            assert time.monotonic() < end, f"{seen} nodes idle: {self._run('sinfo', '-N', '-l', check=False)} {self.logs()}"
+            assert time.monotonic() < end, (
+                f"{seen} nodes idle: {self._run('sinfo', '-N', '-l', check=False)} {self.logs()}"
+            )
             time.sleep(0.2)
 
     def logs(self):
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in (self.folder / "log").glob("*.log"))
 
     def _run(self, *command, check=True):
-        result = subprocess.run(list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout
 
@@ -155,9 +176,19 @@ class SlurmCluster:
         return self.folder / "etc" / "hosts"
 
     def _inside(self, node):
-        """A command's beginning that runs the rest inside a virtual node. Not `ip netns exec`, whose new /sys slurmd refuses."""
-        script = 'hostname "$0"; mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf; shift; exec "$@"'
-        namespaces = ["nsenter", f"--net=/run/netns/dkd-{node}", "unshare", "--uts", "--mount", "--propagation", "private"]
+        """A command's beginning that runs the rest inside a virtual node. Not `ip netns exec`, whose new /sys slurmd
+        refuses."""
+        mounts = 'mount --bind "$1/hosts" /etc/hosts; mount --bind "$1/nsswitch.conf" /etc/nsswitch.conf'
+        script = f'hostname "$0"; {mounts}; shift; exec "$@"'
+        namespaces = [
+            "nsenter",
+            f"--net=/run/netns/dkd-{node}",
+            "unshare",
+            "--uts",
+            "--mount",
+            "--propagation",
+            "private",
+        ]
         return [*namespaces, "bash", "-c", script, node, str(self.folder / "etc")]
 
     def _lay_network(self):
@@ -181,7 +212,9 @@ class SlurmCluster:
         self._hosts.write_text("\n".join(["127.0.0.1 localhost", f"{NETWORK}.254 {host}", *addresses]) + "\n")
         # Without this, reverse look-ups wait for name servers that know nothing of the nodes.
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
-        (etc / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=/sys/fs/cgroup\nConstrainCores=no\n")
+        (etc / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=/sys/fs/cgroup\nConstrainCores=no\n"
+        )
         (etc / "slurm.conf").write_text(f"""
 ClusterName=dkd
 SlurmctldHost={host}({NETWORK}.254)

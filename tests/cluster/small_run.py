@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from processes import until
+from launched import until
 
 
 def write_recipe(path, steps, timeout):

@@ -1,12 +1,12 @@
-"""launch/slurm/ on a real Slurm cluster of two virtual nodes, 2 nodes × 2 processes: whatever ends a job, the run goes on, and its student
-is that of a run that nothing disturbed."""
+"""launch/slurm/ on a real Slurm cluster of two virtual nodes, 2 nodes × 2 processes: whatever ends a job, the run goes
+on, and its student is that of a run that nothing disturbed."""
 
 import json
 import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, until
+from launched import ROOT, until
 from slurm_cluster import SlurmCluster, can_freeze, missing
 from small_run import Run, write_recipe
 
@@ -41,7 +41,9 @@ def undisturbed(cluster, recipe, tmp_path_factory):
     assert "launch-check: all is well" in said
     assert "4: 2 on node1, 2 on node2" in said
     assert job.restarts() == 0
-    logs = sorted(path.relative_to(job.run_dir / "logs").parts[0] for path in (job.run_dir / "logs").rglob("stdout.log"))
+    logs = sorted(
+        path.relative_to(job.run_dir / "logs").parts[0] for path in (job.run_dir / "logs").rglob("stdout.log")
+    )
     assert logs == [f"job-{job.number}-start-0-node-{node}" for node in (0, 0, 1, 1)]
     return job.run.student()
 
@@ -80,13 +82,18 @@ class Job:
         try:
             return until(condition, seconds)
         except AssertionError as error:
-            raise AssertionError(f"{error}; {self.cluster.state(self.number)}; {self.said()[-4000:]}; {self.cluster.logs()}") from None
+            raise AssertionError(
+                f"{error}; {self.cluster.state(self.number)}; {self.said()[-4000:]}; {self.cluster.logs()}"
+            ) from None
 
     def until_step(self, step, seconds=90):
         self.until(lambda: self.run.step() >= step, seconds)
 
     def until_finished(self, seconds=150):
-        self.until(lambda: self.cluster.state(self.number)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), seconds)
+        self.until(
+            lambda: self.cluster.state(self.number)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"),
+            seconds,
+        )
         assert self.cluster.state(self.number)[0] == "COMPLETED", self.said()[-4000:]
         assert self.run.is_finished(), self.said()[-4000:]
 
@@ -110,8 +117,8 @@ def test_near_its_time_limit_it_stops_behind_a_checkpoint_and_requeues_itself(cl
     starts = job.run.starts()
     assert starts[0] == 0
     assert starts[1] >= 15
-    assert "stopped behind a checkpoint; going back into the queue" in job.said()
-    assert "by SIGUSR1; the same command goes on" in job.said()
+    assert "stopped after a checkpoint; going back into the queue" in job.said()
+    assert "by SIGUSR1; the same command resumes it" in job.said()
     assert job.run.student() == undisturbed
 
 
@@ -178,7 +185,15 @@ def test_one_task_of_an_array_is_requeued_alone(cluster, recipe, tmp_path):
     cluster.until_idle(60)
     options = ["--array=0-1", "--nodes=1", f"--output={tmp_path}/output-%a"]
     variables = {"RUNS": tmp_path / "runs"}
-    job = Job(cluster, recipe, tmp_path, *options, script=ROOT / "launch" / "slurm" / "array.sbatch", words=[recipe], **variables)
+    job = Job(
+        cluster,
+        recipe,
+        tmp_path,
+        *options,
+        script=ROOT / "launch" / "slurm" / "array.sbatch",
+        words=[recipe],
+        **variables,
+    )
     first, second = (tmp_path / "runs" / f"seed_{seed}" for seed in (0, 1))
     job.until(lambda: all((run / "metrics.jsonl").exists() for run in (first, second)), 90)
     cluster.scontrol("requeue", f"{job.number}_1")

@@ -1,22 +1,30 @@
-"""One of three ranks meets a NaN, an image that cannot be read, or one of another size: all end together, and say which."""
+"""One of three ranks meets a NaN, an image that cannot be read, or one of another size: all end together, and say
+which."""
 
 import re
 import time
 
 import pytest
 from few_images import write_images
-from processes import ROOT, Launch
+from launched import Launch, accelerate_command
 
 pytestmark = pytest.mark.cluster
-CPU = ROOT / "launch" / "accelerate" / "cpu.yaml"
 
 
 @pytest.mark.parametrize(
     ("model", "images", "said"),
     [
         ("NotFinite", {}, r"the loss is not finite at step 4 \(on rank 0; "),
-        ("Regularized", {"broken": [(21, "truncated")]}, r"step \d+: rank \d: .*images\.parquet: image 21 \(no name\) cannot be read: "),
-        ("Regularized", {"larger": [21]}, r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop"),
+        (
+            "Regularized",
+            {"broken": [(21, "truncated")]},
+            r"step \d+: rank \d: .*images\.parquet: image 21 \(no name\) cannot be read: ",
+        ),
+        (
+            "Regularized",
+            {"larger": [21]},
+            r"step \d+: rank \d: images of 24×24 pixels, not 16×16; add a Resize or a crop",
+        ),
     ],
     ids=["NaN", "broken image", "another size"],
 )
@@ -42,12 +50,11 @@ optimizer: {{name: sgd, lr: 0.01}}
 schedule: {{name: constant}}
 """)
     begun = time.monotonic()
-    launcher = ["accelerate", "launch", "--config_file", CPU, "--num_processes", 3, "--main_process_port", 0]
-    with Launch([*launcher, "-m", "dkd", "train", recipe], tmp_path / "log") as launch:
+    with Launch(accelerate_command(3, "-m", "dkd", "train", recipe), tmp_path / "log") as launch:
         assert launch.wait(90) == 1
         out = launch.said()
     # One sentence, and no rank that waited for another until the timeout, or died of its loss.
     assert len(re.findall(r"^dkd: ", out, re.MULTILINE)) == 1, out
     assert re.search(rf"^dkd: {said}", out, re.MULTILINE), out
-    assert "cannot go on" not in out
+    assert "cannot continue" not in out
     assert time.monotonic() - begun < 60

@@ -1,4 +1,5 @@
-"""Two network namespaces joined by a bridge: two hosts on one machine, between which the link can be cut. Needs root."""
+"""Two network namespaces joined by a bridge: two hosts on one machine, between which the link can be cut. Needs
+root."""
 
 import os
 import shutil
@@ -28,7 +29,9 @@ class TwoHosts:
 
     def __init__(self, folder):
         self._hosts = folder / "hosts"
-        self._hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{self.address(host)} {self.name(host)}\n" for host in (0, 1)))
+        self._hosts.write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{self.address(host)} {self.name(host)}\n" for host in (0, 1))
+        )
 
     def __enter__(self):
         self.__exit__()  # what a run that was killed has left
@@ -65,7 +68,18 @@ class TwoHosts:
     def on(self, host, *command):
         """The command that runs `command` on a host."""
         script = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
-        named = ["unshare", "--uts", "--mount", "--propagation", "private", "bash", "-c", script, self.name(host), str(self._hosts)]
+        named = [
+            "unshare",
+            "--uts",
+            "--mount",
+            "--propagation",
+            "private",
+            "bash",
+            "-c",
+            script,
+            self.name(host),
+            str(self._hosts),
+        ]
         return ["nsenter", f"--net=/run/netns/{self._space(host)}", *named, *command]
 
     def cut(self):

@@ -1,0 +1,203 @@
+"""From a recipe to its images: sources, transforms, the order of samples, worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dkd import machine
+from dkd.config import Recipe
+from dkd.config.derived import micro_batch
+from dkd.config.schema import DataSection
+from dkd.data import (
+    DataError,
+    EvaluationLoader,
+    GlobalBatchSampler,
+    ImagePipeline,
+    ImageSource,
+    MixupCutmix,
+    Normalize,
+    RowGroups,
+    StreamedBatchSampler,
+    TrainLoader,
+    build_pipeline,
+    in_memory,
+    is_in_memory,
+    open_row_groups,
+    open_source,
+)
+from dkd.data.sampler import TURNS
+from dkd.data.sources import split_spec
+from dkd.launch import Launch
+
+MOST_WORKERS = 16
+"""Worker processes of a rank, unless the recipe asks for more: above it, the rank itself is what takes the time."""
+
+
+def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
+    """Return transforms and the student's normalisation."""
+    data = recipe.data
+    normalize = _normalize(data.normalization)
+    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
+
+
+def describe_input(pipeline: ImagePipeline) -> dict[str, Any]:
+    """Return what student.json states of the student's input."""
+    normalize = pipeline.normalize
+    return {
+        "image_size": pipeline.image_size,
+        "normalization": {"mean": list(normalize.mean), "std": list(normalize.std)},
+    }
+
+
+def teacher_normalize(recipe: Recipe, student: Normalize) -> Normalize:
+    """Return the teacher's own normalisation, or the student's."""
+    own = None if recipe.teacher is None else _normalize(recipe.teacher.normalization)
+    return own or student
+
+
+def _normalize(section: object) -> Normalize | None:
+    return None if section is None else Normalize(tuple(section.mean), tuple(section.std))  # type: ignore[attr-defined]
+
+
+def open_part(data: DataSection, part: str) -> ImageSource:
+    """Open data.train or data.validation. Raises DataError."""
+    spec = data.train if part == "train" else data.validation
+    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    # The validation data may be of another kind.
+    if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
+        return open_row_groups(spec, training=part == "train", **columns)
+    return open_source(spec, training=part == "train", root=data.root, **columns)
+
+
+def decode_into_memory(data: DataSection, source: ImageSource, local_world_size: int) -> ImageSource:
+    """Return the training images decoded once, where `data.in_memory` allows it and they fit; else the source as it is.
+
+    Args:
+        local_world_size: ranks of this machine; each keeps images of its own.
+
+    Raises:
+        DataError: an image cannot be read, or the images have several sizes and `data.in_memory` is true.
+    """
+    if data.in_memory is False or data.streaming:
+        return source
+    limit = None if data.in_memory is True else memory_for_images(local_world_size)
+    try:
+        decoded = in_memory(source, limit_bytes=limit)
+    except DataError:
+        if data.on_error == "raise" or data.in_memory is True:
+            raise
+        return source  # read one by one; broken images are skipped
+    if decoded is None and data.in_memory is True:
+        raise DataError("data.in_memory is true, but the images have several sizes")
+    return decoded or source
+
+
+def memory_for_images(local_world_size: int) -> int:
+    """Return the bytes that a rank's decoded images may take where the recipe does not ask for them: 1 GiB, and where
+    memory is short, the rank's share of an eighth of it."""
+    return min(2**30, machine.memory() // 8 // local_world_size)
+
+
+def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
+    """Count the worker processes of this rank: as the recipe states; by default none for images in memory, else a share
+    of the cores that the ranks of this machine may run on."""
+    if data.workers != "auto":
+        return data.workers
+    if is_in_memory(source):
+        return 0
+    workers = max(1, machine.cores() // local_world_size)
+    # For row groups, so many that each worker has lanes of its own (StreamedBatchSampler.readers).
+    streamed = min(TURNS, 2 ** (workers.bit_length() - 1))
+    return streamed if isinstance(source, RowGroups) else min(MOST_WORKERS, workers)
+
+
+def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> GlobalBatchSampler:
+    """Return the order of training samples, and which of them this rank computes."""
+    train, data = recipe.train, recipe.data
+    b = micro_batch(recipe, launch.world_size)
+    batches = (len(source), recipe.run.seed, train.global_batch, b, launch.rank, launch.world_size)
+    if isinstance(source, RowGroups):
+        sizes = tuple(source.sizes.tolist())
+        return StreamedBatchSampler(*batches, sizes, data.stream_lanes, data.shuffle_window)
+    return GlobalBatchSampler(*batches)
+
+
+@dataclass(frozen=True)
+class DataParts:
+    """Holds the images of a training, on one rank.
+
+    Args:
+        pipeline: transforms and the student's normalisation.
+        teacher_normalize: of the teacher's input.
+        mixing: mixup and CutMix of micro-batches, or None.
+        workers: worker processes of this rank that load training images.
+        facts: number and fingerprint of the training images.
+    """
+
+    sampler: GlobalBatchSampler
+    train_loader: TrainLoader
+    validation: EvaluationLoader
+    pipeline: ImagePipeline
+    teacher_normalize: Normalize
+    mixing: MixupCutmix | None
+    workers: int
+    facts: Mapping[str, Any]
+
+
+def build_data(
+    recipe: Recipe, training: ImageSource, validation: ImageSource, launch: Launch, dtype: torch.dtype, pin: bool
+) -> DataParts:
+    """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
+
+    Args:
+        training, validation: opened.
+        dtype: of the models' inputs.
+        pin: load into page-locked memory, for a faster copy to a GPU.
+    """
+    pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
+    sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
+    replaces = data.on_error == "skip"
+    return DataParts(
+        sampler,
+        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
+        EvaluationLoader(
+            validation,
+            pipeline.validation,
+            recipe.evaluation.batch,
+            launch.rank,
+            launch.world_size,
+            loader_workers(data, validation, local),
+            pin,
+            pipeline.image_size,
+        ),
+        pipeline,
+        teacher_normalize(recipe, pipeline.normalize),
+        build_mixing(recipe, dtype),
+        workers,
+        data_facts(training),
+    )
+
+
+def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCutmix | None:
+    """Return mixup and CutMix of micro-batches, or None for a recipe without them.
+
+    Args:
+        dtype: of the weights that mixed images have of each class.
+    """
+    data = recipe.data
+    return MixupCutmix(data.classes, data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
+
+
+def data_facts(source: ImageSource) -> dict[str, Any]:
+    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, and row groups
+    where they count."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    if isinstance(source, RowGroups):
+        digest.update(source.sizes.tobytes())
+    return {"images": len(source), "sha256": digest.hexdigest()}

@@ -1,0 +1,160 @@
+"""From a recipe to its models: architectures, taps, the student and the frozen teacher with their weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dkd.config import Recipe, RecipeError
+from dkd.config.schema import StudentSection, TeacherSection
+from dkd.distillation import FrozenTeacher, fill, halve_weights, shard, shard_mesh
+from dkd.engines.arithmetic import Arithmetic
+from dkd.engines.sharded_weights import parameter_counts
+from dkd.launch import Launch
+from dkd.models import (
+    Fingerprint,
+    ModelSpec,
+    TappedModel,
+    WeightsError,
+    build_model,
+    build_on_meta,
+    load_weights,
+    stream_weights,
+    weights_fingerprint,
+)
+
+
+def student_spec(recipe: Recipe) -> ModelSpec:
+    """Return the student's architecture."""
+    return _spec(recipe.student, recipe.data.classes)
+
+
+def teacher_spec(recipe: Recipe) -> ModelSpec:
+    """Return the teacher's architecture; the recipe has one."""
+    assert recipe.teacher is not None
+    return _spec(recipe.teacher, recipe.teacher.classes or recipe.data.classes)
+
+
+def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
+    return ModelSpec(section.name, classes, section.norm, section.options)
+
+
+def pairs(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return (student path, teacher path) of all feature losses."""
+    return [pair for _, section in recipe.losses.named() for pair in section.paths]
+
+
+def student_parameters(recipe: Recipe) -> int:
+    """Count the student's parameters, on the meta device."""
+    return sum(parameter.numel() for parameter in build_on_meta(student_spec(recipe)).parameters())
+
+
+def build_models(
+    recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
+) -> tuple[TappedModel, FrozenTeacher | None]:
+    """Return the student on the CPU and the teacher on its device, with their weights, which may have to be downloaded.
+
+    Raises:
+        RecipeError: the weights of one cannot be had or do not fit.
+    """
+    role = "student"
+    try:
+        student, role = build_student(recipe), "teacher"
+        return student, build_teacher(recipe, launch, arithmetic, device)
+    except WeightsError as error:
+        raise RecipeError.at(f"{role}.weights", error) from error
+
+
+def build_student(recipe: Recipe) -> TappedModel:
+    """Return the student, on the CPU, its initial weights drawn from the run's seed: the same on every rank."""
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(student_spec(recipe))
+    if recipe.student.weights is not None and recipe.student.weights != "random":
+        load_weights(model, recipe.student.name, recipe.student.weights)
+    if recipe.train.sync_batch_norm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # float16's autocast comes with Accelerate's loss scaling.
+    autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
+    return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)
+
+
+def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:
+    """Return the teacher on its device, replicated or in shards as `teacher.placement` states, or None for a recipe
+    without one. A collective when it is cut into shards. On one rank there is nothing to share, and every placement is
+    the replicated teacher.
+
+    Raises:
+        RecipeError: a rank keeps more of the teacher than its placement states.
+        WeightsError: the weights cannot be had or do not fit.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    placement = section.placement if launch.world_size > 1 else "replicated"
+    torch.manual_seed(recipe.run.seed)
+    if placement == "fsdp2" and section.weights != "random":
+        on_meta = build_on_meta(teacher_spec(recipe))
+        if _is_filled_by_state(on_meta):
+            return _check_share(_stream(recipe, on_meta, launch, arithmetic, device), section, placement, launch)
+    model = build_model(teacher_spec(recipe))
+    if section.weights != "random":
+        load_weights(model, section.name, section.weights)
+    fingerprint = weights_fingerprint(model)
+    model = arithmetic.place(model, device, to_be_sharded=placement != "replicated")
+    teacher = _freeze(recipe, model, arithmetic, placement, fingerprint)
+    if placement == "fsdp2":
+        shard(teacher, shard_mesh(section.mesh, device.type, launch.local_world_size))
+    elif placement == "zero3":
+        from dkd.engines.deepspeed import shard_teacher
+
+        shard_teacher(teacher)
+    return _check_share(teacher, section, placement, launch)
+
+
+def _stream(
+    recipe: Recipe, on_meta: nn.Module, launch: Launch, arithmetic: Arithmetic, device: torch.device
+) -> FrozenTeacher:
+    """Return a teacher that no rank ever holds whole: each weight is read, and each rank keeps its rows of it."""
+    section = recipe.teacher
+    assert section is not None
+    weights = stream_weights(on_meta, section.name, section.weights)
+    teacher = _freeze(recipe, on_meta.to(arithmetic.dtype), arithmetic, "fsdp2")
+    shard(teacher, shard_mesh(section.mesh, device.type, launch.local_world_size))
+    teacher.to_empty(device=device)
+    fingerprint = Fingerprint()
+    fill(teacher.tapped.model, fingerprint.adding(weights))
+    teacher.fingerprint = fingerprint.hexdigest()
+    return teacher
+
+
+def _freeze(
+    recipe: Recipe, model: nn.Module, arithmetic: Arithmetic, placement: str, fingerprint: str = ""
+) -> FrozenTeacher:
+    section = recipe.teacher
+    assert section is not None
+    if section.weights_dtype == "bf16":
+        halve_weights(model)
+    # ZeRO-3 learns the order of a forward's modules, and needs all of the forward.
+    needs_logits = bool(recipe.losses.needs_teacher_logits) or placement == "zero3"
+    taps = [teacher for _, teacher in pairs(recipe)]
+    autocast = arithmetic.autocast
+    return FrozenTeacher(model, taps, needs_logits, section.input_size, autocast, fingerprint, section.name)
+
+
+def _check_share(teacher: FrozenTeacher, section: TeacherSection, placement: str, launch: Launch) -> FrozenTeacher:
+    """Return the teacher, when a rank keeps as much of it as its placement states. Raises RecipeError."""
+    local, total = parameter_counts(teacher)
+    sharing = launch.local_world_size if section.mesh == "node" else launch.world_size
+    shards = 1 if placement == "replicated" else sharing
+    if shards > 1 and local > 0.9 * total:
+        raise RecipeError.at(
+            "teacher.placement",
+            f"{placement} over {shards} ranks, but each keeps {local:,} of {total:,} parameters",
+        )
+    return teacher
+
+
+def _is_filled_by_state(model: nn.Module) -> bool:
+    """Return whether a file of weights fills everything that the model holds: not so with buffers that it computes."""
+    state = model.state_dict()
+    return all(tensor.is_meta for tensor in state.values()) and all(name in state for name, _ in model.named_buffers())

@@ -1,0 +1,1 @@
+"""The commands of `dkd`, one module or package for each."""

@@ -1,0 +1,55 @@
+"""Describe what a recipe would train: `dkd train --dry-run`."""
+
+from __future__ import annotations
+
+import torch
+
+from dkd.build.data import build_image_pipeline, build_sampler
+from dkd.build.models import student_spec, teacher_spec
+from dkd.build.objective import build_objective, gram_size
+from dkd.commands.tap_table import tap_table
+from dkd.config import Recipe
+from dkd.config.derived import run_length
+from dkd.launch import Launch
+from dkd.models import ModelSpec, build_on_meta
+from dkd.preflight.data import open_sources
+from dkd.preflight.hardware import settled_here
+
+
+def describe(recipe: Recipe, launch: Launch) -> str:
+    """Open and check the data, and return lines about data, batch, steps, models, taps and objective.
+
+    Raises:
+        RecipeError: the data cannot be opened or do not fit the recipe.
+    """
+    recipe, chosen = settled_here(recipe, launch)
+    training, validation = open_sources(recipe, launch)
+    size = build_image_pipeline(recipe).image_size
+    train = recipe.train
+    sampler = build_sampler(recipe, training, launch)
+    steps = sampler.steps_per_epoch
+    planned, total = run_length(recipe, steps)
+    lines = [
+        f"run         {recipe.run.dir}",
+        f"data        {len(training)} training images, {len(validation)} for validation, {recipe.data.classes} "
+        f"classes, {size}×{size}",
+        f"batch       {train.global_batch} = {sampler.micro_batch} × {launch.world_size} processes × "
+        f"{sampler.micro_steps} micro-steps",
+        f"steps       {steps} an epoch, {total} in all",
+        *(f"hardware    {line}" for line in chosen),
+        f"student     {recipe.student.name}, {_parameters(student_spec(recipe)):,} parameters",
+    ]
+    if recipe.teacher is not None:
+        teacher = recipe.teacher
+        lines.append(
+            f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
+        )
+        lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, sampler))]
+    objective = build_objective(recipe, sampler, planned, torch.device("cpu"))
+    weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
+    lines.append(f"objective   {weights} (at step 1)")
+    return "\n".join([*lines, "nothing was trained"])
+
+
+def _parameters(spec: ModelSpec) -> int:
+    return sum(p.numel() for p in build_on_meta(spec).parameters())

@@ -1,0 +1,1 @@
+"""`dkd launch-check`: check that a launch can train."""

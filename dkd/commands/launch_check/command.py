@@ -1,0 +1,64 @@
+"""`dkd launch-check`: check that a launch can train."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dkd import console
+from dkd.commands.arguments import IMPORTS_CODE, add_recipe, seconds
+from dkd.commands.command import Command
+from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+
+_EXAMPLES = """
+examples:
+  dkd launch-check recipe.yaml                            this process alone
+  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd launch-check recipe.yaml
+
+exit codes: 0 all is well; 1 a rank did not join, differs from the others, or cannot reach them; 2 the recipe is wrong
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `dkd launch-check`."""
+    parser.add_argument(
+        "--seconds", type=seconds, default=50, metavar="N", help="longest time that the check may take (default 50)"
+    )
+    add_recipe(parser, optional=True, note=": the recipe is checked, too, and all ranks look for its run.dir")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the launch, and return the exit code: 0 when it can train, else 1."""
+    launch = read_launch()
+    recipe = None if options.recipe is None else load_recipe_on_all_ranks(options)
+
+    from dkd.commands.launch_check.check import check_launch
+    from dkd.engines.accelerated import leave_process_group
+
+    try:
+        found = check_launch(recipe, launch, options.seconds)
+    except RuntimeError as error:
+        console.say(f"dkd: launch-check: rank {launch.rank}: {error}")
+        os._exit(1)  # the other ranks may be out of reach: nothing may wait for them
+    try:
+        if launch.is_main:
+            console.show(*found.lines)
+            for warning in found.warnings:
+                console.say(f"dkd: warning: {warning}")
+            for problem in found.problems:
+                console.say(f"dkd: launch-check: {problem}")
+            console.show("launch-check: this launch cannot train" if found.problems else "launch-check: all is well")
+    finally:
+        leave_process_group()  # the other ranks wait for this one, whether its lines could be written or not
+    return 1 if found.problems else 0
+
+
+COMMAND = Command(
+    "launch-check",
+    "Check that all ranks of a launch join and can train.",
+    _EXAMPLES,
+    add_arguments,
+    run,
+    "Check under the launcher of a training that all ranks join, are alike and can reach each other. Takes less than a "
+    f"minute. With a RECIPE: {IMPORTS_CODE}",
+)

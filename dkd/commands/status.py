@@ -1,0 +1,57 @@
+"""`dkd status`: report the state of a run from its files alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dkd import console
+from dkd.commands.arguments import add_overrides
+from dkd.commands.command import Command
+from dkd.errors import InputError
+
+_EXAMPLES = """
+examples:
+  dkd status runs/quickstart
+  dkd status recipe.yaml run.name=other                   the run that `dkd train` starts with the same arguments
+  dkd status recipe.yaml --print-directory                its folder alone, for scripts; the file FINISHED, PREEMPTED or
+                                                          STOPPED in that folder states how the run ended
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `dkd status`."""
+    parser.add_argument("target", metavar="RUN_OR_RECIPE", help="a run directory, or the recipe of a run")
+    add_overrides(parser, "with a recipe: the overrides that were given to train")
+    parser.add_argument("--print-directory", action="store_true", help="print the run's folder and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the state of a run and return exit code 0."""
+    from dkd.config import load_recipe
+
+    target = Path(options.target)
+    if target.is_dir() and options.overrides:
+        raise InputError(
+            f"{options.overrides[0]!r} overrides a key of a recipe, but {str(target)!r} is a run directory: name the "
+            "recipe, or leave the override out"
+        )
+    run_dir = target if target.is_dir() else Path(load_recipe(target, options.overrides).run.dir)
+    if options.print_directory:
+        console.show(str(run_dir))
+        return 0
+
+    from dkd.runs.status import describe
+
+    console.show(*describe(run_dir))
+    return 0
+
+
+COMMAND = Command(
+    "status",
+    "Report the state of a run and its last metrics.",
+    _EXAMPLES,
+    add_arguments,
+    run,
+    "Report whether a run finished, was preempted or stopped, with its newest checkpoint and last metrics.",
+)

@@ -1,0 +1,124 @@
+"""`dkd train`: train a student from a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from dkd import console
+from dkd.commands.arguments import IMPORTS_CODE, add_recipe
+from dkd.commands.command import Command
+from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+from dkd.preflight.refusals import input_errors_as_recipe_errors
+
+if TYPE_CHECKING:
+    from dkd.config import Recipe
+    from dkd.launch import Launch
+    from dkd.runs.launches import IfRunExists
+
+_EXAMPLES = """
+examples:
+  dkd train recipe.yaml                                   one process
+  dkd train recipe.yaml train.epochs=10 optimizer.lr=0.05 override keys of the recipe; values are YAML
+  dkd train recipe.yaml teacher=null losses.at=null       remove sections
+  dkd train recipe.yaml --dry-run                         check files, models and taps; train nothing
+  dkd train recipe.yaml                                   again: resume from the newest checkpoint in run.dir
+  dkd train recipe.yaml train.epochs=20 --allow-recipe-change   resume, but train longer
+  dkd train recipe.yaml --overwrite                       start anew
+  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
+  sbatch launch/slurm/train.sbatch recipe.yaml            on a cluster
+  touch RUN/STOP                                          stop after a checkpoint (exit code 75), as SIGTERM, SIGUSR1
+                                                          and SIGHUP do
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `dkd train`."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"check everything that can be checked without training; print what would run. {IMPORTS_CODE}",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start anew; refused where run.dir holds a run, unless --overwrite is given",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew and replace the run in run.dir")
+    parser.add_argument(
+        "--allow-recipe-change",
+        action="store_true",
+        help="resume the run in run.dir although the recipe has changed",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, and return the exit code: 0 finished, 75 stopped when asked (DKD_STOP_EXIT_CODE changes it), 1 failed."""
+    console.never_fail()  # training continues whatever happens to the log
+    launch = read_launch()
+    recipe = load_recipe_on_all_ranks(options)
+
+    from dkd.distributed.process_group import announces_refusals
+    from dkd.preflight.check import check
+
+    if_run_exists: IfRunExists = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
+    with announces_refusals(launch), input_errors_as_recipe_errors():
+        changes = check(recipe, launch, if_run_exists, options.allow_recipe_change)
+    for change in changes:
+        console.say_on_first_rank(f"dkd: the run resumes with a changed recipe: {change}")
+    if options.dry_run:
+        return _print_dry_run(recipe, launch)
+    return _train(recipe, launch, if_run_exists, options)
+
+
+def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: argparse.Namespace) -> int:
+    from dkd.distributed import stop_signals
+
+    stop_signals.note_signals(launch)
+
+    from dkd.distributed.process_group import announces_refusals
+    from dkd.distributed.rendezvous import RendezvousError
+    from dkd.engines.accelerated import leave_process_group
+    from dkd.errors import LostRankError, Stopped, TrainingError
+    from dkd.training.trainer import Trainer
+
+    # All ranks leave the process group together, or this process ends at once: with NCCL, a rank that leaves the group
+    # alone would wait for the others.
+    code = 0
+    try:
+        with announces_refusals(launch), input_errors_as_recipe_errors():
+            trainer = Trainer.from_recipe(recipe, launch, if_run_exists, options.allow_recipe_change)
+        options.started = True
+        trainer.fit()
+    except (TrainingError, Stopped) as error:
+        console.say_on_first_rank(f"dkd: {error}")
+        code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
+    except (LostRankError, RendezvousError) as error:
+        console.say(f"dkd: rank {launch.rank} cannot continue: {error}")
+        # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
+        os._exit(1)
+    finally:
+        stop_signals.stop_noting(launch)
+    leave_process_group()
+    return code
+
+
+def _print_dry_run(recipe: Recipe, launch: Launch) -> int:
+    from dkd.commands.dry_run import describe
+    from dkd.config import recipe_to_yaml
+
+    described = describe(recipe, launch)
+    console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
+    return 0
+
+
+COMMAND = Command(
+    "train",
+    "Train a student from a recipe, or resume its run.",
+    _EXAMPLES,
+    add_arguments,
+    run,
+    "Train a student from a recipe, or resume the run in run.dir from its newest checkpoint.",
+)

@@ -1,0 +1,81 @@
+"""Check the rules that join several keys of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dkd.config.messages import Problem
+from dkd.config.schema import Recipe
+
+
+def broken_rules(recipe: Recipe) -> list[Problem]:
+    """Return one problem for each rule between keys that `recipe` breaks."""
+    return [*_check_teacher(recipe), *_check_gradient_attention(recipe), *_check_batch(recipe), *_check_data(recipe)]
+
+
+def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
+    losses, teacher = recipe.losses, recipe.teacher
+    if teacher is None:
+        for name in losses.needs_teacher:
+            removed = "" if "." in name else f", or remove it with losses.{name}=null"
+            yield Problem(f"losses.{name}", f"needs a teacher; add `teacher`{removed}")
+        return
+    if not losses.needs_teacher:
+        yield Problem(
+            "teacher",
+            "no loss uses it; add one that does, such as losses.at, losses.sp or losses.kd, or remove it with "
+            "teacher=null",
+        )
+    if losses.needs_teacher_logits and teacher.classes not in (None, recipe.data.classes):
+        needs = losses.needs_teacher_logits[0]
+        yield Problem(
+            "teacher.classes",
+            f"{teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs",
+        )
+
+
+def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:
+    section, train = recipe.losses.gradient_at, recipe.train
+    if section is None:
+        return
+    transfers = section.form == "transfer"
+    for key, on in (("student", train.compile.student), ("teacher", train.compile.teacher and transfers)):
+        if on:
+            yield Problem(
+                f"train.compile.{key}",
+                "losses.gradient_at differentiates twice, which a compiled model cannot; set it to false",
+            )
+    if train.sync_batch_norm:
+        yield Problem("train.sync_batch_norm", "losses.gradient_at differentiates twice, which SyncBatchNorm cannot")
+    if train.precision == "fp16":
+        yield Problem(
+            "train.precision",
+            "losses.gradient_at: gradients of images vanish in fp16, without its loss scaling; use bf16 or fp32",
+        )
+    if transfers and recipe.teacher is not None and recipe.teacher.placement != "replicated":
+        yield Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated")
+
+
+def _check_batch(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.micro_batch is not None and train.global_batch % train.micro_batch:
+        yield Problem(
+            "train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"
+        )
+
+
+def _check_data(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
+    if data.streaming and data.in_memory is True:
+        yield Problem("data.in_memory", "does not go with data.streaming; remove one of the two")
+    if isinstance(data.transforms, list):
+        for key in ("validation_transforms", "image_size", "normalization"):
+            if getattr(data, key) is None:
+                yield Problem(f"data.{key}", "is required when data.transforms is a list")
+        if isinstance(data.validation_transforms, str):
+            yield Problem("data.validation_transforms", "must be a list too when data.transforms is one")
+    elif data.validation_transforms is not None:
+        yield Problem(
+            "data.validation_transforms",
+            f"belongs to a list of data.transforms, not to the preset {data.transforms!r}",
+        )

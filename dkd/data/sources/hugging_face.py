@@ -1,0 +1,159 @@
+"""Read `hub:NAME`, `disk:PATH`, and all else that `datasets` reads into an image column and a label column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from dkd.data.sources.base import DataError, ImageSource, IndexedSource
+from dkd.data.sources.decoding import decode_cell
+from dkd.user_code import describe_error
+
+
+class HuggingFaceSource(IndexedSource):
+    """Read a `datasets.Dataset` with an image column and a label column. Images are decoded here, from their bytes.
+
+    Args:
+        dataset: the data set.
+        name: what messages call the data set.
+        image_column, label_column: None: the only columns that fit.
+        folder: the only place where a cell that holds a path instead of bytes may lead; None: nowhere.
+
+    Raises:
+        DataError: no column fits, several do, or a label is null.
+    """
+
+    def __init__(
+        self, dataset: Any, name: str, image_column: str | None, label_column: str | None, folder: str | None = None
+    ) -> None:
+        from datasets import Image as ImageFeature
+
+        self.name, self._folder = name, folder
+        self.image_column, self.label_column = image_and_label_columns(
+            dataset.features, name, image_column, label_column
+        )
+        # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
+        images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
+        self.dataset = images.cast_column(self.image_column, ImageFeature(decode=False))
+        self.class_names = getattr(dataset.features[self.label_column], "names", None)
+        labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
+        self.labels = whole_labels(labels, name, self.label_column)
+
+    def image(self, index: int) -> torch.Tensor:
+        return decode_cell(self.name, index, self.dataset[index][self.image_column], self._folder)
+
+    def images(self) -> Iterator[torch.Tensor]:
+        index = 0
+        for rows in self.dataset.iter(batch_size=1000):
+            for encoded in rows[self.image_column]:
+                yield decode_cell(self.name, index, encoded, self._folder)
+                index += 1
+
+
+def whole_labels(labels: Any, name: str, column: str) -> np.ndarray:
+    """Return int64 (N,) from an Arrow column of whole numbers. Raises DataError for a label that is null.
+
+    Args:
+        labels: the Arrow column.
+        name, column: the data set and the column, for the error's message.
+    """
+    if labels.null_count:
+        raise DataError(f"{name}: {labels.null_count} labels of column {column!r} are null")
+    return labels.to_numpy().astype(np.int64)
+
+
+def image_and_label_columns(
+    features: Mapping[str, Any], name: str, image_column: str | None, label_column: str | None
+) -> tuple[str, str]:
+    """Return the names of the image column and the label column: those asked for, or the only ones whose types fit.
+    Raises DataError."""
+    image = _select_column(features, name, "image_column", image_column, _is_image)
+    return image, _select_column(features, name, "label_column", label_column, _is_label)
+
+
+def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str | None, fits: Any) -> str:
+    candidates = [column for column, feature in features.items() if fits(feature)]
+    if asked is not None and asked not in candidates:
+        raise DataError(
+            f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: "
+            f"{', '.join(candidates)}"
+        )
+    if asked is None and len(candidates) != 1:
+        raise DataError(
+            f"{name}: set data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})"
+        )
+    return asked or candidates[0]
+
+
+def _is_image(feature: Any) -> bool:
+    from datasets import Image, Value
+
+    bytes_column = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    struct_column = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or bytes_column or struct_column
+
+
+def _is_label(feature: Any) -> bool:
+    from datasets import ClassLabel, Value
+
+    whole_numbers = isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int")
+    return isinstance(feature, ClassLabel) or whole_numbers
+
+
+def open_saved(path: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    """Open what `save_to_disk` of `datasets` wrote to a folder. Raises DataError."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"disk:{path} is no data set that `datasets` saved: {error}") from error
+    except Exception as error:  # raised for the folder's JSON files, where they hold something else
+        raise DataError(f"disk:{path} is no data set that `datasets` saved: {describe_error(error)}") from error
+    if isinstance(dataset, DatasetDict):
+        split = "train" if training else "validation"
+        if split not in dataset:
+            raise DataError(f"disk:{path} has no split {split!r}, but {', '.join(dataset)}; write disk:{path}/SPLIT")
+        dataset = dataset[split]
+    return HuggingFaceSource(dataset, f"disk:{path}", image_column, label_column, path)
+
+
+def open_from_hub(spec: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    """Download a data set of the Hugging Face hub, NAME[@CONFIG][:SPLIT], and open it. Raises DataError."""
+    from datasets import load_dataset
+
+    with loading_from_hub(spec):
+        name, configuration, split = hub_name(spec, training)
+        dataset = load_dataset(name, configuration, split=split)
+    return HuggingFaceSource(dataset, f"hub:{name}:{split}", image_column, label_column)
+
+
+def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:
+    """Split NAME[@CONFIG][:SPLIT] into name, configuration and split; a split that is left out is `train` or
+    `validation`. Raises DataError for a split that the data set does not have."""
+    from datasets import get_dataset_split_names
+
+    name, _, split = name.partition(":")
+    name, _, configuration = name.partition("@")
+    split = split or ("train" if training else "validation")
+    splits = get_dataset_split_names(name, configuration or None)
+    if split not in splits:
+        whole = f"{name}@{configuration}" if configuration else name
+        raise DataError(f"hub:{whole} has no split {split!r}; write hub:{whole}:SPLIT with one of {', '.join(splits)}")
+    return name, configuration or None, split
+
+
+@contextmanager
+def loading_from_hub(name: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises inside into a DataError: the client has an error of its own for every way a
+    download can fail."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"hub:{name} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -1,0 +1,75 @@
+"""Open sources by the names that a recipe gives them. The docstring of dkd/data/sources lists the names."""
+
+from __future__ import annotations
+
+import os
+
+from dkd.data.sources.base import DataError, ImageSource
+from dkd.data.sources.data_files import matching_files, open_data_files
+from dkd.data.sources.digits import Digits
+from dkd.data.sources.folder import ImageFolder
+from dkd.data.sources.hugging_face import open_from_hub, open_saved
+from dkd.data.sources.torchvision import TorchvisionSource
+from dkd.data.sources.user_data import UserSource
+
+
+def open_source(
+    spec: str, *, training: bool, root: str = "data", image_column: str | None = None, label_column: str | None = None
+) -> ImageSource:
+    """Open the source that `spec` names.
+
+    Args:
+        spec: the name, as a recipe gives it.
+        training: which part to take where a data set has two (digits, torchvision, hub).
+        root: the folder where torchvision's data sets look for their files.
+        image_column, label_column: columns of parquet and hub data; None: the first image column, and the only other
+            whole-number column.
+
+    Raises:
+        DataError: something is missing or does not fit; the message states what, and what there is.
+    """
+    kind, rest = split_spec(spec)
+    match kind:
+        case "digits":
+            return Digits(training)
+        case "folder":
+            return ImageFolder(rest)
+        case "torchvision":
+            return TorchvisionSource(rest, training, root)
+        case "disk":
+            return open_saved(rest, training, image_column, label_column)
+        case "python":
+            return UserSource(rest, training)
+        case "hub":
+            return open_from_hub(rest, training, image_column, label_column)
+    return open_data_files(kind, rest, image_column, label_column)
+
+
+def check_spec(spec: str) -> None:
+    """Check what costs nothing to check: `spec` names a kind of data set, and its files exist. Raises DataError."""
+    kind, rest = split_spec(spec)
+    if kind in ("parquet", "webdataset"):
+        matching_files(rest)
+    if kind in ("folder", "disk") and not os.path.isdir(rest):
+        raise DataError(f"no such folder: {rest!r}")
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split `spec` into the kind of data set and the rest, which names one of that kind. Raises DataError."""
+    if spec == "digits":
+        return "digits", ""
+    kind, colon, rest = spec.partition(":")
+    if colon and rest and kind in ("folder", "torchvision", "hub", "disk", "python"):
+        return kind, rest
+    for suffix, files in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if spec.endswith(suffix):
+            return files, spec
+    raise DataError(
+        f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, "
+        "folder:PATH, torchvision:NAME, python:MODULE:CALLABLE or digits"
+    )
+
+
+def runs_user_code(spec: str) -> bool:
+    """Return whether opening `spec` imports a module that it names."""
+    return spec.startswith("python:")

@@ -1,0 +1,25 @@
+"""What a distillation step computes: the frozen teacher, the objective, and the passes over a step's images.
+
+Knows tensors, models and losses; knows no recipe, engine or file.
+"""
+
+from dkd.distillation.objective import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective, Outputs
+from dkd.distillation.sharded_teacher import fill, halve_weights, shard, shard_mesh
+from dkd.distillation.step import DistillationStep, MicroLoss
+from dkd.distillation.teacher import FrozenTeacher
+
+__all__ = [
+    "DistillationStep",
+    "FeatureTerm",
+    "FrozenTeacher",
+    "InputGradientTerm",
+    "LabelTerm",
+    "LogitTerm",
+    "MicroLoss",
+    "Objective",
+    "Outputs",
+    "fill",
+    "halve_weights",
+    "shard",
+    "shard_mesh",
+]

@@ -1,0 +1,116 @@
+"""From the pixels of a micro-batch to what student and teacher return for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dkd.data import Normalize
+from dkd.distillation.objective import InputGradientTerm, Objective, Outputs
+from dkd.distillation.teacher import FrozenTeacher
+from dkd.global_batch import full_precision
+
+
+class Forward:
+    """Runs both models' forwards on micro-batches that are on this rank's device.
+
+    Args:
+        student: wrapped by its engine; returns (logits, features) as TappedModel does.
+        teacher: or None.
+        objective: its terms state whether images need a gradient, and whether mirror images need a forward.
+        normalize: of the student's input; None: images arrive as the student takes them.
+        teacher_normalize: of the teacher's input; None: the same input as the student's.
+        dtype, memory_format: of both models' inputs.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: FrozenTeacher | None,
+        objective: Objective,
+        normalize: Normalize | None = None,
+        teacher_normalize: Normalize | None = None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self._student, self._teacher = student, teacher
+        self._normalize = normalize
+        self._teacher_normalize = teacher_normalize if teacher_normalize != normalize else None
+        self._dtype, self._memory_format = dtype, memory_format
+        by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
+        self._differentiates_images = bool(by_images)
+        self._mirrors = any(term.mirrored for term in by_images)
+        self._teacher_differentiates = any(not term.mirrored for term in by_images)
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the student's input (b, 3, H, W) for these pixels; it requires gradient where a loss differentiates by
+        it."""
+        images = self._as_input(self._normalize, pixels)
+        return images.requires_grad_() if self._differentiates_images and torch.is_grad_enabled() else images
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the student's logits (b, K) alone."""
+        logits: torch.Tensor = self._student(self.images(pixels))[0]
+        return logits
+
+    def student(self, images: torch.Tensor) -> Outputs:
+        """Return what the student yields for its input."""
+        with self._twice_differentiable():
+            return self._run_student(images)
+
+    def _run_student(self, images: torch.Tensor) -> Outputs:
+        mirrored = None
+        if self._mirrors:
+            # Images and their mirror images in one forward: engines expect one for each backward.
+            (logits, mirrored), features = _halve(*self._student(torch.cat([images, images.flip(-1)])))
+        else:
+            logits, features = self._student(images)
+        # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
+        # once.
+        return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()}, images, mirrored)
+
+    def teacher(self, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
+        """Return what the teacher yields; None without a teacher.
+
+        Args:
+            pixels: the teacher's own normalisation starts from them.
+            images: the student's input, which is also the teacher's where both are normalised alike, or where gradients
+                are to reach it.
+        """
+        if self._teacher is None:
+            return None
+        if not self._teacher_differentiates:
+            images = images.detach()
+        if self._teacher_normalize is not None:
+            # From the pixels, whether gradients are to reach the student's input or not: the same features to the last
+            # bit. What is added is 0, and its derivative is that of one normalisation by the other.
+            own = self._as_input(self._teacher_normalize, pixels)
+            images = own + (images - images.detach()) * self._slope(images) if images.requires_grad else own
+        with self._twice_differentiable():
+            return Outputs(*self._teacher(images))
+
+    def _twice_differentiable(self) -> AbstractContextManager[None]:
+        """Choose attention that has a second derivative where one is needed: fused attention has none."""
+        return sdpa_kernel(SDPBackend.MATH) if self._differentiates_images else nullcontext()
+
+    def _slope(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (1, 3, 1, 1): the derivative of the teacher's input by the student's, std_S / std_T."""
+        assert self._teacher_normalize is not None
+        std = (1.0, 1.0, 1.0) if self._normalize is None else self._normalize.std
+        ratios = [s / t for s, t in zip(std, self._teacher_normalize.std, strict=True)]
+        return torch.tensor(ratios, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+
+    def _as_input(self, normalize: Normalize | None, pixels: torch.Tensor) -> torch.Tensor:
+        images = pixels.to(self._dtype) if normalize is None else normalize(pixels, self._dtype)
+        return images.to(memory_format=self._memory_format)
+
+
+def _halve(
+    logits: torch.Tensor, features: Mapping[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the logits of the first and of the second half of the rows, and the features of the first half."""
+    rows = len(logits) // 2
+    return (logits[:rows], logits[rows:]), {path: feature[:rows] for path, feature in features.items()}

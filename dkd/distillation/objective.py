@@ -1,0 +1,161 @@
+"""The objective: a weighted sum of terms, each of which sees the global batch.
+
+total(step) = Σ_k weight_k(step) · term_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from dkd.global_batch import BatchLayout
+
+Weight = Callable[[int], float]
+"""The weight of a term at a global step."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Holds what a model yields for b images: logits (b, K), or None where no term needs them, and the tapped features
+    by path."""
+
+    logits: torch.Tensor | None
+    features: Mapping[str, torch.Tensor]
+    images: torch.Tensor | None = None
+    """The student's input (b, 3, H, W), where a term differentiates by it."""
+    mirrored_logits: torch.Tensor | None = None
+    """Logits (b, K) of the mirrored images, where a term compares with them."""
+
+
+class Term(Protocol):
+    """One loss of the objective."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> Weight: ...
+
+    def value(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        """Return the unweighted loss: a scalar whose mean over ranks is its value on the global batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """A loss of the student's logits and the labels."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+
+    def value(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        return self.loss(student.logits, labels, layout=layout)
+
+
+@dataclass(frozen=True)
+class LogitTerm:
+    """A loss of the student's and the teacher's logits."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+
+    def value(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        assert teacher is not None
+        return self.loss(student.logits, teacher.logits, layout=layout)
+
+
+@dataclass(frozen=True)
+class FeatureTerm:
+    """A loss of tapped features; `pairs` names them as (student path, teacher path). Every pair of the list enters one
+    call."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+    pairs: Sequence[tuple[str, str]]
+    relational: bool = False
+    """Compares samples with each other, so that it is no mean over samples: its value on a batch is not that of its
+    parts."""
+
+    def value(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        assert teacher is not None
+        return self.loss(
+            [student.features[s] for s, _ in self.pairs], [teacher.features[t] for _, t in self.pairs], layout=layout
+        )
+
+
+@dataclass(frozen=True)
+class InputGradientTerm:
+    """A loss of gradients with respect to the images: of the student and the teacher, or of the student on the images
+    and their mirror images."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+    mirrored: bool = False
+
+    def value(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        if self.mirrored:
+            return self.loss(student.logits, student.mirrored_logits, student.images, labels, layout=layout)
+        assert teacher is not None
+        return self.loss(student.logits, teacher.logits, student.images, labels, layout=layout)
+
+
+class Objective:
+    """Weighs terms.
+
+    Args:
+        terms: at least one must reach the student's logits (cross-entropy, if only with weight 0): a wrapped student
+            whose head gets no gradient at all is an error in DDP.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        self.terms = list(terms)
+
+    @property
+    def names(self) -> list[str]:
+        return [term.name for term in self.terms]
+
+    def split(self) -> tuple[Objective, Objective]:
+        """Return the terms that are means over samples, and the relational ones: their sums make the whole."""
+        relational = [term for term in self.terms if getattr(term, "relational", False)]
+        return Objective([term for term in self.terms if term not in relational]), Objective(relational)
+
+    @property
+    def student_taps(self) -> list[str]:
+        """Paths of the student's features that the terms read."""
+        return list(dict.fromkeys(student for term in self.terms for student, _ in getattr(term, "pairs", [])))
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, *, step: int, layout: BatchLayout
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the total to back-propagate, and the detached value of each term before its weight.
+
+        Each is a share of this rank times W: its mean over ranks is the value on the global batch.
+        """
+        values = {term.name: term.value(student, teacher, labels, layout) for term in self.terms}
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                what = (
+                    f"a tensor of shape {tuple(value.shape)}"
+                    if isinstance(value, torch.Tensor)
+                    else type(value).__name__
+                )
+                raise ValueError(f"the loss {name!r} returned {what}, not a scalar tensor")
+        total = torch.stack([term.weight(step) * values[term.name] for term in self.terms]).sum()
+        return total, {name: value.detach() for name, value in values.items()}

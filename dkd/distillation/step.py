@@ -1,0 +1,214 @@
+"""One optimizer step of distillation: what is computed, whatever computes it.
+
+`DistillationStep` holds the student, the frozen teacher, the objective, the two passes that relational losses need
+under gradient accumulation, and the rule by which BatchNorm's running statistics do not depend on the number of ranks.
+It knows no engine, no recipe and no file. The trainer calls it, and so can a training loop of your own:
+
+    step = DistillationStep(student, teacher, objective, micro_steps=len(micro_batches))
+    step.begin(micro_batches, number)
+    for i in range(len(micro_batches)):
+        (step.loss(i).total / len(micro_batches)).backward()
+    optimizer.step()
+    step.end()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dkd.data import Normalize
+from dkd.distillation.batch_norm import BatchNormStatistics
+from dkd.distillation.forward import Forward
+from dkd.distillation.grad_cache import CachedGradient, cache_gradient
+from dkd.distillation.objective import Objective, Outputs
+from dkd.distillation.teacher import FrozenTeacher
+from dkd.global_batch import BatchLayout
+from dkd.rng import derive_seed, seed_device
+
+STEPS_THAT_COMPARE_PASSES = 5
+"""Steps after a start in which the second forward is compared with the first."""
+_FORWARD, _MIXING = 0, 1  # purposes of random numbers: each has its own
+
+Mixing = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""(uint8 images (b, 3, H, W), labels (b,), seed) -> mixed images and labels (b,) or class weights (b, K)."""
+MicroBatch = Sequence[Any]
+"""Images (b, 3, H, W), labels (b,), and whatever follows them."""
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """Holds the loss of one micro-step.
+
+    Args:
+        total: what to back-propagate. Its gradient, averaged over micro-steps and ranks, is that of the objective on
+            the global batch.
+        terms: each loss before its weight, detached; their means over micro-steps and ranks are the values on the
+            global batch.
+        counts: the total `loss`, detached, and under two passes `pass_difference`, how far the second forward is from
+            the first.
+    """
+
+    total: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    counts: dict[str, torch.Tensor]
+
+
+class DistillationStep:
+    """Computes the losses of optimizer steps. All ranks of the default process group make one together, and call its
+    methods together.
+
+    Args:
+        student: returns (logits, {path: feature}), as TappedModel does, wrapped by whatever averages its gradients over
+            ranks (DistributedDataParallel, FSDP2, DeepSpeed); without a process group, the model itself.
+        teacher: or None, where no term reads it.
+        objective: the weighted losses.
+        micro_steps: A, the micro-batches of each step on this rank.
+        model: the student without its wrapper, whose BatchNorm layers follow the rule; None: `student` is not wrapped.
+        normalize, teacher_normalize, dtype, memory_format: as Forward.
+        mixing: applied to each micro-batch, on the device.
+        seed: of dropout and mixing, which depend on (seed, step, micro-batch) and not on the number of ranks.
+        may_skip: steps may end with `end(skipped=True)`.
+    """
+
+    def __init__(
+        self,
+        student: torch.nn.Module,
+        teacher: FrozenTeacher | None,
+        objective: Objective,
+        *,
+        micro_steps: int = 1,
+        model: torch.nn.Module | None = None,
+        normalize: Normalize | None = None,
+        teacher_normalize: Normalize | None = None,
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        mixing: Mixing | None = None,
+        seed: int = 0,
+        may_skip: bool = False,
+    ) -> None:
+        self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
+        self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
+        # Public, as the objective is: what of it runs in which pass.
+        self.separable, self.relational = objective.split()
+        self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
+        self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
+        self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
+        self._mixing, self._seed = mixing, seed
+        self._step, self._begun, self._agreed = 0, 0, False
+        self._micro_batches: Sequence[MicroBatch] = ()
+        self._cached: CachedGradient | None = None
+        self._unfinished = False
+
+    def begin(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
+        """Begin a step; under two passes, run the first. A collective.
+
+        Args:
+            micro_batches: A of them, on any device.
+            step: number of the step, from 0: loss weights and random numbers follow it.
+
+        Raises:
+            ValueError: these are not A micro-batches.
+        """
+        if len(micro_batches) != self.micro_steps:
+            raise ValueError(f"{len(micro_batches)} micro-batches for steps of {self.micro_steps}")
+        self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
+        self._statistics.start_step()
+        self._cached = self._run_first_pass() if self.has_two_passes else None
+
+    def loss(self, micro_step: int) -> MicroLoss:
+        """Run teacher and student on one micro-batch, in order; back-propagate `total` before the next. A
+        collective."""
+        self._finish_micro_batch()
+        cached = self._cached
+        pixels, labels = self._load(micro_step)
+        images = self.forward.images(pixels)
+        if cached is None or images.requires_grad:
+            teacher = self.forward.teacher(pixels, images)
+        else:
+            # What the first pass has of the teacher is no function of the images, and need not be here.
+            teacher = cached.teachers[micro_step]
+        student = self._run_student(micro_step, images)
+        self._unfinished = True
+        # Training batches are even by construction.
+        layout = BatchLayout.even(len(labels))
+        self._agree(student, teacher, labels)
+        objective = self.objective if cached is None else self.separable
+        total, terms = objective(student, teacher, labels, step=self._step, layout=layout)
+        if cached is None:
+            return MicroLoss(total, terms, {"loss": total.detach()})
+        compares = self._begun <= STEPS_THAT_COMPARE_PASSES
+        difference = cached.difference(micro_step, student.features) if compares else torch.zeros_like(total)
+        counts = {"loss": total.detach() + cached.total, "pass_difference": difference}
+        return MicroLoss(total + cached.loss(micro_step, student.features), {**terms, **cached.terms}, counts)
+
+    def end(self, skipped: bool = False) -> None:
+        """End the step: average BatchNorm's running statistics over micro-steps and ranks. A collective.
+
+        Args:
+            skipped: the optimizer's update was left out, on every rank: the statistics are left as they were, too.
+        """
+        self._finish_micro_batch()
+        if skipped:
+            self._statistics.forget_step()
+        else:
+            self._statistics.finish_step()
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the student's logits (b, K) for images on any device, for evaluation."""
+        return self.forward.logits(images.to(self._device, non_blocking=True))
+
+    def _finish_micro_batch(self) -> None:
+        if self._unfinished:
+            self._statistics.finish_micro_batch()
+            self._unfinished = False
+
+    @torch.no_grad()
+    def _run_first_pass(self) -> CachedGradient:
+        """Run passes 1 and 2 of `grad_cache.py`; the teacher runs here, once."""
+        students, teachers, labels = [], [], []
+        for micro_step in range(self.micro_steps):
+            pixels, targets = self._load(micro_step)
+            labels.append(targets)
+            images = self.forward.images(pixels)
+            teacher = self.forward.teacher(pixels, images)
+            assert teacher is not None
+            teachers.append(teacher)
+            outputs = self._run_student(micro_step, images)
+            if micro_step == 0:
+                relational = {path: outputs.features[path] for path in self.relational.student_taps}
+                self._agree(Outputs(None, relational), teacher, targets, again=True)
+            students.append({path: outputs.features[path] for path in self.relational.student_taps})
+            self._statistics.forget_micro_batch()
+        with torch.enable_grad():
+            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step)
+
+    def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
+        """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""
+        if self._agreed or self._begun > 1:
+            return
+        self._agreed = not again
+        BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
+
+    def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a micro-batch on this rank's device, mixed where that is asked for: the same in both passes."""
+        images, labels, *_ = self._micro_batches[micro_step]
+        images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
+        if self._mixing is not None:
+            images, labels = self._mixing(images, labels, self._derive_seed(micro_step, _MIXING))
+        return images, labels
+
+    def _run_student(self, micro_step: int, images: torch.Tensor) -> Outputs:
+        seed_device(self._device, self._derive_seed(micro_step, _FORWARD))
+        return self.forward.student(images)
+
+    def _derive_seed(self, micro_step: int, purpose: int) -> int:
+        """Return the seed of a micro-batch: it depends on its place in the global batch and not on who computes it, and
+        the second pass repeats the first."""
+        place = micro_step * self._world_size + self._rank
+        return derive_seed(self._seed, self._step, place, purpose)

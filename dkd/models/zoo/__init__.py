@@ -1,0 +1,1 @@
+"""Build models for small images as their papers and public implementations do."""

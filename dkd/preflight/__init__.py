@@ -1,0 +1,1 @@
+"""Why a recipe is refused, before anything starts."""

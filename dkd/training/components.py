@@ -1,0 +1,234 @@
+"""From a recipe and a launch to everything that a training is made of. Read `build_components` from top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from dkd.build.data import DataParts, build_data, data_facts, describe_input
+from dkd.build.models import build_models, student_parameters
+from dkd.build.objective import build_objective, gram_size
+from dkd.build.optimizers import build_optimizer
+from dkd.build.schedules import learning_rate
+from dkd.checkpoints.checkpointer import Checkpointer
+from dkd.checkpoints.facts import run_facts
+from dkd.config import Recipe, RecipeError
+from dkd.data import ImageSource
+from dkd.distillation.step import DistillationStep
+from dkd.distributed.heartbeat import Heartbeat
+from dkd.distributed.process_group import open_process_group
+from dkd.distributed.stop_signals import StopRequests
+from dkd.engines.accelerated import AcceleratedEngine
+from dkd.engines.arithmetic import Arithmetic, device_type
+from dkd.engines.ema import WeightAverage
+from dkd.engines.opening import open_engine
+from dkd.launch import Launch
+from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
+from dkd.preflight.data import open_sources
+from dkd.preflight.hardware import settle
+from dkd.preflight.launch import launch_problems
+from dkd.runs.directory import RunDirectory
+from dkd.runs.launches import IfRunExists
+from dkd.runs.logger import RunLogger
+from dkd.runs.progress import Progress
+from dkd.training.metrics import StepMetrics
+from dkd.training.resume import Resuming, resume_or_start
+from dkd.training.saving import RunSaver
+from dkd.training.schedule import RunSchedule
+from dkd.training.state import TrainState
+from dkd.training.summary import summarize
+
+
+@dataclass
+class Components:
+    """Holds everything that a training is made of, on one rank."""
+
+    recipe: Recipe
+    """Nothing of it is left to the hardware."""
+    launch: Launch
+    engine: AcceleratedEngine
+    heartbeat: Heartbeat
+    schedule: RunSchedule
+    data: DataParts
+    step: DistillationStep
+    average: WeightAverage | None
+    """The moving average of the student's weights, where the recipe asks for one."""
+    run_dir: RunDirectory
+    checkpointer: Checkpointer
+    facts: Mapping[str, Any]
+    """What this run cannot change without being another run."""
+    state: TrainState = field(default_factory=TrainState)
+    learning_rate: Callable[[int], float] = field(init=False)
+    """The learning rate of each step."""
+    log: RunLogger = field(init=False)
+    metrics: StepMetrics = field(init=False)
+    saver: RunSaver = field(init=False)
+    stop: StopRequests = field(init=False)
+
+    def resume(self, if_run_exists: IfRunExists, allow_recipe_change: bool) -> None:
+        """Claim the run directory, and load the newest intact checkpoint in it. A collective. Raises RecipeError."""
+        asked = Resuming(
+            self.recipe,
+            self.launch,
+            self.run_dir,
+            if_run_exists,
+            allow_recipe_change,
+            self.facts,
+            self.schedule.total_steps,
+        )
+        point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average)
+        self.engine.load_scaler_state(point.scaler)
+        self.state = TrainState(point.step, point.step, point.seconds, point.replaced_images, point.notes)
+
+    def open_log(self) -> None:
+        """Build what reports and saves the run, now that its directory is claimed. A collective."""
+        recipe, launch, schedule, state, engine = self.recipe, self.launch, self.schedule, self.state, self.engine
+        engine.trackers.start(recipe, *self.run_dir.identity(), state.step)
+        self.stop = StopRequests(self.run_dir.path, looks=launch.is_main)
+        progress = Progress(schedule.total_steps, state.step, recipe.train.global_batch, launch.is_main)
+        self.log = RunLogger(self.run_dir, engine.trackers, progress)
+        self.learning_rate = learning_rate(
+            recipe.schedule, recipe.optimizer.lr, schedule.steps_per_epoch, schedule.planned_steps
+        )
+        self.metrics = StepMetrics(
+            recipe,
+            schedule,
+            state,
+            launch.world_size,
+            self.step.objective,
+            self.learning_rate,
+            gram_size(recipe, self.data.sampler),
+            self.log,
+            engine.leaves_out_updates,
+        )
+        self.saver = RunSaver(
+            recipe,
+            launch,
+            engine,
+            self.average,
+            self.checkpointer,
+            self.run_dir,
+            self.log,
+            state,
+            self.facts,
+            describe_input(self.data.pipeline),
+            schedule.total_steps,
+        )
+
+    def report_start(self, training: ImageSource) -> None:
+        """Report how this start began, and what is about to be trained."""
+        lines = summarize(self.recipe, self.launch, self.data, training, self.schedule, self.engine, self.step.teacher)
+        for line in (*self.state.notes, *lines):
+            self.log.say(line)
+
+
+def build_components(
+    recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, allow_recipe_change: bool
+) -> Components:
+    """Open data, process group and engine; build models and losses; resume the run, or start it. A collective.
+    Arguments and errors as `Trainer.from_recipe`."""
+    training, validation = open_sources(recipe, launch)
+    run_dir = RunDirectory(recipe.run.dir, writes=False)
+    # The first thing that the ranks of a start do together.
+    open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
+    check_same_recipe(recipe)
+    # From here on, the recipe leaves nothing to the hardware.
+    recipe, notes = settle(recipe, launch, if_run_exists)
+    # Such as a run in fp16 that is resumed on CPUs: the same on every rank, since the recipe now is.
+    if problems := launch_problems(recipe, launch):
+        raise RecipeError(problems)
+    engine = open_engine(recipe, launch, run_dir.path, lambda: student_parameters(recipe))
+    heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
+    with heartbeat.names_lost_ranks():
+        parts = _build(recipe, launch, engine, heartbeat, run_dir, training, validation)
+        with ExitStack() as on_failure:
+            on_failure.callback(run_dir.close)
+            on_failure.callback(heartbeat.close)
+            parts.resume(if_run_exists, allow_recipe_change)
+            parts.state.notes.extend(notes)
+            parts.open_log()
+            parts.report_start(training)
+            on_failure.pop_all()
+        return parts
+
+
+def _build(
+    recipe: Recipe,
+    launch: Launch,
+    engine: AcceleratedEngine,
+    heartbeat: Heartbeat,
+    run_dir: RunDirectory,
+    training: ImageSource,
+    validation: ImageSource,
+) -> Components:
+    """Build everything that is there before the run directory is claimed. A collective."""
+    arithmetic = Arithmetic.of(recipe)
+    pin = engine.device.type == "cuda"
+    data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
+    check_same_data(data.facts, data_facts(validation))
+    schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
+    step, average = build_step(recipe, engine, arithmetic, data, schedule, launch)
+    run_dir.writes = launch.is_main
+    checkpointer = Checkpointer(
+        recipe.checkpoint,
+        run_dir.checkpoints,
+        engine.training_tensors(average),
+        launch.rank,
+        launch.world_size,
+        recipe.run.start_timeout,
+    )
+    return Components(
+        recipe=recipe,
+        launch=launch,
+        engine=engine,
+        heartbeat=heartbeat,
+        schedule=schedule,
+        data=data,
+        step=step,
+        average=average,
+        run_dir=run_dir,
+        checkpointer=checkpointer,
+        facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
+    )
+
+
+def build_step(
+    recipe: Recipe,
+    engine: AcceleratedEngine,
+    arithmetic: Arithmetic,
+    data: DataParts,
+    schedule: RunSchedule,
+    launch: Launch,
+) -> tuple[DistillationStep, WeightAverage | None]:
+    """Build student, teacher and objective, and give the student to the engine. A collective.
+
+    Returns:
+        What a step computes, and the moving average of the student's weights.
+    """
+    train = recipe.train
+    student, teacher = build_models(recipe, launch, arithmetic, engine.device)
+    check_same_teacher(teacher.fingerprint if teacher is not None else "")
+    student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
+    if teacher is not None and train.compile.teacher:
+        teacher.compile()
+    engine.wrap(student, build_optimizer(recipe.optimizer, student))
+    if train.compile.student:
+        student.compile()
+    average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
+    step = DistillationStep(
+        engine.student,
+        teacher,
+        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device),
+        micro_steps=data.sampler.micro_steps,
+        model=engine.model,
+        normalize=data.pipeline.normalize,
+        teacher_normalize=data.teacher_normalize,
+        dtype=arithmetic.dtype,
+        memory_format=arithmetic.memory_format,
+        mixing=data.mixing,
+        seed=recipe.run.seed,
+        may_skip=train.skip_nonfinite > 0 or engine.leaves_out_updates,
+    )
+    return step, average

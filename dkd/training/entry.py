@@ -1,0 +1,133 @@
+"""Training and evaluation as functions, for scripts and notebooks: `dkd.train` and `dkd.evaluate`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dkd.config import Recipe, load_recipe
+from dkd.config.loading import build_recipe
+from dkd.distributed.process_group import abandon_process_group, announces_refusals, kept_timeouts
+from dkd.engines.accelerated import leave_process_group
+from dkd.errors import Stopped, TrainingError
+from dkd.launch import Launch
+from dkd.library_internals.accelerate import fresh_settings
+from dkd.preflight.check import check
+from dkd.preflight.refusals import input_errors_as_recipe_errors, refused_on_all_ranks
+from dkd.runs.launches import IfRunExists
+from dkd.training.evaluate_student import StudentEvaluation, evaluate_student
+from dkd.training.evaluation import Evaluation
+from dkd.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Holds what a training has left.
+
+    Args:
+        run_dir: the directory of the run; `student.safetensors` in it is the finished student.
+        steps: optimizer steps of the run.
+        evaluation: of the finished student.
+    """
+
+    run_dir: Path
+    steps: int
+    evaluation: Evaluation
+
+    @property
+    def top1(self) -> float:
+        """Return the fraction of validation samples whose first class is right."""
+        return self.evaluation.top1
+
+    @property
+    def student(self) -> Path:
+        """Return the file of the finished student, for `dkd.load_student`."""
+        return self.run_dir / "student.safetensors"
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    *,
+    if_run_exists: IfRunExists = "resume",
+    allow_recipe_change: bool = False,
+) -> TrainResult:
+    """Train a recipe, and return what was measured. All ranks of a launch call it together; a process without a
+    launcher trains alone. It can be called again in the same process.
+
+    Args:
+        recipe: a YAML file, a mapping with the keys of one, or a Recipe.
+        overrides: `key=value` as on the command line, such as ["train.epochs=10", "optimizer.lr=0.05"]; values are
+            YAML.
+        if_run_exists: what to do with a run that is in `run.dir` already: `resume` it from its newest intact
+            checkpoint, `refuse` to train, or `replace` it.
+        allow_recipe_change: whether that run may be resumed with another recipe.
+
+    Returns:
+        The same on every rank.
+
+    Raises:
+        InputError: what was given is wrong; nothing was started.
+        RunError: the run cannot continue (TrainingError, LostRankError), or was asked to stop (Stopped).
+    """
+    with refused_on_all_ranks():
+        launch = Launch.read()
+        resolved = resolve(recipe, overrides)
+    with process_group_of_its_own():
+        with announces_refusals(launch), input_errors_as_recipe_errors():
+            check(resolved, launch, if_run_exists, allow_recipe_change)
+            trainer = Trainer.from_recipe(resolved, launch, if_run_exists, allow_recipe_change)
+        result = trainer.fit()
+        return TrainResult(trainer.parts.run_dir.path, trainer.state.step, result)
+
+
+def evaluate(target: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> StudentEvaluation:
+    """Evaluate the student of a run, a checkpoint or a weights file exactly, each sample once over all ranks. All ranks
+    of a launch call it together.
+
+    Args:
+        target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
+        overrides: keys of the run's recipe, such as ["data.validation=other-*.parquet"].
+        trust_code: allow importing the `module:callable` that the student's description or the data name.
+
+    Raises:
+        InputError: what is missing or does not fit.
+    """
+    with refused_on_all_ranks():
+        launch = Launch.read()
+    with process_group_of_its_own(), announces_refusals(launch):
+        return evaluate_student(target, overrides, trust_code, launch)
+
+
+def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe that `train` was given, with its overrides. Raises RecipeError."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides)
+    values = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else recipe
+    return build_recipe(copy.deepcopy(dict(values)), overrides)
+
+
+@contextmanager
+def process_group_of_its_own() -> Iterator[None]:
+    """Leave, at the end, the process group that was opened inside. One that the caller has opened stays, with the
+    timeouts that its groups had; and so do Accelerate's settings, which a trainer of the caller's may use."""
+    with fresh_settings():
+        if dist.is_initialized():
+            with kept_timeouts():
+                yield
+            return
+        try:
+            yield
+        except (TrainingError, Stopped):  # raised by all ranks together, so that they can leave together
+            leave_process_group()
+            raise
+        except BaseException:
+            abandon_process_group()
+            raise
+        leave_process_group()

@@ -1,0 +1,72 @@
+"""What happens after which step of a run: decided from numbers that are equal on all ranks, so that all decide
+alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dkd.checkpoints.schedule import CheckpointSchedule
+from dkd.config import Recipe
+from dkd.config.derived import run_length
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank wishes for, as all ranks know it from the means of a step."""
+
+    minutes_over: bool = False
+    """The main process's clock asks for a checkpoint."""
+    stop: bool = False
+    """A rank was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens after a step, the same on every rank."""
+
+    save: bool = False
+    """A checkpoint is written."""
+    evaluate: bool = False
+    """The student is evaluated."""
+    stop: bool = False
+    """The run stops after the checkpoint."""
+
+    @property
+    def interrupts(self) -> bool:
+        """Return whether the next step has to wait for anything."""
+        return self.save or self.evaluate or self.stop
+
+
+class RunSchedule:
+    """Knows how long a run is, and after which of its steps it is logged, saved and evaluated.
+
+    Args:
+        recipe: of the run.
+        steps_per_epoch: optimizer steps of one epoch.
+    """
+
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        # Learning rate and loss weights are drawn over the steps of all epochs.
+        self.planned_steps, self.total_steps = run_length(recipe, steps_per_epoch)
+        self._evaluates_every, self._log_every = recipe.evaluation.every_epochs, recipe.run.log_every
+        self._checkpoints = CheckpointSchedule(recipe.checkpoint, steps_per_epoch, self.total_steps)
+
+    def decide(self, steps_done: int, wishes: Wishes) -> Decision:
+        """Return what happens after a step, given what ranks wished for one step before."""
+        stop = wishes.stop and steps_done < self.total_steps
+        save = self._checkpoints.due(steps_done, wishes.minutes_over) or stop
+        return Decision(save, self.evaluates(steps_done) and not stop, stop)
+
+    def evaluates(self, steps_done: int) -> bool:
+        """Return whether an evaluation is due after so many steps."""
+        epoch, rest = divmod(steps_done, self.steps_per_epoch)
+        return steps_done == self.total_steps or (rest == 0 and epoch % self._evaluates_every == 0)
+
+    def logs(self, step: int) -> bool:
+        """Return whether the metrics of a step, counted from 0, are logged."""
+        return step % self._log_every == 0 or step + 1 == self.total_steps
+
+    def minutes_over(self) -> bool:
+        """Return whether this process's clock asks for a checkpoint."""
+        return self._checkpoints.minutes_over()

@@ -1,0 +1,114 @@
+"""What is reported of a training before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dkd import machine
+from dkd.build.data import DataParts
+from dkd.config import Recipe
+from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
+from dkd.data.jpeg import jpeg_decoder
+from dkd.data.sampler import TURNS
+from dkd.distillation import FrozenTeacher
+from dkd.engines.base import Engine
+from dkd.engines.sharded_weights import parameter_counts
+from dkd.launch import Launch
+from dkd.training.schedule import RunSchedule
+
+
+def summarize(
+    recipe: Recipe,
+    launch: Launch,
+    data: DataParts,
+    training: ImageSource,
+    schedule: RunSchedule,
+    engine: Engine,
+    teacher: FrozenTeacher | None,
+) -> Iterator[str]:
+    """Yield lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
+
+    Args:
+        training: the training images.
+    """
+    train, local = recipe.train, launch.local_world_size
+    sampler, workers = data.sampler, data.workers
+    processes = f"{sampler.world_size} process{'es' if sampler.world_size > 1 else ''}"
+    ranks = f"{sampler.world_size} ranks × {sampler.micro_steps} micro-steps"
+    batch = f"{train.global_batch} = {sampler.micro_batch} × {ranks}"
+    steps = f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
+    yield (
+        f"{recipe.run.name}: {_count(parameter_counts(engine.model))}, {processes} of {launch.engine} on "
+        f"{engine.device.type}, {train.precision}; global batch {batch}; {steps}"
+    )
+    if teacher is not None and recipe.teacher is not None:
+        yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
+    left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
+    if left_out:
+        yield (
+            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always "
+            "full"
+        )
+    if not is_in_memory(training):
+        who = (
+            f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
+        )
+        yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
+    batch_memory = data.train_loader.shared_bytes + data.validation.shared_bytes
+    if batch_memory * local > machine.memory() / 4:
+        yield (
+            f"warning: batches that are loaded ahead take up to {batch_memory * local / 1e9:.1f} GB of this machine's "
+            f"{machine.memory() / 1e9:.0f} GB; fewer data.workers, or smaller train.micro_batch and evaluation.batch, "
+            "need less"
+        )
+    if isinstance(sampler, StreamedBatchSampler) and isinstance(training, RowGroups):
+        yield from summarize_streaming(sampler, training, workers, local)
+    yield from _warn(recipe, sampler)
+
+
+def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
+    sp = recipe.losses.sp
+    if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and sampler.micro_steps > 1)):
+        yield (
+            f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the "
+            "number of ranks"
+        )
+    if recipe.teacher is not None and recipe.teacher.weights == "random":
+        yield "warning: the teacher's weights are random, as the recipe states; it teaches nothing"
+
+
+def summarize_streaming(
+    order: StreamedBatchSampler, training: RowGroups, workers: int, local_world_size: int
+) -> Iterator[str]:
+    """Yield lines of what a streamed data set costs, and where other settings would cost less."""
+    held = max(1, workers) * order.row_groups_of_a_worker(workers) * training.bytes_per_group
+    on_machine = held * local_world_size
+    memory = machine.memory()
+    groups, lanes = len(order.group_sizes), order.slices * TURNS
+    yield (
+        f"streaming: {groups} row group{'s' if groups > 1 else ''} in an order drawn anew each epoch, {lanes} lanes, "
+        f"rows shuffled within windows of {order.window}: the same for any number of ranks and workers, and exact when "
+        f"resumed. This rank's workers hold up to {held / 1e6:.0f} MB of encoded images"
+    )
+    if on_machine > memory / 4:
+        yield (
+            f"warning: all ranks of this machine hold up to {on_machine / 1e9:.0f} GB so, of its {memory / 1e9:.0f} "
+            "GB; fewer data.stream_lanes (in a new run) or files with smaller row groups need less"
+        )
+    readers = order.readers(workers)
+    if groups < lanes:
+        yield (
+            f"note: {groups} row group{'s' if groups > 1 else ''} for {lanes} lanes: several worker processes read and "
+            "hold the same ones; files with row groups of 100 to 1000 images are read once and need less memory"
+        )
+    elif readers > 1:
+        lanes = TURNS * order.global_batch // order.micro_batch
+        yield (
+            f"note: {readers} worker processes read the same row groups; with data.stream_lanes={lanes} or a multiple "
+            f"(in a new run) and data.workers={TURNS} each has its own"
+        )
+
+
+def _count(parameters: tuple[int, int]) -> str:
+    local, total = parameters
+    return f"{total:,} parameters" + (f", {local:,} on this rank" if local < total else "")

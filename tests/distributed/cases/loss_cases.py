@@ -1,0 +1,461 @@
+"""The losses on rows spread over ranks, against plain formulas on all rows in one process that use nothing of this
+package."""
+
+import copy
+import os
+import pickle
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+from dkd.global_batch import (
+    BatchLayout,
+    BatchMismatchError,
+    GramTensor,
+    cheapest_strategies,
+    collectives,
+    received_bytes,
+)
+from dkd.global_batch.cost import collectives as number_of_collectives
+
+
+def world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def plain_at(s, t):
+    def q(a):
+        return F.normalize(a.pow(2).mean(1).flatten(1))
+
+    return (q(s) - q(t)).pow(2).mean()
+
+
+def plain_sp(s, t, floor=0.0):
+    def g(a):
+        a = a.flatten(1)
+        rows = a @ a.T
+        norms = rows.norm(dim=1, keepdim=True)
+        return rows / norms.clamp_min(max(floor * norms.mean().item(), 1e-12))
+
+    return (g(s) - g(t)).pow(2).sum() / len(s) ** 2
+
+
+def plain_kd(s, t):
+    return 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean")
+
+
+def rows_of(counts, rank):
+    return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
+def gradient_errors(uneven):
+    """Relative errors of value and gradient of each loss, the gradient being that of weights shared by all ranks,
+    averaged as DDP does."""
+    rank, size = world()
+    counts = [3 + (r * 2 % 5 if uneven else 0) for r in range(size)]
+    g = torch.Generator().manual_seed(5)
+    total = sum(counts)
+    images = torch.randn(total, 3, 6, 6, generator=g, dtype=torch.float64)
+    teacher = torch.randn(total, 7, 6, 6, generator=g, dtype=torch.float64).relu()
+    labels = torch.randint(0, 5, (total,), generator=g)
+    start = torch.randn(5, 3, 3, 3, generator=g, dtype=torch.float64)
+    mine = rows_of(counts, rank)
+    teacher_logits = teacher.mean((2, 3))[:, :5]
+
+    def features(weight, rows):
+        return F.conv2d(images[rows], weight, padding=1).relu()
+
+    # The features of the second sample vanish, those of the last are small, in both models; their gradients reach the
+    # weights as they are.
+    share = torch.ones(total, 1, 1, 1, dtype=torch.float64)
+    share[1], share[-1] = 0, 1e-3
+
+    def sp_of_small_rows(strategy, floor):
+        def small(f, rows):
+            return f * share[rows] + (f - f.detach()) * (1 - share[rows])
+
+        return (
+            lambda f, rows: SimilarityPreserving(strategy=strategy, floor=floor)(
+                small(f, rows), (teacher * share)[rows]
+            ),
+            lambda f: plain_sp(small(f, slice(None)), teacher * share, floor),
+        )
+
+    losses = {
+        "at": (lambda f, rows: AttentionTransfer()(f, teacher[rows]), lambda f: plain_at(f, teacher)),
+        "sp by gather": (
+            lambda f, rows: SimilarityPreserving(strategy="gather")(f, teacher[rows]),
+            lambda f: plain_sp(f, teacher),
+        ),
+        "sp by exchange": (
+            lambda f, rows: SimilarityPreserving(strategy="exchange")(f, teacher[rows]),
+            lambda f: plain_sp(f, teacher),
+        ),
+        "sp of few features, by exchange": (
+            lambda f, rows: SimilarityPreserving(strategy="exchange")(f[:, :2, 0, 0], teacher[rows]),
+            lambda f: plain_sp(f[:, :2, 0, 0], teacher),
+        ),
+        **{
+            f"sp of two pairs, by {strategy}": (
+                lambda f, rows, strategy=strategy: SimilarityPreserving(strategy=strategy, weights=[1.0, 0.5])(
+                    [f, f[:, :2]], [teacher[rows], teacher[rows]]
+                ),
+                lambda f: plain_sp(f, teacher) + 0.5 * plain_sp(f[:, :2], teacher),
+            )
+            for strategy in ("auto", "gather", "exchange")
+        },
+        **{
+            f"sp of rows below {floor} of the mean, by {strategy}": sp_of_small_rows(strategy, floor)
+            for strategy in ("gather", "exchange")
+            for floor in (0.01, 0.99)
+        },
+        "kd": (
+            lambda f, rows: SoftTargets(4)(f.mean((2, 3)), teacher_logits[rows]),
+            lambda f: plain_kd(f.mean((2, 3)), teacher_logits),
+        ),
+        "ce": (
+            lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]),
+            lambda f: F.cross_entropy(f.mean((2, 3)), labels),
+        ),
+    }
+    errors = {}
+    for name, (ours, plain) in losses.items():
+        weight = start.clone().requires_grad_()
+        value = ours(features(weight, mine), mine)
+        value.backward()
+        gradient, mean = weight.grad / size, value.detach() / size
+        if size > 1:
+            dist.all_reduce(gradient)
+            dist.all_reduce(mean)
+        reference = start.clone().requires_grad_()
+        wanted = plain(features(reference, slice(None)))
+        wanted.backward()
+        errors[name] = [
+            abs(mean / wanted.detach() - 1).item(),
+            ((gradient - reference.grad).norm() / reference.grad.norm()).item(),
+        ]
+    return errors
+
+
+def losses_on_even_batches(folder):
+    return gradient_errors(uneven=False)
+
+
+def losses_on_uneven_batches(folder):
+    return gradient_errors(uneven=True)
+
+
+def gathered(own, counts):
+    """The rows of all ranks, with those of this rank as they are, so that a gradient reaches them."""
+    rank, size = world()
+    if size == 1:
+        return own
+    parts = [None] * size
+    dist.all_gather_object(parts, own.detach())
+    assert [len(part) for part in parts] == counts
+    return torch.cat([own if r == rank else part for r, part in enumerate(parts)])
+
+
+def attention_transfer_of_gathered_feature_maps(folder):
+    """Relative errors of value and gradient of the shares of ranks, against the plain loss on feature maps really
+    gathered."""
+    rank, size = world()
+    errors = {}
+    for name, counts in (("even", [3] * size), ("uneven", [1 + 2 * r % 5 for r in range(size)])):
+        g = torch.Generator().manual_seed(rank)
+        student = torch.randn(counts[rank], 4, 5, 5, generator=g, dtype=torch.float64).requires_grad_()
+        teacher = torch.randn(counts[rank], 7, 5, 5, generator=g, dtype=torch.float64)
+        share = AttentionTransfer()(student, teacher)
+        (own,) = torch.autograd.grad(share, student)
+        whole = plain_at(gathered(student, counts), gathered(teacher, counts))
+        (wanted,) = torch.autograd.grad(whole, student)
+        value = share.detach() / size
+        if size > 1:
+            dist.all_reduce(value)
+        errors[name] = [abs(value / whole.detach() - 1).item(), ((own / size - wanted).norm() / wanted.norm()).item()]
+    return errors
+
+
+def sp_and_gradient(student, teacher, strategy, **arguments):
+    leaf = student.clone().requires_grad_()
+    value = SimilarityPreserving(strategy=strategy, **arguments)(leaf, teacher)
+    value.backward()
+    return value.detach(), leaf.grad
+
+
+def features_travel_in_half_precision(folder):
+    """bfloat16 features as they are against the same promoted before; float32 ones with comm_dtype against the same
+    rounded before."""
+    rank, size = world()
+    g = torch.Generator().manual_seed(rank)
+    student, teacher = torch.randn(6, 50, generator=g).relu(), torch.randn(6, 70, generator=g).relu()
+    results = {}
+    for strategy in ("gather", "exchange"):
+        half = student.bfloat16(), teacher.bfloat16()
+        with collectives.count_received() as promoted:
+            wanted = sp_and_gradient(half[0].float(), half[1].float(), strategy)
+        with collectives.count_received() as own:
+            value, gradient = sp_and_gradient(*half, strategy)
+        rounded, full_gradient = sp_and_gradient(student, teacher, strategy, comm_dtype=torch.bfloat16)
+        results[strategy] = {
+            "equal": bool(value == wanted[0]) and torch.equal(gradient, wanted[1].bfloat16()),
+            "rounded equal": bool(rounded == wanted[0]) or size == 1,  # on one rank nothing travels
+            "gradient error": ((full_gradient - wanted[1]).norm() / wanted[1].norm()).item(),
+            "bytes": [own.bytes, promoted.bytes],
+        }
+    return results
+
+
+def received_bytes_of_every_strategy(folder):
+    """For several tensors at once: bytes and collectives counted at the calls, and those that the cost model says."""
+    _, size = world()
+    if size == 1:
+        return []
+    cases = []
+    for widths, rows in (([(48, 80)], 4), ([(7, 5), (300, 11)], 3)):
+        for dtype, comm_dtype in (
+            (torch.float32, None),
+            (torch.float64, None),
+            (torch.bfloat16, None),
+            (torch.float32, torch.bfloat16),
+        ):
+            tensors = [GramTensor(w, backward, (comm_dtype or dtype).itemsize, 8 if dtype == torch.float64 else 4)
+                       for backward in (True, False) for w in (pair[not backward] for pair in widths)]  # fmt: skip
+            for strategy in ("gather", "exchange", "auto"):
+                students = [torch.randn(rows, s).to(dtype).requires_grad_() for s, _ in widths]
+                teachers = [torch.randn(rows, t).to(dtype) for _, t in widths]
+                sp = SimilarityPreserving(strategy=strategy, comm_dtype=comm_dtype)
+                with collectives.count_received() as counted:
+                    sp(students, teachers, layout=BatchLayout.even(rows)).backward()
+                names = cheapest_strategies(tensors, rows, size) if strategy == "auto" else (strategy,) * len(tensors)
+                formula = sum(received_bytes(s, t, rows, size) for s, t in zip(names, tensors, strict=True))
+                cases.append([counted.bytes, counted.collectives, formula, number_of_collectives(names, tensors)])
+    return cases
+
+
+def half_precision_features_are_promoted(folder):
+    """bf16 features under autocast: the Gram matrix is float32."""
+    _, size = world()
+    torch.manual_seed(1)
+    s, t = (torch.randn(4, 8, 3, 3).bfloat16() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = SimilarityPreserving()(s, t)
+    return [str(value.dtype), size]
+
+
+def shapes_that_differ_end_all_ranks(folder):
+    rank, _ = world()
+    feature = torch.ones(2, 4 + (rank == 1), 3, 3)
+    try:
+        SimilarityPreserving()(feature, torch.ones(2, 4, 3, 3))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def features_with_a_gradient_on_one_rank_only_end_all_ranks(folder):
+    rank, _ = world()
+    feature = torch.ones(2, 4, 3, 3).requires_grad_(rank == 1)
+    try:
+        SimilarityPreserving()(feature, torch.ones(2, 4, 3, 3))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def a_group_without_rows_ends_all_ranks(folder):
+    rank, _ = world()
+    rows = 0 if rank == 1 else 2
+    try:
+        SimilarityPreserving(scope="local")(torch.ones(rows, 4), torch.ones(rows, 4))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def message_of(call):
+    """What a mismatch says; a rank that came through it says what it got."""
+    try:
+        return f"no error: {call()}"
+    except BatchMismatchError as error:
+        return str(error)
+
+
+def losses_that_differ_end_all_ranks(folder):
+    """The last rank calls another loss, or the same with other settings, on features of the same shapes."""
+    rank, size = world()
+    if size == 1:
+        return {}
+    last = rank == size - 1
+    maps, logits, labels = torch.ones(2, 4, 3, 3), torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+    calls = {
+        "kinds": lambda: (AttentionTransfer if last else SimilarityPreserving)()(maps, maps),
+        "weights": lambda: SimilarityPreserving(weights=[2.0 if last else 1.0])(maps, maps),
+        "strategies": lambda: SimilarityPreserving(strategy="exchange" if last else "gather")(maps, maps),
+        "scopes": lambda: SimilarityPreserving(scope="local" if last else "global")(maps, maps),
+        "floors": lambda: SimilarityPreserving(floor=0.0 if last else 0.01)(maps, maps),
+        "reductions": lambda: AttentionTransfer(reduction="paper" if last else "mean_squared")(maps, maps),
+        "temperatures": lambda: SoftTargets(2.0 if last else 4.0)(logits, logits),
+        "smoothings": lambda: CrossEntropy(0.1 if last else 0.0)(logits, labels),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
+
+
+def features_that_are_missing_end_all_ranks(folder):
+    """No tensor, or one without rows, on the last rank only."""
+    rank, size = world()
+    if size == 1:
+        return {}
+    last, feature = rank == size - 1, torch.ones(2, 4)
+    missing, scalar = ([], torch.ones(())) if last else ([feature], feature)
+    sp = SimilarityPreserving()
+    return {"none": message_of(lambda: sp(missing, missing)), "scalar": message_of(lambda: sp(scalar, scalar))}
+
+
+def errors_of_groups(sp, counts, group=None, ranks=None):
+    """Relative errors of value and gradient against the mean of the plain losses of groups of `counts` rows.
+
+    Args:
+        sp: the loss.
+        counts: rows of each rank of each group.
+        group: the process group of all these ranks; None is the default one.
+        ranks: which ranks of the job they are; None is all.
+    """
+    rank, size = world()
+    ranks = ranks or list(range(size))
+    place, flat = ranks.index(rank), [count for group_of in counts for count in group_of]
+    g = torch.Generator().manual_seed(7)
+    students, teachers = (torch.randn(sum(flat), width, generator=g, dtype=torch.float64) for width in (9, 12))
+    mine = rows_of(flat, place)
+    leaf = students[mine].clone().requires_grad_()
+    layout = None if group is None else BatchLayout.agree([leaf, teachers[mine]], group)
+    value = sp(leaf, teachers[mine], layout=layout)
+    value.backward()
+    whole = students.clone().requires_grad_()
+    totals = [sum(group_of) for group_of in counts]
+    parts = zip(whole.split(totals), teachers.split(totals), strict=True)
+    wanted = torch.stack([plain_sp(s, t) for s, t in parts]).mean()
+    wanted.backward()
+    mean = value.detach() / len(ranks)
+    dist.all_reduce(mean, group=group)
+    gradient = leaf.grad / len(ranks)
+    return [
+        abs(mean / wanted.detach() - 1).item(),
+        ((gradient - whole.grad[mine]).norm() / whole.grad[mine].norm()).item(),
+    ]
+
+
+def gram_matrices_of_machines(folder):
+    """As on two machines: the launch says that half of the ranks are on each."""
+    _, size = world()
+    if size == 1:
+        return SimilarityPreserving(scope="node")(torch.eye(3), torch.eye(3)).item()
+    half = [3, 2][: size // 2]
+    with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(size // 2)}):
+        return errors_of_groups(SimilarityPreserving(scope="node"), [half, half])
+
+
+def machines_that_differ_end_all_ranks(folder):
+    """One machine runs one rank less than the other says, or no launcher has said anything to the last rank."""
+    rank, size = world()
+    if size == 1:
+        return []
+    found = []
+    for own in ("1" if rank == 0 else str(size), "" if rank == size - 1 else str(size)):
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": own}):
+            feature = torch.ones(2, 4)
+            found.append(message_of(lambda feature=feature: SimilarityPreserving(scope="node")(feature, feature)))
+    return found
+
+
+def copies_of_a_loss_with_groups(folder):
+    """Made after a call, when there are process groups, which can neither be copied nor pickled."""
+    _, size = world()
+    sp = SimilarityPreserving(scope=size // 2 or 1)
+    if size == 1:
+        return []
+    counts = [[2, 3][: size // 2]] * 2
+    first = errors_of_groups(sp, counts)
+    return [first, *(errors_of_groups(twin, counts) for twin in (copy.deepcopy(sp), pickle.loads(pickle.dumps(sp))))]
+
+
+def replicas_of_a_mesh(folder):
+    """Ranks in rows and columns: each column is a batch of its own. With the layout that the documentation shows."""
+    _, size = world()
+    if size < 4:
+        return []
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "model"))
+    group = mesh.get_group("batch")
+    ranks = dist.get_process_group_ranks(group)
+    errors = []
+    for strategy in ("gather", "exchange"):
+        errors.append(errors_of_groups(SimilarityPreserving(strategy=strategy), [[3, 2]], group, ranks))
+        errors.append(errors_of_groups(SimilarityPreserving(scope=1, strategy=strategy), [[3], [2]], group, ranks))
+    return {"ranks": ranks, "errors": errors}
+
+
+def second_derivatives_are_refused(folder):
+    """They would need collectives that autograd cannot see."""
+    found = []
+    for strategy in ("gather", "exchange"):
+        feature = torch.randn(3, 8).requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            SimilarityPreserving(strategy=strategy)(feature, torch.randn(3, 8)), feature, create_graph=True
+        )
+        try:
+            gradient.square().sum().backward()
+            found.append("no error")
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+def rows_that_differ_within_a_rank_end_all_ranks(folder):
+    rank, _ = world()
+    try:
+        AttentionTransfer()(torch.ones(3 + (rank == 0), 4, 3, 3), torch.ones(3, 4, 3, 3))
+    except BatchMismatchError as error:
+        return str(error)
+    return "no error"
+
+
+def the_documented_three_lines_in_a_users_own_ddp_loop(folder):
+    """docs/reference/losses.md's snippet, against one process with the global batch."""
+    rank, size = world()
+    torch.manual_seed(3)
+    student, teacher = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 6, 3).requires_grad_(False)
+    reference = torch.nn.Conv2d(3, 4, 3)
+    reference.load_state_dict(student.state_dict())
+    images = torch.randn(4 * size, 3, 8, 8)
+    wrapped = torch.nn.parallel.DistributedDataParallel(student) if size > 1 else student
+    at, sp = AttentionTransfer(), SimilarityPreserving()
+    student_map, teacher_map = wrapped(images[4 * rank : 4 * rank + 4]), teacher(images[4 * rank : 4 * rank + 4])
+    (1000 * at(student_map, teacher_map) + 3000 * sp(student_map, teacher_map)).backward()
+    everything = reference(images)
+    (1000 * plain_at(everything, teacher(images)) + 3000 * plain_sp(everything, teacher(images))).backward()
+    return ((student.weight.grad - reference.weight.grad).norm() / reference.weight.grad.norm()).item()
+
+
+CASES = [
+    losses_on_even_batches,
+    losses_on_uneven_batches,
+    attention_transfer_of_gathered_feature_maps,
+    features_travel_in_half_precision,
+    received_bytes_of_every_strategy,
+    half_precision_features_are_promoted,
+    shapes_that_differ_end_all_ranks,
+    features_with_a_gradient_on_one_rank_only_end_all_ranks,
+    a_group_without_rows_ends_all_ranks,
+    losses_that_differ_end_all_ranks,
+    features_that_are_missing_end_all_ranks,
+    gram_matrices_of_machines,
+    machines_that_differ_end_all_ranks,
+    copies_of_a_loss_with_groups,
+    replicas_of_a_mesh,
+    second_derivatives_are_refused,
+    rows_that_differ_within_a_rank_end_all_ranks,
+    the_documented_three_lines_in_a_users_own_ddp_loop,
+]

@@ -1,0 +1,50 @@
+"""The benchmarks run; what they measure is not judged here."""
+
+import sys
+
+import launched
+import pytest
+
+
+def run(module, *arguments):
+    return launched.run([sys.executable, "-m", f"benchmarks.{module}", *arguments]).stdout
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_step_benchmark_prints_its_table(compiled):
+    flag = "--compile" if compiled else "--no-compile"
+    out = run("step", "--student", "resnet8", "--teacher", "resnet8", "--batch", 4, "--rounds", 1, "--steps", 1, flag)
+    assert "the defaults: precision " in out
+    assert "share of the step, defaults: data" in out
+    assert ("compiled teacher and student" in out) == compiled
+
+
+def test_the_global_batch_benchmark_counts_the_bytes_of_the_formulas():
+    """It would end with 1 if it did not, or if the strategies disagreed with common practice."""
+    out = run("global_batch", "--worlds", 2, "--links", "loopback", "--shapes", "pooled", "wrn3", "--rounds", 1)
+    assert "| pooled features, 2,048, 64 | 2 | loopback |" in out
+    assert "FAILED" not in out
+
+
+def test_the_cifar10_table_pairs_runs_by_seed(tmp_path):
+    """Means over a row's seeds; differences and Student's interval over the seeds that both rows have; unfinished runs
+    do not count."""
+    import json
+
+    from benchmarks.cifar10_short import table
+
+    top1 = {"none": [0.80, 0.82, 0.84, 0.90], "kd": [0.81, 0.84, 0.85], "sp_global": [0.83], "sp_local": []}
+    for row, values in top1.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"{row}-seed{seed}"
+            folder.mkdir()
+            (folder / "FINISHED").write_text("")
+            (folder / "student.json").write_text(json.dumps({"evaluation": {"top1": value}}))
+    (tmp_path / "sp_local-seed0").mkdir()
+    (tmp_path / "sp_local-seed0" / "student.json").write_text("half")
+    lines = table(tmp_path, list(top1), 4).splitlines()
+    assert "| no teacher | 4 | 84.00 % | 4.32 |  |  |" in lines
+    # differences 1, 2 and 1: mean 1.33, standard deviation 0.577, half the interval 4.30 · 0.577 / √3 = 1.43
+    assert "| KD | 3 | 83.33 % | 2.08 | +1.33 | -0.10 … +2.77 |" in lines
+    assert "| SP, global (512 rows) | 1 | 83.00 % |  | +3.00 |  |" in lines
+    assert "| SP, local (128 rows) | 0 | | | | |" in lines

@@ -1,0 +1,92 @@
+"""Every recipe of configs/ can be planned, and compares the features that its models really have."""
+
+from pathlib import Path
+
+import pytest
+
+from dkd.cli import main
+from dkd.config import load_recipe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+
+# The stages of each family, in order: path and (channels, pixels) at 32×32, or at 224×224 for the models of ImageNet.
+# From the papers.
+WIDE = {1: (16, 32, 64), 2: (32, 64, 128), 8: (128, 256, 512)}
+STAGES = {
+    **{
+        f"wrn_{d}_{k}": [(f"block{i + 1}", c, 32 >> i) for i, c in enumerate(WIDE[k])]
+        for d, k in ((16, 1), (16, 2), (16, 8), (40, 1), (40, 2))
+    },
+    **{f"resnet{d}": [(f"layer{i + 1}", 16 << i, 32 >> i) for i in range(3)] for d in (8, 20, 32, 56, 110)},
+    **{f"resnet{d}x4": [(f"layer{i + 1}", 64 << i, 32 >> i) for i in range(3)] for d in (8, 32)},
+    "resnet50_cifar": [(f"layer{i + 1}", 256 << i, 32 >> i) for i in range(4)],
+    **{
+        f"vgg{d}_cifar": [("block1", 128, 16), ("block2", 256, 8), ("block3", 512, 4), ("block4", 512, 4)]
+        for d in (8, 13)
+    },
+    "mobilenetv2_x0_5": [("blocks.1", 12, 16), ("blocks.2", 16, 8), ("blocks.4", 48, 4), ("blocks.6", 160, 2)],
+    "shufflenetv1": [("layer1", 240, 16), ("layer2", 480, 8), ("layer3", 960, 4)],
+    "shufflenetv2": [("layer1", 116, 16), ("layer2", 232, 8), ("layer3", 464, 4)],
+    "nin_wide": [("block1", 96, 32), ("block2", 192, 16), ("block3", 192, 8)],
+    "nin_thin": [("block1", 48, 32), ("block2", 96, 16), ("block3", 96, 8)],
+    **{f"torchvision/resnet{d}": [(f"layer{i + 1}", 64 << i, 56 >> i) for i in range(4)] for d in (18, 34)},
+    "torchvision/resnet50": [(f"layer{i + 1}", 256 << i, 56 >> i) for i in range(4)],
+    "mobilenetv1": [("stage1", 128, 56), ("stage2", 256, 28), ("stage3", 512, 14), ("stage4", 1024, 7)],
+}
+
+
+def test_there_is_a_recipe_for_every_experiment():
+    official = [str(path.relative_to(CONFIGS / "official")) for path in RECIPES if "official" in path.parts]
+    for method in ("kd", "at", "sp"):
+        assert len([path for path in official if path.startswith(f"cifar100/{method}/")]) == 13
+    assert len([path for path in official if path.startswith("imagenet/")]) == 12
+    assert len(official) == 104
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_recipe_passes_dkd_plan_and_its_tap_table_is_right(path, capsys):
+    assert main(["plan", str(path), "--gpus-per-node", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    recipe = load_recipe(path)
+    for key in ("at", "sp"):
+        section = getattr(recipe.losses, key)
+        if section is None:
+            continue
+        reduced = 32 // recipe.data.image_size if recipe.data.image_size else 1
+        student, teacher = (
+            [(tap, channels, side // reduced) for tap, channels, side in STAGES[model.name]]
+            for model in (recipe.student, recipe.teacher)
+        )
+        shown = [line.removeprefix(f"{key} ").strip() for line in lines if line.startswith(f"{key} ") and "←" in line]
+        assert len(shown) == len(section.paths)
+        for line, (s, t) in zip(shown, section.paths, strict=True):
+            (i, ours), (j, theirs) = (
+                next((i, stage) for i, stage in enumerate(stages) if stage[0] == tap)
+                for stages, tap in ((student, s), (teacher, t))
+            )
+            assert i == j, f"{s} and {t} are stages {i + 1} and {j + 1}"
+            wanted = f"{s} {ours[1]}×{ours[2]}×{ours[2]}  ←  {t} {theirs[1]}×{theirs[2]}×{theirs[2]}"
+            assert line.startswith(wanted), (line, wanted)
+            if key == "at":
+                assert ours[2] == theirs[2] or section.resize != "error"
+                beta = getattr(section.beta, "start", section.beta)
+                assert f"= {beta / min(ours[2], theirs[2]) ** 2:.4g} a sample's squared distance" in line
+            else:
+                assert (
+                    line.endswith(f"= {section.gamma * recipe.train.global_batch / section.reference_batch:g}")
+                    or section.scope == "local"
+                )
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "official" in path.parts], ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_the_teacher_of_a_recipe_is_what_another_recipe_leaves(path):
+    recipe = load_recipe(path)
+    if recipe.teacher is None or recipe.teacher.weights == "IMAGENET1K_V1":
+        return
+    teachers = [load_recipe(other) for other in path.parent.parent.rglob("*.yaml")]
+    (found,) = [other for other in teachers if f"{other.run.dir}/student.safetensors" == recipe.teacher.weights]
+    assert (found.student.name, found.student.norm) == (recipe.teacher.name, recipe.teacher.norm)
+    assert (found.data.classes, found.data.normalization) == (recipe.data.classes, recipe.data.normalization)
