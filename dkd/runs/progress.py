@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Progress:
         )
         self._start = self._last_line = time.monotonic()
         self._bar = None
-        if shown and sys.stderr is not None and sys.stderr.isatty():
+        if shown and sys.stderr is not None and sys.stderr.isatty() and console.LOGGER.level <= logging.INFO:
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """A log that cannot be written never ends a training, nor does it change its exit code."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from launched import DKD, Launch, child_environment, limit
 
 from dkd import console
 from dkd.cli import main
+from dkd.runs.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["teacher=null", "losses={}", "run.trackers=[]"]
@@ -156,3 +158,19 @@ console.say("quiet")
         [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, timeout=limit(30)
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("level", "shown"), [("INFO", True), ("ERROR", False)])
+def test_a_bar_is_shown_on_a_terminal_unless_lines_are_silenced(monkeypatch, level, shown):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(console.LOGGER, "level", getattr(logging, level))
+    progress = Progress(10, 0, 32, shown=True)
+    progress.step(3, {"loss": 1.5})
+    progress.say("a line")
+    progress.close()
+    assert bool(terminal.getvalue()) == shown
