@@ -141,9 +141,20 @@ RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
 SCRIPT = "import sys, dkd; dkd.train(sys.argv[1], sys.argv[2:])"
 
 
-@pytest.mark.parametrize("how", ["command", "function"])
-def test_what_is_wrong_on_one_machine_ends_all_ranks(tmp_path, how):
-    """A wrong variable on the second of two machines, and data that only the first one has."""
+@pytest.mark.parametrize(
+    ("how", "variables", "override", "message"),
+    [
+        (
+            "command",
+            {"DKD_STOP_EXIT_CODE": "abc"},
+            [],
+            "DKD_STOP_EXIT_CODE must be a whole number from 0 to 255, not 'abc'",
+        ),
+        ("function", {}, ["data.train=/nowhere/*.parquet"], "/nowhere/*.parquet"),
+    ],
+)
+def test_what_is_wrong_on_one_machine_ends_all_ranks(tmp_path, how, variables, override, message):
+    """A variable or a place of data that is wrong on the second of two machines alone."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         """
@@ -156,26 +167,16 @@ schedule: {name: cosine}
 """
     )
     start = [*DKD, "train"] if how == "command" else [sys.executable, "-c", SCRIPT]
-    for variables, override, message in (
-        ({"DKD_STOP_EXIT_CODE": "abc"}, [], "DKD_STOP_EXIT_CODE must be a whole number from 0 to 255, not 'abc'"),
-        ({}, ["data.train=/nowhere/*.parquet"], "/nowhere/*.parquet"),
-    ):
-        ranks, port = [], str(free_port())
-        for rank in (0, 1):
-            own = {
-                **RANKS,
-                "MASTER_PORT": port,
-                "RANK": str(rank),
-                "LOCAL_RANK": "0",
-                **(variables if rank else {}),
-            }
-            command = [*start, recipe, f"run.dir={tmp_path / 'run'}", *(override if rank else [])]
-            ranks.append(Launch(command, tmp_path / f"log{rank}", **own))
-        with ranks[0], ranks[1]:
-            codes = [each.process.wait(timeout=limit(60)) for each in ranks]
-            said = [each.said() for each in ranks]
-        assert message in said[0], said[0]
-        assert message in said[1], said[1]
-        assert codes == ([2, 2] if how == "command" else [1, 1])
-        assert "Traceback" not in said[0] or how == "function"
-        assert not (tmp_path / "run").exists()
+    ranks, port = [], str(free_port())
+    for rank in (0, 1):
+        own = {**RANKS, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": "0", **(variables if rank else {})}
+        command = [*start, recipe, f"run.dir={tmp_path / 'run'}", *(override if rank else [])]
+        ranks.append(Launch(command, tmp_path / f"log{rank}", **own))
+    with ranks[0], ranks[1]:
+        codes = [each.process.wait(timeout=limit(60)) for each in ranks]
+        said = [each.said() for each in ranks]
+    assert message in said[0], said[0]
+    assert message in said[1], said[1]
+    assert codes == ([2, 2] if how == "command" else [1, 1])
+    assert "Traceback" not in said[0] or how == "function"
+    assert not (tmp_path / "run").exists()

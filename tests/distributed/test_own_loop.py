@@ -19,7 +19,5 @@ def test_the_loop_gives_the_same_losses_on_any_number_of_processes(tmp_path):
     alone = losses_of(run([sys.executable, script]).stdout)
     assert len(alone) == 3
     assert [row[0] for row in alone] == [0, 1, 2]
-    for processes in (2, 4):
-        # Sums in another order.
-        found = losses_of(run(torchrun_command(processes, script)).stdout)
-        assert found == [pytest.approx(row, rel=2e-4) for row in alone]
+    found = losses_of(run(torchrun_command(2, script)).stdout)
+    assert found == [pytest.approx(row, rel=2e-4) for row in alone]  # sums in another order
