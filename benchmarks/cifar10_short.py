@@ -6,7 +6,7 @@ row.
     python -m benchmarks.cifar10_short --data DIR --rows none at --epochs 2    a part, shortened
     python -m benchmarks.cifar10_short --table                                 the table of what is finished so far
 
-Started again, it goes on: finished runs stay, interrupted ones resume. The folder of --data holds train-*.parquet and
+Started again, it continues: finished runs stay, interrupted ones resume. The folder of --data holds train-*.parquet and
 test-*.parquet.
 Students are compared with the student without a teacher of the same seed: same initial weights, same batches, same
 augmentation.
@@ -60,7 +60,7 @@ class Training:
 
 
 def train(training: Training, options: argparse.Namespace) -> None:
-    """Run `dkd train`, or let it go on; its output goes to the run's output.log. Exits when it fails."""
+    """Run `dkd train`, or resume it; its output goes to the run's output.log. Exits when it fails."""
     if training.result() is not None:
         return
     epochs = options.teacher_epochs if training.row == "teacher" else options.epochs

@@ -286,7 +286,7 @@ def megabytes(pids: list[int]) -> float:
 
 
 def index_on_a_rank(rank: int, world_size: int, pattern: str, streaming: bool, workers: int, results: Any) -> None:
-    """What one rank does before its first batch, what it holds, and how it goes on in the middle of the second
+    """What one rank does before its first batch, what it holds, and how it resumes in the middle of the second
     epoch."""
     from dkd.data import GlobalBatchSampler, RowGroups, StreamedBatchSampler, TrainLoader, open_row_groups, open_source
 
