@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from dkd import console
 from dkd.commands.arguments import add_overrides, add_trust_code
@@ -10,10 +12,15 @@ from dkd.commands.command import Command
 from dkd.commands.errors import read_launch
 from dkd.errors import InputError
 
+if TYPE_CHECKING:
+    from dkd.training.evaluate_student import StudentEvaluation
+
+_WORST_CLASSES = 10
 _EXAMPLES = """
 examples:
   dkd evaluate runs/quickstart                            the finished student of a run
   dkd evaluate runs/quickstart/checkpoints/step_00000100  the weights after a step
+  dkd evaluate runs/quickstart --json > measured.json     with the counts of each class, and the confusion matrix
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
 """
@@ -23,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dkd evaluate`."""
     parser.add_argument(
         "target", metavar="RUN_OR_CHECKPOINT", help="a run directory, a checkpoint in it, or a student.safetensors"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print no table, and add the counts of each class and the confusion matrix to the line of JSON",
     )
     add_overrides(parser, "keys of the run's data and evaluation sections, and train.precision")
     add_trust_code(parser, "the module:callable that a student.json names as its architecture")
@@ -49,13 +61,36 @@ def run(options: argparse.Namespace) -> int:
         if launch.is_main:
             for note in evaluation.notes:
                 console.say(f"dkd: {note}")
-            console.show(json.dumps(evaluation.facts()))
+            for line in () if options.json else _tabulate(evaluation):
+                console.say(line)
+            console.show(json.dumps(evaluation.details() if options.json else evaluation.facts()))
     finally:
         leave_process_group()  # the other ranks wait for this one, whether its line could be written or not
     problem = evaluation.result.problem
     if problem:
         console.say_on_first_rank(f"dkd: {problem}")
     return 1 if problem else 0
+
+
+def _tabulate(evaluation: StudentEvaluation) -> Iterator[str]:
+    """Yield the lines that a person reads: the numbers, and the worst classes."""
+    result = evaluation.result
+    yield f"{evaluation.weights} on {evaluation.validation}: {result.samples:,} images"
+    yield f"  top-1  {result.top1:.4f}  {result.top1_correct:,} right"
+    if result.top5 is not None:
+        yield f"  top-5  {result.top5:.4f}  {result.top5_correct:,} right"
+    yield f"  loss   {result.loss:.4f}"
+    if result.unreadable:
+        yield f"  {result.unreadable:,} images cannot be read and do not count"
+    classes = result.facts_of_classes(evaluation.class_names).get("classes", [])
+    present = sorted((each for each in classes if each["samples"]), key=lambda each: each["top1"])
+    if len(present) > 1:
+        yield "  classes, the worst first:"
+    for each in present[:_WORST_CLASSES] if len(present) > 1 else []:
+        name = str(each.get("name", each["label"]))
+        yield f"    {each['top1']:.4f}  {each['top1_correct']:,} of {each['samples']:,}  {name}"
+    if len(present) > _WORST_CLASSES:
+        yield f"    and {len(present) - _WORST_CLASSES:,} better classes"
 
 
 COMMAND = Command(

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogFormatter
 
 from dkd import console
 from dkd.config.losses import LOSSES
+from dkd.report.evaluation_file import EvaluationFile
 from dkd.report.observations import ModelView, Observation
 from dkd.report.run_files import RunFiles
 
@@ -31,6 +32,9 @@ _MAP, _DIFFERENCE = "cividis", "PuOr"
 _IMAGES_SHOWN = 6
 _PITCH = 1.08  # distance between the cells of attention maps, in sides of a cell
 _MANY_CLASSES = 40
+MOST_CLASSES_OF_A_PICTURE = 50
+"""Classes up to which a confusion matrix is drawn; more would be smaller than their names."""
+_NUMBERED_CLASSES = 20
 _MARKERS = "osD^vPX*"
 
 
@@ -291,6 +295,32 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
     axis.set_ylabel("accuracy, %")
     axis.set_title("Accuracy by class")
     add_legend(axis, drawn, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def confusion(evaluation: EvaluationFile) -> Figure | None:
+    """Draw the confusion matrix, each row divided by the samples of its class; None without a matrix, and for more
+    classes than `MOST_CLASSES_OF_A_PICTURE`."""
+    matrix, count = evaluation.confusion, len(evaluation.names)
+    if matrix is None or not 1 < count <= MOST_CLASSES_OF_A_PICTURE:
+        return None
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = max(3.6, 1.6 + 0.26 * count)
+    figure, (axis,) = new_grid(1, 1, side + 1.2, side)
+    shown = axis.imshow(shares, cmap=_MAP, vmin=0, vmax=100, interpolation="nearest")
+    names = [_short(name) for name in evaluation.names]
+    axis.set_xticks(range(count), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(count), names, fontsize=7)
+    axis.set_xlabel("class that came first")
+    axis.set_ylabel("class of the label")
+    if count <= _NUMBERED_CLASSES:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "black" if shares[row, column] > 60 else "white"
+            axis.text(
+                column, row, str(matrix[row, column]), ha="center", va="center", fontsize=6, color=colour, clip_on=True
+            )
+    axis.set_title("Confusion matrix")
+    figure.colorbar(shown, ax=axis, fraction=0.046, label="% of the class")
     return figure
 
 

@@ -16,12 +16,16 @@ from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
 from dkd.report import figures
+from dkd.report.evaluation_file import EvaluationFile, read_evaluation
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
 from dkd.report.run_files import RunFiles, labels_of, read_run
+from dkd.runs.directory import EVALUATION_FILE
 
 _MARK = "dkd report"
 """Text in each picture, by which the next report of the same name finds the pictures that it may remove."""
+_MOST_ROWS = 20
+"""Rows of a table of classes, or of pairs of classes."""
 _LONGEST_NAME = 200  # bytes of a picture's name, without its extension
 
 
@@ -107,6 +111,7 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
         "Thin: each logged step. Thick: mean over a fiftieth of the run.",
     )
     gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
+    _add_classes(gallery, run, prefix)
     if seen.student is None:
         return
     gallery.add(
@@ -128,6 +133,42 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
             f"{prefix}channel activations {_named(pair)}",
             "The activation of each channel is averaged over positions and over the images of a class.",
         )
+
+
+def _add_classes(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
+    """Add what evaluation.json states of each class: the worst classes, and what they were taken for."""
+    found, reason = read_evaluation(run.path / EVALUATION_FILE)
+    page = gallery.page
+    if reason is not None:
+        page.note(f"The counts of classes cannot be read: {reason}")
+    if found is None:
+        return
+    page.text(f"Accuracy of each class in the evaluation after step {found.steps}, the worst classes first.")
+    page.table(["class", "top-1", "images", "most often taken for"], _worst_classes(found))
+    gallery.add(
+        figures.confusion(found),
+        f"{prefix}confusion matrix",
+        "Each row is a class of the validation images; the colour is the share of its images for which the class of "
+        "the column came first.",
+    )
+    if len(found.names) > figures.MOST_CLASSES_OF_A_PICTURE and (pairs := found.confused_pairs()):
+        page.text("Pairs of classes that were confused most often:")
+        rows = [[found.names[label], found.names[taken], str(count)] for label, taken, count in pairs[:_MOST_ROWS]]
+        page.table(["class", "taken for", "images"], rows)
+
+
+def _worst_classes(found: EvaluationFile) -> list[list[str]]:
+    """Return the rows of the table of classes, the least accurate first; classes without images come last."""
+    accuracies = found.accuracies
+    taken: dict[int, str] = {}
+    for label, other, count in found.confused_pairs():
+        taken.setdefault(label, f"{found.names[other]} ({count})")
+    order = sorted(range(len(accuracies)), key=lambda label: (accuracies[label] is None, accuracies[label] or 0.0))
+    rows = [
+        [found.names[i], _percent(accuracies[i]) or "no images", str(found.samples[i]), taken.get(i, "")] for i in order
+    ]
+    more = len(rows) - _MOST_ROWS
+    return rows if more <= 0 else [*rows[:_MOST_ROWS], [f"and {more} better classes", "", "", ""]]
 
 
 def _named(pair: tuple[str, str]) -> str:

@@ -5,6 +5,7 @@ RUN/
   provenance.json          one entry a start, the first and each resume: command line, versions, git revision, host,
                            world size, step
   metrics.jsonl            one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
+  evaluation.json          the last evaluation, with the counts of each class
   metrics.superseded.jsonl lines of steps that were computed again after an interruption
   train.log                what rank 0 reported, with time and rank
   tensorboard/             and whatever other trackers write
@@ -45,7 +46,7 @@ from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
 from dkd.runs.place import LOCK_FILE, OWNER_FILE, RunPlace
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
-LOG_FILE = "train.log"
+LOG_FILE, EVALUATION_FILE = "train.log", "evaluation.json"
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
@@ -56,6 +57,7 @@ _OF_A_RUN = (
     _METRICS,
     _PROVENANCE,
     _DAMAGED_PROVENANCE,
+    EVALUATION_FILE,
     "metrics.superseded.jsonl",
     "student.safetensors",
     "student.json",
@@ -187,6 +189,19 @@ class RunDirectory:
         except OSError as error:
             return None if was_behind else str(error)
         return None
+
+    def write_evaluation(self, facts: Mapping[str, Any]) -> str | None:
+        """Write evaluation.json in the place of an older one. Returns why it cannot be written; None: it was, or this
+        is not the main process."""
+        if self._metrics is None:
+            return None
+        try:
+            problem = self.problem()
+            if problem is None:
+                atomic_files.replace_text(self.path / EVALUATION_FILE, json.dumps(facts) + "\n")
+        except OSError as error:
+            return str(error)
+        return problem
 
     def sync(self) -> None:
         """Put what was logged on the disk. Raises OSError."""

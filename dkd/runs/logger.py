@@ -49,6 +49,12 @@ class RunLogger:
             if problem:
                 self.say(f"warning: {problem}")
 
+    def write_evaluation(self, facts: Mapping[str, Any]) -> None:
+        """Write the last evaluation to evaluation.json, or warn that it cannot be written."""
+        problem = self._run_dir.write_evaluation(facts)
+        if problem:
+            self.say(f"warning: evaluation.json cannot be written ({problem})")
+
     def sync(self) -> None:
         """Write what was logged to the disk, or warn that it cannot be written."""
         try:

@@ -35,6 +35,7 @@ class StudentEvaluation:
         student: name of its architecture.
         validation: the data, as a recipe names them.
         notes: what was chosen for this hardware.
+        class_names: of the data; None: they have none.
     """
 
     weights: Path
@@ -42,9 +43,14 @@ class StudentEvaluation:
     validation: str
     result: Evaluation
     notes: tuple[str, ...] = ()
+    class_names: Sequence[str] | None = None
+
+    def details(self) -> dict[str, Any]:
+        """Return `facts`, and the counts of each class and the confusion matrix."""
+        return {**self.facts(), **self.result.facts_of_classes(self.class_names)}
 
     def facts(self) -> dict[str, Any]:
-        """Return what JSON can hold of it."""
+        """Return what JSON can hold of it, of a size that does not depend on the classes."""
         named = {"weights": str(self.weights), "student": self.student, "validation": self.validation}
         return {**named, **self.result.facts()}
 
@@ -66,7 +72,8 @@ def evaluate_student(
     launch = launch or Launch.read()
     weights, recipe = _find(Path(target), overrides, launch.world_size)
     try:
-        spec = student_spec(read_description(weights))
+        description = read_description(weights)
+        spec = student_spec(description)
         student = load_student(weights, trust_code)
     except (WeightsError, UnknownModelError) as error:
         raise RecipeError.at("", error) from error
@@ -91,7 +98,8 @@ def evaluate_student(
     )
     result = evaluate(_logits(student, recipe, device), batches, device, recipe.data.on_error == "skip")
     assert result is not None
-    return StudentEvaluation(weights, spec.name, data, result, tuple(notes))
+    names = description.get("class_names") or validation.class_names
+    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names)
 
 
 def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> Any:

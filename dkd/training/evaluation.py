@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from dkd.data import DataError, EvaluationLoader
 from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.runs.logger import RunLogger
+from dkd.training.class_counts import ClassCounts
 
 BATCHES_BETWEEN_AGREEMENTS = 8
 
@@ -30,6 +32,8 @@ class Evaluation:
     """Mean cross-entropy, in nats."""
     unreadable: int = 0
     """Images that could not be read, and are not among the samples."""
+    classes: ClassCounts | None = field(default=None, compare=False, repr=False)
+    """The same counts for each class."""
 
     @property
     def top1(self) -> float:
@@ -53,25 +57,46 @@ class Evaluation:
 
     def facts(self) -> dict[str, float | int | None]:
         """Return what JSON can hold, which has no numbers that are not finite: such a loss is null there."""
-        loss = self.loss if math.isfinite(self.loss) else None
-        return {**asdict(self), "loss": loss, "top1": self.top1, "top5": self.top5}
+        return {
+            "samples": self.samples,
+            "top1_correct": self.top1_correct,
+            "top5_correct": self.top5_correct,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "unreadable": self.unreadable,
+            "top1": self.top1,
+            "top5": self.top5,
+        }
 
-    def log(self, log: RunLogger, step: int, epoch: float, seconds: float) -> None:
-        """Write the result to a run's log.
+    def facts_of_classes(self, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return `classes` and `confusion`, as `ClassCounts.facts`; nothing where classes were not counted."""
+        return {} if self.classes is None else self.classes.facts(names)
+
+    def log(
+        self, log: RunLogger, step: int, epoch: float, seconds: float, class_names: Sequence[str] | None = None
+    ) -> None:
+        """Write the result to a run's log, and with the counts of classes to its evaluation.json.
 
         Args:
             step: steps done.
             epoch: epochs done.
             seconds: seconds that the evaluation took.
+            class_names: of the data; None: it names none.
         """
         if self.unreadable:
             log.say(f"warning: {self.unreadable} validation images cannot be read and do not count")
         if self.problem:
             log.say(f"warning: evaluation after step {step}: {self.problem}")
-        line = {"evaluation": {"steps": step, "epoch": epoch, **self.facts()}, "seconds": round(seconds, 3)}
-        log.write(line, {"evaluation/top1": self.top1, "evaluation/loss": self.loss}, step)
+        facts = {"steps": step, "epoch": epoch, **self.facts()}
+        log.write({"evaluation": facts, "seconds": round(seconds, 3)}, self._tracked(), step)
+        log.write_evaluation({**facts, **self.facts_of_classes(class_names)})
         counts = f"{self.top1_correct}/{self.samples}"
-        log.say(f"epoch {epoch:g}: top-1 {self.top1:.4f} ({counts}), loss {self.loss:.4f}")
+        top5 = "" if self.top5 is None else f", top-5 {self.top5:.4f}"
+        log.say(f"epoch {epoch:g}: top-1 {self.top1:.4f} ({counts}){top5}, loss {self.loss:.4f}")
+
+    def _tracked(self) -> dict[str, float]:
+        """Return what trackers get, by name."""
+        top5 = {} if self.top5 is None else {"evaluation/top5": self.top5}
+        return {"evaluation/top1": self.top1, **top5, "evaluation/loss": self.loss}
 
 
 @torch.no_grad()
@@ -99,11 +124,10 @@ def evaluate(
     Raises:
         DataError: on every rank, after the last batch.
     """
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # samples, top-1, top-5
+    counts: ClassCounts | None = None
     loss = torch.zeros((), dtype=torch.float64, device=device)
     unreadable: list[str] = []
     failures: list[str] = []
-    classes = 0
     for number, batch in enumerate(loading or batches):
         asked = is_asked_to_stop is not None and is_asked_to_stop(number)
         if is_asked_to_stop is not None and number % BATCHES_BETWEEN_AGREEMENTS == 0 and any_rank(asked, device):
@@ -112,19 +136,19 @@ def evaluate(
         failures += [batch.failure] if batch.failure else []
         logits = logits_of(batch)[: batch.valid].double()
         labels = batch.labels[: batch.valid].to(device, non_blocking=True)
-        classes = logits.shape[1]
-        ranked = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
-        counts += torch.stack([torch.full((), batch.valid, device=device), ranked[:, 0].sum(), ranked.sum()])
+        counts = counts or ClassCounts.zeros(logits.shape[1], device)
+        counts.add(logits, labels)
         loss += F.cross_entropy(logits, labels, reduction="none").sum()
+    assert counts is not None  # a rank has at least one batch, if of padding alone
+    counts = counts.over_ranks()
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
         dist.all_reduce(loss)
-    samples, top1, top5 = counts.tolist()
+    samples, top1, top5 = counts.totals
     allowed = skip_unreadable and samples > 0
     missing = 0 if samples == batches.total else _count_missing(failures, unreadable, allowed)
     if samples + missing != batches.total:
         raise RuntimeError(f"evaluation counted {samples} samples of a data set of {batches.total}")
-    return Evaluation(samples, top1, top5 if classes > 5 else None, loss.item() / samples, missing)
+    return Evaluation(samples, top1, top5 if len(counts.counts) > 5 else None, loss.item() / samples, missing, counts)
 
 
 def _count_missing(failures: list[str], unreadable: list[str], allowed: bool) -> int:

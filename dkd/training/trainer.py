@@ -227,7 +227,8 @@ class Trainer:
             parts.step.student.train()
         if result is not None:
             parts.checkpointer.evaluations[step] = result.top1
-            result.log(parts.log, step, step / parts.schedule.steps_per_epoch, time.monotonic() - begun)
+            seconds, names = time.monotonic() - begun, getattr(parts.data, "class_names", None)
+            result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
         return result
 
     def save_checkpoint(self) -> None:

@@ -195,6 +195,15 @@ def test_evaluation_counts_do_not_depend_on_batch_or_ranks(results):
                 assert math.isclose(loss, reference[same_data][3], rel_tol=1e-6), (world, key)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_confusion_matrix_is_exact_on_any_number_of_ranks(results, world):
+    matrix = evaluation_cases.plain_confusion(64)
+    for facts in returned(results, world, "class_counts_of_an_evaluation"):
+        assert facts["confusion"] == matrix
+        assert [each["samples"] for each in facts["classes"]] == [sum(row) for row in matrix]
+        assert [each["top1_correct"] for each in facts["classes"]] == [row[i] for i, row in enumerate(matrix)]
+
+
 @functools.cache
 def plain_loop(changes, micro_batch):
     """(lines, state) of the plain loop for a training that several cases share, named by what differs in its recipe."""

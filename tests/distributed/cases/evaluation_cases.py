@@ -59,4 +59,23 @@ def evaluation_counts(folder):
     return results
 
 
-CASES = [evaluation_counts]
+def class_counts_of_an_evaluation(folder):
+    """Of 64 images, in batches of 3 that do not fill the ranks evenly."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    network = model()
+    batches = EvaluationLoader(RandomImages(64), lambda image: image, 3, rank, size)
+    result = evaluate(lambda batch: network(batch.images.float() / 255 - 0.5), batches, torch.device("cpu"))
+    return result.facts_of_classes()
+
+
+@torch.no_grad()
+def plain_confusion(samples):
+    source = RandomImages(samples)
+    predicted = model()(source.pixels.float() / 255 - 0.5).argmax(1).tolist()
+    matrix = np.zeros((10, 10), dtype=int)
+    for label, prediction in zip(source.labels.tolist(), predicted, strict=True):
+        matrix[label][prediction] += 1
+    return matrix.tolist()
+
+
+CASES = [evaluation_counts, class_counts_of_an_evaluation]
