@@ -21,6 +21,8 @@ examples:
   dkd evaluate runs/quickstart                            the finished student of a run
   dkd evaluate runs/quickstart/checkpoints/step_00000100  the weights after a step
   dkd evaluate runs/quickstart --json > measured.json     with the counts of each class, and the confusion matrix
+  dkd evaluate runs/quickstart --teacher                  and how alike student and teacher are
+  dkd evaluate runs/quickstart --predictions out.parquet  and what the student predicts for each image
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
 """
@@ -36,12 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print no table, and add the counts of each class and the confusion matrix to the line of JSON",
     )
+    parser.add_argument(
+        "--teacher",
+        action="store_true",
+        help="also compare the student with the teacher of its recipe, whose weights must be there",
+    )
+    parser.add_argument(
+        "--predictions", metavar="FILE.parquet", help="write a row for each image: label, prediction, scores"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file of predictions")
     add_overrides(parser, "keys of the run's data and evaluation sections, and train.precision")
     add_trust_code(parser, "the module:callable that a student.json names as its architecture")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Evaluate, and return the exit code: 0, or 1 when the loss is not finite."""
+    """Evaluate, and return the exit code: 0, or 1 when the loss is not finite or the predictions cannot be written."""
+    if options.overwrite and not options.predictions:
+        raise InputError("--overwrite replaces a file of predictions: it belongs to --predictions FILE.parquet")
     launch = read_launch()
     if launch.dynamo_backend != "no":
         raise InputError(
@@ -56,7 +69,15 @@ def run(options: argparse.Namespace) -> int:
     from dkd.training.evaluate_student import evaluate_student
 
     with announces_refusals(launch):
-        evaluation = evaluate_student(options.target, options.overrides, options.trust_code, launch)
+        evaluation = evaluate_student(
+            options.target,
+            options.overrides,
+            options.trust_code,
+            launch,
+            teacher=options.teacher,
+            predictions=options.predictions,
+            overwrite=options.overwrite,
+        )
     try:
         if launch.is_main:
             for note in evaluation.notes:
@@ -66,10 +87,12 @@ def run(options: argparse.Namespace) -> int:
             console.show(json.dumps(evaluation.details() if options.json else evaluation.facts()))
     finally:
         leave_process_group()  # the other ranks wait for this one, whether its line could be written or not
-    problem = evaluation.result.problem
-    if problem:
+    problems = [evaluation.result.problem] if evaluation.result.problem else []
+    if evaluation.predictions_problem is not None:
+        problems.append(f"{str(evaluation.predictions)!r} cannot be written: {evaluation.predictions_problem}")
+    for problem in problems:
         console.say_on_first_rank(f"dkd: {problem}")
-    return 1 if problem else 0
+    return 1 if problems else 0
 
 
 def _tabulate(evaluation: StudentEvaluation) -> Iterator[str]:
@@ -80,6 +103,10 @@ def _tabulate(evaluation: StudentEvaluation) -> Iterator[str]:
     if result.top5 is not None:
         yield f"  top-5  {result.top5:.4f}  {result.top5_correct:,} right"
     yield f"  loss   {result.loss:.4f}"
+    if result.agreement is not None:
+        yield f"  agreement with the teacher: {result.agreement.describe()}"
+    if evaluation.predictions is not None and evaluation.predictions_problem is None:
+        yield f"  predictions in {evaluation.predictions}"
     if result.unreadable:
         yield f"  {result.unreadable:,} images cannot be read and do not count"
     classes = result.facts_of_classes(evaluation.class_names).get("classes", [])

@@ -10,7 +10,8 @@ from dkd.config.schema import Recipe
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
-    return [*_check_teacher(recipe), *_check_gradient_attention(recipe), *_check_batch(recipe), *_check_data(recipe)]
+    checks = (_check_teacher, _check_agreement, _check_gradient_attention, _check_batch, _check_data)
+    return [problem for check in checks for problem in check(recipe)]
 
 
 def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
@@ -31,6 +32,20 @@ def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "teacher.classes",
             f"{teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs",
+        )
+
+
+def _check_agreement(recipe: Recipe) -> Iterator[Problem]:
+    teacher = recipe.teacher
+    if recipe.evaluation.agreement is not True:
+        return
+    if teacher is None:
+        yield Problem("evaluation.agreement", "there is no teacher to compare with; add `teacher`, or remove this key")
+    elif teacher.classes not in (None, recipe.data.classes) and not any(s.paths for _, s in recipe.losses.named()):
+        yield Problem(
+            "evaluation.agreement",
+            f"the teacher has {teacher.classes} classes, not data.classes={recipe.data.classes}, and no loss taps "
+            "features: there is nothing to compare; remove this key",
         )
 
 

@@ -266,6 +266,10 @@ class EvaluationSection(Section):
     """Samples that a rank forwards at the same time."""
     every_epochs: Count = 1
     """Epochs between evaluations."""
+    agreement: AutoSwitch = "auto"
+    """Whether evaluations compare the student with its teacher: how often both name the same class first, KL, and
+    linear CKA of tapped pairs. It costs a forward of the teacher for each validation image. auto: in the last
+    evaluation of the run, where there is a teacher. true: in each."""
 
 
 class SgdSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -56,6 +56,18 @@ class Forward:
         logits: torch.Tensor = self._student(self.images(pixels))[0]
         return logits
 
+    def both(self, pixels: torch.Tensor, rows: int) -> tuple[Outputs, Outputs | None]:
+        """Return what student and teacher yield for the same pixels, for evaluation.
+
+        Args:
+            rows: samples that the teacher takes in one forward, at most: a batch that the student alone fits in memory
+                may not be one for its teacher.
+        """
+        images = self.images(pixels)
+        logits, features = self._student(images)
+        parts = [self.teacher(*part) for part in zip(pixels.split(rows), images.split(rows), strict=True)]
+        return Outputs(logits, features), join_outputs([part for part in parts if part is not None])
+
     def student(self, images: torch.Tensor) -> Outputs:
         """Return what the student yields for its input."""
         with self._twice_differentiable():
@@ -106,6 +118,15 @@ class Forward:
     def _as_input(self, normalize: Normalize | None, pixels: torch.Tensor) -> torch.Tensor:
         images = pixels.to(self._dtype) if normalize is None else normalize(pixels, self._dtype)
         return images.to(memory_format=self._memory_format)
+
+
+def join_outputs(parts: Sequence[Outputs]) -> Outputs | None:
+    """Return the outputs for the samples of all parts, in order; None for no parts."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    logits = [part.logits for part in parts if part.logits is not None]
+    features = {path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features}
+    return Outputs(torch.cat(logits) if logits else None, features)
 
 
 def _halve(

@@ -163,6 +163,15 @@ class DistillationStep:
         """Return the student's logits (b, K) for images on any device, for evaluation."""
         return self.forward.logits(images.to(self._device, non_blocking=True))
 
+    def outputs(self, images: torch.Tensor, teacher_rows: int) -> tuple[Outputs, Outputs | None]:
+        """Return what student and teacher yield for images on any device, for evaluation. The teacher's logits are
+        there inside `FrozenTeacher.with_logits`.
+
+        Args:
+            teacher_rows: images that the teacher takes in one forward, at most.
+        """
+        return self.forward.both(images.to(self._device, non_blocking=True), teacher_rows)
+
     def _finish_micro_batch(self) -> None:
         if self._unfinished:
             self._statistics.finish_micro_batch()

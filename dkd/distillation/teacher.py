@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ class FrozenTeacher(nn.Module):
             if self.input_size is not None and images.shape[-1] != self.input_size:
                 images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear", antialias=True)
             return self.tapped(images)
+
+    @contextmanager
+    def with_logits(self) -> Iterator[None]:
+        """Inside, its forward runs to its end and yields logits, whether any loss uses them or not. All ranks enter it
+        together: the weights after the last tap may be cut into shards."""
+        needed, self.tapped.needs_logits = self.tapped.needs_logits, True
+        try:
+            yield
+        finally:
+            self.tapped.needs_logits = needed
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's forward in place (torch.compile)."""

@@ -76,6 +76,37 @@ def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     return figure
 
 
+def agreement(run: RunFiles) -> Figure | None:
+    """Draw how alike student and teacher are over epochs; None where fewer than two evaluations measured it."""
+    measured = [(line["epoch"], agreement_of(line)) for line in run.evaluations if agreement_of(line)]
+    if len(measured) < 2:
+        return None
+    figure, (left, right) = new_grid(1, 2, 5.2, 3.0)
+    lines: dict[str, Artist] = {}
+    names = list(dict.fromkeys(name for _, values in measured for name in values if name != "kl"))
+    for axis, shown in ((left, names), (right, ["kl"])):
+        for number, name in enumerate(shown):
+            points = [(epoch, values[name]) for epoch, values in measured if name in values]
+            (lines[name],) = axis.plot(
+                *np.array(points).reshape(-1, 2).T, marker="o", markersize=3, **_line_style(number)
+            )
+        axis.set_xlabel("epoch")
+    left.set_title("Student and teacher: shares, and CKA")
+    right.set_title("KL(teacher ‖ student), nats")
+    add_legend(left, {name: line for name, line in lines.items() if name != "kl"})
+    return figure
+
+
+def agreement_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an evaluation's line about student and teacher, by name; none where it has none."""
+    found = line.get("agreement")
+    found = found if isinstance(found, dict) else {}
+    cka = found.get("cka")
+    named = {"same class first": found.get("top1"), "teacher's top-1": found.get("teacher_top1"), "kl": found.get("kl")}
+    named |= {f"CKA {pair}": value for pair, value in (cka if isinstance(cka, dict) else {}).items()}
+    return {name: float(v) for name, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
 def schedules(run: RunFiles) -> Figure | None:
     """Draw the learning rate and the loss weights over steps."""
     if not run.steps:

@@ -111,6 +111,7 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
         "Thin: each logged step. Thick: mean over a fiftieth of the run.",
     )
     gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
+    _add_agreement(gallery, run, prefix)
     _add_classes(gallery, run, prefix)
     if seen.student is None:
         return
@@ -133,6 +134,23 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
             f"{prefix}channel activations {_named(pair)}",
             "The activation of each channel is averaged over positions and over the images of a class.",
         )
+
+
+def _add_agreement(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
+    """Add how alike student and teacher are: the last numbers, and their course where there are several."""
+    measured = [line for line in run.evaluations if figures.agreement_of(line)]
+    if not measured:
+        return
+    last = measured[-1]
+    gallery.page.text(f"Student and teacher on the validation images, after step {last['steps']}.")
+    values = figures.agreement_of(last)
+    names = ["KL(teacher ‖ student), nats" if name == "kl" else name for name in values]
+    gallery.page.table(names, [[f"{value:.4f}" for value in values.values()]])
+    gallery.add(
+        figures.agreement(run),
+        f"{prefix}agreement with the teacher",
+        "Linear CKA compares the features of a tapped pair, averaged over positions, on all validation images.",
+    )
 
 
 def _add_classes(gallery: _Gallery, run: RunFiles, prefix: str) -> None:

@@ -15,7 +15,7 @@ from dkd.config import Recipe, load_recipe
 from dkd.config.loading import build_recipe
 from dkd.distributed.process_group import abandon_process_group, announces_refusals, kept_timeouts
 from dkd.engines.accelerated import leave_process_group
-from dkd.errors import Stopped, TrainingError
+from dkd.errors import RunError, Stopped, TrainingError
 from dkd.launch import Launch
 from dkd.library_internals.accelerate import fresh_settings
 from dkd.preflight.check import check
@@ -87,7 +87,15 @@ def train(
         return TrainResult(trainer.parts.run_dir.path, trainer.state.step, result)
 
 
-def evaluate(target: str | Path, overrides: Sequence[str] = (), *, trust_code: bool = False) -> StudentEvaluation:
+def evaluate(
+    target: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trust_code: bool = False,
+    teacher: bool = False,
+    predictions: str | Path | None = None,
+    overwrite: bool = False,
+) -> StudentEvaluation:
     """Evaluate the student of a run, a checkpoint or a weights file exactly, each sample once over all ranks. All ranks
     of a launch call it together.
 
@@ -95,14 +103,23 @@ def evaluate(target: str | Path, overrides: Sequence[str] = (), *, trust_code: b
         target: a run directory, RUN/checkpoints/step_N, or a .safetensors file in one of them.
         overrides: keys of the run's recipe, such as ["data.validation=other-*.parquet"].
         trust_code: allow importing the `module:callable` that the student's description or the data name.
+        teacher: compare the student with the teacher of the run's recipe, too.
+        predictions: a parquet file to be written with a row for each image.
+        overwrite: replace that file where it exists.
 
     Raises:
         InputError: what is missing or does not fit.
+        RunError: on every rank: the predictions cannot be written.
     """
     with refused_on_all_ranks():
         launch = Launch.read()
     with process_group_of_its_own(), announces_refusals(launch):
-        return evaluate_student(target, overrides, trust_code, launch)
+        evaluated = evaluate_student(
+            target, overrides, trust_code, launch, teacher=teacher, predictions=predictions, overwrite=overwrite
+        )
+    if evaluated.predictions_problem is not None:
+        raise RunError(f"{str(predictions)!r} cannot be written: {evaluated.predictions_problem}")
+    return evaluated
 
 
 def resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:

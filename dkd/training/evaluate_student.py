@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dkd.build.data import build_image_pipeline, loader_workers
+from dkd.build.data import build_image_pipeline, loader_workers, teacher_normalize
+from dkd.build.models import build_teacher, pairs, teacher_spec
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
-from dkd.data import EvaluationLoader
+from dkd.data import EvaluationLoader, ImageSource
 from dkd.data.loader import Batch
 from dkd.data.sources import runs_user_code
+from dkd.distillation import FrozenTeacher, Objective
+from dkd.distillation.forward import Forward
+from dkd.distributed.main_process import run_on_main
 from dkd.distributed.process_group import open_process_group
 from dkd.engines.arithmetic import Arithmetic, device_type
 from dkd.engines.opening import open_engine
 from dkd.launch import Launch
-from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
+from dkd.models import (
+    ModelSpec,
+    TapError,
+    TappedModel,
+    UnknownModelError,
+    WeightsError,
+    build_on_meta,
+    check_weights,
+    load_student,
+    read_description,
+    student_spec,
+)
+from dkd.models.registry import runs_user_code as names_user_code
+from dkd.preflight.agreement import check_same_teacher
 from dkd.preflight.data import open_validation
 from dkd.preflight.hardware import settle
+from dkd.training.agreement import AgreementMeter
 from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.predictions import Predictions, check_destination
 
 ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
+_WITH_TEACHER = ("teacher.weights", "teacher.placement")
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,8 @@ class StudentEvaluation:
         validation: the data, as a recipe names them.
         notes: what was chosen for this hardware.
         class_names: of the data; None: they have none.
+        predictions: the file of predictions that was asked for; None: none was.
+        predictions_problem: why that file could not be written; None: it was.
     """
 
     weights: Path
@@ -44,6 +69,8 @@ class StudentEvaluation:
     result: Evaluation
     notes: tuple[str, ...] = ()
     class_names: Sequence[str] | None = None
+    predictions: Path | None = None
+    predictions_problem: str | None = None
 
     def details(self) -> dict[str, Any]:
         """Return `facts`, and the counts of each class and the confusion matrix."""
@@ -56,7 +83,14 @@ class StudentEvaluation:
 
 
 def evaluate_student(
-    target: str | Path, overrides: Sequence[str] = (), trust_code: bool = False, launch: Launch | None = None
+    target: str | Path,
+    overrides: Sequence[str] = (),
+    trust_code: bool = False,
+    launch: Launch | None = None,
+    *,
+    teacher: bool = False,
+    predictions: str | Path | None = None,
+    overwrite: bool = False,
 ) -> StudentEvaluation:
     """Evaluate the student of a run, a checkpoint or a weights file on the run's validation data. A collective.
 
@@ -65,73 +99,175 @@ def evaluate_student(
         overrides: keys of the run's recipe, such as data.validation=...
         trust_code: as `load_student`.
         launch: of this process; None: as its environment describes it.
+        teacher: whether the student is compared with the recipe's teacher, whose weights must be there.
+        predictions: a parquet file to be written with a row for each image; None: none is written.
+        overwrite: whether `predictions` may exist, and be replaced.
 
     Raises:
         RecipeError: what is missing or does not fit.
     """
     launch = launch or Launch.read()
-    weights, recipe = _find(Path(target), overrides, launch.world_size)
-    try:
-        description = read_description(weights)
-        spec = student_spec(description)
-        student = load_student(weights, trust_code)
-    except (WeightsError, UnknownModelError) as error:
-        raise RecipeError.at("", error) from error
-    data = recipe.data.validation
-    if runs_user_code(data) and not trust_code:
-        raise RecipeError.at("data.validation", f"{data!r} is code to be imported and run; allow it with --trust-code")
+    weights, recipe = _find(Path(target), overrides, launch.world_size, teacher)
+    description, spec, student = _load(weights, trust_code)
+    _check(recipe, trust_code)
+    if predictions is not None and launch.is_main:
+        check_destination(Path(predictions), overwrite)
     validation = open_validation(recipe, spec.classes)
 
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
     recipe, notes = settle(recipe, launch)
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
     device = open_engine(untracked, launch, weights.parent).device
-    batches = EvaluationLoader(
+    batches = _open_batches(recipe, validation, launch)
+    models = _Models(recipe, launch, student, spec.classes, device)
+    if predictions is not None:
+        models.predictions = Predictions(Path(predictions), validation, batches, spec.classes, device, launch.is_main)
+    names = description.get("class_names") or validation.class_names
+    result, problem = models.evaluate(batches, names)
+    written = None if predictions is None else Path(predictions)
+    return StudentEvaluation(weights, spec.name, recipe.data.validation, result, tuple(notes), names, written, problem)
+
+
+def _open_batches(recipe: Recipe, validation: ImageSource, launch: Launch) -> EvaluationLoader:
+    """Return this rank's batches."""
+    pipeline = build_image_pipeline(recipe)
+    return EvaluationLoader(
         validation,
-        build_image_pipeline(recipe).validation,
+        pipeline.validation,
         recipe.evaluation.batch,
         launch.rank,
         launch.world_size,
         loader_workers(recipe.data, validation, launch.local_world_size),
-        image_size=build_image_pipeline(recipe).image_size,
+        image_size=pipeline.image_size,
         timeout=recipe.run.start_timeout,
     )
-    result = evaluate(_logits(student, recipe, device), batches, device, recipe.data.on_error == "skip")
-    assert result is not None
-    names = description.get("class_names") or validation.class_names
-    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names)
 
 
-def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> Any:
-    """Return a function from a batch to the student's logits (b, K), as training computes them."""
-    normalize = build_image_pipeline(recipe).normalize
-    arithmetic = Arithmetic.of(recipe)
-    dtype, autocast = arithmetic.dtype, arithmetic.autocast
-    placed = arithmetic.place(student, device)
+class _Models:
+    """Runs a student, and its teacher where it is compared with one, as training runs them. A collective where there is
+    a teacher.
 
-    def logits_of(batch: Batch) -> torch.Tensor:
-        images = batch.images.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits: torch.Tensor = placed(normalize(images, dtype).to(memory_format=arithmetic.memory_format))
+    Args:
+        recipe: settled; its teacher is None where there is nothing to compare with.
+        student: on the CPU.
+        classes: of the student.
+        device: of this rank.
+    """
+
+    def __init__(self, recipe: Recipe, launch: Launch, student: nn.Module, classes: int, device: torch.device) -> None:
+        arithmetic = Arithmetic.of(recipe)
+        taps = list(dict.fromkeys(pairs(recipe))) if recipe.teacher is not None else []
+        self._recipe, self._device, self._launch = recipe, device, launch
+        self._teacher: FrozenTeacher | None = None
+        self._meter: AgreementMeter | None = None
+        self.predictions: Predictions | None = None
+        try:
+            tapped = TappedModel(student, [path for path, _ in taps], autocast=arithmetic.autocast).eval()
+            self._teacher = build_teacher(recipe, launch, arithmetic, device)
+        except (WeightsError, TapError) as error:
+            raise RecipeError.at("teacher.weights" if isinstance(error, WeightsError) else "", error) from error
+        if self._teacher is not None:
+            check_same_teacher(self._teacher.fingerprint)
+            self._meter = AgreementMeter(taps, teacher_spec(recipe).classes == classes, device)
+        normalize = build_image_pipeline(recipe).normalize
+        self._forward = Forward(
+            arithmetic.place(tapped, device),
+            self._teacher,
+            Objective([]),
+            normalize,
+            teacher_normalize(recipe, normalize),
+            arithmetic.dtype,
+            arithmetic.memory_format,
+        )
+
+    def evaluate(self, batches: EvaluationLoader, names: Sequence[str] | None) -> tuple[Evaluation, str | None]:
+        """Evaluate, and write the predictions. A collective.
+
+        Returns:
+            The same on every rank: the numbers, and why the predictions could not be written, or None.
+
+        Raises:
+            DataError: on every rank: images cannot be read.
+        """
+        with ExitStack() as inside:
+            if self._teacher is not None:
+                inside.enter_context(self._teacher.with_logits())
+            if self.predictions is not None:
+                inside.callback(self.predictions.close)
+            result = evaluate(self._logits, batches, self._device, self._recipe.data.on_error == "skip")
+            assert result is not None  # nobody asks it to stop
+            if self._meter is not None:
+                result = replace(result, agreement=self._meter.over_ranks())
+            if self.predictions is None:
+                return result, None
+            write = partial(self.predictions.write, names, result.samples)
+            return result, run_on_main(self._launch.is_main, write)[1]
+
+    @torch.no_grad()
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        images = batch.images.to(self._device, non_blocking=True)
+        if self._meter is None:
+            logits = self._forward.logits(images)
+        else:
+            student, teacher = self._forward.both(images, len(images))
+            assert teacher is not None
+            assert student.logits is not None
+            self._meter.add(student, teacher, batch)
+            logits = student.logits
+        if self.predictions is not None:
+            self.predictions.add(logits, batch)
         return logits
 
-    return logits_of
+
+def _load(weights: Path, trust_code: bool) -> tuple[dict[str, Any], ModelSpec, nn.Module]:
+    """Return the description of a student, its architecture, and the student on the CPU. Raises RecipeError."""
+    try:
+        description = read_description(weights)
+        return description, student_spec(description), load_student(weights, trust_code)
+    except (WeightsError, UnknownModelError) as error:
+        raise RecipeError.at("", error) from error
 
 
-def _find(target: Path, overrides: Sequence[str], world_size: int) -> tuple[Path, Recipe]:
-    """Return the student's file and the recipe of its run. Raises RecipeError."""
+def _check(recipe: Recipe, trust_code: bool) -> None:
+    """Check that code that the recipe names may run, and that the teacher can be had. Raises RecipeError."""
+    data, teacher = recipe.data.validation, recipe.teacher
+    allow = "is code to be imported and run; allow it with --trust-code"
+    if runs_user_code(data) and not trust_code:
+        raise RecipeError.at("data.validation", f"{data!r} {allow}")
+    if teacher is None:
+        return
+    if names_user_code(teacher.name) and not trust_code:
+        raise RecipeError.at("teacher.name", f"{teacher.name!r} {allow}")
+    if teacher.weights != "random":
+        try:
+            spec = teacher_spec(recipe)
+            check_weights(build_on_meta(spec), spec.name, teacher.weights)
+        except (WeightsError, UnknownModelError) as error:
+            raise RecipeError.at("teacher.weights", error) from error
+
+
+def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool) -> tuple[Path, Recipe]:
+    """Return the student's file and the recipe of its run, with its teacher where that is asked for. Raises
+    RecipeError."""
     if not target.exists():
         raise RecipeError.at("", f"no such run, checkpoint or weights file: {str(target)!r}")
+    allowed = (*ALLOWED_OVERRIDES, *_WITH_TEACHER) if teacher else ALLOWED_OVERRIDES
     for keys, _ in parse_overrides(overrides):
-        if not ".".join(keys).startswith(ALLOWED_OVERRIDES):
-            raise RecipeError.at(
-                ".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(ALLOWED_OVERRIDES)}"
-            )
+        if not ".".join(keys).startswith(allowed):
+            raise RecipeError.at(".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(allowed)}")
     weights = target / "student.safetensors" if target.is_dir() else target
     folders = [weights.parent, *weights.resolve().parents[1:3]]
     path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
     if path is None:
         raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
-    # What is evaluated is the student alone, in batches of its own: these fit any launch.
-    alone = ["teacher=null", "losses={}", f"train.global_batch={world_size}", "train.micro_batch=null"]
-    return weights, load_recipe(path, [*overrides, *alone])
+    # What is evaluated is the student, in batches of its own: these fit any launch.
+    fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
+    if not teacher:
+        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}"])
+    section = load_recipe(path, [*overrides, *fitting]).teacher
+    if section is None:
+        raise RecipeError.at("teacher", "the run has no teacher to compare with; leave --teacher out")
+    # Cut into shards, a teacher needs the student's engine under ZeRO-3 alone.
+    placement = "fsdp2" if section.placement == "zero3" else section.placement
+    own = [f"teacher.placement={placement}", "teacher.weights_dtype=auto"]
+    return weights, load_recipe(path, [*overrides, *fitting, *own])

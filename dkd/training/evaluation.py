@@ -15,6 +15,7 @@ from dkd.data import DataError, EvaluationLoader
 from dkd.data.samples import Batch
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.runs.logger import RunLogger
+from dkd.training.agreement import Agreement
 from dkd.training.class_counts import ClassCounts
 
 BATCHES_BETWEEN_AGREEMENTS = 8
@@ -34,6 +35,8 @@ class Evaluation:
     """Images that could not be read, and are not among the samples."""
     classes: ClassCounts | None = field(default=None, compare=False, repr=False)
     """The same counts for each class."""
+    agreement: Agreement | None = field(default=None, compare=False)
+    """How alike student and teacher are, where it was measured."""
 
     @property
     def top1(self) -> float:
@@ -55,7 +58,7 @@ class Evaluation:
             "nothing"
         )
 
-    def facts(self) -> dict[str, float | int | None]:
+    def facts(self) -> dict[str, Any]:
         """Return what JSON can hold, which has no numbers that are not finite: such a loss is null there."""
         return {
             "samples": self.samples,
@@ -65,6 +68,7 @@ class Evaluation:
             "unreadable": self.unreadable,
             "top1": self.top1,
             "top5": self.top5,
+            **({} if self.agreement is None else {"agreement": self.agreement.facts()}),
         }
 
     def facts_of_classes(self, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -92,11 +96,14 @@ class Evaluation:
         counts = f"{self.top1_correct}/{self.samples}"
         top5 = "" if self.top5 is None else f", top-5 {self.top5:.4f}"
         log.say(f"epoch {epoch:g}: top-1 {self.top1:.4f} ({counts}){top5}, loss {self.loss:.4f}")
+        if self.agreement is not None:
+            log.say(f"agreement with the teacher: {self.agreement.describe()}")
 
     def _tracked(self) -> dict[str, float]:
         """Return what trackers get, by name."""
         top5 = {} if self.top5 is None else {"evaluation/top5": self.top5}
-        return {"evaluation/top1": self.top1, **top5, "evaluation/loss": self.loss}
+        agreement = {} if self.agreement is None else self.agreement.tracked()
+        return {"evaluation/top1": self.top1, **top5, "evaluation/loss": self.loss, **agreement}
 
 
 @torch.no_grad()

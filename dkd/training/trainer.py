@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+
+from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
 from dkd.data import DataError
 from dkd.data.loader import Batch
@@ -16,6 +20,7 @@ from dkd.distributed.process_group import set_timeouts
 from dkd.errors import RunError, TrainingError
 from dkd.launch import Launch
 from dkd.runs.launches import IfRunExists
+from dkd.training.agreement import AgreementMeter
 from dkd.training.components import Components, build_components
 from dkd.training.evaluation import Evaluation, evaluate
 from dkd.training.schedule import Decision
@@ -217,10 +222,17 @@ class Trainer:
         parts.step.student.eval()
         begun = time.monotonic()
         skip, device = parts.recipe.data.on_error == "skip", parts.engine.device
+        meter = self._open_meter()
         try:
-            with parts.average.applied() if parts.average else nullcontext():
-                logits = lambda batch: parts.step.logits(batch.images)  # noqa: E731
+            with ExitStack() as inside:
+                if parts.average is not None:
+                    inside.enter_context(parts.average.applied())
+                if meter is not None and parts.step.teacher is not None:
+                    inside.enter_context(parts.step.teacher.with_logits())
+                logits = partial(self._evaluated_logits, meter)
                 result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop)
+                if result is not None and meter is not None:
+                    result = replace(result, agreement=meter.over_ranks())
         except DataError as error:
             raise TrainingError(f"evaluation after step {step}: {error}") from error
         finally:
@@ -230,6 +242,27 @@ class Trainer:
             seconds, names = time.monotonic() - begun, getattr(parts.data, "class_names", None)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
         return result
+
+    def _open_meter(self) -> AgreementMeter | None:
+        """Return what measures the student's agreement with the teacher; None where this evaluation does not."""
+        parts = self.parts
+        recipe = parts.recipe
+        if parts.step.teacher is None or not parts.schedule.measures_agreement(self.state.step):
+            return None
+        same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
+        taps = list(dict.fromkeys(pairs(recipe)))
+        return AgreementMeter(taps, same_classes, parts.engine.device) if same_classes or taps else None
+
+    def _evaluated_logits(self, meter: AgreementMeter | None, batch: Batch) -> torch.Tensor:
+        """Return the student's logits (b, K), and let the meter see both models' outputs where there is one."""
+        if meter is None:
+            return self.parts.step.logits(batch.images)
+        # A batch of evaluation may be larger than what the teacher had room for in training.
+        student, teacher = self.parts.step.outputs(batch.images, self.parts.data.sampler.micro_batch)
+        assert teacher is not None
+        assert student.logits is not None
+        meter.add(student, teacher, batch)
+        return student.logits
 
     def save_checkpoint(self) -> None:
         """Copy all ranks' parts of the state; it is written while training continues. A collective."""

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
@@ -12,6 +14,7 @@ from launched import DKD, Launch, accelerate_command, limit, run, torchrun_comma
 
 from dkd import load_student
 from dkd.cli import main
+from dkd.data import open_source
 
 TINY = [
     "train.max_steps=3",
@@ -87,18 +90,35 @@ def test_the_finished_student_loads_without_the_trainer(runs):
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
-def test_evaluation_repeats_what_training_measured(runs, capfd):
+def test_evaluation_repeats_what_training_measured(runs, tmp_path, capfd):
     folder, _ = runs
     measured = json.loads((folder / "student" / "student.json").read_text())["evaluation"]
-    assert main(["evaluate", str(folder / "student"), "evaluation.batch=100"]) == 0
+    files = [tmp_path / "alone.parquet", tmp_path / "together.parquet"]
+    words = ["--teacher", "--predictions"]
+    assert main(["evaluate", str(folder / "student"), "evaluation.batch=100", *words, str(files[0])]) == 0
     alone = json.loads(capfd.readouterr().out.splitlines()[-1])
     checkpoint = folder / "student" / "checkpoints" / "step_00000003"
-    together = json.loads(launch(2, "evaluate", checkpoint, "evaluation.batch=7").stdout.splitlines()[-1])
+    arguments = ["evaluate", checkpoint, "evaluation.batch=7", "data.workers=2", *words, files[1]]
+    together = json.loads(launch(2, *arguments).stdout.splitlines()[-1])
     for evaluation in (alone, together):
         assert [evaluation[key] for key in ("samples", "top1_correct", "top5_correct")] == [
             measured[key] for key in ("samples", "top1_correct", "top5_correct")
         ]
         assert evaluation["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+        for key in ("top1", "teacher_top1"):
+            assert evaluation["agreement"][key] == measured["agreement"][key]
+        for key in ("kl", "cka"):
+            assert evaluation["agreement"][key] == pytest.approx(measured["agreement"][key], rel=1e-4)
+    # One row for each image, in the order of the data set, whichever rank and worker process had it.
+    source = open_source("digits", training=False)
+    rows = [parquet.read_table(file).to_pydict() for file in files]
+    for found in rows:
+        assert found["label"] == source.labels.tolist()
+        assert [label == first for label, first in zip(found["label"], found["prediction"], strict=True)].count(
+            True
+        ) == measured["top1_correct"]
+    assert rows[0]["prediction"] == rows[1]["prediction"]
+    assert np.array(rows[1]["scores"]) == pytest.approx(np.array(rows[0]["scores"]), abs=1e-5)
 
 
 def test_what_cannot_be_evaluated_is_said(runs, tmp_path, capsys):
