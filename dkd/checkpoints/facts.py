@@ -93,6 +93,7 @@ def read_facts(folder: CheckpointFolder, step: int) -> dict[str, Any]:
             )
         ours = values["step"] == step
         ours = ours and all(isinstance(values[key], types) for key, types in _TYPES.items())
+        ours = ours and isinstance(values.get("stopping"), dict | None)
         ours = ours and {"images", "sha256"} <= set(values["data"])
         ours = ours and (values["teacher"] is None or {"name", "fingerprint"} <= set(values["teacher"]))
     except (ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from dkd.config.schema import Recipe
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
-    checks = (_check_teacher, _check_agreement, _check_gradient_attention, _check_batch, _check_data)
+    checks = (_check_teacher, _check_agreement, _check_gradient_attention, _check_batch, _check_data, _check_evaluation)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -69,6 +69,21 @@ def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:
         )
     if transfers and recipe.teacher is not None and recipe.teacher.placement != "replicated":
         yield Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated")
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
+    stop_when, classes = recipe.train.stop_when, recipe.data.classes
+    if stop_when is not None and stop_when.metric == "top5" and classes is not None and classes <= 5:
+        yield Problem("train.stop_when.metric", f"top5 is not measured for {classes} classes; take top1 or loss")
+    if recipe.data.validation is not None:
+        return
+    for key, asked in (
+        ("train.stop_when", stop_when is not None),
+        ("checkpoint.keep_best", recipe.checkpoint.keep_best > 0),
+        ("evaluation.agreement", recipe.evaluation.agreement is True),
+    ):
+        if asked:
+            yield Problem(key, "needs evaluations, but data.validation is null; name validation images, or remove it")
 
 
 def _check_batch(recipe: Recipe) -> Iterator[Problem]:

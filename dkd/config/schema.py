@@ -226,6 +226,25 @@ class EmaSection(Section):
     """Share of the average that stays at each step."""
 
 
+class StopWhenSection(Section):
+    """Set when training ends before its last step, because the student no longer improves. The numbers are those of
+    the evaluations, and so are the steps at which a run can end."""
+
+    metric: Literal["top1", "top5", "loss"] = "top1"
+    """The number of an evaluation that has to improve: top1 and top5 have to rise, loss has to fall."""
+    patience: Count = 5
+    """Number of consecutive evaluations without an improvement after which training ends."""
+    min_delta: NonNegative = 0.0
+    """Difference to the best value that is no improvement yet; accuracies are shares, 0 to 1."""
+    threshold: Number | None = None
+    """Value of the metric at which training ends at once; null: none."""
+
+    @property
+    def falls(self) -> bool:
+        """Return whether a smaller value is better."""
+        return self.metric == "loss"
+
+
 class TrainSection(Section):
     """Set how much is trained, in which batches and in which precision."""
 
@@ -237,6 +256,9 @@ class TrainSection(Section):
     """Number of epochs."""
     max_steps: Count | None = None
     """Number of steps after which the run stops, where that is earlier."""
+    stop_when: StopWhenSection | None = None
+    """Early stopping; null: the run has all of its steps. The last student is exported; `checkpoint.keep_best` keeps
+    the best one, too."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"] = "auto"
     """bf16 and fp16 are autocast of student and teacher; weights and losses stay float32. auto: the precision that the
     hardware of all ranks is fast in, chosen at the run's first start and kept when the run resumes. fp32 is IEEE

@@ -208,12 +208,16 @@ class RunDirectory:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
-    def finish(self, steps: int, write_student: Callable[[Path], None]) -> str | None:
+    def finish(
+        self, steps: int, write_student: Callable[[Path], None], early: Mapping[str, Any] | None = None
+    ) -> str | None:
         """Write the finished student and mark the run as finished. A STOP file that came too late has no effect.
 
         Args:
             steps: that are done.
             write_student: writes it into a folder.
+            early: why the run has stopped early (`stopped_early`), and the state of that (`stopping`); None: it has
+                not.
 
         Returns:
             None; or why the run cannot be marked as finished, and where its student is instead: the folder is no longer
@@ -230,9 +234,17 @@ class RunDirectory:
             return f"{problem}; {rescued}"
         write_student(self.path)
         self.sync()
-        self._mark(FINISHED, {"steps": steps})
+        self._mark(FINISHED, {"steps": steps, **(early or {})})
         (self.path / STOP_FILE).unlink(missing_ok=True)
         return None
+
+    def stopped_early(self, step: int) -> dict[str, Any] | None:
+        """Return the state of early stopping with which this run has ended after so many steps; None: it has not."""
+        facts, _ = atomic_files.read_json(self.path / FINISHED)
+        if not isinstance(facts, dict) or facts.get("steps") != step:
+            return None
+        state = facts.get("stopping")
+        return state if isinstance(state, dict) else None
 
     def mark_stopped(self, by: str, step: int, steps: int, steps_this_start: int) -> None:
         """Mark the run as stopped when asked; a STOP file has had its effect. Raises OSError.

@@ -55,6 +55,8 @@ def _state(run_dir: Path) -> str:
             facts, _ = atomic_files.read_json(run_dir / name)  # that the file exists is what counts
             facts = facts if isinstance(facts, dict) else {}
             by = f" by {facts['by']} after step {facts.get('step')} of {facts.get('steps')}" if "by" in facts else ""
+            if "stopped_early" in facts:
+                by = f" early after step {facts.get('steps')}: {facts['stopped_early']}"
             described = state.replace(";", by + ";") if by else state
             return f"{described} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
     return "running, or interrupted; the same command resumes it"

@@ -33,6 +33,7 @@ from dkd.runs.directory import RunDirectory
 from dkd.runs.launches import IfRunExists
 from dkd.runs.logger import RunLogger
 from dkd.runs.progress import Progress
+from dkd.training.early_stopping import EarlyStopping
 from dkd.training.metrics import StepMetrics
 from dkd.training.resume import Resuming, resume_or_start
 from dkd.training.saving import RunSaver
@@ -62,6 +63,7 @@ class Components:
     state: TrainState = field(default_factory=TrainState)
     learning_rate: Callable[[int], float] = field(init=False)
     """The learning rate of each step."""
+    stopping: EarlyStopping = field(init=False)
     log: RunLogger = field(init=False)
     metrics: StepMetrics = field(init=False)
     saver: RunSaver = field(init=False)
@@ -80,6 +82,7 @@ class Components:
         )
         point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average)
         self.engine.load_scaler_state(point.scaler)
+        self.stopping = EarlyStopping.resumed(self.recipe.train.stop_when, point.stopping)
         self.state = TrainState(point.step, point.step, point.seconds, point.replaced_images, point.notes)
 
     def open_log(self) -> None:
@@ -115,6 +118,7 @@ class Components:
             self.facts,
             describe_input(self.data.pipeline),
             schedule.total_steps,
+            self.stopping,
         )
 
     def report_start(self, training: ImageSource) -> None:

@@ -32,18 +32,18 @@ class TrainResult:
 
     Args:
         run_dir: the directory of the run; `student.safetensors` in it is the finished student.
-        steps: optimizer steps of the run.
-        evaluation: of the finished student.
+        steps: optimizer steps that were done; fewer than the recipe's where the run stopped early.
+        evaluation: of the finished student; None: the recipe has no validation images.
     """
 
     run_dir: Path
     steps: int
-    evaluation: Evaluation
+    evaluation: Evaluation | None
 
     @property
-    def top1(self) -> float:
-        """Return the fraction of validation samples whose first class is right."""
-        return self.evaluation.top1
+    def top1(self) -> float | None:
+        """Return the fraction of validation samples whose first class is right; None without validation images."""
+        return None if self.evaluation is None else self.evaluation.top1
 
     @property
     def student(self) -> Path:

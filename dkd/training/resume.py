@@ -38,6 +38,8 @@ class ResumePoint:
     """Images that could not be read."""
     scaler: dict[str, Any] | None = None
     """State of the gradient scaler."""
+    stopping: dict[str, Any] | None = None
+    """State of early stopping."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -131,7 +133,7 @@ def _load(
     written = f"written by {ranks} process{'es' if ranks > 1 else ''} of {facts['engine']}"
     path = asked.run_dir.checkpoints.path_of(step)
     notes.append(f"resumed from {path}, {step} of {asked.total_steps} steps done, {written}")
-    return ResumePoint(step, facts["seconds"], facts["replaced_images"], facts["scaler"], notes)
+    return ResumePoint(step, facts["seconds"], facts["replaced_images"], facts["scaler"], facts.get("stopping"), notes)
 
 
 def _check_all_see(run_dir: RunDirectory, token: str | None) -> None:
@@ -167,7 +169,9 @@ def _find(asked: Resuming, start: Start) -> tuple[dict[str, Any] | None, list[st
         raise CheckpointError(
             f"the run has done {step} steps already, more than the {total_steps} that the recipe asks for"
         )
-    return facts, notes
+    # A run that has stopped early stays so: the evaluation that ended it is not weighed again.
+    ended = run_dir.stopped_early(step)
+    return (facts if ended is None else {**facts, "stopping": ended}), notes
 
 
 def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from dkd.launch import Launch
 from dkd.models import save_student
 from dkd.runs.directory import RunDirectory
 from dkd.runs.logger import RunLogger
+from dkd.training.early_stopping import EarlyStopping
 from dkd.training.evaluation import Evaluation
 from dkd.training.state import TrainState
 
@@ -55,6 +56,7 @@ class RunSaver:
     facts: Mapping[str, Any]
     input: Mapping[str, Any]
     total_steps: int
+    stopping: EarlyStopping
     _checkpoint_error: str | None = None
 
     def save_checkpoint(self) -> None:
@@ -69,6 +71,7 @@ class RunSaver:
             self.engine.rules.name,
             self.facts,
             scaler=self.engine.scaler_state(),
+            stopping=self.stopping.state_dict(),
             **progress,
         )
 
@@ -123,19 +126,24 @@ class RunSaver:
         self.log.close()
         raise Stopped(steps_done, by)
 
-    def finish(self, result: Evaluation) -> None:
+    def finish(self, result: Evaluation | None) -> None:
         """Write the finished student, and mark the run as finished. A collective.
+
+        Args:
+            result: of the student; None: there are no validation images.
 
         Raises:
             TrainingError: on every rank: the student could not be written where it belongs, the last checkpoint could
                 not be written, or the student's numbers are not finite.
         """
         seconds = self.state.seconds()
-        replaced = self.state.replaced_images
+        replaced, steps = self.state.replaced_images, self.state.step
+        early = self.stopping.reason if steps < self.total_steps else None
         exported = self._export(
             {
-                "steps": self.total_steps,
-                "evaluation": result.facts(),
+                "steps": steps,
+                **({} if result is None else {"evaluation": result.facts()}),
+                **({} if early is None else {"stopped_early": early}),
                 "parameters": parameter_counts(self.engine.model)[1],
                 "seconds": round(seconds, 1),
                 "global_batch": self.recipe.train.global_batch,
@@ -146,7 +154,8 @@ class RunSaver:
         self.wait()
 
         def write() -> str | None:
-            return self.run_dir.finish(self.total_steps, lambda folder: self._write_student(folder, exported))
+            ended = None if early is None else {"stopped_early": early, "stopping": self.stopping.state_dict()}
+            return self.run_dir.finish(steps, lambda folder: self._write_student(folder, exported), ended)
 
         main = self.launch.is_main
         elsewhere, not_written = run_on_main(main, write)
@@ -159,10 +168,13 @@ class RunSaver:
         self._raise_for(elsewhere, not_written, checkpoint_error, result)
         if replaced:
             self.log.say(f"{replaced} images could not be read and were replaced by others")
-        self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors, top-1 {result.top1:.4f}")
+        if early is not None:
+            self.log.say(f"stopped early after step {steps} of {self.total_steps}: {early}")
+        measured = "" if result is None else f", top-1 {result.top1:.4f}"
+        self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors{measured}")
 
     def _raise_for(
-        self, elsewhere: str | None, not_written: str | None, checkpoint_error: str | None, result: Evaluation
+        self, elsewhere: str | None, not_written: str | None, checkpoint_error: str | None, result: Evaluation | None
     ) -> None:
         if elsewhere is not None:
             raise TrainingError(elsewhere)
@@ -174,7 +186,7 @@ class RunSaver:
             raise TrainingError(
                 f"the last checkpoint could not be written: {checkpoint_error}; the student is in {self.run_dir.path}"
             )
-        if result.problem:
+        if result is not None and result.problem:
             raise TrainingError(
                 f"the finished student, in {self.run_dir.path}, is of no use: {result.problem}; try a lower "
                 "optimizer.lr, a longer warm-up, train.clip_grad_norm, or train.precision=fp32"

@@ -50,6 +50,7 @@ class RunSchedule:
         # Learning rate and loss weights are drawn over the steps of all epochs.
         self.planned_steps, self.total_steps = run_length(recipe, steps_per_epoch)
         self._evaluates_every, self._log_every = recipe.evaluation.every_epochs, recipe.run.log_every
+        self._has_validation = recipe.data.validation is not None
         self._agreement = recipe.evaluation.agreement
         self._checkpoints = CheckpointSchedule(recipe.checkpoint, steps_per_epoch, self.total_steps)
 
@@ -60,14 +61,20 @@ class RunSchedule:
         return Decision(save, self.evaluates(steps_done) and not stop, stop)
 
     def evaluates(self, steps_done: int) -> bool:
-        """Return whether an evaluation is due after so many steps."""
+        """Return whether an evaluation is due after so many steps; never without validation images."""
+        if not self._has_validation:
+            return False
         epoch, rest = divmod(steps_done, self.steps_per_epoch)
         return steps_done == self.total_steps or (rest == 0 and epoch % self._evaluates_every == 0)
 
-    def measures_agreement(self, steps_done: int) -> bool:
+    def measures_agreement(self, steps_done: int, may_end: bool = False) -> bool:
         """Return whether the evaluation after so many steps compares the student with its teacher: each one, none, or
-        by default the run's last."""
-        return steps_done == self.total_steps if self._agreement == "auto" else self._agreement
+        by default the run's last.
+
+        Args:
+            may_end: whether the run may end early by this evaluation.
+        """
+        return (steps_done == self.total_steps or may_end) if self._agreement == "auto" else self._agreement
 
     def logs(self, step: int) -> bool:
         """Return whether the metrics of a step, counted from 0, are logged."""

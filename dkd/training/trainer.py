@@ -67,8 +67,11 @@ class Trainer:
         """
         return cls(build_components(recipe, launch or Launch.read(), if_run_exists, allow_recipe_change))
 
-    def fit(self) -> Evaluation:
+    def fit(self) -> Evaluation | None:
         """Train to the end, evaluating on the way; leave the finished student in the run directory.
+
+        Returns:
+            The evaluation of the finished student; None for a recipe without validation images.
 
         Raises:
             TrainingError: on every rank, such as when the loss is no longer finite.
@@ -78,11 +81,11 @@ class Trainer:
         try:
             with self.parts.heartbeat.names_lost_ranks():
                 result = self._begin()
-                while self.state.step < self.parts.schedule.total_steps:
+                while not self.is_over:
                     values = self.train_step()
                     decision = self.after_step(values)
                     result = self._carry_out(decision) or result
-                assert result is not None  # an evaluation is due after the last step
+                self._batches = iter(())  # ends worker processes that load the steps after an early stop
                 self.parts.saver.finish(result)
                 return result
         except RunError as error:
@@ -96,6 +99,11 @@ class Trainer:
                 self.parts.checkpointer.wait()
             self.close()
 
+    @property
+    def is_over(self) -> bool:
+        """Return whether the last step is done, or the run has stopped early: the same on every rank."""
+        return self.state.step >= self.parts.schedule.total_steps or self.parts.stopping.reason is not None
+
     def _begin(self) -> Evaluation | None:
         """Evaluate where the run was interrupted before an evaluation, and begin to load images."""
         parts, state = self.parts, self.state
@@ -108,7 +116,8 @@ class Trainer:
         # Set train mode here and after each evaluation, not in every step: it is slow on models with many modules. The
         # engine's own `training` flag can differ from the model's.
         parts.step.student.train()
-        self.load_images(parts.schedule.total_steps)
+        if not self.is_over:
+            self.load_images(parts.schedule.total_steps)
         return result
 
     def load_images(self, last_step: int) -> None:
@@ -186,6 +195,7 @@ class Trainer:
             if decision.evaluate:
                 # Worker processes are forked while no other thread runs that could hold a lock.
                 parts.checkpointer.wait()
+                assert parts.data.validation is not None  # the schedule evaluates nothing without it
                 loading = iter(parts.data.validation)
             if decision.save:
                 self.save_checkpoint()  # before an evaluation that may fail
@@ -197,6 +207,8 @@ class Trainer:
                     if not decision.save:
                         self.save_checkpoint()
                     parts.saver.stop(parts.stop)
+                if parts.stopping.reason is not None and not decision.save:
+                    self.save_checkpoint()  # a run ends with a checkpoint, wherever it ends
             self._clock = time.monotonic()
         parts.saver.report_checkpoints()
         return result
@@ -219,6 +231,7 @@ class Trainer:
             parts.heartbeat.reach([step, 1, batch], f"evaluation after step {step}, batch {batch + 1}")
             return parts.stop.asked_by() is not None
 
+        assert parts.data.validation is not None
         parts.step.student.eval()
         begun = time.monotonic()
         skip, device = parts.recipe.data.on_error == "skip", parts.engine.device
@@ -240,6 +253,7 @@ class Trainer:
         if result is not None:
             parts.checkpointer.evaluations[step] = result.top1
             seconds, names = time.monotonic() - begun, getattr(parts.data, "class_names", None)
+            parts.stopping.judge(step, result)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
         return result
 
@@ -247,7 +261,7 @@ class Trainer:
         """Return what measures the student's agreement with the teacher; None where this evaluation does not."""
         parts = self.parts
         recipe = parts.recipe
-        if parts.step.teacher is None or not parts.schedule.measures_agreement(self.state.step):
+        if parts.step.teacher is None or not parts.schedule.measures_agreement(self.state.step, parts.stopping.may_end):
             return None
         same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
         taps = list(dict.fromkeys(pairs(recipe)))
@@ -291,4 +305,6 @@ def set_patience(parts: Components, seconds: float) -> None:
     # Of all groups: those that an engine has made for itself have a timeout of torch's.
     set_timeouts(seconds, but=parts.checkpointer.groups())
     parts.heartbeat.warn_after = parts.engine.warn_after(seconds)
-    parts.data.train_loader.timeout = parts.data.validation.timeout = WORKERS_SHARE * seconds
+    for loader in (parts.data.train_loader, parts.data.validation):
+        if loader is not None:
+            loader.timeout = WORKERS_SHARE * seconds
