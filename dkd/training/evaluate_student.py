@@ -18,7 +18,7 @@ from dkd.distributed.process_group import open_process_group
 from dkd.engines.arithmetic import Arithmetic, device_type
 from dkd.engines.opening import open_engine
 from dkd.launch import Launch
-from dkd.models import UnknownModelError, WeightsError, load_student, read_description, student_spec
+from dkd.models import LogitsOnly, UnknownModelError, WeightsError, load_student, read_description, student_spec
 from dkd.preflight.data import open_validation
 from dkd.preflight.hardware import settle
 from dkd.training.evaluation import Evaluation, evaluate
@@ -66,14 +66,18 @@ def evaluate_student(
     launch = launch or Launch.read()
     weights, recipe = _find(Path(target), overrides, launch.world_size)
     try:
-        spec = student_spec(read_description(weights))
+        description = read_description(weights)
+        spec = student_spec(description)
         student = load_student(weights, trust_code)
     except (WeightsError, UnknownModelError) as error:
         raise RecipeError.at("", error) from error
-    data = recipe.data.validation
-    if runs_user_code(data) and not trust_code:
-        raise RecipeError.at("data.validation", f"{data!r} is code to be imported and run; allow it with --trust-code")
-    validation = open_validation(recipe, spec.classes)
+    data = str(recipe.data.validation)
+    for place in {data, recipe.data.train} if isinstance(recipe.data.validation, float) else {data}:
+        if runs_user_code(place) and not trust_code:
+            raise RecipeError.at(
+                "data.validation", f"{place!r} is code to be imported and run; allow it with --trust-code"
+            )
+    validation = open_validation(recipe, spec.classes, description.get("class_names"))
 
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
     recipe, notes = settle(recipe, launch)
@@ -99,7 +103,7 @@ def _logits(student: torch.nn.Module, recipe: Recipe, device: torch.device) -> A
     normalize = build_image_pipeline(recipe).normalize
     arithmetic = Arithmetic.of(recipe)
     dtype, autocast = arithmetic.dtype, arithmetic.autocast
-    placed = arithmetic.place(student, device)
+    placed = LogitsOnly(arithmetic.place(student, device))
 
     def logits_of(batch: Batch) -> torch.Tensor:
         images = batch.images.to(device, non_blocking=True)

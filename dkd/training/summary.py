@@ -54,7 +54,8 @@ def summarize(
             f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
         )
         yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
-    batch_memory = data.train_loader.shared_bytes + data.validation.shared_bytes
+    of_validation = 0 if data.validation is None else data.validation.shared_bytes
+    batch_memory = data.train_loader.shared_bytes + of_validation
     if batch_memory * local > machine.memory() / 4:
         yield (
             f"warning: batches that are loaded ahead take up to {batch_memory * local / 1e9:.1f} GB of this machine's "

@@ -181,6 +181,7 @@ class Trainer:
             if decision.evaluate:
                 # Worker processes are forked while no other thread runs that could hold a lock.
                 parts.checkpointer.wait()
+                assert parts.data.validation is not None  # the schedule evaluates nothing without it
                 loading = iter(parts.data.validation)
             if decision.save:
                 self.save_checkpoint()  # before an evaluation that may fail
@@ -214,6 +215,7 @@ class Trainer:
             parts.heartbeat.reach([step, 1, batch], f"evaluation after step {step}, batch {batch + 1}")
             return parts.stop.asked_by() is not None
 
+        assert parts.data.validation is not None
         parts.step.student.eval()
         begun = time.monotonic()
         skip, device = parts.recipe.data.on_error == "skip", parts.engine.device
@@ -257,4 +259,6 @@ def set_patience(parts: Components, seconds: float) -> None:
     # Of all groups: those that an engine has made for itself have a timeout of torch's.
     set_timeouts(seconds, but=parts.checkpointer.groups())
     parts.heartbeat.warn_after = parts.engine.warn_after(seconds)
-    parts.data.train_loader.timeout = parts.data.validation.timeout = WORKERS_SHARE * seconds
+    for loader in (parts.data.train_loader, parts.data.validation):
+        if loader is not None:
+            loader.timeout = WORKERS_SHARE * seconds
