@@ -12,7 +12,7 @@ import torch
 
 from dkd import machine
 from dkd.config import Recipe
-from dkd.config.derived import micro_batch
+from dkd.config.derived import classes, micro_batch
 from dkd.config.schema import DataSection
 from dkd.data import (
     DataError,
@@ -32,7 +32,7 @@ from dkd.data import (
     open_source,
 )
 from dkd.data.sampler import TURNS
-from dkd.data.sources import split_spec
+from dkd.data.sources import set_aside, split_spec
 from dkd.launch import Launch
 
 MOST_WORKERS = 16
@@ -46,12 +46,17 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
 
 
-def describe_input(pipeline: ImagePipeline) -> dict[str, Any]:
-    """Return what student.json states of the student's input."""
+def describe_input(pipeline: ImagePipeline, class_names: list[str] | None) -> dict[str, Any]:
+    """Return what student.json states of the student's input and output.
+
+    Args:
+        class_names: of the data, in the order of the logits; None: not known.
+    """
     normalize = pipeline.normalize
     return {
         "image_size": pipeline.image_size,
         "normalization": {"mean": list(normalize.mean), "std": list(normalize.std)},
+        **({} if class_names is None else {"class_names": list(class_names)}),
     }
 
 
@@ -66,13 +71,30 @@ def _normalize(section: object) -> Normalize | None:
 
 
 def open_part(data: DataSection, part: str) -> ImageSource:
-    """Open data.train or data.validation. Raises DataError."""
+    """Open data.train, or a data.validation that is a name. Raises DataError."""
     spec = data.train if part == "train" else data.validation
+    assert isinstance(spec, str), "validation images that have no place of their own"
     columns = {"image_column": data.image_column, "label_column": data.label_column}
     # The validation data may be of another kind.
     if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
         return open_row_groups(spec, training=part == "train", **columns)
     return open_source(spec, training=part == "train", root=data.root, **columns)
+
+
+def open_parts(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
+    """Open the training images, and those of the validation: named, or drawn from the training images, or None where
+    nothing is evaluated. Raises DataError."""
+    data = recipe.data
+    training = open_part(data, "train")
+    if isinstance(data.validation, float):
+        return set_aside(training, data.validation, recipe.run.seed)
+    return training, None if data.validation is None else open_part(data, "validation")
+
+
+def open_validation_part(recipe: Recipe) -> ImageSource | None:
+    """Open the validation images alone, as `open_parts` does. Raises DataError."""
+    data = recipe.data
+    return open_part(data, "validation") if isinstance(data.validation, str) else open_parts(recipe)[1]
 
 
 def decode_into_memory(data: DataSection, source: ImageSource, local_world_size: int) -> ImageSource:
@@ -137,26 +159,29 @@ class DataParts:
         teacher_normalize: of the teacher's input.
         mixing: mixup and CutMix of micro-batches, or None.
         workers: worker processes of this rank that load training images.
+        validation: None: nothing is evaluated.
         facts: number and fingerprint of the training images.
+        class_names: in the order of the labels; None: the data do not name them.
     """
 
     sampler: GlobalBatchSampler
     train_loader: TrainLoader
-    validation: EvaluationLoader
+    validation: EvaluationLoader | None
     pipeline: ImagePipeline
     teacher_normalize: Normalize
     mixing: MixupCutmix | None
     workers: int
     facts: Mapping[str, Any]
+    class_names: list[str] | None = None
 
 
 def build_data(
-    recipe: Recipe, training: ImageSource, validation: ImageSource, launch: Launch, dtype: torch.dtype, pin: bool
+    recipe: Recipe, training: ImageSource, validation: ImageSource | None, launch: Launch, dtype: torch.dtype, pin: bool
 ) -> DataParts:
     """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
 
     Args:
-        training, validation: opened.
+        training, validation: opened; no validation: nothing is evaluated.
         dtype: of the models' inputs.
         pin: load into page-locked memory, for a faster copy to a GPU.
     """
@@ -166,7 +191,9 @@ def build_data(
     return DataParts(
         sampler,
         TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
-        EvaluationLoader(
+        None
+        if validation is None
+        else EvaluationLoader(
             validation,
             pipeline.validation,
             recipe.evaluation.batch,
@@ -181,6 +208,7 @@ def build_data(
         build_mixing(recipe, dtype),
         workers,
         data_facts(training),
+        training.class_names,
     )
 
 
@@ -191,7 +219,7 @@ def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCut
         dtype: of the weights that mixed images have of each class.
     """
     data = recipe.data
-    return MixupCutmix(data.classes, data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
+    return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from dkd.config import Recipe, RecipeError
+from dkd.config.derived import classes
 from dkd.config.schema import StudentSection, TeacherSection
 from dkd.distillation import FrozenTeacher, fill, halve_weights, shard, shard_mesh
 from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
+from dkd.library_internals.torch import NORMS_WITH_STATISTICS
 from dkd.models import (
+    AS_BUILT,
     Fingerprint,
+    Head,
     ModelSpec,
+    TapError,
     TappedModel,
     WeightsError,
     build_model,
     build_on_meta,
+    head_keys,
     load_weights,
     stream_weights,
     weights_fingerprint,
 )
+from dkd.text import did_you_mean
 
 
 def student_spec(recipe: Recipe) -> ModelSpec:
     """Return the student's architecture."""
-    return _spec(recipe.student, recipe.data.classes)
+    return _spec(recipe.student, classes(recipe))
 
 
 def teacher_spec(recipe: Recipe) -> ModelSpec:
     """Return the teacher's architecture; the recipe has one."""
     assert recipe.teacher is not None
-    return _spec(recipe.teacher, recipe.teacher.classes or recipe.data.classes)
+    return _spec(recipe.teacher, recipe.teacher.classes or classes(recipe))
 
 
-def _spec(section: StudentSection | TeacherSection, classes: int) -> ModelSpec:
-    return ModelSpec(section.name, classes, section.norm, section.options)
+def _spec(section: StudentSection | TeacherSection, outputs: int) -> ModelSpec:
+    return ModelSpec(section.name, outputs, section.norm, section.options)
+
+
+def student_head(recipe: Recipe) -> Head:
+    """Return what becomes of the student's head where its weights were trained on other classes. Raises
+    UnknownModelError."""
+    if recipe.student.head == "keep" or not has_weights(recipe.student):
+        return Head((), "keep")
+    return Head(head_keys(student_spec(recipe)), recipe.student.head)
+
+
+def has_weights(section: StudentSection | TeacherSection) -> bool:
+    """Return whether a model is filled with weights, instead of staying as its constructor made it."""
+    return section.weights not in (None, "random", AS_BUILT)
 
 
 def pairs(recipe: Recipe) -> list[tuple[str, str]]:
@@ -51,31 +73,78 @@ def student_parameters(recipe: Recipe) -> int:
 
 def build_models(
     recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
-) -> tuple[TappedModel, FrozenTeacher | None]:
-    """Return the student on the CPU and the teacher on its device, with their weights, which may have to be downloaded.
+) -> tuple[TappedModel, FrozenTeacher | None, list[str]]:
+    """Return the student on the CPU, the teacher on its device, with their weights, which may have to be downloaded,
+    and lines that report what of the student does not come from its weights, or is not trained.
 
     Raises:
         RecipeError: the weights of one cannot be had or do not fit.
     """
     role = "student"
     try:
-        student, role = build_student(recipe), "teacher"
-        return student, build_teacher(recipe, launch, arithmetic, device)
+        (student, notes), role = build_student(recipe), "teacher"
+        return student, build_teacher(recipe, launch, arithmetic, device), notes
     except WeightsError as error:
         raise RecipeError.at(f"{role}.weights", error) from error
 
 
-def build_student(recipe: Recipe) -> TappedModel:
-    """Return the student, on the CPU, its initial weights drawn from the run's seed: the same on every rank."""
+def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
+    """Return the student, on the CPU, its initial weights drawn from the run's seed: the same on every rank; and lines
+    that report what does not come from its weights, or is not trained.
+
+    Raises:
+        WeightsError: the weights cannot be had or do not fit.
+        TapError: student.freeze names a module that does not exist, or leaves nothing to train.
+    """
+    section, notes = recipe.student, list[str]()
     torch.manual_seed(recipe.run.seed)
     model = build_model(student_spec(recipe))
-    if recipe.student.weights is not None and recipe.student.weights != "random":
-        load_weights(model, recipe.student.name, recipe.student.weights)
+    if has_weights(section):
+        assert section.weights is not None
+        new = load_weights(model, section.name, section.weights, student_head(recipe), section.options)
+        if new:
+            notes.append(
+                f"student: a new head of {classes(recipe)} classes ({', '.join(new)}); everything else from "
+                f"{section.weights}"
+            )
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    frozen = frozen_modules(model, section.freeze)
+    if frozen:
+        for module in frozen:
+            module.requires_grad_(False)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        notes.append(f"student: {trained:,} parameters are trained, those of {', '.join(section.freeze)} are frozen")
+    still = _batch_norms(frozen) if section.freeze_batch_norm else []
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
-    return TappedModel(model, [student for student, _ in pairs(recipe)], autocast=autocast)
+    taps = [student for student, _ in pairs(recipe)]
+    return TappedModel(model, taps, autocast=autocast, eval_modules=still), notes
+
+
+def frozen_modules(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    """Return the modules that are not trained. Raises TapError for a path that does not exist, and when nothing would
+    be left to train."""
+    modules = dict(model.named_modules())
+    for path in paths:
+        if path not in modules or not path:
+            raise TapError(
+                f"{path!r} is not a module of {type(model).__name__}{did_you_mean(path, modules, most=3, cutoff=0.4)}"
+            )
+    found = [modules[path] for path in paths]
+    frozen = {id(p) for module in found for p in module.parameters()}
+    if paths and all(id(p) in frozen for p in model.parameters() if p.requires_grad):
+        raise TapError(f"with {', '.join(paths)} frozen, nothing is left to train")
+    return found
+
+
+def _batch_norms(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [
+        inner
+        for module in modules
+        for inner in module.modules()
+        if isinstance(inner, NORMS_WITH_STATISTICS) and inner.track_running_stats
+    ]
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:
@@ -92,13 +161,12 @@ def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device
         return None
     placement = section.placement if launch.world_size > 1 else "replicated"
     torch.manual_seed(recipe.run.seed)
-    if placement == "fsdp2" and section.weights != "random":
+    if placement == "fsdp2" and has_weights(section):
         on_meta = build_on_meta(teacher_spec(recipe))
         if _is_filled_by_state(on_meta):
             return _check_share(_stream(recipe, on_meta, launch, arithmetic, device), section, placement, launch)
     model = build_model(teacher_spec(recipe))
-    if section.weights != "random":
-        load_weights(model, section.name, section.weights)
+    load_teacher_weights(model, section)
     fingerprint = weights_fingerprint(model)
     model = arithmetic.place(model, device, to_be_sharded=placement != "replicated")
     teacher = _freeze(recipe, model, arithmetic, placement, fingerprint)
@@ -111,13 +179,19 @@ def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device
     return _check_share(teacher, section, placement, launch)
 
 
+def load_teacher_weights(model: nn.Module, section: TeacherSection) -> None:
+    """Fill a teacher with its weights, where its section names some. Raises WeightsError."""
+    if has_weights(section):
+        load_weights(model, section.name, section.weights, options=section.options)
+
+
 def _stream(
     recipe: Recipe, on_meta: nn.Module, launch: Launch, arithmetic: Arithmetic, device: torch.device
 ) -> FrozenTeacher:
     """Return a teacher that no rank ever holds whole: each weight is read, and each rank keeps its rows of it."""
     section = recipe.teacher
     assert section is not None
-    weights = stream_weights(on_meta, section.name, section.weights)
+    weights = stream_weights(on_meta, section.name, section.weights, options=section.options)
     teacher = _freeze(recipe, on_meta.to(arithmetic.dtype), arithmetic, "fsdp2")
     shard(teacher, shard_mesh(section.mesh, device.type, launch.local_world_size))
     teacher.to_empty(device=device)

@@ -10,10 +10,12 @@ from dkd.build.objective import build_objective, gram_size
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
 from dkd.config.derived import run_length
+from dkd.data import ImageSource
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
 from dkd.preflight.data import open_sources
 from dkd.preflight.hardware import settled_here
+from dkd.text import shorten
 
 
 def describe(recipe: Recipe, launch: Launch) -> str:
@@ -31,8 +33,8 @@ def describe(recipe: Recipe, launch: Launch) -> str:
     planned, total = run_length(recipe, steps)
     lines = [
         f"run         {recipe.run.dir}",
-        f"data        {len(training)} training images, {len(validation)} for validation, {recipe.data.classes} "
-        f"classes, {size}×{size}",
+        f"data        {len(training)} training images, {_count_validation(validation)}, {recipe.data.classes} classes"
+        f"{_name_classes(training.class_names)}, {size}×{size}",
         f"batch       {train.global_batch} = {sampler.micro_batch} × {launch.world_size} processes × "
         f"{sampler.micro_steps} micro-steps",
         f"steps       {steps} an epoch, {total} in all",
@@ -49,6 +51,14 @@ def describe(recipe: Recipe, launch: Launch) -> str:
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     return "\n".join([*lines, "nothing was trained"])
+
+
+def _count_validation(validation: ImageSource | None) -> str:
+    return "none for validation: nothing is evaluated" if validation is None else f"{len(validation)} for validation"
+
+
+def _name_classes(names: list[str] | None) -> str:
+    return "" if names is None else f" ({shorten(', '.join(names), 60)})"
 
 
 def _parameters(spec: ModelSpec) -> int:

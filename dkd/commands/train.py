@@ -62,10 +62,14 @@ def run(options: argparse.Namespace) -> int:
 
     from dkd.distributed.process_group import announces_refusals
     from dkd.preflight.check import check
+    from dkd.preflight.completion import complete
 
     if_run_exists: IfRunExists = "replace" if options.overwrite else "refuse" if options.fresh else "resume"
     with announces_refusals(launch), input_errors_as_recipe_errors():
+        recipe, completed = complete(recipe)
         changes = check(recipe, launch, if_run_exists, options.allow_recipe_change)
+    for line in completed:
+        console.say_on_first_rank(f"dkd: {line}")
     for change in changes:
         console.say_on_first_rank(f"dkd: the run resumes with a changed recipe: {change}")
     if options.dry_run:

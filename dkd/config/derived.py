@@ -5,6 +5,12 @@ from __future__ import annotations
 from dkd.config.schema import Recipe
 
 
+def classes(recipe: Recipe) -> int:
+    """Return K, the number of classes, of a recipe that `dkd.preflight.completion` has completed."""
+    assert recipe.data.classes is not None, "the recipe has to be completed first"
+    return recipe.data.classes
+
+
 def micro_batch(recipe: Recipe, world_size: int) -> int:
     """Return b, the samples of one forward on one rank: as the recipe states, or B/W."""
     return recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size)

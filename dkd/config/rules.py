@@ -10,7 +10,8 @@ from dkd.config.schema import Recipe
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
-    checks = (_check_teacher, _check_agreement, _check_gradient_attention, _check_batch, _check_data, _check_evaluation)
+    models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention)
+    checks = (*models, _check_batch, _check_data, _check_evaluation)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -27,26 +28,39 @@ def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
             "no loss uses it; add one that does, such as losses.at, losses.sp or losses.kd, or remove it with "
             "teacher=null",
         )
-    if losses.needs_teacher_logits and teacher.classes not in (None, recipe.data.classes):
+    classes = recipe.data.classes  # None: they are counted in the data, and then this is checked again
+    if losses.needs_teacher_logits and classes is not None and teacher.classes not in (None, classes):
         needs = losses.needs_teacher_logits[0]
         yield Problem(
             "teacher.classes",
-            f"{teacher.classes} is not data.classes={recipe.data.classes}, which losses.{needs} needs",
+            f"{teacher.classes} is not data.classes={classes}, which losses.{needs} needs",
         )
 
 
 def _check_agreement(recipe: Recipe) -> Iterator[Problem]:
-    teacher = recipe.teacher
+    teacher, classes = recipe.teacher, recipe.data.classes
     if recipe.evaluation.agreement is not True:
         return
     if teacher is None:
         yield Problem("evaluation.agreement", "there is no teacher to compare with; add `teacher`, or remove this key")
-    elif teacher.classes not in (None, recipe.data.classes) and not any(s.paths for _, s in recipe.losses.named()):
+    elif (
+        classes is not None
+        and teacher.classes not in (None, classes)
+        and not any(section.paths for _, section in recipe.losses.named())
+    ):
         yield Problem(
             "evaluation.agreement",
-            f"the teacher has {teacher.classes} classes, not data.classes={recipe.data.classes}, and no loss taps "
-            "features: there is nothing to compare; remove this key",
+            f"the teacher has {teacher.classes} classes, not data.classes={classes}, and no loss taps features: there "
+            "is nothing to compare; remove this key",
         )
+
+
+def _check_student(recipe: Recipe) -> Iterator[Problem]:
+    student = recipe.student
+    if student.freeze_batch_norm and not student.freeze:
+        yield Problem("student.freeze_batch_norm", "belongs to student.freeze, which names no module")
+    if student.head != "auto" and student.weights is None:
+        yield Problem("student.head", f"{student.head} belongs to student.weights, which are null")
 
 
 def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:
@@ -98,6 +112,12 @@ def _check_data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
     if data.streaming and data.in_memory is True:
         yield Problem("data.in_memory", "does not go with data.streaming; remove one of the two")
+    if data.streaming and isinstance(data.validation, float):
+        yield Problem(
+            "data.validation",
+            f"{data.validation:g} of the training images cannot be set aside with data.streaming, which reads whole "
+            "row groups; name validation data",
+        )
     if isinstance(data.transforms, list):
         for key in ("validation_transforms", "image_size", "normalization"):
             if getattr(data, key) is None:

@@ -80,6 +80,21 @@ _Name = Annotated[
 ]
 
 
+def _is_validation(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value) and is_one_line(value)
+    return value is None or (isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1)
+
+
+Validation = Annotated[
+    str | float | None,
+    allow(
+        _is_validation,
+        "the name of a data set, a fraction of the training images such as 0.1, or null (no evaluation)",
+    ),
+]
+
+
 class RunSection(Section):
     """Set where a run writes, how it repeats, and how long its ranks wait."""
 
@@ -125,12 +140,15 @@ class DataSection(Section):
     """Set the images and labels, and how images are transformed and loaded."""
 
     train: Text
-    """The training images: parquet or tar files or globs, `hub:NAME[:SPLIT]`, `disk:PATH`, `folder:PATH`,
+    """The training images: parquet or tar files or globs, `hub:NAME[:SPLIT]`, `disk:PATH[:SPLIT]`, `folder:PATH`,
     `torchvision:NAME`, `python:MODULE:CALLABLE`, or `digits` (part of scikit-learn)."""
-    validation: Text
-    """The validation images, named as for `train`."""
-    classes: Count
-    """Number of classes."""
+    validation: Validation
+    """The validation images, named as for `train`; or a fraction such as 0.1 of the training images, drawn by
+    `run.seed`, the same fraction of each class; null: nothing is evaluated."""
+    classes: Count | None = None
+    """Number of classes; default: as many as the training data name or show."""
+    allow_same_images: Switch = False
+    """Whether training and validation may be the same images. Such an evaluation measures memory; false refuses it."""
     transforms: Transforms
     """A preset, or a list of torchvision.transforms.v2 names, each with its arguments: [RandomCrop: {size: 32, padding:
     4}, ...]."""
@@ -173,9 +191,18 @@ class StudentSection(Section):
     """Set the model that is trained."""
 
     name: Text
-    """A model of this package, `torchvision/NAME`, `timm/NAME`, or your own `module:callable`."""
+    """A model of this package, `torchvision/NAME`, `timm/NAME`, `hf/NAME-OR-FOLDER` (transformers' models for image
+    classification), or your own `module:callable`."""
     weights: Text | None = None
-    """A file, or torchvision's name of a weight set; null: the student is initialised at random."""
+    """A file; torchvision's name of a weight set; `pretrained`, the weights that torchvision, timm or the hf folder has
+    for the name; `as_built`, what your own callable has loaded; null: the student is initialised at random."""
+    head: Literal["auto", "new", "keep"] = "auto"
+    """The last layer, where `weights` were trained on other classes. new: it is initialised at random. keep: it comes
+    from `weights`, which must fit. auto: new when the shape of the head is all that differs, which is reported."""
+    freeze: list[Text] = []
+    """Dotted paths of modules that are not trained, such as [conv1, bn1, layer1]."""
+    freeze_batch_norm: Switch = False
+    """Whether BatchNorm in the modules of `freeze` keeps its running statistics, too, and normalises by them."""
     norm: Literal["batch", "group", "none"] | None = None
     """Normalisation of a CIFAR model of this package; null: the model's own."""
     options: dict[str, Any] = {}
@@ -188,7 +215,11 @@ class TeacherSection(Section):
     name: Text
     """The model, named as for the student."""
     weights: Text
-    """A file, torchvision's name of a weight set, or `random` (reported by a warning)."""
+    """As for the student: a file, torchvision's name of a weight set, `pretrained` or `as_built`; or `random` (reported
+    by a warning)."""
+    check_class_names: Switch = True
+    """Whether a teacher whose logits are learned from, and whose weights name their classes, is refused where these are
+    not the data's, in the same order."""
     placement: Literal["replicated", "fsdp2", "zero3"] = "replicated"
     """replicated: whole on every rank. fsdp2: in shards, with any engine of the student. zero3: in shards, with a
     student under DeepSpeed."""
@@ -205,9 +236,11 @@ class TeacherSection(Section):
     classes: Count | None = None
     """Number of outputs of the teacher's head; default: data.classes. `losses.kd` needs them equal."""
     normalization: Normalization | None = None
-    """Mean and standard deviation of the channels; default: the student's."""
+    """Mean and standard deviation of the channels; default: those that its weights state (a student of dkd, weight sets
+    of torchvision, timm and hf models), else the student's."""
     input_size: Count | None = None
-    """Side, in pixels, that images are resized to for the teacher; default: the student's."""
+    """Side, in pixels, that images are resized to for the teacher; default: the student's, or for timm and hf models of
+    one fixed size that size."""
 
 
 class CompileSection(Section):

@@ -17,7 +17,13 @@ import torch
 from dkd.data.sources.base import DataError
 from dkd.data.sources.data_files import common_folder, matching_files
 from dkd.data.sources.decoding import decode_cell
-from dkd.data.sources.hugging_face import hub_name, image_and_label_columns, loading_from_hub, whole_labels
+from dkd.data.sources.hugging_face import (
+    check_text_labels,
+    hub_name,
+    image_and_label_columns,
+    loading_from_hub,
+)
+from dkd.data.sources.labels import encode_labels
 from dkd.data.sources.names import split_spec
 
 _FILES_AT_ONCE = 16  # files whose footers and labels are read in parallel from the hub, which answers slowly
@@ -31,7 +37,8 @@ class _File(NamedTuple):
     image_column: str
     label_column: str
     class_names: list[str] | None
-    labels: np.ndarray
+    labels: Any
+    """The Arrow column."""
 
 
 class RowGroups:
@@ -56,6 +63,8 @@ class RowGroups:
         label_column: str | None = None,
         folder: str | None = None,
     ) -> None:
+        import pyarrow as pa
+
         self.name, self._folder = name, folder
         with ThreadPoolExecutor(_FILES_AT_ONCE if any(map(_is_remote, files)) else 1) as pool:
             opened = list(pool.map(lambda path: _read_labels(path, image_column, label_column), files))
@@ -68,8 +77,15 @@ class RowGroups:
                 if getattr(file, what) != getattr(first, what):
                     message = f"{name}: {file.path} has another {what.replace('_', ' ')} than {first.path}"
                     raise DataError(f"{message}: {getattr(file, what)}, not {getattr(first, what)}")
-        self.image_column, self.class_names = first.image_column, first.class_names
-        self.labels = np.concatenate([file.labels for file in opened])
+        self.image_column = first.image_column
+        columns = [chunk for file in opened for chunk in file.labels.chunks]
+        kinds = {chunk.type for chunk in columns}  # files may count their labels in numbers of several sizes
+        if len(kinds) > 1:
+            columns = [chunk.cast(_common_type(name, kinds)) for chunk in columns]
+        self.labels, self.class_names = encode_labels(
+            pa.chunked_array(columns), name, first.label_column, first.class_names
+        )
+        check_text_labels(len(self.labels), self.class_names, name, first.label_column, asked=label_column is not None)
         self._footers = {file.path: file.footer for file in opened}
         groups = [
             (file, number, file.footer.row_group(number))
@@ -124,6 +140,11 @@ class RowGroups:
         cannot be read."""
         group, first = self._locate(index)
         return range(len(self)) if group in self._broken else range(first, int(self._ends[group]))
+
+    def name_of(self, index: int) -> str:
+        """Return the row of an image, and its file: the names inside image cells are not kept."""
+        path = self._groups[self._locate(index)[0]][0]
+        return f"{path}:{index - self._first_rows[path]}"
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the row group that holds a row, and the group's first row."""
@@ -198,10 +219,23 @@ def _read_labels(path: str, image_column: str | None, label_column: str | None) 
             file = parquet.ParquetFile(raw, pre_buffer=True)
             features = Features.from_arrow_schema(file.schema_arrow)
             image, label = image_and_label_columns(features, path, image_column, label_column)
-            labels = whole_labels(file.read(columns=[label], use_threads=False)[label], path, label)
+            labels = file.read(columns=[label], use_threads=False)[label]
+            if labels.null_count:
+                raise DataError(f"{path}: {labels.null_count} labels of column {label!r} are null")
             return _File(path, file.metadata, image, label, getattr(features[label], "names", None), labels)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _common_type(name: str, kinds: set[Any]) -> Any:
+    """Return the Arrow type that the labels of all files fit: text, or whole numbers. Raises DataError where files have
+    both."""
+    import pyarrow as pa
+
+    texts = [pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds]
+    if any(texts) and not all(texts):
+        raise DataError(f"{name}: labels are text in some files, and numbers in others")
+    return pa.large_string() if all(texts) else pa.int64()
 
 
 def _is_remote(path: str) -> bool:

@@ -14,7 +14,8 @@ from dkd.library_internals.torch import NORMS_WITH_STATISTICS, add_lists, copy_l
 
 
 class BatchNormStatistics:
-    """Applies the rule above to every normalisation layer of `model` that tracks running statistics.
+    """Applies the rule above to every normalisation layer of `model` that tracks running statistics. Layers that are in
+    eval mode at the first step, frozen ones, keep theirs.
 
     Args:
         model: the model being trained.
@@ -24,17 +25,28 @@ class BatchNormStatistics:
     """
 
     def __init__(self, model: nn.Module, micro_steps: int, world_size: int, restorable: bool = False) -> None:
-        layers = [m for m in model.modules() if isinstance(m, NORMS_WITH_STATISTICS) and m.running_mean is not None]
-        self._statistics = [s for m in layers for s in (m.running_mean, m.running_var) if s is not None]
-        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._layers = [
+            m for m in model.modules() if isinstance(m, NORMS_WITH_STATISTICS) and m.running_mean is not None
+        ]
+        self._statistics: list[torch.Tensor] = []
+        self._counters: list[torch.Tensor] = []
+        self._begun = False
         self._micro_steps, self._world_size, self._restorable = micro_steps, world_size, restorable
         self._old: list[torch.Tensor] = []
         self._old_counters: list[torch.Tensor] = []
         self._sum: list[torch.Tensor] = []
 
+    def _select_layers(self) -> None:
+        layers = [m for m in self._layers if m.training]
+        self._statistics = [s for m in layers for s in (m.running_mean, m.running_var) if s is not None]
+        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._begun = True
+
     @torch.no_grad()
     def start_step(self) -> None:
         """Keep the values before the step where a micro-batch or the step may have to be forgotten."""
+        if not self._begun:
+            self._select_layers()
         if (self._micro_steps > 1 or self._restorable) and self._statistics:
             self._old = [s.clone() for s in self._statistics]
             self._old_counters = [c.clone() for c in self._counters]

@@ -8,7 +8,6 @@ onnx           the whole model for batches of any size, for onnxruntime and othe
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import nn
 from dkd.atomic_files import replacing
 from dkd.errors import InputError, RunError
 from dkd.models import (
+    LogitsOnly,
     ModelSpec,
     UnknownModelError,
     WeightsError,
@@ -56,6 +56,7 @@ class Student:
         model: the model in eval mode, on the CPU; it expects normalised images (b, 3, H, W).
         image_size: pixels, the side of an image.
         mean, std: the normalisation of each channel, on the scale 0 to 1.
+        class_names: in the order of the logits; None: not known.
     """
 
     spec: ModelSpec
@@ -63,6 +64,7 @@ class Student:
     image_size: int
     mean: list[float]
     std: list[float]
+    class_names: list[str] | None = None
 
 
 class _WithNormalization(nn.Module):
@@ -73,7 +75,7 @@ class _WithNormalization(nn.Module):
 
     def __init__(self, student: Student) -> None:
         super().__init__()
-        self.model = student.model
+        self.model = LogitsOnly(student.model)
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in student.std]).view(1, 3, 1, 1))
         self.register_buffer(
             "shift", torch.tensor([-m / s for m, s in zip(student.mean, student.std, strict=True)]).view(1, 3, 1, 1)
@@ -120,7 +122,7 @@ def export_student(
         raise ExportError(f"{str(path)!r} is the run's own student: name another --output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        exported = _WithNormalization(student).eval() if normalization else student.model
+        exported = (_WithNormalization(student) if normalization else LogitsOnly(student.model)).eval()
         with replacing(path) as partial:
             write(partial, student, exported)
             difference = _largest_difference(student, exported, read(partial, student), 255.0 if normalization else 1.0)
@@ -150,7 +152,8 @@ def _read(run: Path, trust_code: bool) -> Student:
         raise WeightsError(
             f"{name!r} must hold normalization as mean and std, 3 numbers each and std above 0, not {held}"
         )
-    return Student(student_spec(description), load_student(weights, trust_code), size, mean, std)
+    model = load_student(weights, trust_code)
+    return Student(student_spec(description), model, size, mean, std, description.get("class_names"))
 
 
 def _are_channels(values: object, above: float) -> TypeGuard[list[float]]:
@@ -197,6 +200,7 @@ def _write_safetensors(path: Path, student: Student, exported: nn.Module) -> Non
         "architecture": {**vars(student.spec), "options": dict(student.spec.options)},
         "image_size": student.image_size,
         "normalization": {"mean": student.mean, "std": student.std},
+        **({} if student.class_names is None else {"class_names": student.class_names}),
     }
     tensors = {name: tensor.contiguous().clone() for name, tensor in student.model.state_dict().items()}
     save_file(tensors, path, metadata={"format": "pt", "student": json.dumps(facts)})
@@ -207,7 +211,7 @@ def _read_safetensors(path: Path, student: Student) -> Callable[[torch.Tensor], 
 
     model = build_model(student.spec)
     model.load_state_dict(load_file(path))
-    return model.eval()
+    return LogitsOnly(model.eval())
 
 
 def _write_torchvision(path: Path, student: Student, exported: nn.Module) -> None:
@@ -231,7 +235,6 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: pip install 'dkd[onnx]'")
-    argument = "images" if exported is not student.model else _first_argument(exported)
     try:
         images = torch.zeros(2, 3, student.image_size, student.image_size)
         program = torch.onnx.export(
@@ -240,7 +243,7 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
     except Exception as error:  # torch.export raises errors of many classes for a model that it cannot follow
@@ -249,11 +252,21 @@ def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
             f"torch.export cannot follow {student.spec.name!r}: {type(error).__name__}: {first[:300]}"
         ) from error
     assert program is not None
+    program.model.metadata_props.update(_onnx_metadata(student, exported))
     program.save(str(path), external_data=False)
 
 
-def _first_argument(model: nn.Module) -> str:
-    return next(iter(inspect.signature(model.forward).parameters))
+def _onnx_metadata(student: Student, exported: nn.Module) -> dict[str, str]:
+    """Return what the file states of itself, as JSON: names of the classes, and the input that it takes."""
+    inside = isinstance(exported, _WithNormalization)
+    facts = {
+        "class_names": student.class_names,
+        "image_size": student.image_size,
+        "normalization": "inside: images on the scale 0 to 255"
+        if inside
+        else {"mean": student.mean, "std": student.std},
+    }
+    return {key: json.dumps(value) for key, value in facts.items() if value is not None}
 
 
 def _read_onnx(path: Path, student: Student) -> Callable[[torch.Tensor], torch.Tensor]:

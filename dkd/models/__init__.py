@@ -4,6 +4,7 @@ This package knows nothing of losses or training.
 """
 
 from dkd.models.blocks import block_classes, blocks
+from dkd.models.heads import head_keys
 from dkd.models.inspection import (
     ModelCost,
     ModuleRow,
@@ -15,10 +16,14 @@ from dkd.models.inspection import (
     tap_dtypes,
 )
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
+from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
 from dkd.models.student_file import load_student, read_description, save_student, student_spec
-from dkd.models.tapped import TapError, TappedModel
+from dkd.models.tapped import LogitsOnly, TapError, TappedModel
 from dkd.models.weights import (
+    AS_BUILT,
+    PRETRAINED,
     Fingerprint,
+    Head,
     WeightsError,
     check_weights,
     load_weights,
@@ -27,10 +32,16 @@ from dkd.models.weights import (
 )
 
 __all__ = [
+    "AS_BUILT",
+    "PRETRAINED",
     "Fingerprint",
+    "Head",
+    "LogitsOnly",
     "ModelCost",
     "ModelSpec",
     "ModuleRow",
+    "StatedClasses",
+    "StatedInput",
     "TapError",
     "TappedModel",
     "UnknownModelError",
@@ -41,6 +52,7 @@ __all__ = [
     "build_on_meta",
     "check_training",
     "check_weights",
+    "head_keys",
     "known_names",
     "load_student",
     "load_weights",
@@ -49,6 +61,8 @@ __all__ = [
     "output_shapes",
     "read_description",
     "save_student",
+    "stated_classes",
+    "stated_input",
     "stream_weights",
     "student_spec",
     "tap_dtypes",

@@ -2,7 +2,8 @@
 
 RepDistiller and mdistiller use the same names for the tensors of their networks. dkd uses these names too, except for
 Wide ResNets, whose blocks the other projects keep one level deeper. Prefixes: DataParallel adds `module.`; mdistiller's
-files `latest` and `best` hold student and teacher, of which the student was trained.
+files `latest` and `best` hold student and teacher, of which the student was trained. A wrapper around the model, in
+the file (`_orig_mod.` of torch.compile, `model.` of Lightning) or in the user's own callable, is one more prefix.
 """
 
 from __future__ import annotations
@@ -30,7 +31,22 @@ def our_names(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
             found = {name: ours.removeprefix(prefix) for name, ours in found.items()}
         elif prefix == "student." and _holds_student_and_others(found.values()):
             found = {name: ours.removeprefix(prefix) for name, ours in found.items() if ours.startswith(prefix)}
-    return {name: _translate_wide_resnet(ours) for name, ours in found.items()}
+    return _fit_prefix({name: _translate_wide_resnet(ours) for name, ours in found.items()}, list(wanted))
+
+
+def _fit_prefix(found: dict[str, str], wanted: list[str]) -> dict[str, str]:
+    """Take away the prefixes that all names of the file have and the model's have not, or add the one that all of the
+    model's have and the file's have not."""
+    firsts = {name.partition(".")[0] for name in wanted}
+    while True:
+        heads = {ours.partition(".")[0] for ours in found.values()}
+        if len(heads) != 1 or heads <= firsts or not all("." in ours for ours in found.values()):
+            break
+        (head,) = heads
+        found = {name: ours.removeprefix(f"{head}.") for name, ours in found.items()}
+    if len(firsts) == 1 and found and not any(ours.startswith(f"{min(firsts)}.") for ours in found.values()):
+        found = {name: f"{min(firsts)}.{ours}" for name, ours in found.items()}
+    return found
 
 
 def _holds_student_and_others(names: Iterable[str]) -> bool:

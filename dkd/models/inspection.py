@@ -4,6 +4,7 @@ them, so that nothing is computed."""
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dkd.library_internals.torch import FakeTensorMode
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
-from dkd.models.tapped import TapError, TappedModel
+from dkd.models.tapped import TapError, TappedModel, feature_of
 from dkd.user_code import describe_error
 
 
@@ -41,11 +42,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@contextmanager
+def _ignored_no_ops() -> Iterator[None]:
+    """Leave out torch's warning that weights are not copied to the meta device: a model that loads its own weights
+    raises it, and is built there only for its shapes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is a no-op.*", category=UserWarning)
+        yield
+
+
 def _run_on_meta(run: Callable[[], T]) -> T:
     """Call `run` with meta tensors; for a model that cannot be built or run with them (it reads values), call `run` on
     the CPU."""
     try:
-        with torch.device("meta"), torch.no_grad():
+        with torch.device("meta"), torch.no_grad(), _ignored_no_ops():
             return run()
     except (NotImplementedError, RuntimeError, UnknownModelError):
         with torch.no_grad():
@@ -102,8 +112,9 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
     """
     with _naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
         try:
+            with _ignored_no_ops():
+                model = TappedModel(build_on_meta(spec).to("meta"), []).train()
             with torch.device("meta"):
-                model = TappedModel(build_model(spec), []).train()
                 logits, _ = model(torch.zeros(batch, 3, image_size, image_size))
                 logits.sum().backward()
         except NotImplementedError:  # a model that reads values cannot run on meta; its first step shows the error
@@ -280,7 +291,8 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
         calls: dict[str, int] = {}
 
         def note(path: str, output: object) -> None:
-            shapes[path] = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else None
+            feature = feature_of(output)
+            shapes[path] = None if feature is None else tuple(feature.shape[1:])
             calls[path] = calls.get(path, 0) + 1
 
         for path, module in model.named_modules():

@@ -3,6 +3,7 @@
 wrn_16_2, resnet8x4, ...   the CIFAR models of this package
 torchvision/resnet34       torchvision's classification models
 timm/vit_tiny_...          timm's, when it is installed
+hf/NAME-OR-FOLDER          transformers' models for image classification, by their configuration
 my_package.nets:build      your own callable, called with num_classes=... and the options
 """
 
@@ -17,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from dkd.errors import InputError
+from dkd.models.hugging_face import HuggingFaceError, is_hugging_face
+from dkd.models.hugging_face import build as build_hugging_face
 from dkd.models.zoo import (
     cifar_bottleneck,
     cifar_resnet,
@@ -44,12 +47,14 @@ class ModelSpec:
         classes: outputs of the head.
         norm: `batch` or `group`, for the CIFAR models of this package; None: the model's own.
         options: further keyword arguments of the model.
+        config: values of the configuration of a model of transformers; None: they are read from the name's place.
     """
 
     name: str
     classes: int
     norm: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
 def runs_user_code(name: str) -> bool:
@@ -93,7 +98,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     Raises:
         UnknownModelError: with the nearest names, the missing package, or the error of the model's constructor.
     """
-    builder = _find_builder(spec.name)
+    builder = _find_builder(spec)
     options = dict(spec.options)
     if spec.norm is not None:
         if spec.name not in _list_zoo():
@@ -107,6 +112,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
         options["norm"] = spec.norm
     try:
         model = builder(num_classes=spec.classes, **options)
+    except HuggingFaceError as error:
+        raise UnknownModelError(str(error)) from error
     except (Exception, SystemExit) as error:  # a model's own code may raise anything
         described = f"num_classes={spec.classes}" + (f" and options {options}" if options else "")
         raise UnknownModelError(f"{spec.name!r} cannot be built with {described}: {describe_error(error)}") from error
@@ -115,8 +122,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def _find_builder(name: str) -> Callable[..., nn.Module]:
-    zoo = _list_zoo()
+def _find_builder(spec: ModelSpec) -> Callable[..., nn.Module]:
+    name, zoo = spec.name, _list_zoo()
     if name in zoo:
         return zoo[name]
     if name.startswith("torchvision/"):
@@ -126,6 +133,8 @@ def _find_builder(name: str) -> Callable[..., nn.Module]:
         plain = name.removeprefix("torchvision/")
         if plain in known:
             return lambda **options: torchvision.models.get_model(plain, weights=None, **options)
+    elif is_hugging_face(name):
+        return lambda num_classes, **options: build_hugging_face(name, num_classes, options, spec.config)
     elif name.startswith("timm/"):
         return _find_timm_builder(name.removeprefix("timm/"))
     elif ":" in name:

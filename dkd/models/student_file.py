@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dkd.atomic_files import read_json, replace_text, replacing
+from dkd.models.hugging_face import is_hugging_face, model_config
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.weights import WeightsError, load_weights
 
@@ -30,7 +31,8 @@ def save_student(
         folder: made where it does not exist.
         spec: the architecture.
         state: the weights, by the plain model's keys.
-        facts: further entries of the JSON: normalisation, image size, metrics.
+        facts: further entries of the JSON: normalisation, image size, metrics, and `class_names`, in the order of the
+            logits, which the metadata of the weights file state too.
         name: the files' name without suffix.
 
     Returns:
@@ -43,8 +45,12 @@ def save_student(
     weights, description = folder / f"{name}.safetensors", folder / f"{name}.json"
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     architecture = {"name": spec.name, "classes": spec.classes, "norm": spec.norm, "options": dict(spec.options)}
+    if is_hugging_face(spec.name):  # the folder that the name leads to may be gone when the student is loaded
+        architecture["config"] = model_config(spec.name, spec.classes, spec.options, spec.config).to_dict()
+    names = facts.get("class_names")
+    metadata = {"format": "pt", **({} if names is None else {"class_names": json.dumps(names)})}
     with replacing(weights) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        save_file(tensors, unfinished, metadata=metadata)
     replace_text(description, json.dumps({"architecture": architecture, **facts}, indent=2) + "\n")
     return weights
 
@@ -82,6 +88,10 @@ def _find_wrong(description: Any) -> str | None:
         value = description.get(key, 0)
         if not isinstance(value, kind) or isinstance(value, bool) or not 0 <= value < 2**63:
             return f"{key} is {str(value)[:40]!r}"
+    names = description.get("class_names", [])
+    classes = description["architecture"]["classes"]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) in (0, classes)):
+        return f"class_names are not the names of {classes} classes"
     normalization = description.get("normalization")
     if normalization is not None:
         parts = [normalization.get(key) if isinstance(normalization, dict) else None for key in ("mean", "std")]
@@ -99,14 +109,16 @@ def student_spec(description: Mapping[str, Any]) -> ModelSpec:
     architecture = description["architecture"]
     name, classes = architecture["name"], architecture["classes"]
     norm, options = architecture.get("norm"), architecture.get("options") or {}
+    config = architecture.get("config")
     if not (
         isinstance(name, str)
         and isinstance(classes, int)
         and isinstance(options, dict)
         and (norm is None or isinstance(norm, str))
+        and (config is None or isinstance(config, dict))
     ):
         raise TypeError("architecture")
-    return ModelSpec(name, classes, norm, options)
+    return ModelSpec(name, classes, norm, options, config)
 
 
 def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
@@ -115,7 +127,7 @@ def load_student(path: str | Path, trust_code: bool = False) -> nn.Module:
     Args:
         path: the run directory or the file.
         trust_code: allow student.json to name a `module:callable`, which is imported and called. All other names run
-            only code of this package, torchvision and timm.
+            only code of this package, torchvision, timm and transformers.
 
     Raises:
         WeightsError: a file is missing, damaged, or does not fit the architecture.

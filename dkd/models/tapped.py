@@ -6,7 +6,7 @@ ZeRO) sees them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class TappedModel(nn.Module):
     """Wrap `model`, so that forward(images) returns (logits, {path: feature}).
 
     Args:
-        model: any module whose forward returns the logits. The model is not changed: hooks only read.
+        model: any module whose forward returns the logits, or a mapping that holds them as `logits`, as the models of
+            transformers do. The model is not changed: hooks only read.
         taps: dotted paths of submodules whose outputs are wanted, such as `layer4` or `blocks.11`.
         needs_logits: False stops the forward after the last tap, and the logits are None. In a compiled model, the rest
             is dead code, which the compiler removes.
         autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Autocast is
             inside the module, so that it is the same under every engine.
+        eval_modules: modules of `model` that stay in eval mode while the rest trains, such as frozen BatchNorm.
 
     Raises:
         TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that
@@ -42,11 +44,17 @@ class TappedModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, taps: Sequence[str], needs_logits: bool = True, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        taps: Sequence[str],
+        needs_logits: bool = True,
+        autocast: torch.dtype | None = None,
+        eval_modules: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.autocast = autocast
         self.model = model
+        self._eval_modules = tuple(eval_modules)
         self.taps = tuple(dict.fromkeys(taps))
         self.needs_logits = needs_logits or not taps
         self._fired: dict[str, list[tuple[torch.Tensor, int]]] = {}
@@ -62,13 +70,21 @@ class TappedModel(nn.Module):
         """Return the hook that reads a tap."""
 
         def read(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
+            feature = feature_of(output)
+            if feature is None:
                 raise TapError(f"{tap!r} yields {type(output).__name__}, not a tensor; tap a module inside it")
-            self._fired.setdefault(tap, []).append((output, _version(output)))
+            self._fired.setdefault(tap, []).append((feature, _version(feature)))
             if not self.needs_logits and len(self._fired) == len(self.taps) and not torch.compiler.is_compiling():
                 raise _LastTapReached
 
         return read
+
+    def train(self, mode: bool = True) -> TappedModel:
+        """Set training or eval mode, but for the modules that stay in eval mode."""
+        super().train(mode)
+        for module in self._eval_modules:
+            module.eval()
+        return self
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """Return logits (b, K) or None, and the feature of each tap, for images (b, 3, H, W). Raises TapError."""
@@ -86,6 +102,7 @@ class TappedModel(nn.Module):
                 getattr(module, "reshard", _do_nothing)()
         finally:
             fired, self._fired = self._fired, {}
+        logits = logits_in(logits)
         if logits is not None and not isinstance(logits, torch.Tensor):
             raise TapError(f"{type(self.model).__name__} returns {type(logits).__name__}, not the logits as one tensor")
         features = {}
@@ -101,6 +118,38 @@ class TappedModel(nn.Module):
                 )
             features[tap] = feature
         return (logits if self.needs_logits else None), features
+
+
+class LogitsOnly(nn.Module):
+    """Wrap a model, so that forward(images) returns the logits (b, K) alone, also for a model of transformers.
+
+    Args:
+        model: as for TappedModel.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return the logits for images (b, 3, H, W)."""
+        return logits_in(self.model(images))
+
+
+def logits_in(output: Any) -> Any:
+    """Return the logits of a model's output: the output itself, or `logits` of a mapping, as transformers' models
+    yield."""
+    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+
+
+def feature_of(output: Any) -> torch.Tensor | None:
+    """Return the feature that a module's output is or begins with: blocks of transformers' models yield tuples that
+    begin with the hidden states, or mappings that hold `last_hidden_state`. None: there is none."""
+    if isinstance(output, Mapping):
+        output = output.get("last_hidden_state")
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, torch.Tensor) else None
 
 
 def _do_nothing() -> None:

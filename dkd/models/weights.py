@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from torch import nn
 
 from dkd.errors import InputError
 from dkd.models.foreign_names import our_names
+from dkd.models.hugging_face import HuggingFaceError, is_hugging_face, pretrained_state
+from dkd.text import one_line, shorten
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 _NESTED_KEYS = ("state_dict", "model", "model_state_dict")
+
+
+AS_BUILT = "as_built"
+"""In place of weights: those that the model's own constructor has loaded."""
+PRETRAINED = "pretrained"
+"""In place of weights: those that the library of the model has for its name."""
 
 
 class WeightsError(InputError):
@@ -29,29 +38,72 @@ class WeightsError(InputError):
 
 def is_file_name(weights: str) -> bool:
     """Return whether `weights` names a file, rather than one of torchvision's weight sets."""
+    if weights in (AS_BUILT, PRETRAINED):
+        return False
     return weights.endswith(FILE_SUFFIXES) or "/" in weights or Path(weights).exists()
 
 
-def load_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Fill `model` from `weights`, which must hold every tensor of the model and no other.
+@dataclass(frozen=True)
+class Head:
+    """What becomes of a model's head, where weights were trained on other classes.
+
+    Args:
+        keys: of the head's tensors.
+        mode: `keep`: they come from the weights. `new`: they stay as the model has them. `auto`: they stay where the
+            weights have other shapes for them.
+    """
+
+    keys: Collection[str]
+    mode: str = "auto"
+
+    def stays(self, wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return the keys that the weights do not fill.
+
+        Args:
+            wanted, state: the tensors of the model and of the weights, by name.
+        """
+        differs = any(key in state and state[key].shape != wanted[key].shape for key in self.keys)
+        return list(self.keys) if self.mode == "new" or (self.mode == "auto" and differs) else []
+
+
+KEEP_HEAD = Head((), "keep")
+
+
+def load_weights(
+    model: nn.Module, name: str, weights: str, head: Head = KEEP_HEAD, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Fill `model` from `weights`, which must hold every tensor of the model and no other, but for a new head.
 
     Args:
         model: the model.
         name: the name that the model was built by.
-        weights: a file (.safetensors, or a torch file of tensors), or for `torchvision/...` models the name of a weight
-            set such as IMAGENET1K_V1, which torchvision downloads and checks.
+        weights: a file (.safetensors, or a torch file of tensors); for `torchvision/...` models the name of a weight
+            set such as IMAGENET1K_V1, which torchvision downloads and checks; `pretrained` for torchvision's default
+            set, and for what timm and transformers have for the name; or `as_built`, which leaves the model as it is.
+        head: what becomes of a head of other classes.
+        options: that the model was built with, for `pretrained`.
+
+    Returns:
+        The keys that stay as the model had them: those of a new head.
 
     Raises:
         WeightsError: the file cannot be read, or keys are missing, unexpected or of another shape.
     """
+    if weights == AS_BUILT:
+        return []
     # Old files lack BatchNorm's counters; `stream_weights` has checked that everything else is there.
     state = model.state_dict()
+    filled = set()
     with torch.no_grad():
-        for key, tensor in stream_weights(model, name, weights):
+        for key, tensor in stream_weights(model, name, weights, head, options):
             state[key].copy_(tensor)
+            filled.add(key)
+    return [key for key in head.keys if key not in filled]
 
 
-def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stream_weights(
+    model: nn.Module, name: str, weights: str, head: Head = KEEP_HEAD, options: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (key, tensor) of everything that `load_weights` would fill `model` with, one whole tensor at a time: a
     safetensors file is never in memory as a whole. The model may be on the meta device. All keys and shapes are checked
     before the first tensor is yielded. Arguments and errors as for `load_weights`."""
@@ -59,16 +111,17 @@ def stream_weights(model: nn.Module, name: str, weights: str) -> Iterator[tuple[
     if path.is_dir() and (path / "student.safetensors").is_file():
         path = path / "student.safetensors"
     if not is_file_name(weights) or path.suffix != ".safetensors":
-        state = _rename(read_file(path) if is_file_name(weights) else _download(name, weights), model)
-        _check_fit(model, name, weights, state)
-        return iter(state.items())
-    _check_fit(model, name, weights, _rename(read_file(path, device="meta"), model))
-    return _stream_safetensors(path, list(model.state_dict()))
+        found = read_file(path) if is_file_name(weights) else _download(name, weights, options or {})
+        state = _rename(found, model)
+        stays = _check_fit(model, name, weights, state, head)
+        return ((key, tensor) for key, tensor in state.items() if key not in stays)
+    stays = _check_fit(model, name, weights, _rename(read_file(path, device="meta"), model), head)
+    return _stream_safetensors(path, list(model.state_dict()), stays)
 
 
-def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream_safetensors(path: Path, wanted: list[str], stays: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        names = our_names(file.keys(), wanted)
+        names = {key: ours for key, ours in our_names(file.keys(), wanted).items() if ours not in stays}
     for key, ours in names.items():
         # The file is opened for each tensor: the parts of a mapped file that were read count as memory of the process
         # until the file is closed.
@@ -78,24 +131,38 @@ def _stream_safetensors(path: Path, wanted: list[str]) -> Iterator[tuple[str, to
         del tensor
 
 
-def check_weights(model: nn.Module, name: str, weights: str) -> None:
-    """Check whether `load_weights` would succeed, without reading or downloading tensors. Raises WeightsError."""
+def check_weights(model: nn.Module, name: str, weights: str, head: Head = KEEP_HEAD) -> None:
+    """Check whether `load_weights` would succeed, without reading or downloading tensors, as far as can be known
+    without them. Raises WeightsError."""
     if is_file_name(weights):
-        _check_fit(model, name, weights, _rename(read_file(Path(weights), device="meta"), model))
+        _check_fit(model, name, weights, _rename(read_file(Path(weights), device="meta"), model), head)
         return
-    categories = _find_weight_set(name, weights).meta.get("categories", [])
+    if weights == AS_BUILT:
+        if ":" not in name:
+            raise WeightsError(
+                f"{AS_BUILT} is for module:callable, whose code loads weights; {name!r} loads none: take {PRETRAINED}"
+            )
+        return
+    if weights == PRETRAINED and (name.startswith("timm/") or is_hugging_face(name)):
+        return  # known once the library has fetched them
+    categories = find_weight_set(name, weights).meta.get("categories", [])
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    if categories and last and last[0].out_features != len(categories):
+    if head.mode == "keep" and categories and last and last[0].out_features != len(categories):
         raise WeightsError(f"{weights!r} of {name} has {len(categories)} classes, the model {last[0].out_features}")
 
 
-def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor]) -> None:
-    wanted = model.state_dict()
+def _check_fit(
+    model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor], head: Head = KEEP_HEAD
+) -> list[str]:
+    """Return the keys that stay as the model has them. Raises WeightsError when the others do not fit."""
+    all_wanted = model.state_dict()
+    stays = head.stays(all_wanted, state)
+    wanted = {key: tensor for key, tensor in all_wanted.items() if key not in stays}
     other_shape = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     problems = []
     for title, keys in (
         ("missing", [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]),
-        ("unexpected", [key for key in state if key not in wanted]),
+        ("unexpected", [key for key in state if key not in all_wanted]),
         (
             "of another shape",
             [f"{key} {tuple(state[key].shape)} for {tuple(wanted[key].shape)}" for key in other_shape],
@@ -104,7 +171,17 @@ def _check_fit(model: nn.Module, name: str, weights: str, state: Mapping[str, to
         if keys:
             problems.append(f"{len(keys)} {title}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
     if problems:
-        raise WeightsError(f"{weights!r} does not fit {name!r}: {'; '.join(problems)}")
+        raise WeightsError(f"{weights!r} does not fit {name!r}: {'; '.join(problems)}{_advise(wanted, state, head)}")
+    return stays
+
+
+def _advise(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], head: Head) -> str:
+    """Return what helps where the head is all that does not fit, as the end of a message."""
+    wrong = {key for key in wanted if key not in state or state[key].shape != wanted[key].shape}
+    wrong |= {key for key in state if key not in wanted}
+    if head.keys and wrong <= set(head.keys):
+        return "; with student.head=new the head starts at random, and all else comes from the weights"
+    return ""
 
 
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
@@ -155,12 +232,20 @@ def _read_shapes(path: Path) -> Mapping[str, torch.Tensor]:
         return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _find_weight_set(name: str, weights: str) -> Any:
+def find_weight_set(name: str, weights: str) -> Any:
+    """Return torchvision's weight set of a model, by its name or as `pretrained`. Raises WeightsError."""
     if not name.startswith("torchvision/"):
-        raise WeightsError(f"no such file: {weights!r} (only torchvision/... models have weights by name)")
+        raise WeightsError(
+            f"no such file: {weights!r} (only torchvision/... models have weights by name; {PRETRAINED} is for "
+            "torchvision/..., timm/... and hf/... models)"
+        )
     import torchvision
 
     sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
+    if weights == PRETRAINED:
+        if not len(sets):
+            raise WeightsError(f"torchvision has no weights for {name}")
+        return sets.DEFAULT
     if weights not in sets.__members__:
         raise WeightsError(
             f"{weights!r} is neither a file nor a weight set of {name}, which has {', '.join(sets.__members__)}"
@@ -168,14 +253,35 @@ def _find_weight_set(name: str, weights: str) -> Any:
     return sets[weights]
 
 
-def _download(name: str, weights: str) -> Mapping[str, torch.Tensor]:
-    weight_set = _find_weight_set(name, weights)
+def _download(name: str, weights: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    if weights == PRETRAINED and is_hugging_face(name):
+        try:
+            return pretrained_state(name, options)
+        except HuggingFaceError as error:
+            raise WeightsError(str(error)) from error
+    if weights == PRETRAINED and name.startswith("timm/"):
+        return _timm_state(name.removeprefix("timm/"), options)
+    weight_set = find_weight_set(name, weights)
     try:
         return weight_set.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"{weights!r} of {name} could not be downloaded ({error}); fetch {weight_set.url} where there is a network "
             "and give the file's path as weights"
+        ) from error
+
+
+def _timm_state(name: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+    """Return the tensors that timm has for a name, in its cache or on the hub, with their own head. Raises
+    WeightsError."""
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True, **options).state_dict()
+    except Exception as error:  # timm, the hub's client and urllib have errors of their own
+        raise WeightsError(
+            f"timm's weights of {name!r} cannot be loaded ({shorten(one_line(error), 300)}); fetch them where there is "
+            "a network, and give the file's path as weights"
         ) from error
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch
-from dkd.data.sources import check_spec
 from dkd.launch import Launch
 from dkd.preflight.collecting import collect
-from dkd.preflight.data import image_pipeline
+from dkd.preflight.data import image_pipeline, place_problems
 from dkd.preflight.launch import launch_problems
 from dkd.preflight.models import model_problems
 from dkd.runs.directory import check_run_directory
@@ -21,6 +20,7 @@ def check(
     tensors: seconds, no memory.
 
     Args:
+        recipe: completed by `dkd.preflight.completion`.
         if_run_exists: what is to become of a run that is in `run.dir` already.
         allow_recipe_change: whether that run may be resumed with another recipe.
 
@@ -34,9 +34,7 @@ def check(
     changes: list[Problem] = []
     with collect(problems):
         changes = check_run_directory(recipe, launch, if_run_exists, allow_recipe_change)
-    for key in ("train", "validation"):
-        with collect(problems, f"data.{key}"):
-            check_spec(getattr(recipe.data, key))
+    problems += place_problems(recipe)
     problems += _tracker_problems(recipe)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:

@@ -10,6 +10,17 @@ from dkd.errors import InputError
 
 
 @contextmanager
+def input_errors_at(path: str) -> Iterator[None]:
+    """Turn an error of input into a RecipeError at a key."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except InputError as error:
+        raise RecipeError.at(path, error) from error
+
+
+@contextmanager
 def collect(problems: list[Problem], path: str = "", *expected: type[Exception]) -> Iterator[None]:
     """Make a problem at `path` of an error of input, or of the file system, or of another library that is `expected` to
     raise such errors. Any other error is a bug, and is raised."""

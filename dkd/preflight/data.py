@@ -6,58 +6,112 @@ from collections.abc import Callable
 
 import torch
 
-from dkd.build.data import build_image_pipeline, decode_into_memory, open_part
+from dkd.build.data import build_image_pipeline, decode_into_memory, open_part, open_validation_part
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline
-from dkd.data.sources import ImageSource, check_class_names, check_labels, check_spec
+from dkd.data.sources import (
+    ImageSource,
+    check_labels,
+    check_spec,
+    count_classes,
+    match_classes,
+    same_images,
+    set_aside,
+)
 from dkd.data.transforms import transforms_by_name
 from dkd.launch import Launch
 from dkd.preflight.collecting import collect
 
 
-def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSource]:
+def place_problems(recipe: Recipe) -> list[Problem]:
+    """Return what is wrong with the names of the training and validation images, as far as costs nothing to check."""
+    data, problems = recipe.data, list[Problem]()
+    for key in ("train", "validation"):
+        if isinstance(spec := getattr(data, key), str):
+            with collect(problems, f"data.{key}"):
+                check_spec(spec)
+    if isinstance(data.validation, str) and not problems and not data.allow_same_images:
+        how = same_images(data.train, data.validation)
+        if how is not None:
+            problems.append(
+                Problem(
+                    "data.validation",
+                    f"its images are training images: {how}; name other images, set some aside with "
+                    "data.validation=0.1, or allow it with data.allow_same_images=true",
+                )
+            )
+    return problems
+
+
+def count_classes_of(recipe: Recipe) -> int:
+    """Return the number of classes that the training data show. Raises RecipeError: the data cannot be opened, or their
+    labels are no class indices."""
+    problems = place_problems(recipe)
+    with collect(problems, "data.train", ValueError):
+        if not problems:
+            return count_classes(open_part(recipe.data, "train"))
+    raise RecipeError(problems)
+
+
+def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSource | None]:
     """Return training and validation images, opened and checked against the recipe; small training sets are decoded
     into memory.
+
+    Returns:
+        The validation images have the training data's class indices; None: nothing is evaluated.
 
     Raises:
         RecipeError: with every problem found.
     """
     problems: list[Problem] = []
-    opened: dict[str, ImageSource] = {}
-    pipeline = build_image_pipeline(recipe)
-    validation_key = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
-    for part, transform, key in (
-        ("train", pipeline.train, "transforms"),
-        ("validation", pipeline.validation, validation_key),
-    ):
-        with collect(problems, f"data.{part}", ValueError):  # pyarrow's errors are some
-            opened[part] = open_part(recipe.data, part)
-            check_labels(opened[part], recipe.data.classes)
-            image = _first_image(opened[part], recipe.data.on_error == "skip")
-            with collect(problems, f"data.{key}"):
-                _check_transformed(image, transform, pipeline.image_size)
-            if part == "train" and not problems:
-                opened[part] = decode_into_memory(recipe.data, opened[part], launch.local_world_size)
-            if part == "validation" and "train" in opened:
-                check_class_names(opened["train"], opened["validation"])
-    if "train" in opened and len(opened["train"]) < recipe.train.global_batch:
-        images = len(opened["train"])
+    pipeline, data = build_image_pipeline(recipe), recipe.data
+    training: ImageSource | None = None
+    validation: ImageSource | None = None
+    with collect(problems, "data.train", ValueError):  # pyarrow's errors are some
+        training = open_part(data, "train")
+        check_labels(training, classes(recipe))
+        if isinstance(data.validation, float):
+            with collect(problems, "data.validation"):
+                training, validation = set_aside(training, data.validation, recipe.run.seed)
+        _check_first(recipe, training, pipeline.train, "transforms", problems)
+        if not problems:
+            training = decode_into_memory(data, training, launch.local_world_size)
+    if isinstance(data.validation, str):
+        with collect(problems, "data.validation", ValueError):
+            validation = open_part(data, "validation")
+            if training is not None:
+                match_classes(training.class_names, validation)
+            check_labels(validation, classes(recipe))
+    if validation is not None:
+        key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"
+        with collect(problems, "data.validation", ValueError):
+            _check_first(recipe, validation, pipeline.validation, key, problems)
+    if training is not None and len(training) < recipe.train.global_batch:
         problems.append(
             Problem(
                 "train.global_batch",
-                f"{recipe.train.global_batch} is more than the {images} training images; make it smaller",
+                f"{recipe.train.global_batch} is more than the {len(training)} training images; make it smaller",
             )
         )
-    if problems:
+    if problems or training is None:
         raise RecipeError(problems)
-    return opened["train"], opened["validation"]
+    return training, validation
 
 
-def open_validation(recipe: Recipe, classes: int) -> ImageSource:
+def _check_first(recipe: Recipe, source: ImageSource, transform: Callable, key: str, problems: list[Problem]) -> None:
+    """Read the first image and transform it; what is wrong with the transform joins `problems`. Raises DataError."""
+    image = _first_image(source, recipe.data.on_error == "skip")
+    with collect(problems, f"data.{key}"):
+        _check_transformed(image, transform, build_image_pipeline(recipe).image_size)
+
+
+def open_validation(recipe: Recipe, classes: int, class_names: list[str] | None = None) -> ImageSource:
     """Return the validation images alone, checked as `open_sources` checks them.
 
     Args:
         classes: outputs of the model to be evaluated.
+        class_names: of these outputs; None: not known.
 
     Raises:
         RecipeError: with every problem found.
@@ -65,13 +119,15 @@ def open_validation(recipe: Recipe, classes: int) -> ImageSource:
     problems: list[Problem] = []
     pipeline = image_pipeline(recipe, problems)
     with collect(problems, "data.validation", ValueError):
-        check_spec(recipe.data.validation)
-        source = open_part(recipe.data, "validation")
+        check_spec(recipe.data.validation if isinstance(recipe.data.validation, str) else recipe.data.train)
+        source = open_validation_part(recipe)
+        if source is None:
+            raise DataError("is null: name the images to evaluate, such as data.validation=folder:PATH")
+        match_classes(class_names, source)
         check_labels(source, classes)
         if pipeline is not None:
-            _check_transformed(
-                _first_image(source, recipe.data.on_error == "skip"), pipeline.validation, pipeline.image_size
-            )
+            image = _first_image(source, recipe.data.on_error == "skip")
+            _check_transformed(image, pipeline.validation, pipeline.image_size)
     if problems:
         raise RecipeError(problems)
     return source

@@ -77,13 +77,13 @@ def probe(device: str, measure: Measure | None = None, capabilities: Mapping[str
     """
     if device == "cuda":
         return Hardware(device, torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False))
-    seconds = _measured(measure) if measure is not None else _measured_here(device)
-    single, half = (min(seconds[dtype].values()) for dtype in (torch.float32, torch.bfloat16))
-    speed = single / half
     if capabilities is None:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-    on_x86 = str(capabilities.get("architecture", "")).lower() in ("x86_64", "amd64")
     units = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    seconds = _measured(measure, units) if measure is not None else _measured_here(device, units)
+    single, half = (min(seconds[dtype].values()) for dtype in (torch.float32, torch.bfloat16))
+    speed = single / half
+    on_x86 = str(capabilities.get("architecture", "")).lower() in ("x86_64", "amd64")
     # The instructions may be there, and the library that convolves not use them. Without a list of instructions, the
     # clock decides alone.
     bf16 = units and speed > _NOT_EMULATED if on_x86 else speed > _FASTER
@@ -92,18 +92,23 @@ def probe(device: str, measure: Measure | None = None, capabilities: Mapping[str
 
 
 @functools.cache
-def _measured_here(device: str) -> dict[torch.dtype, dict[bool, float]]:
+def _measured_here(device: str, units: bool) -> dict[torch.dtype, dict[bool, float]]:
     """`_measured`, once in the life of this process: what it trains next meets the same hardware."""
-    return _measured(_convolution(device))
+    return _measured(_convolution(device), units)
 
 
-def _measured(measure: Measure) -> dict[torch.dtype, dict[bool, float]]:
-    """dtype -> channels_last -> the least seconds of several, taken in turn so that a busy moment meets all of them."""
+def _measured(measure: Measure, units: bool) -> dict[torch.dtype, dict[bool, float]]:
+    """dtype -> channels_last -> the least seconds of several, taken in turn so that a busy moment meets all of them.
+
+    Args:
+        units: whether the processor has units for bfloat16: then one slow measurement is the busy machine's, and all
+            are taken.
+    """
     least: dict[torch.dtype, dict[bool, float]] = {torch.float32: {}, torch.bfloat16: {}}
     for repeat in range(1 + _REPEATS):
         for dtype, formats in least.items():
             for channels_last in (True, False):
-                if formats.get(channels_last, 0.0) > 8 * min(least[torch.float32].values(), default=1e9):
+                if not units and repeat > 0 and formats[channels_last] > 8 * min(least[torch.float32].values()):
                     continue  # emulated, beyond doubt: no need to wait for it again
                 seconds = measure(dtype, channels_last)
                 if repeat <= 1 or seconds < formats[channels_last]:  # the first of each sets things up

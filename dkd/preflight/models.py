@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dkd.build.models import student_spec, teacher_spec
+from dkd.build.models import frozen_modules, student_head, student_spec, teacher_spec
 from dkd.build.objective import custom_loss
-from dkd.config import Problem, Recipe
+from dkd.config import Problem, Recipe, RecipeError
 from dkd.losses.attention_transfer import token_grid
-from dkd.models import TapError, build_on_meta, check_training, check_weights, output_shapes
-from dkd.preflight.collecting import collect
+from dkd.models import Head, TapError, build_on_meta, check_training, check_weights, output_shapes, stated_classes
+from dkd.preflight.collecting import collect, input_errors_at
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -56,6 +56,8 @@ def _shapes(
             logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
             check_training(spec, micro_batch, image_size)
+            with collect(problems, "student.freeze"):
+                frozen_modules(build_on_meta(spec), recipe.student.freeze)
     if len(problems) > found:
         return None
     if logits != (spec.classes,):
@@ -66,7 +68,8 @@ def _shapes(
         )
     if with_weights and section.weights not in (None, "random"):
         with collect(problems, f"{role}.weights"):
-            check_weights(build_on_meta(spec), spec.name, section.weights)
+            head = student_head(recipe) if role == "student" else Head((), "keep")
+            check_weights(build_on_meta(spec), spec.name, section.weights, head)
     if shapes is None:
         shapes = {}
         for path, tap in taps:
@@ -74,6 +77,71 @@ def _shapes(
                 with collect(problems, path):
                     shapes[tap] = output_shapes(spec, [tap], image_size)[1][tap]
     return shapes
+
+
+def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str]:
+    """Compare the classes that the teacher's weights state with those of the data, where a loss learns from its logits.
+
+    Args:
+        class_names: of the data; None: they name none.
+
+    Returns:
+        A line to report where the two cannot be compared.
+
+    Raises:
+        RecipeError: they are other classes, or in another order.
+    """
+    teacher = recipe.teacher
+    if (
+        teacher is None
+        or not recipe.losses.needs_teacher_logits
+        or class_names is None
+        or not teacher.check_class_names
+    ):
+        return []
+    with input_errors_at("teacher.weights"):
+        stated = stated_classes(teacher.name, teacher.weights)
+    if stated is None or stated.names == class_names:
+        return []
+    same, moved = _places(stated.names, class_names)
+    # Other sources describe the same classes in words of their own: ImageNet's have lists of synonyms.
+    if not stated.by_dkd and same >= moved and (same or moved) and set(stated.names) != set(class_names):
+        return []
+    if not stated.by_dkd and not same and not moved:
+        return [
+            f"note: the teacher's classes ({_begin(stated.names)}) and the data's ({_begin(class_names)}) have no name "
+            "in common; they are taken to be the same ones, in the same order"
+        ]
+    different = [i for i, (a, b) in enumerate(zip(stated.names, class_names, strict=False)) if a != b]
+    place = different[0] if different else min(len(stated.names), len(class_names))
+    theirs, ours = (names[place] if place < len(names) else "no class" for names in (stated.names, class_names))
+    what = "the same classes in another order" if set(stated.names) == set(class_names) else "other classes"
+    raise RecipeError.at(
+        "teacher.weights",
+        f"were trained on {what}: logit {place} is {theirs!r} there and {ours!r} in the data, and "
+        f"losses.{recipe.losses.needs_teacher_logits[0]} compares logits by place; take a teacher of these classes, or "
+        "give teacher.check_class_names=false where only the names differ",
+    )
+
+
+def _places(stated: list[str], names: list[str]) -> tuple[int, int]:
+    """Count the classes whose names are at the same place of both lists, and those that are at another one. A name may
+    be a list of synonyms with commas between them."""
+    places: dict[str, set[int]] = {}
+    for place, name in enumerate(names):
+        for word in _synonyms(name):
+            places.setdefault(word, set()).add(place)
+    found = [set().union(*(places.get(word, set()) for word in _synonyms(name))) for name in stated]
+    same = sum(place in candidates for place, candidates in enumerate(found))
+    return same, sum(bool(candidates) for candidates in found) - same
+
+
+def _synonyms(name: str) -> set[str]:
+    return {word.strip().lower() for word in name.split(",")}
+
+
+def _begin(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Problem]:

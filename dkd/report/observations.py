@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dkd.build.data import build_image_pipeline, open_part, teacher_normalize
+from dkd.build.data import build_image_pipeline, open_validation_part, teacher_normalize
+from dkd.build.models import load_teacher_weights, teacher_spec
 from dkd.build.models import pairs as loss_pairs
-from dkd.build.models import teacher_spec
 from dkd.config import Recipe
+from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline, ImageSource, Normalize
-from dkd.data.sources import runs_user_code
+from dkd.data.sources import match_classes, runs_user_code
 from dkd.data.transforms import BatchTransform
 from dkd.losses.attention_transfer import attention_map, token_grid
 from dkd.models import (
@@ -26,7 +27,6 @@ from dkd.models import (
     WeightsError,
     build_model,
     load_student,
-    load_weights,
     read_description,
     student_spec,
 )
@@ -106,8 +106,9 @@ def observe(
         )
     recipe = _with_taps(run, others, notes)
     try:
-        images = _open_images(recipe, count, trust_code, notes)
-        spec = student_spec(read_description(run.weights))
+        description = read_description(run.weights)
+        spec = student_spec(description)
+        images = _open_images(recipe, count, trust_code, description.get("class_names"), notes)
         student = load_student(run.weights, trust_code)
     except (DataError, UnknownModelError, WeightsError, OSError) as error:
         return Observation(notes=[*notes, f"no pictures of features: {error}"])
@@ -123,7 +124,7 @@ def observe(
         if own is None:
             return Observation(notes=notes)
     labels = images.source.labels
-    names = images.source.class_names or [str(label) for label in range(recipe.data.classes)]
+    names = images.source.class_names or [str(label) for label in range(classes(recipe))]
     shown = np.concatenate([batch.numpy() for batch in images.read(images.shown)])
     return Observation(pairs, shown, labels[images.shown], labels[images.classified], names, own, teacher, notes)
 
@@ -152,14 +153,23 @@ class _Images:
                 yield torch.stack([transform(image) for image in decoded])
 
 
-def _open_images(recipe: Recipe, count: int | None, trust_code: bool, notes: list[str]) -> _Images:
-    """Open the validation images and choose those to show and to classify. Raises DataError."""
-    if runs_user_code(recipe.data.validation) and not trust_code:
-        raise DataError(
-            f"data.validation={recipe.data.validation!r} is code to be imported; allow it with --trust-code"
-        )
-    source = open_part(recipe.data, "validation")
-    wanted = count or max(2000, 20 * recipe.data.classes)
+def _open_images(
+    recipe: Recipe, count: int | None, trust_code: bool, names: list[str] | None, notes: list[str]
+) -> _Images:
+    """Open the validation images and choose those to show and to classify. Raises DataError.
+
+    Args:
+        names: of the student's classes; None: not known.
+    """
+    data = recipe.data
+    place = data.validation if isinstance(data.validation, str) else data.train
+    if runs_user_code(place) and not trust_code:
+        raise DataError(f"{place!r} is code to be imported; allow it with --trust-code")
+    source = open_validation_part(recipe)
+    if source is None:
+        raise DataError("the run has no validation images")
+    match_classes(names, source)
+    wanted = count or max(2000, 20 * classes(recipe))
     shown, classified = (_select_readable(source, chosen, recipe, notes) for chosen in _choose(source, wanted))
     return _Images(source, build_image_pipeline(recipe), shown, classified)
 
@@ -173,7 +183,7 @@ def _view_teacher(recipe: Recipe, taps: list[str], images: _Images, trust_code: 
     model = build_model(spec)
     if section.weights == "random":
         raise WeightsError("the teacher's weights were random")
-    load_weights(model, section.name, section.weights)
+    load_teacher_weights(model, section)
     normalize = teacher_normalize(recipe, images.pipeline.normalize)
     return _view_model(spec, model, taps, images, normalize, section.input_size, recipe, notes)
 
@@ -217,7 +227,7 @@ def _view_model(
             parts[tap].append(feature.float().cpu())
     class_tokens = recipe.losses.at.class_tokens if recipe.losses.at else None
     found = {tap: torch.cat(features) for tap, features in parts.items() if features}
-    return _summarize(spec.name, spec.classes == recipe.data.classes, predictions, found, class_tokens, notes)
+    return _summarize(spec.name, spec.classes == classes(recipe), predictions, found, class_tokens, notes)
 
 
 def _with_taps(run: RunFiles, others: Sequence[RunFiles], notes: list[str]) -> Recipe:

@@ -26,9 +26,11 @@ from dkd.engines.ema import WeightAverage
 from dkd.engines.opening import open_engine
 from dkd.launch import Launch
 from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
+from dkd.preflight.completion import compare_student, complete
 from dkd.preflight.data import open_sources
 from dkd.preflight.hardware import settle
 from dkd.preflight.launch import launch_problems
+from dkd.preflight.models import check_class_order
 from dkd.runs.directory import RunDirectory
 from dkd.runs.launches import IfRunExists
 from dkd.runs.logger import RunLogger
@@ -60,6 +62,8 @@ class Components:
     checkpointer: Checkpointer
     facts: Mapping[str, Any]
     """What this run cannot change without being another run."""
+    notes: list[str] = field(default_factory=list)
+    """Lines to report at the start."""
     state: TrainState = field(default_factory=TrainState)
     learning_rate: Callable[[int], float] = field(init=False)
     """The learning rate of each step."""
@@ -116,7 +120,7 @@ class Components:
             self.log,
             state,
             self.facts,
-            describe_input(self.data.pipeline),
+            describe_input(self.data.pipeline, self.data.class_names),
             schedule.total_steps,
             self.stopping,
         )
@@ -124,7 +128,7 @@ class Components:
     def report_start(self, training: ImageSource) -> None:
         """Report how this start began, and what is about to be trained."""
         lines = summarize(self.recipe, self.launch, self.data, training, self.schedule, self.engine, self.step.teacher)
-        for line in (*self.state.notes, *lines):
+        for line in (*self.state.notes, *lines, *self.notes):
             self.log.say(line)
 
 
@@ -133,7 +137,9 @@ def build_components(
 ) -> Components:
     """Open data, process group and engine; build models and losses; resume the run, or start it. A collective.
     Arguments and errors as `Trainer.from_recipe`."""
+    recipe, completed = complete(recipe)
     training, validation = open_sources(recipe, launch)
+    completed += [*compare_student(recipe), *check_class_order(recipe, training.class_names)]
     run_dir = RunDirectory(recipe.run.dir, writes=False)
     # The first thing that the ranks of a start do together.
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
@@ -151,7 +157,7 @@ def build_components(
             on_failure.callback(run_dir.close)
             on_failure.callback(heartbeat.close)
             parts.resume(if_run_exists, allow_recipe_change)
-            parts.state.notes.extend(notes)
+            parts.notes = [*notes, *completed, *parts.notes]
             parts.open_log()
             parts.report_start(training)
             on_failure.pop_all()
@@ -165,15 +171,15 @@ def _build(
     heartbeat: Heartbeat,
     run_dir: RunDirectory,
     training: ImageSource,
-    validation: ImageSource,
+    validation: ImageSource | None,
 ) -> Components:
     """Build everything that is there before the run directory is claimed. A collective."""
     arithmetic = Arithmetic.of(recipe)
     pin = engine.device.type == "cuda"
     data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
-    check_same_data(data.facts, data_facts(validation))
+    check_same_data(data.facts, {} if validation is None else data_facts(validation))
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
-    step, average = build_step(recipe, engine, arithmetic, data, schedule, launch)
+    step, average, notes = build_step(recipe, engine, arithmetic, data, schedule, launch)
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -195,6 +201,7 @@ def _build(
         run_dir=run_dir,
         checkpointer=checkpointer,
         facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
+        notes=notes,
     )
 
 
@@ -205,14 +212,14 @@ def build_step(
     data: DataParts,
     schedule: RunSchedule,
     launch: Launch,
-) -> tuple[DistillationStep, WeightAverage | None]:
+) -> tuple[DistillationStep, WeightAverage | None, list[str]]:
     """Build student, teacher and objective, and give the student to the engine. A collective.
 
     Returns:
-        What a step computes, and the moving average of the student's weights.
+        What a step computes, the moving average of the student's weights, and lines to report.
     """
     train = recipe.train
-    student, teacher = build_models(recipe, launch, arithmetic, engine.device)
+    student, teacher, notes = build_models(recipe, launch, arithmetic, engine.device)
     check_same_teacher(teacher.fingerprint if teacher is not None else "")
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
     if teacher is not None and train.compile.teacher:
@@ -235,4 +242,4 @@ def build_step(
         seed=recipe.run.seed,
         may_skip=train.skip_nonfinite > 0 or engine.leaves_out_updates,
     )
-    return step, average
+    return step, average, notes

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dkd import console
 from dkd.config import Recipe, load_recipe
 from dkd.config.loading import build_recipe
 from dkd.distributed.process_group import abandon_process_group, announces_refusals, kept_timeouts
@@ -19,6 +20,7 @@ from dkd.errors import RunError, Stopped, TrainingError
 from dkd.launch import Launch
 from dkd.library_internals.accelerate import fresh_settings
 from dkd.preflight.check import check
+from dkd.preflight.completion import complete
 from dkd.preflight.refusals import input_errors_as_recipe_errors, refused_on_all_ranks
 from dkd.runs.launches import IfRunExists
 from dkd.training.evaluate_student import StudentEvaluation, evaluate_student
@@ -81,7 +83,10 @@ def train(
         resolved = resolve(recipe, overrides)
     with process_group_of_its_own():
         with announces_refusals(launch), input_errors_as_recipe_errors():
+            resolved, completed = complete(resolved)
             check(resolved, launch, if_run_exists, allow_recipe_change)
+            for line in completed:
+                console.say_on_first_rank(line)
             trainer = Trainer.from_recipe(resolved, launch, if_run_exists, allow_recipe_change)
         result = trainer.fit()
         return TrainResult(trainer.parts.run_dir.path, trainer.state.step, result)

@@ -112,7 +112,7 @@ def evaluate_student(
     _check(recipe, trust_code)
     if predictions is not None and launch.is_main:
         check_destination(Path(predictions), overwrite)
-    validation = open_validation(recipe, spec.classes)
+    validation = open_validation(recipe, spec.classes, description.get("class_names"))
 
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
     recipe, notes = settle(recipe, launch)
@@ -125,7 +125,9 @@ def evaluate_student(
     names = description.get("class_names") or validation.class_names
     result, problem = models.evaluate(batches, names)
     written = None if predictions is None else Path(predictions)
-    return StudentEvaluation(weights, spec.name, recipe.data.validation, result, tuple(notes), names, written, problem)
+    return StudentEvaluation(
+        weights, spec.name, str(recipe.data.validation), result, tuple(notes), names, written, problem
+    )
 
 
 def _open_batches(recipe: Recipe, validation: ImageSource, launch: Launch) -> EvaluationLoader:
@@ -230,10 +232,11 @@ def _load(weights: Path, trust_code: bool) -> tuple[dict[str, Any], ModelSpec, n
 
 def _check(recipe: Recipe, trust_code: bool) -> None:
     """Check that code that the recipe names may run, and that the teacher can be had. Raises RecipeError."""
-    data, teacher = recipe.data.validation, recipe.teacher
+    data, teacher = recipe.data, recipe.teacher
     allow = "is code to be imported and run; allow it with --trust-code"
-    if runs_user_code(data) and not trust_code:
-        raise RecipeError.at("data.validation", f"{data!r} {allow}")
+    place = data.train if isinstance(data.validation, float) else str(data.validation)
+    if runs_user_code(place) and not trust_code:
+        raise RecipeError.at("data.validation", f"{place!r} {allow}")
     if teacher is None:
         return
     if names_user_code(teacher.name) and not trust_code:

@@ -186,7 +186,7 @@ class Predictions:
             scores = b"".join(self._read_at(int(index)) for index in indices)
             offsets = np.arange(0, (len(indices) + 1) * self._classes, self._classes, dtype=np.int32)
             columns: dict[str, Any] = {
-                "path": pa.array([getattr(self._source, "name_of", str)(int(index)) for index in indices], pa.string()),
+                "path": pa.array([self._source.name_of(int(index)) for index in indices], pa.string()),
                 "label": pa.array(labels, pa.int64()),
                 "prediction": pa.array(predicted, pa.int64()),
                 "scores": pa.ListArray.from_arrays(offsets, np.frombuffer(scores, dtype=np.float32)),

@@ -252,7 +252,7 @@ class Trainer:
             parts.step.student.train()
         if result is not None:
             parts.checkpointer.evaluations[step] = result.top1
-            seconds, names = time.monotonic() - begun, getattr(parts.data, "class_names", None)
+            seconds, names = time.monotonic() - begun, parts.data.class_names
             parts.stopping.judge(step, result)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
         return result

@@ -73,6 +73,12 @@ def test_an_emulation_is_not_waited_for_again_and_again():
     assert measure.calls.count(torch.bfloat16) == 2  # once in each memory format
 
 
+def test_a_slow_first_moment_does_not_decide_where_there_are_units():
+    milliseconds = {torch.float32: iter([5.0] * 99), torch.bfloat16: iter([900.0] * 4 + [3.0] * 99)}
+    found = probe("cpu", lambda dtype, last: next(milliseconds[dtype]), AVX512_BF16)
+    assert choose([found]).precision == "bf16"
+
+
 def test_the_memory_format_is_no_matter_of_the_clock():
     """A busy machine would choose otherwise now and then, and the same command be another training in its last bits."""
     for hardware_ in (FAST, SLOW, GPU, OLD_GPU):

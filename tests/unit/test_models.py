@@ -146,7 +146,8 @@ def test_timm_is_optional():
             build_model(ModelSpec("timm/resnet18", 10))
     else:
         name = f"timm/{timm.list_models('resnet18')[0]}"
-        assert TappedModel(build_model(ModelSpec(name, 10)), ["layer1"])(torch.ones(1, 3, 32, 32))[0].shape == (1, 10)
+        model = TappedModel(build_model(ModelSpec(name, 10)), ["layer1"]).eval()
+        assert model(torch.ones(1, 3, 32, 32))[0].shape == (1, 10)
 
 
 def test_a_users_callable_is_a_model():

@@ -14,7 +14,7 @@ from dkd.data import (
     in_memory,
     open_source,
 )
-from dkd.data.sources import check_class_names, check_labels, to_rgb_tensor
+from dkd.data.sources import check_labels, match_classes, to_rgb_tensor
 
 
 def test_a_saved_data_set_and_tar_files_are_sources_too(tmp_path):
@@ -89,9 +89,11 @@ def test_the_same_label_must_mean_the_same_class(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / part / name / "1.png")
     train, validation = (open_source(f"folder:{tmp_path / part}", training=True) for part in ("train", "validation"))
-    check_class_names(train, train)
-    with pytest.raises(DataError, match="label 0 is 'cat' in the training data and 'dog' here"):
-        check_class_names(train, validation)
+    match_classes(train.class_names, validation)
+    assert validation.labels.tolist() == [1, 2]
+    assert validation.class_names == ["cat", "dog", "fish"]
+    with pytest.raises(DataError, match="names classes that the training data do not have: cat"):
+        match_classes(["dog", "fish"], train)
 
 
 def test_postscript_is_not_an_image(tmp_path):

@@ -24,6 +24,7 @@ from dkd.global_batch.collectives import all_gather_objects
 from dkd.launch import Launch
 from dkd.preflight import hardware
 from dkd.preflight.check import check
+from dkd.preflight.completion import complete
 from dkd.text import first_line
 
 
@@ -43,6 +44,7 @@ def check_launch(recipe: Recipe | None, launch: Launch, seconds: float = 50.0) -
     with _TimeLimit(launch.rank, seconds) as limit:
         with process_group.announces_refusals(launch):
             if recipe is not None:
+                recipe, _ = complete(recipe)
                 check(recipe, launch, allow_recipe_change=True)
         on_cpu = device_type(launch.asks_for_cpu) == "cpu"
         limit.phase = "waiting for all ranks"

@@ -37,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
 
     from dkd.commands.plan.plan import plan
     from dkd.commands.plan.text import describe
+    from dkd.preflight.completion import complete
 
+    recipe, _ = complete(recipe)
     console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
     return 0
 
@@ -48,6 +50,6 @@ COMMAND = Command(
     _EXAMPLES,
     add_arguments,
     run,
-    "Print what a recipe would send between ranks, hold and compute on a cluster. Opens neither data nor weights, and "
-    f"needs no GPU. {IMPORTS_CODE}",
+    "Print what a recipe would send between ranks, hold and compute on a cluster. Opens neither data (but to "
+    f"count classes, where data.classes is left out) nor weights, and needs no GPU. {IMPORTS_CODE}",
 )

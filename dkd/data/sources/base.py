@@ -37,6 +37,10 @@ class ImageSource(Protocol):
         """Return the indices of images that cost little to read once image `index` has been read."""
         ...
 
+    def name_of(self, index: int) -> str:
+        """Return what people find an image by: its path where it has one, else its index."""
+        ...
+
 
 class IndexedSource:
     """Read each image by its index. A subclass sets `labels` and defines `image`."""
@@ -58,3 +62,7 @@ class IndexedSource:
     def neighbours(self, index: int) -> range:
         """Return all indices: each image costs the same."""
         return range(len(self))
+
+    def name_of(self, index: int) -> str:
+        """Return the image's index, for sources whose images have no names."""
+        return str(index)

@@ -47,6 +47,9 @@ class ImageFolder(IndexedSource):
         with naming_errors(path):
             return decode_pixels(read_file(path))
 
+    def name_of(self, index: int) -> str:
+        return str(self.paths[index].as_py())
+
 
 def _list_classes(path: str) -> dict[str, list[str]]:
     """List the folders in `path`, sorted by name, each with the paths of its images. Links are followed, except to a

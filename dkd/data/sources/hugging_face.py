@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from dkd.data.sources.base import DataError, ImageSource, IndexedSource
 from dkd.data.sources.decoding import decode_cell
+from dkd.data.sources.labels import encode_labels
 from dkd.user_code import describe_error
 
 
@@ -39,9 +40,10 @@ class HuggingFaceSource(IndexedSource):
         # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
         images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
         self.dataset = images.cast_column(self.image_column, ImageFeature(decode=False))
-        self.class_names = getattr(dataset.features[self.label_column], "names", None)
+        named = getattr(dataset.features[self.label_column], "names", None)
         labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
-        self.labels = whole_labels(labels, name, self.label_column)
+        self.labels, self.class_names = encode_labels(labels, name, self.label_column, named)
+        check_text_labels(len(self.labels), self.class_names, name, self.label_column, asked=label_column is not None)
 
     def image(self, index: int) -> torch.Tensor:
         return decode_cell(self.name, index, self.dataset[index][self.image_column], self._folder)
@@ -53,17 +55,26 @@ class HuggingFaceSource(IndexedSource):
                 yield decode_cell(self.name, index, encoded, self._folder)
                 index += 1
 
+    def name_of(self, index: int) -> str:
+        path = (self.dataset[index][self.image_column] or {}).get("path")
+        return str(path or index)
 
-def whole_labels(labels: Any, name: str, column: str) -> np.ndarray:
-    """Return int64 (N,) from an Arrow column of whole numbers. Raises DataError for a label that is null.
+
+def check_text_labels(rows: int, class_names: list[str] | None, name: str, column: str, asked: bool) -> None:
+    """Refuse a column of text in which every row has another text, unless the recipe asks for that column: it holds
+    file names or captions. Raises DataError.
 
     Args:
-        labels: the Arrow column.
-        name, column: the data set and the column, for the error's message.
+        rows: number of images.
+        class_names: the different texts.
+        name, column: the data set and the column.
+        asked: whether the recipe names the column.
     """
-    if labels.null_count:
-        raise DataError(f"{name}: {labels.null_count} labels of column {column!r} are null")
-    return labels.to_numpy().astype(np.int64)
+    if class_names is not None and not asked and 2 < rows == len(class_names):
+        raise DataError(
+            f"{name}: column {column!r}, the only one that could hold labels, has another text in each of {rows} rows; "
+            "set data.label_column to the column of the labels"
+        )
 
 
 def image_and_label_columns(
@@ -71,12 +82,15 @@ def image_and_label_columns(
 ) -> tuple[str, str]:
     """Return the names of the image column and the label column: those asked for, or the only ones whose types fit.
     Raises DataError."""
-    image = _select_column(features, name, "image_column", image_column, _is_image)
-    return image, _select_column(features, name, "label_column", label_column, _is_label)
+    image = _select_column(features, name, "image_column", image_column, [_is_image])
+    return image, _select_column(features, name, "label_column", label_column, [_is_label, _is_text])
 
 
-def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str | None, fits: Any) -> str:
-    candidates = [column for column, feature in features.items() if fits(feature)]
+def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str | None, kinds: list[Any]) -> str:
+    """Return the column that was asked for, or the only one of the first kind that any column is of."""
+    by_kind = [[column for column, feature in features.items() if fits(feature)] for fits in kinds]
+    of_any = [column for columns in by_kind for column in columns]
+    candidates = of_any if asked is not None else next(filter(None, by_kind), [])
     if asked is not None and asked not in candidates:
         raise DataError(
             f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: "
@@ -104,10 +118,25 @@ def _is_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or whole_numbers
 
 
-def open_saved(path: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
-    """Open what `save_to_disk` of `datasets` wrote to a folder. Raises DataError."""
+def _is_text(feature: Any) -> bool:
+    from datasets import Value
+
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def saved_place(rest: str) -> tuple[str, str | None]:
+    """Split PATH[:SPLIT] into the folder and the split; None: no split is named. A folder whose own name has a colon
+    stays one."""
+    path, colon, split = rest.rpartition(":")
+    return (path, split) if colon and split and not os.path.isdir(rest) else (rest, None)
+
+
+def open_saved(rest: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+    """Open what `save_to_disk` of `datasets` wrote to a folder, PATH[:SPLIT]. A split that is left out is `train` or
+    `validation`. Raises DataError."""
     from datasets import DatasetDict, load_from_disk
 
+    path, asked = saved_place(rest)
     try:
         dataset = load_from_disk(path)
     except (OSError, ValueError) as error:
@@ -115,10 +144,12 @@ def open_saved(path: str, training: bool, image_column: str | None, label_column
     except Exception as error:  # raised for the folder's JSON files, where they hold something else
         raise DataError(f"disk:{path} is no data set that `datasets` saved: {describe_error(error)}") from error
     if isinstance(dataset, DatasetDict):
-        split = "train" if training else "validation"
+        split = asked or ("train" if training else "validation")
         if split not in dataset:
-            raise DataError(f"disk:{path} has no split {split!r}, but {', '.join(dataset)}; write disk:{path}/SPLIT")
+            raise DataError(f"disk:{path} has no split {split!r}, but {', '.join(dataset)}; write disk:{path}:SPLIT")
         dataset = dataset[split]
+    elif asked is not None:
+        raise DataError(f"disk:{path} holds one data set, without splits such as {asked!r}; write disk:{path}")
     return HuggingFaceSource(dataset, f"disk:{path}", image_column, label_column, path)
 
 

@@ -8,7 +8,7 @@ from dkd.data.sources.base import DataError, ImageSource
 from dkd.data.sources.data_files import matching_files, open_data_files
 from dkd.data.sources.digits import Digits
 from dkd.data.sources.folder import ImageFolder
-from dkd.data.sources.hugging_face import open_from_hub, open_saved
+from dkd.data.sources.hugging_face import open_from_hub, open_saved, saved_place
 from dkd.data.sources.torchvision import TorchvisionSource
 from dkd.data.sources.user_data import UserSource
 
@@ -50,8 +50,48 @@ def check_spec(spec: str) -> None:
     kind, rest = split_spec(spec)
     if kind in ("parquet", "webdataset"):
         matching_files(rest)
-    if kind in ("folder", "disk") and not os.path.isdir(rest):
-        raise DataError(f"no such folder: {rest!r}")
+    folder = saved_place(rest)[0] if kind == "disk" else rest
+    if kind in ("folder", "disk") and not os.path.isdir(folder):
+        raise DataError(f"no such folder: {folder!r}")
+
+
+def same_images(training: str, validation: str) -> str | None:
+    """Return in which way two names lead to the same images, or None where they do not, as far as the names show.
+    `digits`, torchvision's data sets and the user's own code have parts of their own."""
+    kind, rest = split_spec(training)
+    other_kind, other = split_spec(validation)
+    if kind != other_kind or kind in ("digits", "torchvision", "python"):
+        return None
+    if kind == "hub":
+        return f"both are hub:{rest}" if _named_split(rest, True) == _named_split(other, False) else None
+    if kind == "disk":
+        return _same_saved(saved_place(rest), saved_place(other))
+    if kind == "folder":
+        here, there = (os.path.realpath(path) for path in (rest, other))
+        if here == there:
+            return f"both are {rest!r}"
+        inside = {os.path.commonpath([here, there])} & {here, there}
+        return f"{rest!r} and {other!r} lie one in the other" if inside else None
+    shared = {os.path.realpath(file) for file in matching_files(rest)} & {
+        os.path.realpath(file) for file in matching_files(other)
+    }
+    return f"both have the file {min(shared)!r}" if shared else None
+
+
+def _named_split(name: str, training: bool) -> tuple[str, str]:
+    name, _, split = name.partition(":")
+    return name, split or ("train" if training else "validation")
+
+
+def _same_saved(training: tuple[str, str | None], validation: tuple[str, str | None]) -> str | None:
+    """Compare two places of saved data sets, (folder, split). A folder of splits has the parts `train` and
+    `validation`; one without has one part."""
+    (here, split), (there, other) = training, validation
+    if os.path.realpath(here) != os.path.realpath(there):
+        return None
+    if os.path.isfile(os.path.join(here, "dataset_dict.json")):
+        split, other = split or "train", other or "validation"
+    return f"both are disk:{here}" if split == other else None
 
 
 def split_spec(spec: str) -> tuple[str, str]:

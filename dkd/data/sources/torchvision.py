@@ -32,10 +32,20 @@ class TorchvisionSource(IndexedSource):
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
         self.dataset, self.name = dataset, f"torchvision:{name}"
         self.labels = np.asarray(np.asarray(labels).tolist(), dtype=np.int64)
+        self.class_names = _read_names(dataset, int(self.labels.max(initial=0)))
 
     def image(self, index: int) -> torch.Tensor:
         with naming_errors(f"{self.name}: image {index}"):
             return to_rgb_tensor(self.dataset[index][0])
+
+
+def _read_names(dataset: Any, largest_label: int) -> list[str] | None:
+    """Return the names of the classes, or None where the data set has none that fit its labels. ImageNet's are tuples
+    of synonyms."""
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, list | tuple) or len(names) <= largest_label:
+        return None
+    return [", ".join(map(str, name)) if isinstance(name, list | tuple) else str(name) for name in names]
 
 
 def _open_part(name: str, training: bool, root: str) -> Any:

@@ -73,7 +73,7 @@ def train(folder, case):
     name = name_of(case)
     if "images" in case:
         path = trainer_cases.images_on_disk(folder, "few.parquet", case["images"])
-        changes["data"] = {**changes.get("data", {}), "train": path, "validation": path}
+        changes["data"] = {**changes.get("data", {}), "train": path, "validation": path, "allow_same_images": True}
     recipe = trainer_cases.recipe_of(folder, name, changes)
     with launched_as(case["engine"]):
         launch = Launch.read()
@@ -247,7 +247,7 @@ def modes_of_the_student(folder, engine):
     with launched_as(engine):
         path = trainer_cases.images_on_disk(folder, "few.parquet", 96)
         changes = {"student": {"norm": "batch"}, "train": {"epochs": 3, "max_steps": None, "precision": "fp32"}}
-        changes["data"] = {"train": path, "validation": path}
+        changes["data"] = {"train": path, "validation": path, "allow_same_images": True}
         recipe = trainer_cases.recipe_of(folder, f"modes_{engine}", {**changes, "losses": {"sp": None}})
         launch = Launch.read()
         check(recipe, launch)

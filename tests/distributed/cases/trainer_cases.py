@@ -439,7 +439,15 @@ def an_image_of_another_size_ends_all_ranks(folder):
         "image_size": 16,
     }
     normal = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    data = {"train": path, "validation": path, "workers": 0, "in_memory": False, **transforms, **normal}
+    data = {
+        "train": path,
+        "validation": path,
+        "allow_same_images": True,
+        "workers": 0,
+        "in_memory": False,
+        **transforms,
+        **normal,
+    }
     changes = {
         "data": data,
         "losses": {"sp": None, "kd": None},
@@ -476,14 +484,18 @@ def features_of_another_shape_on_one_rank_end_all_ranks(folder):
 
 def unreadable_images_are_replaced(folder):
     path = images_on_disk(folder, "three broken.parquet", 96, broken=UNREADABLE)
-    data = {"train": path, "validation": path, "on_error": "skip", "workers": 1}
+    data = {"train": path, "validation": path, "allow_same_images": True, "on_error": "skip", "workers": 1}
     return train(folder, "skip", {"data": data, "train": {"epochs": 2, "max_steps": 6}})
 
 
 def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
     path = images_on_disk(folder, "one broken.parquet", 96, broken=UNREADABLE[:1])
     try:
-        train(folder, "broken validation", {"data": {"validation": path}, "train": {"max_steps": 1}})
+        train(
+            folder,
+            "broken validation",
+            {"data": {"validation": path, "allow_same_images": True}, "train": {"max_steps": 1}},
+        )
     except TrainingError as error:
         return str(error)
     return "no error"

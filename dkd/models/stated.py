@@ -1,0 +1,124 @@
+"""Read what weights state of themselves: the input that they were trained on, and the names of their classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dkd.atomic_files import read_json
+from dkd.models import hugging_face
+from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, is_file_name
+
+TORCHVISION, TIMM = "torchvision/", "timm/"
+
+
+@dataclass(frozen=True)
+class StatedInput:
+    """The images that a model was trained on.
+
+    Args:
+        mean, std: of the three channels, on values from 0 to 1.
+        size: side in pixels, where the model takes no other; None: the model takes other sizes.
+        source: who states it, in words.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class StatedClasses:
+    """The classes that weights were trained on.
+
+    Args:
+        names: in the order of the logits.
+        by_dkd: whether dkd has written them from the data of a run; other sources name the same classes in words of
+            their own.
+    """
+
+    names: list[str]
+    by_dkd: bool
+
+
+def stated_input(name: str, weights: str | None) -> StatedInput | None:
+    """Return the input that a model's weights state, or None where they state none. Errors of places are those of
+    loading the weights, and are reported there.
+
+    Args:
+        name: of the model.
+        weights: as in a recipe.
+    """
+    if weights in (None, "random"):
+        return None
+    if weights not in (AS_BUILT, PRETRAINED) and is_file_name(str(weights)):
+        found = _describe_file(Path(str(weights))).get("normalization")
+        if isinstance(found, Mapping) and {"mean", "std"} <= set(found):
+            return StatedInput(tuple(found["mean"]), tuple(found["std"]), None, "its student.json")
+    if name.startswith(TORCHVISION) and not is_file_name(str(weights)):
+        transforms = find_weight_set(name, str(weights)).transforms()
+        return StatedInput(tuple(transforms.mean), tuple(transforms.std), None, f"torchvision's {weights}")
+    if name.startswith(TIMM):
+        return _stated_by_timm(name.removeprefix(TIMM))
+    if hugging_face.is_hugging_face(name):
+        values = hugging_face.stated_input(name)
+        return values and StatedInput(tuple(values[0]), tuple(values[1]), values[2], "its processor")
+    return None
+
+
+def _stated_by_timm(name: str) -> StatedInput | None:
+    try:
+        from timm.models import get_pretrained_cfg
+    except ImportError:  # building the model reports this
+        return None
+    found = get_pretrained_cfg(name)
+    if found is None:
+        return None
+    size = int(found.input_size[-1]) if found.fixed_input_size else None
+    return StatedInput(tuple(found.mean), tuple(found.std), size, "timm's configuration")
+
+
+def stated_classes(name: str, weights: str | None) -> StatedClasses | None:
+    """Return the names of the classes that a model's weights state, or None where they state none.
+
+    Args:
+        name, weights: as in a recipe.
+    """
+    if weights in (None, "random"):
+        return None
+    if weights not in (AS_BUILT, PRETRAINED) and is_file_name(str(weights)):
+        names = _describe_file(Path(str(weights))).get("class_names")
+        return StatedClasses(names, by_dkd=True) if names else None
+    if name.startswith(TORCHVISION):
+        names = find_weight_set(name, str(weights)).meta.get("categories")
+        return StatedClasses([str(each) for each in names], by_dkd=False) if names else None
+    if hugging_face.is_hugging_face(name):
+        names = hugging_face.class_names(name)
+        return StatedClasses(names, by_dkd=False) if names else None
+    return None
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Return what is stored of a student in the JSON beside its weights, or in their metadata; empty where the file is
+    no student of dkd."""
+    if path.is_dir():
+        path = path / "student.safetensors"
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    beside, _ = read_json(path.with_suffix(".json"))
+    described = dict(beside) if isinstance(beside, Mapping) and "architecture" in beside else {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        described |= json.loads(metadata.get("student", "{}"))
+        if "class_names" in metadata:
+            described["class_names"] = json.loads(metadata["class_names"])
+    except (SafetensorError, OSError, ValueError):  # loading the weights reports this
+        return described
+    return described

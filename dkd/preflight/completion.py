@@ -1,0 +1,82 @@
+"""Fill in what a recipe leaves to its data and models: the number of classes, and the teacher's own input.
+
+Everything after this reads these from the recipe, and RUN/recipe.yaml states them.
+"""
+
+from __future__ import annotations
+
+from dkd.build.data import build_image_pipeline
+from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.rules import broken_rules
+from dkd.config.schema import Normalization, StudentSection, TeacherSection
+from dkd.errors import InputError
+from dkd.models import StatedInput, stated_input
+from dkd.preflight.data import count_classes_of, image_pipeline
+
+
+def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with everything that its data and its models state, and lines that report it. A complete recipe
+    stays as it is.
+
+    Raises:
+        RecipeError: the data cannot be opened to count their classes, or what they show breaks a rule.
+    """
+    lines: list[str] = []
+    if recipe.data.classes is None:
+        counted = count_classes_of(recipe)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": counted})})
+        lines.append(f"{counted} classes, counted in data.train")
+        if problems := broken_rules(recipe):
+            raise RecipeError(problems)
+    wrong: list[Problem] = []
+    if image_pipeline(recipe, wrong) is None:
+        return recipe, lines  # `check` reports these problems, with the others
+    recipe, about_teacher = _complete_teacher(recipe)
+    return recipe, [*lines, *about_teacher]
+
+
+def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Give the teacher the input that its weights state, where the recipe names none and the student's is another."""
+    teacher = recipe.teacher
+    if teacher is None or (teacher.normalization is not None and teacher.input_size is not None):
+        return recipe, []
+    stated = _stated(teacher)
+    if stated is None:
+        return recipe, []
+    pipeline, update, lines = build_image_pipeline(recipe), dict[str, object](), list[str]()
+    normalize = pipeline.normalize
+    if teacher.normalization is None and (stated.mean, stated.std) != (tuple(normalize.mean), tuple(normalize.std)):
+        update["normalization"] = Normalization(mean=list(stated.mean), std=list(stated.std))
+        lines.append(
+            f"teacher.normalization: mean {_show(stated.mean)}, std {_show(stated.std)}, as {stated.source} states"
+        )
+    if teacher.input_size is None and stated.size not in (None, pipeline.image_size):
+        update["input_size"] = stated.size
+        lines.append(f"teacher.input_size: {stated.size} pixels, as {stated.source} states")
+    return recipe.model_copy(update={"teacher": teacher.model_copy(update=update)}), lines
+
+
+def compare_student(recipe: Recipe) -> list[str]:
+    """Return a line where the student's weights were trained on another normalisation than the recipe's."""
+    stated = _stated(recipe.student)
+    normalize = build_image_pipeline(recipe).normalize
+    if stated is None or (stated.mean, stated.std) == (tuple(normalize.mean), tuple(normalize.std)):
+        return []
+    return [
+        f"note: the student's weights were trained with mean {_show(stated.mean)} and std {_show(stated.std)} "
+        f"({stated.source}), the recipe normalises by mean {_show(normalize.mean)} and std {_show(normalize.std)}; "
+        "set data.normalization to keep the weights' own"
+    ]
+
+
+def _stated(section: StudentSection | TeacherSection) -> StatedInput | None:
+    """Return the input that a model's weights state. What is wrong with the weights, `check` reports with everything
+    else that is wrong."""
+    try:
+        return stated_input(section.name, section.weights)
+    except (InputError, OSError):
+        return None
+
+
+def _show(values: tuple[float, ...]) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
