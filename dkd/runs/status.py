@@ -57,6 +57,7 @@ def _state(run_dir: Path) -> str:
             by = f" by {facts['by']} after step {facts.get('step')} of {facts.get('steps')}" if "by" in facts else ""
             if "stopped_early" in facts:
                 by = f" early after step {facts.get('steps')}: {facts['stopped_early']}"
-            described = state.replace(";", by + ";") if by else state
+            state, _, advice = state.partition(";")
+            described = f"{state}{by}{advice and ';'}{advice}"
             return f"{described} ({facts.get('time', 'when is not known')}, {facts.get('host')})"
     return "running, or interrupted; the same command resumes it"

@@ -204,6 +204,16 @@ def test_the_confusion_matrix_is_exact_on_any_number_of_ranks(results, world):
         assert [each["top1_correct"] for each in facts["classes"]] == [row[i] for i, row in enumerate(matrix)]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_all_ranks_stop_early_at_the_same_step_and_stay_there(results, world):
+    ranks = returned(results, world, "a_run_that_stops_early")
+    assert all(rank == ranks[0] for rank in ranks)
+    (first, end, reason), again = ranks[0]
+    assert (first, end) == (0, 6)  # epochs of 3 steps: the first evaluation, and one without an improvement
+    assert reason.startswith("top1 has not improved for 1 evaluation; the best was ")
+    assert again == [6, 6, reason]
+
+
 @functools.cache
 def plain_loop(changes, micro_batch):
     """(lines, state) of the plain loop for a training that several cases share, named by what differs in its recipe."""

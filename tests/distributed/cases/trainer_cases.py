@@ -501,7 +501,25 @@ def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
     return "no error"
 
 
+def a_run_that_stops_early(folder):
+    """Its evaluations never improve by 1; it is started again where it is finished."""
+    stop_when = {"patience": 1, "min_delta": 1}
+    train = {**RECIPE["train"], "max_steps": None, "global_batch": 448, "epochs": 9, "stop_when": stop_when}
+    run = {"name": "early", "trackers": [], "dir": str(folder / "early")}
+    recipe = validate({**RECIPE, "run": run, "train": train, "teacher": None, "losses": {}})
+    steps = []
+    for _ in range(2):
+        forget_settings()
+        launch = Launch.read()
+        check(recipe, launch)
+        trainer = Trainer.from_recipe(recipe, launch)
+        trainer.fit()
+        steps.append([trainer.state.first_step, trainer.state.step, trainer.parts.stopping.reason])
+    return steps
+
+
 CASES = [
+    a_run_that_stops_early,
     ranks_with_other_recipes_or_teachers,
     ranks_whose_hardware_differs,
     streaming_from_three_files,
