@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dkd.build.schedules import Schedule, loss_weight
-from dkd.config import Recipe
+from dkd.config import Recipe, RecipeError
+from dkd.config.derived import classes
 from dkd.config.losses import (
     AttentionTransferSection,
     CrossEntropySection,
@@ -21,7 +23,7 @@ from dkd.config.losses import (
     SoftTargetsSection,
     WeightSchedule,
 )
-from dkd.data import GlobalBatchSampler
+from dkd.data import GlobalBatchSampler, ImageSource
 from dkd.distillation import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective
 from dkd.distillation.objective import Term
 from dkd.global_batch import ranks_per_group
@@ -69,7 +71,37 @@ def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
     return loss
 
 
-def build_objective(recipe: Recipe, sampler: GlobalBatchSampler, total_steps: int, device: torch.device) -> Objective:
+def class_weights(recipe: Recipe, training: ImageSource) -> list[float] | None:
+    """Return the weight of each class in the cross-entropy; None: they have none.
+
+    `balanced` is N / (K · n_c), with n_c the training images of class c, so that the mean weight of an image is 1.
+
+    Raises:
+        RecipeError: `balanced`, and a class has no training image, as scikit-learn refuses it.
+    """
+    section = recipe.losses.ce
+    if not section.balances:
+        return None if section.class_weights is None else [float(each) for each in section.class_weights]
+    counts = np.bincount(training.labels, minlength=classes(recipe))
+    absent = np.flatnonzero(counts == 0)
+    if len(absent):
+        names = training.class_names or [str(label) for label in range(len(counts))]
+        shown = ", ".join(names[label] for label in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise RecipeError.at(
+            "losses.ce.class_weights",
+            f"balanced needs training images of each class, and there is none of {len(absent)} of {len(counts)} "
+            f"classes ({shown}); write the weights as a list, or leave these classes out of the data",
+        )
+    return [float(weight) for weight in len(training) / (len(counts) * counts)]
+
+
+def build_objective(
+    recipe: Recipe,
+    sampler: GlobalBatchSampler,
+    total_steps: int,
+    device: torch.device,
+    weights: Sequence[float] | None = None,
+) -> Objective:
     """Return the recipe's losses, on the batches of `sampler`.
 
     Cross-entropy is always a term, if with weight 0: it is what ties the student's head to the total.
@@ -77,8 +109,9 @@ def build_objective(recipe: Recipe, sampler: GlobalBatchSampler, total_steps: in
     Args:
         total_steps: of all epochs, which the weights' schedules are drawn over.
         device: a loss of the user's own may have buffers, which are moved there.
+        weights: of the classes, as `class_weights` returns them.
     """
-    batch = _Batch(sampler, total_steps, gram_size(recipe, sampler))
+    batch = _Batch(sampler, total_steps, gram_size(recipe, sampler), weights)
     terms = [TERMS[type(section)](key, section, batch) for key, section in recipe.losses.named()]
     for term in terms:
         if isinstance(loss := getattr(term, "loss", None), nn.Module):
@@ -93,6 +126,7 @@ class _Batch:
     sampler: GlobalBatchSampler
     total_steps: int
     gram_size: int
+    class_weights: Sequence[float] | None = None
 
     def schedule(self, value: float | WeightSchedule, factor: float = 1.0) -> Schedule:
         """Return the weight of each step, times a factor."""
@@ -101,7 +135,7 @@ class _Batch:
 
 
 def _label_term(key: str, ce: CrossEntropySection, batch: _Batch) -> Term:
-    return LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing))
+    return LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing, batch.class_weights))
 
 
 def _attention_term(key: str, at: AttentionTransferSection, batch: _Batch) -> Term:

@@ -6,7 +6,7 @@ import torch
 
 from dkd.build.data import build_image_pipeline, build_sampler
 from dkd.build.models import student_spec, teacher_spec
-from dkd.build.objective import build_objective, gram_size
+from dkd.build.objective import build_objective, class_weights, gram_size
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
 from dkd.config.derived import run_length
@@ -47,7 +47,7 @@ def describe(recipe: Recipe, launch: Launch) -> str:
             f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
         )
         lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, sampler))]
-    objective = build_objective(recipe, sampler, planned, torch.device("cpu"))
+    objective = build_objective(recipe, sampler, planned, torch.device("cpu"), class_weights(recipe, training))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     return "\n".join([*lines, "nothing was trained"])

@@ -10,7 +10,7 @@ from dkd.config.schema import Recipe
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
-    models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention)
+    models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
     checks = (*models, _check_batch, _check_data, _check_evaluation)
     return [problem for check in checks for problem in check(recipe)]
 
@@ -61,6 +61,12 @@ def _check_student(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("student.freeze_batch_norm", "belongs to student.freeze, which names no module")
     if student.head != "auto" and student.weights is None:
         yield Problem("student.head", f"{student.head} belongs to student.weights, which are null")
+
+
+def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
+    weights, classes = recipe.losses.ce.class_weights, recipe.data.classes
+    if isinstance(weights, list) and classes is not None and len(weights) != classes:
+        yield Problem("losses.ce.class_weights", f"{len(weights)} weights for data.classes={classes}")
 
 
 def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:

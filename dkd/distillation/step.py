@@ -96,6 +96,8 @@ class DistillationStep:
         self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
         # Public, as the objective is: what of it runs in which pass.
         self.separable, self.relational = objective.split()
+        losses = [getattr(term, "loss", None) for term in objective.terms]
+        self._of_whole_steps: list[Any] = [loss for loss in losses if getattr(loss, "of_whole_steps", False)]
         self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
@@ -119,6 +121,10 @@ class DistillationStep:
             raise ValueError(f"{len(micro_batches)} micro-batches for steps of {self.micro_steps}")
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
         self._statistics.start_step()
+        if self._of_whole_steps and self._mixing is None:
+            labels = [labels.to(self._device, non_blocking=True) for _, labels, *_ in micro_batches]
+            for loss in self._of_whole_steps:
+                loss.begin_step(labels)
         self._cached = self._run_first_pass() if self.has_two_passes else None
 
     def loss(self, micro_step: int) -> MicroLoss:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dkd.build.data import build_image_pipeline, decode_into_memory, open_part, open_validation_part
+from dkd.build.objective import class_weights
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline
@@ -74,6 +75,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
         if isinstance(data.validation, float):
             with collect(problems, "data.validation"):
                 training, validation = set_aside(training, data.validation, recipe.run.seed)
+        class_weights(recipe, training)
         _check_first(recipe, training, pipeline.train, "transforms", problems)
         if not problems:
             training = decode_into_memory(data, training, launch.local_world_size)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from dkd.build.data import DataParts, build_data, data_facts, describe_input
 from dkd.build.models import build_models, student_parameters
-from dkd.build.objective import build_objective, gram_size
+from dkd.build.objective import build_objective, class_weights, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer
@@ -179,7 +179,9 @@ def _build(
     data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
     check_same_data(data.facts, {} if validation is None else data_facts(validation))
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
-    step, average, notes = build_step(recipe, engine, arithmetic, data, schedule, launch)
+    step, average, notes = build_step(
+        recipe, engine, arithmetic, data, schedule, launch, class_weights(recipe, training)
+    )
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -212,8 +214,12 @@ def build_step(
     data: DataParts,
     schedule: RunSchedule,
     launch: Launch,
+    weights: Sequence[float] | None,
 ) -> tuple[DistillationStep, WeightAverage | None, list[str]]:
     """Build student, teacher and objective, and give the student to the engine. A collective.
+
+    Args:
+        weights: of the classes in the cross-entropy, or None.
 
     Returns:
         What a step computes, the moving average of the student's weights, and lines to report.
@@ -231,7 +237,7 @@ def build_step(
     step = DistillationStep(
         engine.student,
         teacher,
-        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device),
+        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device, weights),
         micro_steps=data.sampler.micro_steps,
         model=engine.model,
         normalize=data.pipeline.normalize,

@@ -56,6 +56,15 @@ def test_value_and_gradient_are_those_of_the_global_batch(results, world, case):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_class_weights_are_those_of_torch_on_the_whole_batch_of_a_step(results, world):
+    for errors in returned(results, world, "class_weights_of_whole_steps"):
+        assert len(errors) == 8
+        for name, (value, gradient) in errors.items():
+            assert value < 1e-12, (name, value)
+            assert gradient < 1e-12, (name, gradient)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_losses_work_in_a_users_own_ddp_loop(results, world):
     assert max(returned(results, world, "the_documented_three_lines_in_a_users_own_ddp_loop")) < 1e-5
 

@@ -2,6 +2,7 @@
 package."""
 
 import copy
+import itertools
 import os
 import pickle
 from unittest import mock
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+from dkd.distillation import DistillationStep, LabelTerm, Objective
 from dkd.global_batch import (
     BatchLayout,
     BatchMismatchError,
@@ -20,6 +22,8 @@ from dkd.global_batch import (
     received_bytes,
 )
 from dkd.global_batch.cost import collectives as number_of_collectives
+
+CLASS_WEIGHTS = [0.2, 3.0, 1.0, 0.0, 7.0]
 
 
 def world():
@@ -120,6 +124,25 @@ def gradient_errors(uneven):
             lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]),
             lambda f: F.cross_entropy(f.mean((2, 3)), labels),
         ),
+        **{
+            f"ce of weighted classes, {name}": (
+                lambda f, rows, targets=targets, smoothing=smoothing: CrossEntropy(smoothing, CLASS_WEIGHTS)(
+                    f.mean((2, 3)), targets[rows]
+                ),
+                lambda f, targets=targets, smoothing=smoothing: F.cross_entropy(
+                    f.mean((2, 3)),
+                    targets,
+                    torch.tensor(CLASS_WEIGHTS, dtype=torch.float64),
+                    label_smoothing=smoothing,
+                ),
+            )
+            for name, targets, smoothing in (
+                ("plain", labels, 0.0),
+                ("smoothed", labels, 0.2),
+                ("mixed labels", teacher_logits.softmax(1), 0.0),
+                ("mixed labels, smoothed", teacher_logits.softmax(1), 0.2),
+            )
+        },
     }
     errors = {}
     for name, (ours, plain) in losses.items():
@@ -439,7 +462,61 @@ def the_documented_three_lines_in_a_users_own_ddp_loop(folder):
     return ((student.weight.grad - reference.weight.grad).norm() / reference.weight.grad.norm()).item()
 
 
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7))
+
+    def forward(self, images):
+        return images.mean((2, 3)).repeat(1, 3)[:, :7] @ self.weight.T, {}
+
+
+def class_weights_of_whole_steps(folder):
+    """Errors of value and gradient against torch on the whole global batch, by micro-steps A and kind of labels. The
+    micro-batches have labels of very different weights."""
+    rank, size = world()
+    weights = torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
+    rows, errors = 3, {}
+    for micro_steps, smoothing, mixes in itertools.product((1, 2), (0.0, 0.1), (False, True)):
+        generator = torch.Generator().manual_seed(11)
+        total = rows * size * micro_steps
+        images = torch.randn(total, 3, 4, 4, generator=generator, dtype=torch.float64)
+        labels = torch.arange(total) // rows % 5
+        mixed = F.one_hot(labels, 5).double() * 0.7 + 0.06
+
+        def mixing(images, labels, seed):
+            return images, F.one_hot(labels, 5).double() * 0.7 + 0.06
+
+        model = Linear()
+        ce = LabelTerm("ce", lambda step: 1.0, CrossEntropy(smoothing, CLASS_WEIGHTS))
+        options = {"dtype": torch.float64, "mixing": mixing if mixes else None}
+        step = DistillationStep(model, None, Objective([ce]), micro_steps=micro_steps, **options)
+        places = [(a * size + rank) * rows for a in range(micro_steps)]
+        step.begin([(images[place : place + rows], labels[place : place + rows]) for place in places], 0)
+        value = torch.zeros((), dtype=torch.float64)
+        for micro_step in range(micro_steps):
+            loss = step.loss(micro_step)
+            (loss.total / micro_steps).backward()
+            value += loss.terms["ce"] / micro_steps
+        step.end()
+        gradient = model.weight.grad
+        if dist.is_initialized():
+            for tensor in (value, gradient):
+                dist.all_reduce(tensor)
+                tensor /= size
+        plain = Linear()
+        whole = F.cross_entropy(plain(images)[0], mixed if mixes else labels, weights, label_smoothing=smoothing)
+        whole.backward()
+        name = f"{micro_steps} micro-steps, smoothing {smoothing}, {'mixed' if mixes else 'labels'}"
+        errors[name] = [
+            abs(value - whole).item() / whole.item(),
+            ((gradient - plain.weight.grad).norm() / plain.weight.grad.norm()).item(),
+        ]
+    return errors
+
+
 CASES = [
+    class_weights_of_whole_steps,
     losses_on_even_batches,
     losses_on_uneven_batches,
     attention_transfer_of_gathered_feature_maps,
