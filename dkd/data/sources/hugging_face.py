@@ -11,7 +11,7 @@ import torch
 
 from dkd.data.sources.base import DataError, ImageSource, IndexedSource
 from dkd.data.sources.decoding import decode_cell
-from dkd.data.sources.labels import encode_labels
+from dkd.data.sources.labels import encode_labels, refuse_several_labels
 from dkd.user_code import describe_error
 
 
@@ -91,6 +91,9 @@ def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str 
     by_kind = [[column for column, feature in features.items() if fits(feature)] for fits in kinds]
     of_any = [column for columns in by_kind for column in columns]
     candidates = of_any if asked is not None else next(filter(None, by_kind), [])
+    several = [column for column, feature in features.items() if key == "label_column" and _is_label_list(feature)]
+    if asked in several or (asked is None and not candidates and len(several) == 1):
+        refuse_several_labels(f"{name}: column {asked or several[0]!r}")
     if asked is not None and asked not in candidates:
         raise DataError(
             f"{name} has no column {asked!r} fit for data.{key}; columns: {', '.join(features)}; fit: "
@@ -122,6 +125,15 @@ def _is_text(feature: Any) -> bool:
     from datasets import Value
 
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _is_label_list(feature: Any) -> bool:
+    """Return whether a column holds a list of labels in each row: of classes, whole numbers, texts or switches."""
+    from datasets import Value
+
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    switches = isinstance(inner, Value) and inner.dtype == "bool"
+    return inner is not None and (switches or _is_label(inner) or _is_text(inner))
 
 
 def saved_place(rest: str) -> tuple[str, str | None]:

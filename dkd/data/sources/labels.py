@@ -6,7 +6,7 @@ in `class_names`; the training data's names decide, and those of the validation 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,6 +16,21 @@ from dkd.text import shorten
 _MOST_SHOWN = 6
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"})
 """Names of the parts of a data set, which are no names of classes when several of them stand side by side."""
+
+
+def refuse_several_labels(where: str) -> NoReturn:
+    """Refuse data whose images have several labels each.
+
+    Args:
+        where: what holds them, for the error's message.
+
+    Raises:
+        DataError: always.
+    """
+    raise DataError(
+        f"{where} holds several labels for an image (multi-label); dkd trains with one class for each image: name data "
+        "whose labels are one class index, or one name of a class, for each image"
+    )
 
 
 def encode_labels(

@@ -9,6 +9,7 @@ import torch
 
 from dkd.data.sources.base import DataError, IndexedSource
 from dkd.data.sources.decoding import naming_errors, to_rgb_tensor
+from dkd.data.sources.labels import refuse_several_labels
 from dkd.library_internals.torchvision import LABEL_ATTRIBUTES
 from dkd.text import did_you_mean
 
@@ -31,6 +32,8 @@ class TorchvisionSource(IndexedSource):
         if labels is None:
             raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
         self.dataset, self.name = dataset, f"torchvision:{name}"
+        if np.ndim(labels) > 1:  # the attributes of CelebA
+            refuse_several_labels(f"{self.name}: its list of labels")
         self.labels = np.asarray(np.asarray(labels).tolist(), dtype=np.int64)
         self.class_names = _read_names(dataset, int(self.labels.max(initial=0)))
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dkd.data.sources.base import DataError, IndexedSource
 from dkd.data.sources.decoding import to_rgb_tensor
+from dkd.data.sources.labels import refuse_several_labels
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
@@ -38,7 +39,12 @@ class UserSource(IndexedSource):
             raise DataError(
                 f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index"
             )
-        found = np.asarray(labels)
+        try:
+            found = np.asarray(labels)
+        except ValueError:  # lists of several lengths
+            refuse_several_labels(f"{name!r}: its list of labels")
+        if found.ndim > 1 and found.shape[1] != 1:
+            refuse_several_labels(f"{name!r}: its list of labels, of shape {found.shape},")
         if found.ndim != 1 or found.dtype.kind not in "iu":
             raise DataError(
                 f"{name!r}: its labels are {found.dtype} of shape {found.shape}, not a whole number for each image"
