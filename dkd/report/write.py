@@ -285,14 +285,20 @@ def _row(run: RunFiles) -> list[str]:
         _percent(evaluation.get("top1")),
         _percent(evaluation.get("top5")),
         f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}"
-        if "epoch" in evaluation
-        else f"0 of {recipe.train.epochs}",
+        f"{_count_epochs(run):.3g} of {recipe.train.epochs}",
         str(recipe.train.global_batch),
         str(description.get("world_size", "")),
         f"{median(speeds):,.0f}" if speeds else "",
         f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
     ]
+
+
+def _count_epochs(run: RunFiles) -> float:
+    """Return the epochs up to the last evaluation; without one, those that the logged steps have begun."""
+    if run.evaluations:
+        return float(run.evaluations[-1]["epoch"])
+    begun = run.steps[-1].get("epoch", 0) if run.steps else 0
+    return float(begun + ("steps" in run.description))  # a finished run has ended its last epoch
 
 
 def _percent(fraction: float | None) -> str:

@@ -51,9 +51,9 @@ class Agreement:
         return {"top1": self.top1, "kl": self.kl, "teacher_top1": self.teacher_top1, "cka": cka}
 
     def tracked(self) -> dict[str, float]:
-        """Return what trackers get, by name."""
-        facts = self.facts()
-        values = {f"cka/{pair}": value for pair, value in facts.pop("cka").items()} | facts
+        """Return what trackers get, by name. Some of them allow few signs in a name."""
+        values = {key: value for key, value in self.facts().items() if key != "cka"}
+        values |= {f"cka/{student}-{teacher}": value for (student, teacher), value in self.cka.items()}
         return {f"evaluation/teacher/{name}": value for name, value in values.items() if value is not None}
 
     def describe(self) -> str:
