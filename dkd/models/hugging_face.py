@@ -90,6 +90,11 @@ def class_names(name: str) -> list[str] | None:
     return None if not names or all(each == f"LABEL_{index}" for index, each in enumerate(names)) else names
 
 
+def label_count(name: str) -> int:
+    """Return the number of classes of the weights at a model's place. Raises HuggingFaceError."""
+    return len(json.loads(_read_config(name)).get("id2label") or {})
+
+
 def stated_input(name: str) -> tuple[list[float], list[float], int | None] | None:
     """Return mean, standard deviation and side of the images that a model's processor makes; None: no processor is
     stored beside the model."""
