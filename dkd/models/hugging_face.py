@@ -61,7 +61,7 @@ def build(name: str, classes: int, options: Mapping[str, Any], stored: Mapping[s
     return AutoModelForImageClassification.from_config(config, trust_remote_code=False, dtype=torch.get_default_dtype())
 
 
-def pretrained_state(name: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+def pretrained_state(name: str) -> Mapping[str, torch.Tensor]:
     """Return all tensors of the weights at the model's own place, with the head that they were trained with. Raises
     HuggingFaceError."""
     from transformers import AutoModelForImageClassification
@@ -73,7 +73,6 @@ def pretrained_state(name: str, options: Mapping[str, Any]) -> Mapping[str, torc
             trust_remote_code=False,
             output_loading_info=True,
             dtype=torch.float32,
-            **options,
         )
     missing = sorted(found["missing_keys"])
     state = dict(model.state_dict())

@@ -285,7 +285,7 @@ def find_weight_set(name: str, weights: str) -> Any:
 def _download(name: str, weights: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     if weights == PRETRAINED and is_hugging_face(name):
         try:
-            return pretrained_state(name, options)
+            return pretrained_state(name)
         except HuggingFaceError as error:
             raise WeightsError(str(error)) from error
     if weights == PRETRAINED and name.startswith("timm/"):
