@@ -16,6 +16,7 @@ from dkd.commands import evaluate, export, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch_check import command as launch_check
+from dkd.commands.new import command as new
 from dkd.commands.plan import command as plan
 from dkd.errors import InputError
 from dkd.preflight.refusals import describe_in_one_line, list_problems
@@ -29,7 +30,7 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (train, evaluate, status, inspect, plan, report, export, launch_check)
+    for module in (new, train, evaluate, status, inspect, plan, report, export, launch_check)
 }
 
 _EPILOG = """

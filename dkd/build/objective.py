@@ -139,7 +139,10 @@ def _label_term(key: str, ce: CrossEntropySection, batch: _Batch) -> Term:
 
 
 def _attention_term(key: str, at: AttentionTransferSection, batch: _Batch) -> Term:
-    loss = AttentionTransfer(at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens)
+    # The images of a recipe are square.
+    loss = AttentionTransfer(
+        at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens, square=True
+    )
     return FeatureTerm(key, batch.schedule(at.beta), loss, at.paths)
 
 

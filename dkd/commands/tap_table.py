@@ -17,7 +17,7 @@ from dkd.config.losses import (
     SimilarityPreservingSection,
     WeightSchedule,
 )
-from dkd.losses.attention_transfer import token_grid
+from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.losses.similarity_preserving import effective_gamma
 from dkd.models import ModelSpec, output_shapes
 
@@ -73,7 +73,8 @@ def _attention_weight(
     at: AttentionTransferSection, weight: float, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> str:
     """Return the weight of ‖Q_S − Q_T‖² of one sample in the loss; with the paper's reduction, of ‖Q_S − Q_T‖."""
-    maps = [token_grid(shape, at.class_tokens)[1:] for shape in (student, teacher)]
+    tokens = tokens_of_both(at.class_tokens)
+    maps = [token_grid(shape, count, True)[1:] for shape, count in zip((student, teacher), tokens, strict=True)]
     positions = min(maps[0][0], maps[1][0]) * min(maps[0][1], maps[1][1])
     beta = _first(at.beta) * weight
     if at.reduction == "paper":

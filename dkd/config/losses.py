@@ -10,7 +10,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from dkd.config.key_types import (
     Count,
-    CountFromZero,
     NonNegative,
     Number,
     Positive,
@@ -174,6 +173,17 @@ SP_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _are_class_tokens(value: Any) -> bool:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    return value is None or all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**6 for n in numbers)
+
+
+ClassTokens = Annotated[
+    int | list[int] | None,
+    allow(_are_class_tokens, "a whole number from 0, two of them (student, teacher), or null"),
+]
+
+
 class AttentionTransferSection(_PairsSection):
     """Set activation-based Attention Transfer; docs/reference/losses.md has its formulas."""
 
@@ -192,9 +202,10 @@ class AttentionTransferSection(_PairsSection):
     """reduction: paper. The norm of the difference."""
     resize: Literal["error", "map", "features"] = "error"
     """What to do where two resolutions differ: refuse, resize the larger map, or average-pool the larger feature."""
-    class_tokens: CountFromZero | None = None
+    class_tokens: ClassTokens = None
     """For features of tokens (N, C), as transformers have: number of tokens at the front that are left out; the other
-    tokens make a square grid. null: features of tokens are refused."""
+    tokens make a square grid. [1, 5]: one of the student's, five of the teacher's. null: features of tokens are
+    refused. Maps (H, W, C), as Swin's, need no key."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(AT_PRESETS))
 

@@ -47,8 +47,10 @@ class AttentionTransfer(nn.Module):
             to the smaller resolution before its map is taken (what RepDistiller and mdistiller do).
         weights: one weight for each pair; None: 1.
         class_tokens: for features of tokens (b, N, C), as transformers have: the number of tokens at the front that are
-            no part of the image and are left out; the rest must be a square grid, row by row. None: such features are
-            an error.
+            no part of the image and are left out; the rest must be a square grid, row by row. Two numbers are those of
+            student and teacher. None: such features are an error.
+        square: the images are square, and so are all maps: a feature (b, H, W, C) with H = W ≠ C, as Swin's, is
+            recognised as such. Else every feature of four dimensions is (b, C, H, W).
 
     The module is called with one tensor (b, C, H, W) of the student and one of the teacher, or with equal-length lists
     of tensors; C may differ. It returns a scalar whose mean over ranks is the loss of the global batch, and whose
@@ -73,7 +75,8 @@ class AttentionTransfer(nn.Module):
         norm: float = 2,
         resize: str = "error",
         weights: Sequence[float] | None = None,
-        class_tokens: int | None = None,
+        class_tokens: int | Sequence[int] | None = None,
+        square: bool = False,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -87,27 +90,32 @@ class AttentionTransfer(nn.Module):
             # Below 1 the gradient at 0 is infinite, and features after a ReLU are full of zeros.
             raise ValueError(f"p={p} and norm={norm} must be at least 1")
         self.map, self.p, self.reduction, self.norm = map, p, reduction, norm
-        self.resize, self.weights, self.class_tokens = resize, weights, class_tokens
+        self.resize, self.weights, self.class_tokens, self.square = resize, weights, class_tokens, square
 
     def extra_repr(self) -> str:
         return (
             f"map={self.map!r}, p={self.p}, reduction={self.reduction!r}, norm={self.norm}, resize={self.resize!r}, "
-            f"weights={self.weights}, class_tokens={self.class_tokens}"
+            f"weights={self.weights}, class_tokens={self.class_tokens}, square={self.square}"
         )
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
-        pairs = [(self._as_map(s), self._as_map(t), w) for s, t, w in as_pairs(student, teacher, self.weights)]
+        of_student, of_teacher = tokens_of_both(self.class_tokens)
+        pairs = [
+            (self._as_map(s, of_student), self._as_map(t, of_teacher), w)
+            for s, t, w in as_pairs(student, teacher, self.weights)
+        ]
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
 
-    def _as_map(self, features: torch.Tensor) -> torch.Tensor:
-        """Turn tokens (b, N, C) into a map (b, C, H, H); return (b, C, H, W) as it is."""
-        shape = token_grid(tuple(features.shape[1:]), self.class_tokens)
+    def _as_map(self, features: torch.Tensor, class_tokens: int | None) -> torch.Tensor:
+        """Turn tokens (b, N, C) and maps (b, H, W, C) into a map (b, C, H, W); return (b, C, H, W) as it is."""
+        found = tuple(features.shape[1:])
+        shape = token_grid(found, class_tokens, self.square)
         if features.dim() == 4:
-            return features
-        return features[:, self.class_tokens :].transpose(1, 2).reshape(len(features), *shape)
+            return features if shape == found else features.permute(0, 3, 1, 2)
+        return features[:, class_tokens:].transpose(1, 2).reshape(len(features), *shape)
 
     def _compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Return (b,), the distance of each sample's normalised maps, from (b, C_S, H, W) and (b, C_T, H, W)."""
@@ -142,15 +150,29 @@ def _scale(samples: torch.Tensor) -> torch.Tensor:
     return samples / largest.clamp_min(_SMALLEST)
 
 
-def token_grid(shape: tuple[int, ...], class_tokens: int | None) -> tuple[int, ...]:
-    """Return the shape (C, H, W) of the map of one sample's feature: the feature's own shape, or that of tokens (N, C)
-    without the class tokens.
+def tokens_of_both(class_tokens: int | Sequence[int] | None) -> tuple[int | None, int | None]:
+    """Return the numbers of class tokens of student and teacher, which are one number where one is given."""
+    if class_tokens is None or isinstance(class_tokens, int):
+        return class_tokens, class_tokens
+    student, teacher = class_tokens
+    return student, teacher
+
+
+def token_grid(shape: tuple[int, ...], class_tokens: int | None, square: bool = False) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of the map of one sample's feature: the feature's own shape, that of (H, W, C) where
+    maps are square, or that of tokens (N, C) without the class tokens.
+
+    Args:
+        shape: of the feature of one sample.
+        class_tokens: number of tokens at the front that are no part of the image.
+        square: maps are square: three sizes of which only the first two are equal are (H, W, C).
 
     Raises:
         ValueError: the shape is neither that of a map nor of tokens, or the tokens make no square.
     """
     if len(shape) == 3:
-        return shape
+        channels_last = square and shape[0] == shape[1] != shape[2]
+        return (shape[2], *shape[:2]) if channels_last else shape
     if len(shape) != 2 or class_tokens is None:
         raise ValueError(
             f"attention maps need features of shape (C, H, W), not {shape}"

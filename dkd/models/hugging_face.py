@@ -61,7 +61,7 @@ def build(name: str, classes: int, options: Mapping[str, Any], stored: Mapping[s
     return AutoModelForImageClassification.from_config(config, trust_remote_code=False, dtype=torch.get_default_dtype())
 
 
-def pretrained_state(name: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+def pretrained_state(name: str) -> Mapping[str, torch.Tensor]:
     """Return all tensors of the weights at the model's own place, with the head that they were trained with. Raises
     HuggingFaceError."""
     from transformers import AutoModelForImageClassification
@@ -73,7 +73,6 @@ def pretrained_state(name: str, options: Mapping[str, Any]) -> Mapping[str, torc
             trust_remote_code=False,
             output_loading_info=True,
             dtype=torch.float32,
-            **options,
         )
     missing = sorted(found["missing_keys"])
     state = dict(model.state_dict())
@@ -88,6 +87,11 @@ def class_names(name: str) -> list[str] | None:
     labels = json.loads(_read_config(name)).get("id2label") or {}
     names = [str(labels[key]) for key in sorted(labels, key=int)]
     return None if not names or all(each == f"LABEL_{index}" for index, each in enumerate(names)) else names
+
+
+def label_count(name: str) -> int:
+    """Return the number of classes of the weights at a model's place. Raises HuggingFaceError."""
+    return len(json.loads(_read_config(name)).get("id2label") or {})
 
 
 def stated_input(name: str) -> tuple[list[float], list[float], int | None] | None:

@@ -51,7 +51,7 @@ def _ignored_no_ops() -> Iterator[None]:
         yield
 
 
-def _run_on_meta(run: Callable[[], T]) -> T:
+def run_on_meta(run: Callable[[], T]) -> T:
     """Call `run` with meta tensors; for a model that cannot be built or run with them (it reads values), call `run` on
     the CPU."""
     try:
@@ -65,11 +65,11 @@ def _run_on_meta(run: Callable[[], T]) -> T:
 def build_on_meta(spec: ModelSpec) -> nn.Module:
     """Build the architecture on the meta device, which takes no memory and hardly any time; on the CPU where the model
     cannot be built there. Raises UnknownModelError."""
-    return _run_on_meta(lambda: build_model(spec))
+    return run_on_meta(lambda: build_model(spec))
 
 
 @contextmanager
-def _naming_errors(spec: ModelSpec, images: str) -> Iterator[None]:
+def naming_errors(spec: ModelSpec, images: str) -> Iterator[None]:
     """Turn whatever a model's forward raises into an UnknownModelError of one sentence."""
     try:
         yield
@@ -110,7 +110,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
         UnknownModelError: the forward fails, or parameters get no gradient from the logits (an error in DDP).
         TapError: the output is not one tensor.
     """
-    with _naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
+    with naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
         try:
             with _ignored_no_ops():
                 model = TappedModel(build_on_meta(spec).to("meta"), []).train()
@@ -158,8 +158,8 @@ def output_shapes(spec: ModelSpec, taps: Sequence[str], image_size: int) -> tupl
     known = None if runs_user_code(spec.name) else _shapes_of.get(key)
     unknown = [tap for tap in taps if known is None or tap not in known[1]]
     if known is None or unknown:
-        with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
-            found = _run_on_meta(run)
+        with naming_errors(spec, f"one image of {image_size}×{image_size}"):
+            found = run_on_meta(run)
         known = (found[0], {**(known[1] if known else {}), **found[1]})
         if not runs_user_code(spec.name):
             _shapes_of[key] = known
@@ -208,7 +208,7 @@ def tap_dtypes(
             _, features = TappedModel(model, taps).eval()(torch.zeros(1, 3, image_size, image_size))
         return {tap: feature.dtype for tap, feature in features.items()}
 
-    with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
+    with naming_errors(spec, f"one image of {image_size}×{image_size}"):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 model.to_empty(device="cpu")
@@ -309,5 +309,5 @@ def module_rows(spec: ModelSpec, image_size: int) -> list[ModuleRow]:
             for path, module in model.named_modules()
         ]
 
-    with _naming_errors(spec, f"one image of {image_size}×{image_size}"):
-        return _run_on_meta(run)
+    with naming_errors(spec, f"one image of {image_size}×{image_size}"):
+        return run_on_meta(run)

@@ -19,7 +19,7 @@ from torch import nn
 
 from dkd.errors import InputError
 from dkd.models.foreign_names import our_names
-from dkd.models.hugging_face import HuggingFaceError, is_hugging_face, pretrained_state
+from dkd.models.hugging_face import HuggingFaceError, is_hugging_face, label_count, pretrained_state
 from dkd.text import one_line, shorten
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -151,6 +151,35 @@ def check_weights(model: nn.Module, name: str, weights: str, head: Head = KEEP_H
         raise WeightsError(f"{weights!r} of {name} has {len(categories)} classes, the model {last[0].out_features}")
 
 
+def head_size(model: nn.Module, name: str, weights: str, head: Collection[str]) -> int | None:
+    """Return the number of classes that a file of weights was trained on: the first size of a tensor of the head. None:
+    it cannot be known without loading, or the file has no head.
+
+    Args:
+        model: of any number of classes; may be on the meta device.
+        name, weights: as for `load_weights`.
+        head: keys of the head's tensors.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    if not is_file_name(weights):
+        return _library_head_size(name) if weights == PRETRAINED else None
+    state = _rename(read_file(Path(weights), device="meta"), model)
+    return next((state[key].shape[0] for key in head if key in state and state[key].dim() > 0), None)
+
+
+def _library_head_size(name: str) -> int | None:
+    if is_hugging_face(name):
+        return label_count(name)
+    if name.startswith("timm/"):
+        from timm.models import get_pretrained_cfg
+
+        found = get_pretrained_cfg(name.removeprefix("timm/"))
+        return None if found is None else found.num_classes
+    return None
+
+
 def _check_fit(
     model: nn.Module, name: str, weights: str, state: Mapping[str, torch.Tensor], head: Head = KEEP_HEAD
 ) -> list[str]:
@@ -256,7 +285,7 @@ def find_weight_set(name: str, weights: str) -> Any:
 def _download(name: str, weights: str, options: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
     if weights == PRETRAINED and is_hugging_face(name):
         try:
-            return pretrained_state(name, options)
+            return pretrained_state(name)
         except HuggingFaceError as error:
             raise WeightsError(str(error)) from error
     if weights == PRETRAINED and name.startswith("timm/"):

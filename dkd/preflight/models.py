@@ -5,7 +5,7 @@ from __future__ import annotations
 from dkd.build.models import frozen_modules, student_head, student_spec, teacher_spec
 from dkd.build.objective import custom_loss
 from dkd.config import Problem, Recipe, RecipeError
-from dkd.losses.attention_transfer import token_grid
+from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import Head, TapError, build_on_meta, check_training, check_weights, output_shapes, stated_classes
 from dkd.preflight.collecting import collect, input_errors_at
 
@@ -154,7 +154,11 @@ def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Pro
             continue
         shapes = f"{s!r} yields {student[s]}, {t!r} yields {teacher[t]}"
         try:
-            maps = [token_grid(shape, at.class_tokens if at else None) for shape in (student[s], teacher[t])]
+            tokens = tokens_of_both(at.class_tokens if at else None)
+            maps = [
+                token_grid(shape, count, square=True)
+                for shape, count in zip((student[s], teacher[t]), tokens, strict=True)
+            ]
         except ValueError as error:
             problems.append(Problem(f"losses.at.pairs.{i}", f"{error}; {shapes}"))
             continue

@@ -18,7 +18,7 @@ from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline, ImageSource, Normalize
 from dkd.data.sources import match_classes, runs_user_code
 from dkd.data.transforms import BatchTransform
-from dkd.losses.attention_transfer import attention_map, token_grid
+from dkd.losses.attention_transfer import attention_map, token_grid, tokens_of_both
 from dkd.models import (
     ModelSpec,
     TapError,
@@ -225,7 +225,8 @@ def _view_model(
     for batch in images.read(images.shown):
         for tap, feature in run(batch)[1].items():
             parts[tap].append(feature.float().cpu())
-    class_tokens = recipe.losses.at.class_tokens if recipe.losses.at else None
+    tokens = tokens_of_both(recipe.losses.at.class_tokens if recipe.losses.at else None)
+    class_tokens = tokens[1 if recipe.teacher is not None and spec == teacher_spec(recipe) else 0]
     found = {tap: torch.cat(features) for tap, features in parts.items() if features}
     return _summarize(spec.name, spec.classes == classes(recipe), predictions, found, class_tokens, notes)
 
@@ -278,11 +279,11 @@ def _summarize(
     """Return the view of a model: its predictions, and what the report draws of its features."""
     channels, attention, gram = {}, {}, {}
     for tap, feature in features.items():
-        # (s, C, h, w) of maps; tokens (s, N, C) of transformers have their channels last; (s, C) as it is.
-        channels[tap] = (
-            feature.mean((2, 3)) if feature.dim() == 4 else feature.mean(1) if feature.dim() == 3 else feature
-        ).numpy()
-        if (as_map := _as_map(feature, class_tokens)) is not None:
+        as_map = _as_map(feature, class_tokens)
+        # Tokens (s, N, C) of transformers have their channels last; (s, C) as it is.
+        means = feature.mean(1) if feature.dim() == 3 else feature if as_map is None else as_map.mean((2, 3))
+        channels[tap] = means.numpy()
+        if as_map is not None:
             attention[tap] = attention_map(as_map).numpy()
         if feature.numel() * 4 <= _GRAM_BYTES:
             rows = feature.flatten(1)
@@ -301,7 +302,8 @@ def _as_map(feature: torch.Tensor, class_tokens: int | None) -> torch.Tensor | N
         class_tokens: number of class tokens; None: try 0 and 1.
     """
     if feature.dim() == 4:
-        return feature
+        shape = tuple(feature.shape[1:])
+        return feature if token_grid(shape, None, square=True) == shape else feature.permute(0, 3, 1, 2)
     for count in ((0, 1) if class_tokens is None else (class_tokens,)) if feature.dim() == 3 else ():
         try:
             shape = token_grid(tuple(feature.shape[1:]), count)

@@ -14,7 +14,7 @@ Images of every source are turned by their EXIF orientation and made RGB.
 
 from dkd.data.sources.base import DataError, ImageSource
 from dkd.data.sources.decoding import decode_pixels, to_rgb_tensor
-from dkd.data.sources.labels import check_labels, count_classes, match_classes
+from dkd.data.sources.labels import check_labels, check_names, count_classes, match_classes
 from dkd.data.sources.memory import in_memory, is_in_memory, pixels_in_memory
 from dkd.data.sources.names import check_spec, open_source, runs_user_code, same_images, split_spec
 from dkd.data.sources.parts import PartOfSource, set_aside
@@ -24,6 +24,7 @@ __all__ = [
     "ImageSource",
     "PartOfSource",
     "check_labels",
+    "check_names",
     "check_spec",
     "count_classes",
     "decode_pixels",

@@ -1,0 +1,203 @@
+"""Choose everything of a recipe that the command line leaves open.
+
+image size    of a model of one fixed size that size; of this package's models for small images 32 or 64, whichever is
+              nearer to the images; else 64, 128 or 224
+transforms    cifar up to 64 pixels, else imagenet; digits for `digits`
+normalisation the student's weights', else the teacher's, else the preset's
+batch         256 for 100,000 training images and more, else 64 (128 up to 64 pixels), at most a tenth of the images
+optimizer     AdamW for transformers, 5e-4·B/512 (DeiT, arXiv:2012.12877); else SGD with Nesterov's momentum:
+              0.1·B/256 (Goyal et al., arXiv:1706.02677), 0.05·B/64 up to 64 pixels (the public CIFAR-100 benchmarks),
+              0.01·B/64 for a student with weights
+epochs        240 up to 64 pixels and 20,000 images or more (the same benchmarks), 100 for others; 30 for a student with
+              weights
+losses        at with β 1000 (the authors' code), sp with γ 3000 at a batch of 128 (the paper); kd with α 0.9 and T 4
+              where the teacher has the data's classes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dkd.commands.new.images import Images
+from dkd.commands.new.models import NamedModel
+from dkd.commands.new.pairs import ChosenPairs, choose_pairs
+from dkd.data.transforms import build_pipeline
+from dkd.errors import InputError
+
+LOSSES = ("at", "sp", "kd")
+_SMALL = 64
+"""Side up to which images are treated as those of CIFAR are, pixels."""
+_SIDES_OF_LIBRARIES, _SIDES_OF_DKD = (64, 128, 224), (32, 64)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for; None: to be chosen."""
+
+    losses: tuple[str, ...] | None = None
+    image_size: int | None = None
+    epochs: int | None = None
+    global_batch: int | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Everything of a recipe.
+
+    Args:
+        pairs: of the feature losses; None without such a loss.
+        teacher_classes: outputs of the teacher's head; None without a teacher.
+        mean_std: the student's normalisation, and who states it; None: the preset's.
+        teacher_mean_std: the teacher's, where it is another.
+        teacher_size: side of the teacher's images where it is another, pixels.
+        notes: lines on what was left out, and why.
+    """
+
+    name: str
+    images: Images
+    student: NamedModel
+    teacher: NamedModel | None
+    losses: tuple[str, ...]
+    pairs: ChosenPairs | None
+    image_size: int
+    transforms: str
+    mean_std: tuple[tuple[float, ...], tuple[float, ...], str] | None
+    teacher_mean_std: tuple[tuple[float, ...], tuple[float, ...], str] | None
+    teacher_size: int | None
+    teacher_classes: int | None
+    global_batch: int
+    epochs: int
+    adamw: bool
+    lr: float
+    notes: tuple[str, ...]
+
+
+def choose(images: Images, student: NamedModel, teacher: NamedModel | None, asked: Asked) -> Choices:
+    """Choose everything of a recipe, as the top of this module states it.
+
+    Raises:
+        InputError: the losses that are asked for do not fit the models.
+        UnknownModelError, WeightsError: a model or its weights cannot be had.
+    """
+    size = asked.image_size or _choose_size(images, student)
+    transforms = "digits" if images.train == "digits" else "cifar" if size <= _SMALL else "imagenet"
+    teacher_size = _teacher_size(teacher, size)
+    classes_of_teacher = None if teacher is None else teacher.count_classes(images.classes)
+    losses, notes = _choose_losses(asked.losses, images, teacher, classes_of_teacher)
+    pairs = None
+    if teacher is not None and {"at", "sp"} & set(losses):
+        spec, other = student.spec(images.classes), teacher.spec(classes_of_teacher or images.classes)
+        pairs = choose_pairs(spec, other, size, teacher_size or size)
+    of_student = student.stated or (None if teacher is None else teacher.stated)
+    own = build_pipeline(transforms, None, size).normalize
+    mean_std = None
+    if of_student is not None and (of_student.mean, of_student.std) != (own.mean, own.std):
+        mean_std = (of_student.mean, of_student.std, of_student.source)
+    used = (own.mean, own.std) if mean_std is None else mean_std[:2]
+    of_teacher = None
+    if teacher is not None and teacher.stated is not None and (teacher.stated.mean, teacher.stated.std) != used:
+        of_teacher = (teacher.stated.mean, teacher.stated.std, teacher.stated.source)
+    batch = asked.global_batch or _choose_batch(images.count, size)
+    adamw = _is_transformer(student)
+    return Choices(
+        name=asked.name or _name(student, teacher),
+        images=images,
+        student=student,
+        teacher=teacher,
+        losses=losses,
+        pairs=pairs,
+        image_size=size,
+        transforms=transforms,
+        mean_std=mean_std,
+        teacher_mean_std=of_teacher,
+        teacher_size=teacher_size,
+        teacher_classes=classes_of_teacher,
+        global_batch=batch,
+        epochs=asked.epochs or _choose_epochs(images.count, size, student),
+        adamw=adamw,
+        lr=_choose_lr(batch, size, student, adamw),
+        notes=tuple(notes),
+    )
+
+
+def _choose_size(images: Images, student: NamedModel) -> int:
+    if student.fixed_size is not None:
+        return student.fixed_size
+    if images.train == "digits":
+        return 16
+    sides = _SIDES_OF_LIBRARIES if student.is_of_a_library else _SIDES_OF_DKD
+    return min(sides, key=lambda side: abs(side - images.side))
+
+
+def _teacher_size(teacher: NamedModel | None, size: int) -> int | None:
+    """Return the side of the teacher's images where it is another than the student's."""
+    if teacher is None:
+        return None
+    if teacher.fixed_size is not None:
+        wanted = teacher.fixed_size
+    elif teacher.image_size is not None:
+        wanted = teacher.image_size
+    else:
+        # A library's weights are those of photographs: features of much smaller images are others.
+        wanted = 224 if teacher.weights == "pretrained" and size < 128 else size
+    return None if wanted == size else wanted
+
+
+def _choose_losses(
+    asked: tuple[str, ...] | None, images: Images, teacher: NamedModel | None, teacher_classes: int | None
+) -> tuple[tuple[str, ...], list[str]]:
+    if teacher is None:
+        if asked:
+            raise InputError(f"--losses {','.join(asked)} needs --teacher")
+        return (), []
+    wrong = [loss for loss in asked or () if loss not in LOSSES]
+    if wrong:
+        raise InputError(f"--losses {','.join(wrong)}: must be some of {', '.join(LOSSES)}, with commas between them")
+    losses, notes = asked or LOSSES, []
+    if "kd" in losses and teacher_classes != images.classes:
+        why = f"the teacher's head has {teacher_classes} classes, the data have {images.classes}"
+        if asked is not None:
+            raise InputError(
+                f"--losses kd compares logits, but {why}; leave kd out, or train a teacher on these classes"
+            )
+        losses = tuple(loss for loss in losses if loss != "kd")
+        notes.append(f"no kd: {why}")
+    return losses, notes
+
+
+def _choose_batch(count: int, size: int) -> int:
+    largest = 256 if count >= 100_000 else 128 if size <= _SMALL else 64
+    fitting = [batch for batch in (256, 128, 64, 32, 16, 8) if batch <= largest and batch <= count // 10]
+    return fitting[0] if fitting else min(8, count)
+
+
+def _choose_epochs(count: int, size: int, student: NamedModel) -> int:
+    if student.weights is not None:
+        return 30
+    return 240 if size <= _SMALL and count >= 20_000 else 100
+
+
+def _choose_lr(batch: int, size: int, student: NamedModel, adamw: bool) -> float:
+    if adamw:
+        lr = 5e-4 * batch / 512
+    elif student.weights is not None:
+        lr = 0.01 * batch / 64
+    else:
+        lr = 0.05 * batch / 64 if size <= _SMALL else 0.1 * batch / 256
+    return float(f"{lr:.3g}")
+
+
+def _is_transformer(student: NamedModel) -> bool:
+    words = ("vit", "swin", "deit", "maxvit", "beit", "cait", "dino", "eva")
+    name = student.name.rpartition("/")[2].lower()
+    return any(word in name for word in words) and "efficientvit" not in name and "mobilevit" not in name
+
+
+def _name(student: NamedModel, teacher: NamedModel | None) -> str:
+    own, other = (_short(model.name) for model in (student, teacher or student))
+    return own if teacher is None else f"{own}_from_{other}"
+
+
+def _short(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name.rstrip("/").rpartition("/")[2]).strip(".")

@@ -1,0 +1,168 @@
+"""`dkd new`: write a recipe for a teacher, a student and images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dkd import console
+from dkd.commands.arguments import positive
+from dkd.commands.command import Command
+from dkd.errors import InputError
+
+if TYPE_CHECKING:
+    from dkd.commands.new.choices import Choices
+
+_EXAMPLES = """
+examples:
+  dkd new --teacher torchvision/resnet34 --student torchvision/resnet18 --data photos
+                                                          photos/CLASS/*.jpg, or photos/train and photos/val
+  dkd new --student torchvision/resnet34=pretrained --data photos -o teacher.yaml
+                                                          no teacher: fine-tune a model, which may teach another
+  dkd new --teacher runs/teacher --student wrn_16_1 --data 'images/*.parquet' --validation 0.2
+  dkd new --teacher timm/vit_small_patch16_224 --student timm/vit_tiny_patch16_224 --data hub:NAME --losses at,sp
+  dkd new --teacher hf/FOLDER --student torchvision/mobilenet_v3_small --data folder:photos -o -
+
+then: dkd train RECIPE --dry-run, dkd launch RECIPE; or at once: dkd distill with the same options
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `dkd new`."""
+    add_choices(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", default="recipe.yaml", help="the recipe (default recipe.yaml); - prints it"
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE")
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `dkd new` and `dkd distill` share."""
+    model = "a model of `dkd inspect --list`, torchvision/NAME, timm/NAME, hf/NAME-OR-FOLDER or module:callable"
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME[=WEIGHTS]",
+        help=f"{model}; or a run of dkd. WEIGHTS: a file, a run, a weight set of torchvision, pretrained or as_built "
+        "(default: the library's own)",
+    )
+    parser.add_argument("--student", metavar="NAME[=WEIGHTS]", required=True, help="likewise (default: no weights)")
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        required=True,
+        help="a folder of images, of parquet files or of a saved data set; or a name as in data.train",
+    )
+    parser.add_argument(
+        "--validation",
+        metavar="SOURCE",
+        help="likewise, or a fraction of the training images, or none (default: what lies beside them, else 0.1)",
+    )
+    parser.add_argument("--losses", metavar="LIST", help="of at, sp and kd, with commas (default: all that fit)")
+    parser.add_argument("--name", metavar="NAME", help="name of the run (default: made of the models' names)")
+    for name, metavar, what in (
+        ("--image-size", "PIXELS", "side of the images that the student sees"),
+        ("--batch", "B", "samples of a step, over all processes"),
+        ("--epochs", "N", "epochs"),
+    ):
+        parser.add_argument(name, type=positive, metavar=metavar, help=f"{what} (default: chosen)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the recipe, print what was chosen, and return exit code 0."""
+    path = Path(options.output)
+    if options.output != "-" and path.exists() and not options.force:
+        raise InputError(f"{options.output!r} exists; choose another -o FILE, or replace it with --force")
+    chosen, text = make_recipe(options)
+    if options.output == "-":
+        console.show(*text.rstrip("\n").split("\n"))
+        return 0
+    write_recipe(path, text)
+    console.show(*describe(chosen), f"written      {path}", f"next         dkd train {path} --dry-run")
+    return 0
+
+
+def make_recipe(options: argparse.Namespace) -> tuple[Choices, str]:
+    """Choose everything of a recipe, and return the choices with the recipe's text, which has been read back and
+    checked. Raises InputError."""
+    from dkd.commands.new.choices import Asked, choose
+    from dkd.commands.new.images import look_at
+    from dkd.commands.new.models import read_model
+    from dkd.commands.new.text import recipe_text
+
+    losses = None if options.losses is None else tuple(filter(None, options.losses.split(",")))
+    asked = Asked(losses, options.image_size, options.epochs, options.batch, options.name)
+    student = read_model(options.student, is_teacher=False)
+    teacher = None if options.teacher is None else read_model(options.teacher, is_teacher=True)
+    chosen = choose(look_at(options.data, options.validation), student, teacher, asked)
+    text = recipe_text(chosen)
+    _check(text)
+    return chosen, text
+
+
+def _check(text: str) -> None:
+    """Check the recipe as `dkd train` would. Raises RecipeError: what the options ask for does not work."""
+    import yaml
+
+    from dkd.config.loading import build_recipe
+    from dkd.launch import Launch
+    from dkd.preflight.check import check
+    from dkd.preflight.completion import complete
+
+    recipe, _ = complete(build_recipe(yaml.safe_load(text)))
+    check(recipe, Launch(), allow_recipe_change=True)
+
+
+def write_recipe(path: Path, text: str) -> None:
+    """Write a recipe. Raises InputError where the file cannot be written."""
+    from dkd import atomic_files
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_files.replace_text(path, text)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def describe(chosen: Choices) -> list[str]:
+    """Return lines that report what was chosen."""
+    images, student, teacher = chosen.images, chosen.student, chosen.teacher
+    names = (
+        "" if images.class_names is None else f" ({', '.join(images.class_names[:4])}{', ...' * (images.classes > 4)})"
+    )
+    validation = (
+        "no validation"
+        if images.validation is None
+        else f"{images.validation:.0%} of them for validation"
+        if isinstance(images.validation, float)
+        else f"validation {images.validation}"
+    )
+    lines = [
+        ("data", f"{images.count:,} images of {images.classes} classes{names}; {validation}"),
+        ("student", f"{student.name}, {student.weights or 'random weights'}, images of {chosen.image_size} pixels"),
+    ]
+    if teacher is not None:
+        size = chosen.teacher_size or chosen.image_size
+        lines.append(("teacher", f"{teacher.name}, {teacher.weights}, images of {size} pixels"))
+    if chosen.losses:
+        lines.append(("losses", ", ".join(("ce", *chosen.losses))))
+    if chosen.pairs is not None:
+        lines += [("pairs" if number == 0 else "", line) for number, line in enumerate(chosen.pairs.table())]
+    optimizer = "adamw" if chosen.adamw else "sgd"
+    lines.append(
+        ("training", f"{chosen.epochs} epochs, global batch {chosen.global_batch}, {optimizer}, lr {chosen.lr:g}")
+    )
+    lines += [("note", note) for note in chosen.notes]
+    return [f"{name:<12} {text}" for name, text in lines]
+
+
+COMMAND = Command(
+    "new",
+    "Write a recipe for a teacher, a student and your images.",
+    _EXAMPLES,
+    add_arguments,
+    run,
+    "Write a complete, commented recipe for a student, a teacher and images: the pairs of features, sizes, "
+    "normalisation, batch, optimizer and schedule are chosen, and the choices are printed. A model or data set that is "
+    "named as module:callable is imported and called: its code runs.",
+)
