@@ -13,6 +13,7 @@ import pytest
 import trainer_cases
 from launched import CASES as SCRIPTS
 from launched import STEPS, Launch, limit
+from measured import as_measured
 from shared_launches import SharedLaunches, launch, names_in, parameters, without_errors
 
 WORLDS = (1, 2, 4)
@@ -352,17 +353,6 @@ def test_ranks_hold_the_same_student_and_the_teacher_is_untouched(results, case,
     assert len({rank["fingerprint"] for rank in ranks}) == 1
     assert all(rank["teacher_unchanged"] and not rank["teacher_trains"] for rank in ranks)
     assert ranks[0]["evaluation"]["samples"] == 449
-
-
-def as_measured(evaluation):
-    """Return what another number of ranks must measure: the same counts, and sums up to their rounding in float64."""
-    expected = {**evaluation, "loss": pytest.approx(evaluation["loss"], rel=1e-7)}
-    if "agreement" in evaluation:
-        found = {**evaluation["agreement"]}
-        for key in ("kl", "cka"):
-            found[key] = pytest.approx(found[key], rel=1e-9)
-        expected["agreement"] = found
-    return expected
 
 
 @pytest.mark.parametrize("case", TRAININGS[:3])

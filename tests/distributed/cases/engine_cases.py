@@ -277,7 +277,7 @@ def another_engine_than_asked_for(folder):
 def run(folder, case):
     """Run one case of any kind: a training, unless the case has a key of another kind."""
     if "evaluate" in case:
-        return evaluate_student(folder / case["evaluate"], trust_code=True).result.facts()
+        return evaluate_student(folder / case["evaluate"], trust_code=True, teacher=True).result.facts()
     if "gradients" in case:
         return checks_of_sharded_gradients(folder)
     if "modes" in case:
