@@ -66,13 +66,13 @@ def read_evaluation(path: Path) -> tuple[EvaluationFile | None, str | None]:
         return None, reason
     try:
         return _parse(facts), None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         return None, f"{str(path)!r} is damaged: {type(error).__name__}: {error}"
 
 
 def _parse(facts: Mapping[str, Any]) -> EvaluationFile:
-    """Return what the mapping of the file states. Raises KeyError, TypeError, ValueError or OverflowError for one that
-    is damaged."""
+    """Return what the mapping of the file states. Raises KeyError, TypeError, ValueError, AttributeError or
+    OverflowError for one that is damaged."""
     classes = facts["classes"]
     names = [str(each.get("name", label)) for label, each in enumerate(classes)]
     samples, correct = (

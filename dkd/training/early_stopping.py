@@ -38,10 +38,12 @@ class EarlyStopping:
 
     @classmethod
     def resumed(cls, section: StopWhenSection | None, state: Mapping[str, Any] | None) -> EarlyStopping:
-        """Return what `state_dict` stored; a new one where that is of another metric, or of none."""
+        """Return what `state_dict` stored; a new one where that is of another metric, of none, or damaged."""
         if section is None or state is None or state.get("metric") != section.metric:
             return cls(section)
-        return cls(section, state["best"], state["best_step"], state["waited"], state["step"])
+        best, *counts = (state.get(key) for key in ("best", "best_step", "waited", "step"))
+        sound = isinstance(best, float | None) and all(type(count) is int for count in counts)
+        return cls(section, best, *counts) if sound else cls(section)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a checkpoint stores of it."""

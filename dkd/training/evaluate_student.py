@@ -121,7 +121,9 @@ def evaluate_student(
     batches = _open_batches(recipe, validation, launch)
     models = _Models(recipe, launch, student, spec.classes, device)
     if predictions is not None:
-        models.predictions = Predictions(Path(predictions), validation, batches, spec.classes, device, launch.is_main)
+        models.predictions = Predictions(
+            Path(predictions), validation, batches, spec.classes, device, launch.is_main, overwrite
+        )
     names = description.get("class_names") or validation.class_names
     result, problem = models.evaluate(batches, names)
     written = None if predictions is None else Path(predictions)

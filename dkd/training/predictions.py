@@ -58,6 +58,7 @@ class Predictions:
         classes: K.
         device: of the logits.
         main: whether this is the main process, rank 0.
+        overwrite: whether the file may exist, and be replaced.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Predictions:
         classes: int,
         device: torch.device,
         main: bool,
+        overwrite: bool = False,
     ) -> None:
         self.path, self._source, self._batches, self._classes = path, source, batches, classes
-        self._device, self._number, self._main = device, 0, main
+        self._device, self._number, self._main, self._overwrite = device, 0, main, overwrite
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._open = ExitStack()
         self._scores: Any = None
@@ -116,6 +118,8 @@ class Predictions:
         with self._open:
             if self._problem is not None:
                 raise OSError(self._problem)
+            if not self._overwrite and self.path.exists():
+                raise OSError("the file was made meanwhile")
             found = int((self._classified[:, 0] != _ABSENT).sum())
             if found != samples:
                 raise OSError(f"{found} of {samples} rows are known: images changed while they were read")

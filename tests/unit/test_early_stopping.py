@@ -57,6 +57,9 @@ def test_the_state_of_a_checkpoint_continues_the_count_wherever_it_was_taken():
         _, stopping = judged(values[:cut], patience=4)
         state = json.loads(json.dumps(stopping.state_dict()))
         assert judged(values[cut:], state=state, patience=4) == whole, cut
+    for damage in ({"waited": "2"}, {"best": [1]}, {"step": None}):
+        damaged = EarlyStopping.resumed(StopWhenSection(), {**stopping.state_dict(), **damage})
+        assert (damaged.best, damaged.waited) == (None, 0)
     # Another metric begins anew; another patience counts on.
     _, stopping = judged(values[:5], patience=4)
     assert EarlyStopping.resumed(StopWhenSection(metric="loss"), stopping.state_dict()).best is None

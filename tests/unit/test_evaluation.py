@@ -104,7 +104,8 @@ def test_the_file_of_an_evaluation_is_read_or_the_reason_is_returned(tmp_path):
     assert (found.steps, list(found.names)) == (7, ["cat", "dog", "cow"])
     assert found.accuracies == [1 / 2, 1 / 3, None]
     assert found.confused_pairs() == [(1, 0, 2), (0, 1, 1)]
-    for damage in ({"classes": 3}, {"steps": -1}, {"confusion": [[1]]}, {"classes": [{"samples": "x"}] * 3}):
+    damaged = [{"classes": classes} for classes in (3, [1], [{"samples": "x"}] * 3)]
+    for damage in (*damaged, {"steps": -1}, {"confusion": [[1]]}):
         path.write_text(json.dumps({**facts, **damage}))
         found, reason = read_evaluation(path)
         assert found is None
