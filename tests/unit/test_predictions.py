@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def test_rows_are_those_of_the_data_set_in_order_without_the_images_that_cannot_be_read(run, tmp_path):
     file = tmp_path / "rows.parquet"
-    evaluated = dkd.evaluate(run, ["evaluation.batch=16", "data.workers=1"], predictions=file)
+    evaluated = dkd.evaluate(run, ["evaluation.batch=16", "data.workers=2"], predictions=file)
     table = parquet.read_table(file)
     assert table.schema.field("scores").type == pa.list_(pa.float32())
     assert table.column_names == ["path", "label", "prediction", "scores"]  # numbers have no names
