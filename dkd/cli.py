@@ -45,8 +45,8 @@ examples:
 
 shell completion: eval "$(register-python-argcomplete dkd)"
 
-exit codes: 0 done; 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started;
-75 stopped when asked, the same command resumes the run; 1 anything else
+exit codes: 0 done, or stopped when asked (the same command resumes the run; DKD_STOP_EXIT_CODE sets another code for
+a stop); 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started; 1 anything else
 """
 
 
@@ -98,11 +98,15 @@ def _report_error(error: Exception | SystemExit, started: bool) -> int:
     """
     if is_data_error(error):
         # Any rank may read the image that cannot be read: that rank prints the line, and the launcher ends the others.
-        console.say(f"dkd: rank {launch.named_rank()}: {describe_in_one_line(error)}")
+        reason = f"dkd: rank {launch.named_rank()}: {describe_in_one_line(error)}"
+        console.say(reason)
+        launch.report_to_launcher(console.printable(reason))
         return 1
     problems = None if started else list_problems(error)
     if problems is None:
+        launch.report_to_launcher(console.printable(f"{type(error).__name__}: {describe_in_one_line(error)}"))
         raise error
+    launch.report_to_launcher("\n".join(console.printable(f"dkd: {problem}") for problem in problems))
     # One process of each machine prints: the input of its neighbours is the same.
     if launch.speaks_for_machine():
         for problem in problems:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dkd import console
+from dkd import console, launch
 from dkd.text import shorten
 
 
@@ -18,8 +18,13 @@ class CommandLineParser(argparse.ArgumentParser):
     """Parse a command line, and print its errors so that a terminal cannot be commanded by them."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message, and exit with code 2. Names in arguments may come from a shell's `*`."""
-        super().error(console.printable(shorten(message)))
+        """Print usage and message, and exit with code 2. Names in arguments may come from a shell's `*`. One of
+        the ranks of a machine prints: all have the same arguments."""
+        message = console.printable(shorten(message))
+        launch.report_to_launcher(f"{self.prog}: error: {message}")
+        if not launch.speaks_for_machine():
+            self.exit(2)
+        super().error(message)
 
 
 @dataclass(frozen=True)

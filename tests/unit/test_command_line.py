@@ -123,6 +123,15 @@ def test_wrong_commands_end_with_code_2(arguments):
     assert exit_.value.code == 2
 
 
+def test_one_rank_of_a_machine_prints_what_is_wrong_with_the_arguments(capsys, monkeypatch):
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            main(["train", "--no-option", "x.yaml"])
+        assert exit_.value.code == 2
+        assert ("--no-option" in capsys.readouterr().err) is printed
+
+
 def test_inspect_lists_taps(capsys):
     assert main(["inspect", "wrn_16_1", "--image-size", "32", "--classes", "10"]) == 0
     lines = capsys.readouterr().out.splitlines()
