@@ -306,7 +306,8 @@ def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None, tuple[
     """Return the engine that the launch asks for, its DeepSpeed file, and what to report of that file. Raises
     LaunchError."""
     _refuse_one_process_in_place_of_several(ranks)
-    deepspeed, notes = None, ()
+    deepspeed: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     name: str
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         deepspeed, notes = _deepspeed_file()
@@ -384,7 +385,8 @@ def _deepspeed_file() -> tuple[dict[str, Any], tuple[str, ...]]:
             f"the launch asks for DeepSpeed without a DeepSpeed file; launch with one of {LAUNCH_FILES}, or with: "
             "dkd launch -n N --engine zero2 RECIPE"
         )
-    found, notes = Path(path), ()
+    found = Path(path)
+    notes: tuple[str, ...] = ()
     own = files.folder("launch").parent / path
     # The launch files name theirs relative to the folder that holds launch/, and may be used from any other folder.
     if not found.exists() and found.parts[:2] == ("launch", "deepspeed") and own.is_file():

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, and return the exit code: 0 finished, or stopped when asked (DKD_STOP_EXIT_CODE sets another), 1 failed."""
+    """Train, and return the exit code: 0 finished, or stopped when asked (or DKD_STOP_EXIT_CODE), 1 failed."""
     console.never_fail()  # training continues whatever happens to the log
     launch = read_launch()
     recipe = load_recipe_on_all_ranks(options)
