@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import evaluate, export, inspect, report, status, train
+from dkd.commands import evaluate, export, files, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
+from dkd.commands.launch import command as launch_command
 from dkd.commands.launch_check import command as launch_check
 from dkd.commands.plan import command as plan
 from dkd.errors import InputError
@@ -29,19 +30,20 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (train, evaluate, status, inspect, plan, report, export, launch_check)
+    for module in (train, launch_command, evaluate, status, inspect, plan, report, export, launch_check, files)
 }
 
 _EPILOG = """
 examples:
   dkd train configs/quickstart.yaml --dry-run
-  accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m dkd train configs/quickstart.yaml
+  dkd launch -n 2 configs/quickstart.yaml
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
   dkd status runs/quickstart
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
+  dkd files launch .
 
 shell completion: eval "$(register-python-argcomplete dkd)"
 

@@ -39,6 +39,7 @@ class Command:
         run: does the work and returns the exit code. `run` sets `options.started` once a training has begun: any error
             after that is a bug, not wrong input.
         description: what `dkd NAME --help` states at its top.
+        parser: the class of its parser.
     """
 
     name: str
@@ -47,10 +48,11 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     description: str
+    parser: type[CommandLineParser] = CommandLineParser
 
     def build_parser(self) -> CommandLineParser:
         """Return a parser of the command's arguments."""
-        parser = CommandLineParser(
+        parser = self.parser(
             prog=f"dkd {self.name}",
             description=self.description,
             epilog=self.examples,
