@@ -224,9 +224,6 @@ def _exit_code(error: BaseException | None, asked: Sequence[signal.Signals]) -> 
             "dkd: the ranks were stopped before they could write a checkpoint; the same command starts them again"
         )
         return INTERRUPTED if asked[0] == signal.SIGINT else 1
-    console.say(
-        f"dkd: rank {rank} was ended by {failure.signal_name()}"
-        + ("; the system does that when memory runs out" if failure.exitcode == -signal.SIGKILL else "")
-        + "; the same command resumes the run"
-    )
+    why = " (as the system does when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+    console.say(f"dkd: rank {rank} was ended by {failure.signal_name()}{why}; the same command resumes the run")
     return 1

@@ -67,7 +67,7 @@ def completions(tmp_path, line):
     ("line", "wanted"),
     [
         ("dkd tr", ["train"]),
-        ("dkd l", ["launch-check"]),
+        ("dkd l", ["launch", "launch-check"]),
         ("dkd --v", ["--version"]),
         ("dkd train --ov", ["--overwrite"]),
         ("dkd train configs/quickstart.yaml train.epochs=1 --dr", ["--dry-run"]),
