@@ -21,6 +21,7 @@ from torch import nn
 
 from dkd.atomic_files import replacing
 from dkd.errors import InputError, RunError
+from dkd.installation import command_for
 from dkd.models import (
     ModelSpec,
     UnknownModelError,
@@ -230,7 +231,7 @@ def _read_torchvision(path: Path, student: Student) -> Callable[[torch.Tensor], 
 def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: pip install 'dkd[onnx]'")
+        raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: {command_for('onnx')}")
     argument = "images" if exported is not student.model else _first_argument(exported)
     try:
         images = torch.zeros(2, 3, student.image_size, student.image_size)

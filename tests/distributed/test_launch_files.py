@@ -53,6 +53,30 @@ def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monke
     assert Launch.read().engine == engine
 
 
+@pytest.mark.parametrize("engine", ["cpu", "zero2"])
+def test_dkd_launch_gives_its_ranks_the_same_environment_in_any_folder(engine, tmp_path, monkeypatch):
+    import torch.distributed.run as torchrun
+    from engines import environment
+
+    from dkd.engines import starting
+
+    told = {}
+    monkeypatch.setattr(torchrun, "run", lambda arguments: told.update(os.environ, arguments=arguments))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
+    assert starting.run_ranks(["train", "x", "--dry-run"], 2, engine, max_restarts=1) == 0
+    arguments = told.pop("arguments")
+    assert (arguments.nproc_per_node, arguments.max_restarts, arguments.standalone) == ("2", 1, True)
+    assert [arguments.training_script, *arguments.training_script_args] == ["dkd", "train", "x", "--dry-run"]
+    file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "deepspeed" / f"{engine}.json")}
+    wanted = environment({"cpu": "ddp"}.get(engine, engine))
+    for variable, value in {**wanted, **(file if wanted else {}), "OMP_NUM_THREADS": "3"}.items():
+        assert told.get(variable) == value, variable
+    # cpu.yaml: `use_cpu` alone does not reach the ranks.
+    assert (told.get("CUDA_VISIBLE_DEVICES") == "-1,-1") == (engine == "cpu")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """CIFAR-10's first training images and 20 of its test images; the digits where CIFAR-10 is not at hand."""
