@@ -115,8 +115,9 @@ def _print_dry_run(recipe: Recipe, launch: Launch) -> int:
     from dkd.commands.dry_run import describe
     from dkd.config import recipe_to_yaml
 
-    described = describe(recipe, launch)
-    console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
+    described = describe(recipe, launch)  # on all ranks: what is wrong may be wrong on one machine only
+    if launch.is_main:
+        console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0
 
 

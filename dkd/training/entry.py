@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dkd import console
 from dkd.config import Recipe, load_recipe
 from dkd.config.loading import build_recipe
 from dkd.distributed.process_group import abandon_process_group, announces_refusals, kept_timeouts
@@ -79,6 +80,8 @@ def train(
     with refused_on_all_ranks():
         launch = Launch.read()
         resolved = resolve(recipe, overrides)
+    for note in launch.notes:
+        console.say_on_first_rank(f"dkd: {note}")
     with process_group_of_its_own():
         with announces_refusals(launch), input_errors_as_recipe_errors():
             check(resolved, launch, if_run_exists, allow_recipe_change)

@@ -123,6 +123,15 @@ def test_wrong_commands_end_with_code_2(arguments):
     assert exit_.value.code == 2
 
 
+def test_one_rank_prints_what_a_dry_run_finds(tmp_path, capsys, monkeypatch):
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        words = ["configs/quickstart.yaml", "teacher.weights=random", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+        assert main(["train", *words]) == 0
+        assert ("2 processes" in capsys.readouterr().out) == (rank == "0")
+
+
 def test_one_rank_of_a_machine_prints_what_is_wrong_with_the_arguments(capsys, monkeypatch):
     for rank, printed in (("0", True), ("1", False)):
         monkeypatch.setenv("LOCAL_RANK", rank)
