@@ -24,7 +24,7 @@ from dkd import atomic_files, files
 from dkd.errors import InputError
 
 EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml"
+LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml (dkd files launch . copies them)"
 _RIGHT_COMMANDS = (
     "launch with: dkd launch -n N RECIPE, or accelerate launch --config_file launch/accelerate/cpu.yaml "
     "--num_processes N -m dkd train RECIPE (or ddp.yaml, fsdp2.yaml, zero1.yaml, ...), or for one process: dkd train "
@@ -356,12 +356,13 @@ def _accelerate_dropped_processes() -> bool:
     machine. An address that was there before is the user's own; where the system does not show the environment of
     Accelerate's process, it counts as Accelerate's.
     """
-    if "ACCELERATE_USE_CPU" not in os.environ or "MASTER_ADDR" not in os.environ:
+    names = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR")
+    if not all(name in os.environ for name in names):
         return False
     content, _ = atomic_files.read_bytes(Path(f"/proc/{os.getppid()}/environ"))
     before = content.split(b"\0")
-    names = ("MASTER_ADDR", "MASTER_PORT")
-    return not all(f"{name}={os.environ.get(name, '')}".encode() in before for name in names)
+    address = ("MASTER_ADDR", "MASTER_PORT")
+    return not all(f"{name}={os.environ.get(name, '')}".encode() in before for name in address)
 
 
 def _check_fsdp() -> None:

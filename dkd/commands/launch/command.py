@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dkd.commands import evaluate, train
 from dkd.commands.arguments import positive, whole
@@ -42,6 +42,12 @@ class _Parser(CommandLineParser):
         options = super().parse_intermixed_args([*words[:end], *command], namespace)
         options.rest = rest
         return options
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with code 2."""
+        if message.startswith("unrecognized arguments"):
+            message += "; options of a command stand after --, such as: dkd launch -n 2 -- evaluate RUN --trust-code"
+        super().error(message)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
