@@ -81,6 +81,11 @@ def test_no_link_is_followed(tmp_path, capsys, force):
     assert main(["files", "launch", str(tmp_path / "b"), *force]) == (0 if force else 2)
     assert (elsewhere / "precious").read_text() == "precious"
     assert file.is_symlink() == (not force)
+    same = tmp_path / "c" / "launch" / "local.sh"  # a link to the same content is no copy
+    same.parent.mkdir(parents=True)
+    same.symlink_to(files.folder("launch") / "local.sh")
+    assert main(["files", "launch", str(tmp_path / "c"), *force]) == (0 if force else 2)
+    assert same.is_symlink() == (not force)
 
 
 @pytest.mark.parametrize(
