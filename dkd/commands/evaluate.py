@@ -9,13 +9,14 @@ from dkd.commands.arguments import add_overrides, add_trust_code
 from dkd.commands.command import Command
 from dkd.commands.errors import read_launch
 from dkd.errors import InputError
+from dkd.launch import report_to_launcher
 
 _EXAMPLES = """
 examples:
   dkd evaluate runs/quickstart                            the finished student of a run
   dkd evaluate runs/quickstart/checkpoints/step_00000100  the weights after a step
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
-  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
+  dkd launch -n 8 evaluate runs/quickstart                on 8 processes
 """
 
 
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     problem = evaluation.result.problem
     if problem:
         console.say_on_first_rank(f"dkd: {problem}")
+        report_to_launcher(console.printable(f"dkd: {problem}"))
     return 1 if problem else 0
 
 
