@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import evaluate, export, files, inspect, report, status, train
+from dkd.commands import distill, evaluate, export, files, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch import command as launch_command
@@ -31,7 +31,20 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (new, train, launch_command, evaluate, status, inspect, plan, report, export, launch_check, files)
+    for module in (
+        new,
+        distill,
+        train,
+        launch_command,
+        evaluate,
+        status,
+        inspect,
+        plan,
+        report,
+        export,
+        launch_check,
+        files,
+    )
 }
 
 _EPILOG = """
