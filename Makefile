@@ -6,14 +6,19 @@ BIN := $(VENV)/bin
 .PHONY: browser help quickstart test test-all test-matrix test-cluster test-cluster-short test-gpu check environment cluster-tools clean
 
 help:
-	@echo "make quickstart   install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
-	@echo "make test         install with the test tools, run the tests (10 minutes on 2 cores); PYTEST='-k words' chooses some of them"
-	@echo "make test-all     the slow ones too, and longer trainings (half an hour on 2 cores): before a release"
-	@echo "make test-matrix  every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
-	@echo "make test-cluster a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes); -short: a part, 8 minutes"
-	@echo "make test-gpu     the checks that need a GPU; says so and runs nothing where there is none"
-	@echo "make check        ruff and mypy"
-	@echo "make clean        remove $(VENV) and caches; runs/ stays"
+	@echo "make quickstart         install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
+	@echo "make environment        make $(VENV) with dkd (editable), what it needs and the test tools; the targets below do that, too"
+	@echo "make test               install with the test tools, run the tests (10 minutes on 2 cores); PYTEST='-k words' chooses some of them"
+	@echo "make test-all           the slow ones too, and longer trainings (half an hour on 2 cores): before a release"
+	@echo "make test-matrix        every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
+	@echo "make test-cluster       a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes)"
+	@echo "make test-cluster-short a part of it, 8 minutes"
+	@echo "make test-gpu           the checks that need a GPU; says so and runs nothing where there is none"
+	@echo "make check              ruff and mypy"
+	@echo "make cluster-tools      install Slurm, iproute2 and shellcheck (root, Debian); make test-cluster does that, too"
+	@echo "make browser            install chromium (root, Debian), in which tests open the report; make test does that, too"
+	@echo "make clean              remove $(VENV) and caches; runs/ stays"
+	@echo "make help               this list"
 	@echo "VENV=DIR and PYTHON=python3.X choose another environment or interpreter"
 
 quickstart: $(VENV)/.digits
@@ -70,8 +75,8 @@ environment: $(VENV)/.test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# pip reports each package that it collects and installs: gigabytes, minutes.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+# pip reports each package that it collects and installs, with a bar of its own in a terminal: gigabytes, minutes.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 $(VENV)/.digits: pyproject.toml | $(BIN)/python
 	@echo "installing dkd and what it needs into $(VENV): torch alone has gigabytes, so this takes minutes"

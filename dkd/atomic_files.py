@@ -59,31 +59,42 @@ def open_lock(path: Path) -> FileIO:
     return FileIO(_open(path, os.O_RDWR | os.O_CREAT), "rb+")
 
 
-def create(path: Path, text: str) -> None:
-    """Write a new file. Raises OSError, also when something else, such as a link, has that name."""
-    with open(os.open(path, _NEW, 0o666), "w", encoding="utf-8") as file:
+def create(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a new file. Raises OSError, also when something else, such as a link, has that name.
+
+    Args:
+        mode: of the file, less what the umask takes away.
+    """
+    with open(os.open(path, _NEW, mode), "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a file in the place of an older file. A reader sees the old file or the new file, also after a power cut.
-    Raises OSError."""
-    with replacing(path) as unfinished, open(_open(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
+    Raises OSError.
+
+    Args:
+        mode: of the file, less what the umask takes away.
+    """
+    with replacing(path, mode) as unfinished, open(_open(unfinished, os.O_WRONLY), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield the path of an empty file beside `path`, with the same suffix, to be written by a library. After the block,
     the new file takes the place of `path`.
 
     An older file stays as it is when the block raises. A link at `path` is replaced, not followed.
 
+    Args:
+        mode: of the file, less what the umask takes away.
+
     Raises:
         OSError: the file system refuses.
     """
     unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}_{path.name}")
-    descriptor = os.open(unfinished, _NEW, 0o666)
+    descriptor = os.open(unfinished, _NEW, mode)
     try:
         try:
             # The mode that the umask, or the folder's default access list, gives a file. Libraries may put a private

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import evaluate, export, inspect, report, status, train
+from dkd.commands import distill, evaluate, export, files, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
+from dkd.commands.launch import command as launch_command
 from dkd.commands.launch_check import command as launch_check
 from dkd.commands.new import command as new
 from dkd.commands.plan import command as plan
@@ -30,24 +31,38 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (new, train, evaluate, status, inspect, plan, report, export, launch_check)
+    for module in (
+        new,
+        distill,
+        train,
+        launch_command,
+        evaluate,
+        status,
+        inspect,
+        plan,
+        report,
+        export,
+        launch_check,
+        files,
+    )
 }
 
 _EPILOG = """
 examples:
   dkd train configs/quickstart.yaml --dry-run
-  accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 -m dkd train configs/quickstart.yaml
+  dkd launch -n 2 configs/quickstart.yaml
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
   dkd status runs/quickstart
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
+  dkd files launch .
 
 shell completion: eval "$(register-python-argcomplete dkd)"
 
-exit codes: 0 done; 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started;
-75 stopped when asked, the same command resumes the run; 1 anything else
+exit codes: 0 done, or stopped when asked (the same command resumes the run; DKD_STOP_EXIT_CODE sets another code for
+a stop); 2 wrong input (a recipe, file, name, argument or environment variable), nothing was started; 1 anything else
 """
 
 
@@ -99,11 +114,15 @@ def _report_error(error: Exception | SystemExit, started: bool) -> int:
     """
     if is_data_error(error):
         # Any rank may read the image that cannot be read: that rank prints the line, and the launcher ends the others.
-        console.say(f"dkd: rank {launch.named_rank()}: {describe_in_one_line(error)}")
+        reason = f"dkd: rank {launch.named_rank()}: {describe_in_one_line(error)}"
+        console.say(reason)
+        launch.report_to_launcher(console.printable(reason))
         return 1
     problems = None if started else list_problems(error)
     if problems is None:
+        launch.report_to_launcher(console.printable(f"{type(error).__name__}: {describe_in_one_line(error)}"))
         raise error
+    launch.report_to_launcher("\n".join(console.printable(f"dkd: {problem}") for problem in problems))
     # One process of each machine prints: the input of its neighbours is the same.
     if launch.speaks_for_machine():
         for problem in problems:

@@ -13,16 +13,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dkd import atomic_files
+from dkd import atomic_files, files
 from dkd.errors import InputError
 
 EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml"
+LAUNCH_FILES = "launch/accelerate/{cpu,ddp,fsdp2,zero1,zero2,zero3}.yaml (dkd files launch . copies them)"
+_RIGHT_COMMANDS = (
+    "launch with: dkd launch -n N RECIPE, or accelerate launch --config_file launch/accelerate/cpu.yaml "
+    "--num_processes N -m dkd train RECIPE (or ddp.yaml, fsdp2.yaml, zero1.yaml, ...), or for one process: dkd train "
+    "RECIPE"
+)
 
 # Variable: (smallest, largest or None) whole number that it may hold.
 _NUMBERS: Mapping[str, tuple[int, int | None]] = {
@@ -110,7 +117,7 @@ class Launch:
     """The launcher may restart its ranks, and takes any exit code but 0 for a crash."""
     is_elastic: bool = False
     """The launcher is torch's, and the parent of this process."""
-    stop_exit_code: int | None = None
+    stop_exit_code: int = 0
     """DKD_STOP_EXIT_CODE: exit code of a process that was asked to stop, and did."""
     accumulation_steps: str | None = None
     """Accelerate's gradient accumulation steps, as its configuration file states them; None: it does not."""
@@ -119,6 +126,8 @@ class Launch:
     dynamo_backend: str = "no"
     """Accelerate's compiler, as its configuration file states it."""
     start: Start = field(default_factory=Start)
+    notes: tuple[str, ...] = ()
+    """Lines for people about how the launch was read, the same on all ranks of a machine."""
 
     @classmethod
     def read(cls) -> Launch:
@@ -128,8 +137,8 @@ class Launch:
             LaunchError: a variable is wrong, the engine is not supported, needs a launcher and has none, or its file
                 cannot be read.
         """
-        engine, deepspeed = _engine(cls.read_ranks())
-        return cls._read(engine, deepspeed)
+        engine, deepspeed, notes = _engine(cls.read_ranks())
+        return cls._read(engine, deepspeed, notes)
 
     @classmethod
     def read_ranks(cls) -> Launch:
@@ -159,7 +168,7 @@ class Launch:
         )
 
     @classmethod
-    def _read(cls, engine: EngineName, deepspeed: Mapping[str, Any] | None) -> Launch:
+    def _read(cls, engine: EngineName, deepspeed: Mapping[str, Any] | None, notes: tuple[str, ...] = ()) -> Launch:
         numbers = {name: int(os.environ[name]) for name in _NUMBERS if name in os.environ}
         return cls(
             rank=numbers.get("RANK", 0),
@@ -173,11 +182,12 @@ class Launch:
             address=(os.environ["MASTER_ADDR"], numbers["MASTER_PORT"]) if _meets() else None,
             restarts_ranks=numbers.get("TORCHELASTIC_MAX_RESTARTS", 0) > 0,
             is_elastic="TORCHELASTIC_RUN_ID" in os.environ,
-            stop_exit_code=numbers.get("DKD_STOP_EXIT_CODE"),
+            stop_exit_code=numbers.get("DKD_STOP_EXIT_CODE", 0),
             accumulation_steps=os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
             mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
             dynamo_backend=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(),
             start=_start(),
+            notes=notes,
         )
 
     @property
@@ -205,6 +215,31 @@ def speaks_for_machine() -> bool:
 def named_rank() -> str:
     """Return the rank of this process, for a message that is printed where there may be no `Launch`."""
     return os.environ.get("RANK", "0")
+
+
+def is_started_by_launcher() -> bool:
+    """Return whether a launcher has started this process. Never raises: it is asked before the environment is read."""
+    return "LOCAL_RANK" in os.environ
+
+
+def report_to_launcher(reason: str) -> None:
+    """Leave the reason why this process ends with another code than 0 where torch's launcher looks for it: the launcher
+    prints it as the root cause, at the end of its own lines. Without such a launcher, or where the file cannot be
+    written, it does nothing."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    # The form that torch's own `record` writes, without a traceback: then the launcher prints the message alone. A
+    # plain text in its place makes torchrun warn about it.
+    content = {"message": {"message": reason, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    # At once or not at all: the launcher may end this process at any moment, and fails on half of a file.
+    with suppress(OSError, ValueError):
+        atomic_files.replace_text(Path(file), json.dumps(content))
+
+
+def share_cores(threads: int) -> None:
+    """Let each rank that this process starts compute with so many threads, unless the user has chosen otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def local_world_size() -> int | None:
@@ -267,18 +302,15 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in _YES
 
 
-def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None]:
-    """Return the engine that the launch asks for, and its DeepSpeed file. Raises LaunchError."""
-    if ranks.asks_for_cpu and not ranks.has_launcher:
-        raise LaunchError(
-            "`accelerate launch --cpu` starts one process, whatever --num_processes and the engine are; launch with: "
-            "accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m dkd train RECIPE "
-            "(or fsdp2.yaml, zero1.yaml, ...), or for one process: dkd train RECIPE"
-        )
-    deepspeed = None
+def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None, tuple[str, ...]]:
+    """Return the engine that the launch asks for, its DeepSpeed file, and what to report of that file. Raises
+    LaunchError."""
+    _refuse_one_process_in_place_of_several(ranks)
+    deepspeed: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     name: str
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
-        deepspeed = _deepspeed_file()
+        deepspeed, notes = _deepspeed_file()
         zero = deepspeed.get("zero_optimization", {})
         stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
         name = f"zero{stage}" if isinstance(stage, int) else ""  # '3' would not be 3 to `filled_settings`
@@ -290,13 +322,47 @@ def _engine(ranks: Launch) -> tuple[EngineName, Mapping[str, Any] | None]:
         _check_fsdp()
         name = "fsdp2"
     else:
-        return ("ddp" if ranks.has_launcher and ranks.world_size > 1 else "single"), None
+        return ("ddp" if ranks.has_launcher and ranks.world_size > 1 else "single"), None, ()
     if not ranks.has_launcher:
         raise LaunchError(
-            f"the launch asks for {name}, but started one process without a launcher; launch with: "
-            f"accelerate launch --config_file launch/accelerate/{name}.yaml --num_processes N -m dkd train RECIPE"
+            f"the launch asks for {name}, but started one process without a launcher; launch with: dkd launch -n N "
+            f"--engine {name} RECIPE, or accelerate launch --config_file launch/accelerate/{name}.yaml --num_processes "
+            "N -m dkd train RECIPE"
         )
-    return name, deepspeed  # type: ignore[return-value]
+    return name, deepspeed, notes  # type: ignore[return-value]
+
+
+def _refuse_one_process_in_place_of_several(ranks: Launch) -> None:
+    """Raise LaunchError where `accelerate launch` has started one process, and several were asked for."""
+    if ranks.has_launcher:
+        return
+    if ranks.asks_for_cpu:
+        raise LaunchError(
+            f"`accelerate launch --cpu` starts one process, whatever --num_processes and the engine are; "
+            f"{_RIGHT_COMMANDS}"
+        )
+    if _accelerate_dropped_processes():
+        raise LaunchError(
+            "`accelerate launch` was asked for several processes and has started one, as it does without a "
+            f"--config_file on a machine with less than two GPUs; {_RIGHT_COMMANDS}"
+        )
+
+
+def _accelerate_dropped_processes() -> bool:
+    """Return whether Accelerate has started this process alone although it was asked for several processes.
+
+    Its launcher of one process (`prepare_simple_launcher_cmd_env`, read in 1.15) sets ACCELERATE_USE_CPU, which its
+    other launchers do not, and the address of a rendezvous only where it was asked for more than one process or
+    machine. An address that was there before is the user's own; where the system does not show the environment of
+    Accelerate's process, it counts as Accelerate's.
+    """
+    names = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR")
+    if not all(name in os.environ for name in names):
+        return False
+    content, _ = atomic_files.read_bytes(Path(f"/proc/{os.getppid()}/environ"))
+    before = content.split(b"\0")
+    address = ("MASTER_ADDR", "MASTER_PORT")
+    return not all(f"{name}={os.environ.get(name, '')}".encode() in before for name in address)
 
 
 def _check_fsdp() -> None:
@@ -311,14 +377,24 @@ def _check_fsdp() -> None:
             raise LaunchError(f"the launch sets {variable}={value}: {reason}; see launch/accelerate/fsdp2.yaml")
 
 
-def _deepspeed_file() -> dict[str, Any]:
-    """Return the content of the launch's DeepSpeed file. Raises LaunchError: there is none (Accelerate's flags in its
-    place would be half of one), or it is no JSON object."""
+def _deepspeed_file() -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the content of the launch's DeepSpeed file, and what to report of its place. Raises LaunchError: there is
+    none (Accelerate's flags in its place would be half of one), or it is no JSON object."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
-        raise LaunchError(f"the launch asks for DeepSpeed without a DeepSpeed file; launch with one of {LAUNCH_FILES}")
+        raise LaunchError(
+            f"the launch asks for DeepSpeed without a DeepSpeed file; launch with one of {LAUNCH_FILES}, or with: "
+            "dkd launch -n N --engine zero2 RECIPE"
+        )
+    found = Path(path)
+    notes: tuple[str, ...] = ()
+    own = files.folder("launch").parent / path
+    # The launch files name theirs relative to the folder that holds launch/, and may be used from any other folder.
+    if not found.exists() and found.parts[:2] == ("launch", "deepspeed") and own.is_file():
+        found = own
+        notes = (f"the launch's DeepSpeed file {path!r} is not in this folder; dkd's own is read: {str(own)!r}",)
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(found.read_text())
     except (OSError, ValueError) as error:
         raise LaunchError(
             f"the launch's DeepSpeed file {path!r} cannot be read: {error}; paths are relative to the folder of the "
@@ -326,7 +402,7 @@ def _deepspeed_file() -> dict[str, Any]:
         ) from error
     if not isinstance(settings, dict):
         raise LaunchError(f"the launch's DeepSpeed file {path!r} holds no JSON object")
-    return settings
+    return settings, notes
 
 
 def _start() -> Start:

@@ -15,7 +15,8 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 def cores() -> int:
     """Count the CPU cores that this process may run on: the cores that the process is bound to, and no more than the
     quota of its cgroup (version 2)."""
-    found = [len(os.sched_getaffinity(0))]
+    # macOS binds no process to cores.
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for text in _read_settings("cpu.max"):
         quota, period = text.split()
         if quota != "max":

@@ -54,6 +54,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Convert an argument to a whole number from 0. Raises ArgumentTypeError."""
+    return 0 if text == "0" else positive(text)
+
+
 def seconds(text: str) -> int:
     """Convert an argument to a number of seconds, at most a day. Raises ArgumentTypeError."""
     if positive(text) > _MOST_SECONDS:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dkd import console
+from dkd import console, launch
 from dkd.text import shorten
 
 
@@ -18,8 +18,13 @@ class CommandLineParser(argparse.ArgumentParser):
     """Parse a command line, and print its errors so that a terminal cannot be commanded by them."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message, and exit with code 2. Names in arguments may come from a shell's `*`."""
-        super().error(console.printable(shorten(message)))
+        """Print usage and message, and exit with code 2. Names in arguments may come from a shell's `*`. One of
+        the ranks of a machine prints: all have the same arguments."""
+        message = console.printable(shorten(message))
+        launch.report_to_launcher(f"{self.prog}: error: {message}")
+        if not launch.speaks_for_machine():
+            self.exit(2)
+        super().error(message)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Command:
         run: does the work and returns the exit code. `run` sets `options.started` once a training has begun: any error
             after that is a bug, not wrong input.
         description: what `dkd NAME --help` states at its top.
+        parser: the class of its parser.
     """
 
     name: str
@@ -42,10 +48,11 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     description: str
+    parser: type[CommandLineParser] = CommandLineParser
 
     def build_parser(self) -> CommandLineParser:
         """Return a parser of the command's arguments."""
-        parser = CommandLineParser(
+        parser = self.parser(
             prog=f"dkd {self.name}",
             description=self.description,
             epilog=self.examples,

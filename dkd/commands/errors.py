@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from dkd import console
 from dkd.launch import Launch
 from dkd.preflight.refusals import refused_on_all_ranks
 
@@ -22,10 +23,13 @@ def is_data_error(error: BaseException) -> bool:
 
 
 def read_launch() -> Launch:
-    """Return this process's launch, for commands that a launcher may start. Raises RecipeError on all ranks when one of
-    them cannot train."""
+    """Return this process's launch, for commands that a launcher may start, and report its notes. Raises RecipeError on
+    all ranks when one of them cannot train."""
     with refused_on_all_ranks():
-        return Launch.read()
+        launch = Launch.read()
+    for note in launch.notes:
+        console.say_on_first_rank(f"dkd: {note}")
+    return launch
 
 
 def load_recipe_on_all_ranks(options: argparse.Namespace) -> Recipe:

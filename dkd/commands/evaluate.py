@@ -11,6 +11,7 @@ from dkd.commands.arguments import add_overrides, add_trust_code
 from dkd.commands.command import Command
 from dkd.commands.errors import read_launch
 from dkd.errors import InputError
+from dkd.launch import report_to_launcher
 
 if TYPE_CHECKING:
     from dkd.training.evaluate_student import StudentEvaluation
@@ -24,7 +25,7 @@ examples:
   dkd evaluate runs/quickstart --teacher                  and how alike student and teacher are
   dkd evaluate runs/quickstart --predictions out.parquet  and what the student predicts for each image
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
-  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd evaluate runs/quickstart
+  dkd launch -n 8 evaluate runs/quickstart                on 8 processes
 """
 
 
@@ -92,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         problems.append(f"{str(evaluation.predictions)!r} cannot be written: {evaluation.predictions_problem}")
     for problem in problems:
         console.say_on_first_rank(f"dkd: {problem}")
+        report_to_launcher(console.printable(f"dkd: {problem}"))
     return 1 if problems else 0
 
 

@@ -9,6 +9,7 @@ from dkd import console
 from dkd.commands.arguments import add_trust_code, positive
 from dkd.commands.command import Command
 from dkd.errors import InputError
+from dkd.installation import command_for
 
 _EXAMPLES = """
 examples:
@@ -40,9 +41,7 @@ def run(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise
-        raise InputError(
-            "dkd report draws with matplotlib, which is not installed: pip install 'dkd[report]'"
-        ) from None
+        raise InputError(f"dkd report draws with matplotlib, which is not installed: {command_for('report')}") from None
 
     def show_progress(message: str) -> None:
         console.say(f"{message} ...")

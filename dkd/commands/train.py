@@ -10,6 +10,7 @@ from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe
 from dkd.commands.command import Command
 from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+from dkd.launch import report_to_launcher
 from dkd.preflight.refusals import input_errors_as_recipe_errors
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ examples:
   dkd train recipe.yaml                                   again: resume from the newest checkpoint in run.dir
   dkd train recipe.yaml train.epochs=20 --allow-recipe-change   resume, but train longer
   dkd train recipe.yaml --overwrite                       start anew
-  accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd train recipe.yaml
+  dkd launch -n 8 recipe.yaml                             8 processes on this machine; also by accelerate launch
+                                                          and torchrun
   sbatch launch/slurm/train.sbatch recipe.yaml            on a cluster
-  touch RUN/STOP                                          stop after a checkpoint (exit code 75), as SIGTERM, SIGUSR1
+  touch RUN/STOP                                          stop after a checkpoint (exit code 0), as SIGTERM, SIGUSR1
                                                           and SIGHUP do
 """
 
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, and return the exit code: 0 finished, 75 stopped when asked (DKD_STOP_EXIT_CODE changes it), 1 failed."""
+    """Train, and return the exit code: 0 finished, or stopped when asked (or DKD_STOP_EXIT_CODE), 1 failed."""
     console.never_fail()  # training continues whatever happens to the log
     launch = read_launch()
     recipe = load_recipe_on_all_ranks(options)
@@ -99,8 +101,12 @@ def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: 
     except (TrainingError, Stopped) as error:
         console.say_on_first_rank(f"dkd: {error}")
         code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
+        if code:
+            report_to_launcher(console.printable(f"dkd: {error}"))
     except (LostRankError, RendezvousError) as error:
-        console.say(f"dkd: rank {launch.rank} cannot continue: {error}")
+        reason = f"dkd: rank {launch.rank} cannot continue: {error}"
+        console.say(reason)
+        report_to_launcher(console.printable(reason))
         # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
         os._exit(1)
     finally:
@@ -113,8 +119,9 @@ def _print_dry_run(recipe: Recipe, launch: Launch) -> int:
     from dkd.commands.dry_run import describe
     from dkd.config import recipe_to_yaml
 
-    described = describe(recipe, launch)
-    console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
+    described = describe(recipe, launch)  # on all ranks: what is wrong may be wrong on one machine only
+    if launch.is_main:
+        console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Decode JPEG files by the fastest decoder whose pixels equal Pillow's, bit for bit.
 
 Pillow is the reference for which files can be read, how images are turned, and every pixel. Where simplejpeg is
-installed (`pip install 'dkd[fast]'`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow,
+installed (the extra `fast`) and its libjpeg-turbo decodes the trial images below to the same bits as Pillow,
 simplejpeg decodes the files of the kinds that were tried. Pillow decodes all other files: grayscale and CMYK, other
 samplings, and damaged files.
 """

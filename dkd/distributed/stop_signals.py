@@ -22,8 +22,6 @@ from dkd.launch import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "STOP"
-EXIT_CODE = 75
-"""Exit code of a process that stopped when asked: EX_TEMPFAIL of sysexits.h, "try again later"."""
 _LOOK_EVERY = 1.0  # seconds between looks for the file, which may be far away
 
 _asked: int | None = None
@@ -126,8 +124,6 @@ class StopRequests:
 
 
 def exit_code(launch: Launch) -> int:
-    """Return the exit code of a process that stopped when asked: DKD_STOP_EXIT_CODE, else 75. A launcher that may
-    restart its workers would take any code but 0 for a crash, and start them again."""
-    if launch.stop_exit_code is not None:
-        return launch.stop_exit_code
-    return 0 if launch.restarts_ranks else EXIT_CODE
+    """Return the exit code of a process that stopped when asked: 0, or DKD_STOP_EXIT_CODE. Under a launcher that may
+    restart its ranks it is always 0: that launcher takes any other code for a crash, and would start them again."""
+    return 0 if launch.restarts_ranks else launch.stop_exit_code

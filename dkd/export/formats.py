@@ -20,6 +20,7 @@ from torch import nn
 
 from dkd.atomic_files import replacing
 from dkd.errors import InputError, RunError
+from dkd.installation import command_for
 from dkd.models import (
     LogitsOnly,
     ModelSpec,
@@ -234,7 +235,7 @@ def _read_torchvision(path: Path, student: Student) -> Callable[[torch.Tensor], 
 def _write_onnx(path: Path, student: Student, exported: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: pip install 'dkd[onnx]'")
+        raise ExportError(f"onnx needs {', '.join(missing)}, not installed here: {command_for('onnx')}")
     try:
         images = torch.zeros(2, 3, student.image_size, student.image_size)
         program = torch.onnx.export(

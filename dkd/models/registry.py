@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from dkd.errors import InputError
+from dkd.installation import command_for
 from dkd.models.hugging_face import HuggingFaceError, is_hugging_face
 from dkd.models.hugging_face import build as build_hugging_face
 from dkd.models.zoo import (
@@ -146,7 +147,7 @@ def _find_timm_builder(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError as error:
-        raise UnknownModelError(f"'timm/{name}' needs timm: pip install 'dkd[timm]'") from error
+        raise UnknownModelError(f"'timm/{name}' needs timm: {command_for('timm')}") from error
     if not timm.is_model(name):  # an exact name: no hub, no path
         raise UnknownModelError(_describe_unknown(f"timm/{name}", [f"timm/{known}" for known in timm.list_models()]))
 

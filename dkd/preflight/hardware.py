@@ -251,14 +251,33 @@ def settle(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None = N
         stored = all_gather_objects(
             stored_choice(run_dir) if launches.in_effect(if_run_exists, run_dir, start) == "resume" else None
         )[0]
-    return settled(recipe, [hardware for hardware, _ in ranks], stored, rules_of(launch).scales_losses)
+    chosen, lines = settled(recipe, [hardware for hardware, _ in ranks], stored, rules_of(launch).scales_losses)
+    return chosen, _unused_gpu_here(launch) + lines
 
 
 def settled_here(recipe: Recipe, launch: Launch, resumes: bool = True) -> tuple[Recipe, list[str]]:
     """Settle the recipe for a launch whose ranks all have this process's hardware. No collective: for commands that
     show what would be."""
     stored = stored_choice(Path(recipe.run.dir)) if resumes else None
-    return settled(recipe, [_probe_own(recipe, launch)], stored, rules_of(launch).scales_losses)
+    chosen, lines = settled(recipe, [_probe_own(recipe, launch)], stored, rules_of(launch).scales_losses)
+    return chosen, _unused_gpu_here(launch) + lines
+
+
+def unused_gpu(device: str, apple_gpu: bool, asks_for_cpu: bool = False) -> list[str]:
+    """Return a line that reports that this machine's GPU is not used, and why; no line where there is none to use.
+
+    Args:
+        device: torch's type of the device that this process trains on.
+        apple_gpu: whether torch finds Apple's GPU (MPS).
+        asks_for_cpu: whether the launch asks for CPUs.
+    """
+    if device != "cpu" or not apple_gpu or asks_for_cpu:
+        return []
+    return ["the CPU is used: Apple's GPU (MPS) has no float64, in which evaluation and logs are summed"]
+
+
+def _unused_gpu_here(launch: Launch) -> list[str]:
+    return unused_gpu(device_type(launch.asks_for_cpu), torch.backends.mps.is_available(), launch.asks_for_cpu)
 
 
 def _probe_own(recipe: Recipe, launch: Launch) -> Hardware:

@@ -41,9 +41,9 @@ class EarlyStopping:
         """Return what `state_dict` stored; a new one where that is of another metric, of none, or damaged."""
         if section is None or state is None or state.get("metric") != section.metric:
             return cls(section)
-        best, *counts = (state.get(key) for key in ("best", "best_step", "waited", "step"))
-        sound = isinstance(best, float | None) and all(type(count) is int for count in counts)
-        return cls(section, best, *counts) if sound else cls(section)
+        best, counts = state.get("best"), [state.get(key) for key in ("best_step", "waited", "step")]
+        whole = [count for count in counts if isinstance(count, int)]
+        return cls(section, best, *whole) if isinstance(best, float | None) and whole == counts else cls(section)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a checkpoint stores of it."""

@@ -81,6 +81,8 @@ def train(
     with refused_on_all_ranks():
         launch = Launch.read()
         resolved = resolve(recipe, overrides)
+    for note in launch.notes:
+        console.say_on_first_rank(f"dkd: {note}")
     with process_group_of_its_own():
         with announces_refusals(launch), input_errors_as_recipe_errors():
             resolved, completed = complete(resolved)

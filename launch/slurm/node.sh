@@ -53,7 +53,8 @@ command=(
     --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT"
 )
 if [ "$1" = train ]; then
-    # A run that stopped when asked leaves a file that says so; a launcher would call any exit code but 0 a failure, at length.
+    # A run that stopped when asked leaves a file that says so, whatever code the user's environment asks for; a launcher would call any
+    # exit code but 0 a failure, at length.
     export DKD_STOP_EXIT_CODE=0
     command+=(--max_restarts "$MAX_RESTARTS")
     # What each rank says also goes to a file of its own.

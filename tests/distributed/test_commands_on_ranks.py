@@ -139,6 +139,8 @@ def test_a_wrong_recipe_ends_every_process_of_a_launch(tmp_path):
     assert [line for line in result.stderr.splitlines() if line.startswith("dkd: ")] == [
         "dkd: data.train: no file matches 'x.parquet'"
     ]
+    # And once more where a person looks: torchrun's own lines end with the root cause.
+    assert result.stderr.rstrip().splitlines()[-2] == "  traceback : dkd: data.train: no file matches 'x.parquet'"
 
 
 def test_two_ranks_go_to_their_end_when_the_reader_of_their_log_leaves(tmp_path):

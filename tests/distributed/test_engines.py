@@ -49,6 +49,15 @@ FLOAT32 = {
     for tried in cases
     if tried["precision"] == "fp32"
 }
+FROZEN = [
+    {
+        **case(engine, 4, strategy="exchange"),
+        "precision": "fp32",
+        "freeze": "conv1 layer1",
+        "train": {"max_steps": 3},
+    }
+    for engine in ENGINES
+]
 BF16 = [{**case(engine, 8, "fsdp2"), "precision": "bf16", "train": {"max_steps": 2}} for engine in ENGINES]
 FEW = [{**case("fsdp2", 8, "fsdp2"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)] + [
     {**case("zero3", 8, "replicated"), "samples": samples, "train": {"max_steps": 1}} for samples in (1, 7)
@@ -113,6 +122,32 @@ def test_clipping_and_averaged_weights_are_those_of_ddp(results, tried):
     for rank in ranks:  # evaluated on the average, on every rank alike
         assert rank["evaluation"] == ranks[0]["evaluation"]
     assert ranks[0]["evaluation"]["loss"] == pytest.approx(ddp[0]["evaluation"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tried", FROZEN, ids=name_of)
+@uses(lambda tried: [FROZEN[0], tried])
+def test_frozen_modules_stay_as_they_were_under_every_engine(results, tried):
+    """Four micro-steps on two ranks, over which statistics are averaged. The rest is trained as under DDP."""
+    ddp, ranks = (returned(results[2], c) for c in (FROZEN[0], tried))
+    for ours, theirs in zip(ranks[0]["lines"], ddp[0]["lines"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for rank in ranks:
+        frozen, moving = (
+            {key: value for key, value in rank["buffers"].items() if key.startswith("layer1.") == inside}
+            for inside in (True, False)
+        )
+        assert frozen
+        for key, value in frozen.items():
+            assert set(value) == {1.0 if key.endswith("running_var") else 0.0}, key
+        assert all(set(value) != {0.0} for key, value in moving.items() if key.endswith("running_mean"))
+        for key, value in rank["state"].items():
+            if key.startswith(("conv1.", "layer1.")):
+                assert value == ddp[0]["state"][key], key
+    first, last = (
+        returned(results[2], FROZEN[0])[0]["state"][key] for key in ("layer1.0.bn1.weight", "layer2.0.bn1.weight")
+    )
+    assert set(first) == {1.0}
+    assert set(last) != {1.0}
 
 
 @pytest.mark.parametrize("tried", BF16, ids=name_of)

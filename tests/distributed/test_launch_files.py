@@ -10,12 +10,13 @@ from launched import ROOT, accelerate_command, run
 from reference_material import FOLDER
 
 from dkd.cli import main
-from dkd.launch import Launch
+from dkd.launch import Launch, LaunchError
 
 FILES = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 RECIPE = "configs/examples/cifar10_wrn16-2_wrn16-1.yaml"
 
 
+HERE = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29500"]
 ONE_OF_EACH = ("cpu", "zero2")  # started for real by `make test`; all of them by `make test-all`
 
 
@@ -50,6 +51,30 @@ def test_a_launch_file_gives_its_ranks_the_environment_of_its_engine(file, monke
     for variable, value in {**told, "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(variable, str(value))
     assert Launch.read().engine == engine
+
+
+@pytest.mark.parametrize("engine", ["cpu", "zero2"])
+def test_dkd_launch_gives_its_ranks_the_same_environment_in_any_folder(engine, tmp_path, monkeypatch):
+    import torch.distributed.run as torchrun
+    from engines import environment
+
+    from dkd.engines import starting
+
+    told = {}
+    monkeypatch.setattr(torchrun, "run", lambda arguments: told.update(os.environ, arguments=arguments))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
+    assert starting.run_ranks(["train", "x", "--dry-run"], 2, engine, max_restarts=1) == 0
+    arguments = told.pop("arguments")
+    assert (arguments.nproc_per_node, arguments.max_restarts, arguments.standalone) == ("2", 1, True)
+    assert [arguments.training_script, *arguments.training_script_args] == ["dkd", "train", "x", "--dry-run"]
+    file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "deepspeed" / f"{engine}.json")}
+    wanted = environment({"cpu": "ddp"}.get(engine, engine))
+    for variable, value in {**wanted, **(file if wanted else {}), "OMP_NUM_THREADS": "3"}.items():
+        assert told.get(variable) == value, variable
+    # cpu.yaml: `use_cpu` alone does not reach the ranks.
+    assert (told.get("CUDA_VISIBLE_DEVICES") == "-1,-1") == (engine == "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +138,34 @@ def test_accelerate_launch_with_cpu_is_refused_by_the_right_command(tmp_path):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("dkd: ")]
     assert "accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes N -m dkd train RECIPE" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--num_processes", "1"]])
+def test_accelerate_launch_of_one_process_trains(words, monkeypatch):
+    assert not refused_after(words, monkeypatch)
+
+
+@pytest.mark.parametrize("words", [["--num_processes", "2"], ["--num_machines", "2", *HERE]])
+def test_accelerate_launch_that_starts_one_process_in_place_of_several_is_refused(words, monkeypatch):
+    """As it does on CPUs, and on one GPU, without a configuration file."""
+    assert refused_after(words, monkeypatch)
+
+
+def refused_after(words, monkeypatch):
+    """Return whether a process is refused that Accelerate's launcher of one process starts after these options."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    arguments = launch_command_parser().parse_args([*words, "-m", "dkd", "train", "x"])
+    arguments.num_machines = arguments.num_machines or 1  # what `accelerate launch` fills in
+    arguments.use_cpu, arguments.mixed_precision, arguments.dynamo_backend = False, "no", "no"
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        return Launch.read().world_size != 1
+    except LaunchError as error:
+        return "was asked for several processes and has started one" in str(error)
 
 
 def test_deepspeeds_buffers_fit_the_student():

@@ -2,7 +2,8 @@
 
 import json
 
-from launched import Launch, ranks, torchrun_command, until
+import pytest
+from launched import DKD, Launch, ranks, torchrun_command, until
 
 RECIPE = """
 run: {trackers: []}
@@ -15,11 +16,18 @@ checkpoint: {every_epochs: null, every_steps: 2}
 """
 
 
-def test_they_stop_after_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(torchrun_command(2, "-m", "dkd", "train"), id="torchrun"),
+        pytest.param([*DKD, "launch", "-n", "2"], id="dkd launch", marks=pytest.mark.slow),
+    ],
+)
+def test_they_stop_after_a_checkpoint(tmp_path, launcher):
     """One has been written before: the ranks then need the launcher's key-value store no more."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     run = tmp_path / "run"
-    command = torchrun_command(2, "-m", "dkd", "train", tmp_path / "recipe.yaml", f"run.dir={run}")
+    command = [*launcher, tmp_path / "recipe.yaml", f"run.dir={run}"]
     with Launch(command, tmp_path / "log", ACCELERATE_USE_CPU="true") as launch:
         until((run / "checkpoints" / "step_00000002").is_dir, 120, launch)
         launch.process.kill()

@@ -13,7 +13,7 @@ DKD, TESTS = ROOT / "dkd", ROOT / "tests"
 # A room or leaf may import those of earlier lines; none of its own line, and none of a later one.
 ORDER = (
     # Leaves: single modules that every room may import.
-    ("errors", "text", "rng", "machine", "provenance", "library_internals"),
+    ("errors", "text", "rng", "machine", "provenance", "files", "installation", "library_internals"),
     ("atomic_files", "user_code"),
     ("launch",),
     ("console",),

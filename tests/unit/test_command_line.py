@@ -67,7 +67,7 @@ def completions(tmp_path, line):
     ("line", "wanted"),
     [
         ("dkd tr", ["train"]),
-        ("dkd l", ["launch-check"]),
+        ("dkd l", ["launch", "launch-check"]),
         ("dkd --v", ["--version"]),
         ("dkd train --ov", ["--overwrite"]),
         ("dkd train configs/quickstart.yaml train.epochs=1 --dr", ["--dry-run"]),
@@ -121,6 +121,24 @@ def test_wrong_commands_end_with_code_2(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
+
+
+def test_one_rank_prints_what_a_dry_run_finds(tmp_path, capsys, monkeypatch):
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        words = ["configs/quickstart.yaml", "teacher.weights=random", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+        assert main(["train", *words]) == 0
+        assert ("2 processes" in capsys.readouterr().out) == (rank == "0")
+
+
+def test_one_rank_of_a_machine_prints_what_is_wrong_with_the_arguments(capsys, monkeypatch):
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            main(["train", "--no-option", "x.yaml"])
+        assert exit_.value.code == 2
+        assert ("--no-option" in capsys.readouterr().err) is printed
 
 
 def test_inspect_lists_taps(capsys):

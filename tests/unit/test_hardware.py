@@ -11,6 +11,7 @@ from dkd.cli import main
 from dkd.config import recipe_changes
 from dkd.config.loading import load_recipe, validate
 from dkd.engines.arithmetic import Arithmetic, set_arithmetic
+from dkd.launch import Launch
 from dkd.preflight import hardware
 from dkd.preflight.hardware import Hardware, choose, probe, settled
 
@@ -66,6 +67,19 @@ def test_a_cpu_computes_in_bfloat16_only_where_it_has_units_for_it(kind):
     capabilities, measure, wanted = CPUS[kind]
     found = probe("cpu", measure, capabilities)
     assert choose([found]).precision == wanted
+
+
+def test_apples_gpu_is_not_used_and_the_reason_is_reported(monkeypatch):
+    (line,) = hardware.unused_gpu("cpu", apple_gpu=True)
+    assert line == "the CPU is used: Apple's GPU (MPS) has no float64, in which evaluation and logs are summed"
+    assert hardware.unused_gpu("cpu", apple_gpu=True, asks_for_cpu=True) == []
+    assert hardware.unused_gpu("cpu", apple_gpu=False) == []
+    assert hardware.unused_gpu("cuda", apple_gpu=False) == []
+    fp32 = recipe(train={"precision": "fp32"})
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(hardware, "device_type", lambda asks_for_cpu: "cpu")
+    assert line in hardware.settle(fp32, Launch())[1]
+    assert line in hardware.settled_here(fp32, Launch(), resumes=False)[1]
 
 
 def test_an_emulation_is_not_waited_for_again_and_again():

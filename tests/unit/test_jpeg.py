@@ -159,7 +159,7 @@ def mutated(content, generator):
 
 def test_pixels_and_errors_are_pillows_for_damaged_files_too():
     """1,500 damaged files: the same pixels, or the same error."""
-    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: pip install 'dkd[fast]'")
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: the extra fast")
     if jpeg.jpeg_decoder().decode is None:
         pytest.skip(f"its libjpeg has other pixels here: {jpeg.jpeg_decoder().name}")
     generator = random.Random(0)
@@ -193,7 +193,7 @@ def test_pixels_and_errors_are_pillows_for_damaged_files_too():
 
 
 def test_photographs_have_pillows_pixels():
-    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: pip install 'dkd[fast]'")
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed: the extra fast")
     folder = FOLDER / "data" / "imagenet1k_sample"
     if not folder.exists():
         pytest.skip(

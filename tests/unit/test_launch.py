@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from dataclasses import FrozenInstanceError
 
 import engines
 import pytest
-from launched import ROOT
+from launched import ROOT, run
 
 from dkd.engines.rules import rules_of
 from dkd.launch import (
@@ -15,6 +16,7 @@ from dkd.launch import (
     Start,
     local_world_size,
     named_rank,
+    report_to_launcher,
     speaks_for_machine,
 )
 
@@ -106,6 +108,60 @@ def test_all_other_variables_are_read(environment):
     assert (launch.restarts_ranks, launch.asks_for_cpu) == (False, False)
 
 
+ALONE = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_one_process_in_place_of_several_is_refused(environment):
+    """What Accelerate sets there: tests/distributed/test_launch_files.py."""
+    environment(**ALONE)
+    assert Launch.read().engine == "single"
+    environment(**ADDRESS)
+    with pytest.raises(LaunchError, match=r"was asked for several processes and has started one.* dkd launch -n N REC"):
+        Launch.read()
+    environment(LOCAL_RANK="0")
+    assert Launch.read().has_launcher
+
+
+def test_an_address_that_was_there_before_accelerate_is_the_users_own():
+    code = "from dkd.launch import Launch; print(Launch.read().engine)"
+    shell = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code]  # stays the parent, as Accelerate does
+    assert run(shell, **ALONE, **ADDRESS).stdout == "single\n"
+    other = run(
+        ["env", *shell[:2], f"export MASTER_ADDR=10.0.0.1; {shell[2]}", *shell[3:]], check=False, **ALONE, **ADDRESS
+    )
+    assert "was asked for several processes" in other.stderr
+
+
+def test_dkds_own_deepspeed_file_is_read_where_the_launch_files_path_leads_nowhere(environment, tmp_path, monkeypatch):
+    environment(**RANKS, **engines.environment("zero2"))
+    assert Launch.read().notes == ()
+    monkeypatch.chdir(tmp_path)
+    launch = Launch.read()
+    own = ROOT / "launch" / "deepspeed" / "zero2.json"
+    assert launch.deepspeed == json.loads(own.read_text())
+    (note,) = launch.notes
+    assert str(own) in note
+    changed = tmp_path / "launch" / "deepspeed" / "zero2.json"
+    changed.parent.mkdir(parents=True)
+    changed.write_text('{"zero_optimization": {"stage": 1}}')
+    assert (Launch.read().engine, Launch.read().notes) == ("zero1", ())
+
+
+def test_torchs_launcher_prints_the_reason_as_the_root_cause(environment, tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    report_to_launcher("without a launcher, this does nothing")
+    environment(TORCHELASTIC_ERROR_FILE=str(file))
+    report_to_launcher("dkd: a: wrong\ndkd: b: wrong, too")
+    failures = {rank: ProcessFailure(rank, 1000, 2, str(file)) for rank in (0, 1)}
+    shown = str(ChildFailedError("dkd", failures)).splitlines()
+    assert shown[-3:-1] == ["  traceback : dkd: a: wrong", "  dkd: b: wrong, too"]
+    environment(TORCHELASTIC_ERROR_FILE=str(tmp_path / "no" / "such" / "folder" / "error.json"))
+    report_to_launcher("what cannot be written ends nothing")
+
+
 def test_a_launch_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         Launch().rank = 1
@@ -117,7 +173,8 @@ def test_a_launch_cannot_be_changed():
         ({"ACCELERATE_USE_CPU": "true"}, "`accelerate launch --cpu` starts one process, whatever --num_processes"),
         (
             FSDP2,
-            "the launch asks for fsdp2, but started one process without a launcher; launch with: accelerate launch",
+            "the launch asks for fsdp2, but started one process without a launcher; launch with: dkd launch -n N "
+            "--engine fsdp2 RECIPE, or accelerate launch --config_file launch/accelerate/fsdp2.yaml",
         ),
         (engines.environment("zero2"), "asks for zero2, but started one process without a launcher"),
         ({**RANKS, **FSDP2, "FSDP_VERSION": "1"}, "the launch asks for FSDP version 1; only version 2 is supported"),

@@ -72,3 +72,13 @@ def test_images_are_kept_in_memory_where_all_ranks_have_room_for_them(monkeypatc
     ):
         monkeypatch.setattr(machine, "memory", lambda memory=memory: memory)
         assert memory_for_images(ranks) == most
+
+
+def test_a_system_that_binds_no_process_to_cores_counts_all(monkeypatch, tmp_path):
+    """As macOS."""
+    from dkd import machine
+
+    monkeypatch.delattr(machine.os, "sched_getaffinity")
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "missing")
+    assert machine.cores() == 6

@@ -142,7 +142,7 @@ def test_timm_is_optional():
     try:
         import timm
     except ImportError:
-        with pytest.raises(UnknownModelError, match="pip install 'dkd\\[timm\\]'"):
+        with pytest.raises(UnknownModelError, match=r"pip install -e '.*\[timm\]'"):
             build_model(ModelSpec("timm/resnet18", 10))
     else:
         name = f"timm/{timm.list_models('resnet18')[0]}"

@@ -89,12 +89,17 @@ def make_recipe(options: argparse.Namespace) -> tuple[Choices, str]:
     from dkd.commands.new.images import look_at
     from dkd.commands.new.models import read_model
     from dkd.commands.new.text import recipe_text
+    from dkd.data import DataError
 
     losses = None if options.losses is None else tuple(filter(None, options.losses.split(",")))
     asked = Asked(losses, options.image_size, options.epochs, options.batch, options.name)
     student = read_model(options.student, is_teacher=False)
     teacher = None if options.teacher is None else read_model(options.teacher, is_teacher=True)
-    chosen = choose(look_at(options.data, options.validation), student, teacher, asked)
+    try:
+        images = look_at(options.data, options.validation)
+    except DataError as error:  # in a training, that is an image which cannot be read; here it is the argument
+        raise InputError(str(error)) from error
+    chosen = choose(images, student, teacher, asked)
     text = recipe_text(chosen)
     _check(text)
     return chosen, text

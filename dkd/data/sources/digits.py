@@ -10,6 +10,7 @@ import torch
 
 from dkd.data.sources.base import DataError
 from dkd.data.sources.memory import InMemorySource
+from dkd.installation import command_for
 
 
 class Digits(InMemorySource):
@@ -30,7 +31,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     package = importlib.util.find_spec("sklearn")
     folders = list(package.submodule_search_locations or []) if package is not None else []
     if not folders:
-        raise DataError("digits needs scikit-learn: pip install 'dkd[digits]'")
+        raise DataError(f"digits needs scikit-learn: {command_for('digits')}")
     path = os.path.join(folders[0], "datasets", "data", "digits.csv.gz")
     if not os.path.isfile(path):  # another release may keep the file elsewhere
         from sklearn.datasets import load_digits

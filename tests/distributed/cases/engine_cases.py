@@ -70,6 +70,8 @@ def train(folder, case):
     changes["checkpoint"] = case.get("checkpoint", {})
     changes["optimizer"] = {**trainer_cases.RECIPE["optimizer"], "lr": case["lr"]}
     changes["teacher"] = {"placement": case["teacher"], **({"name": VIT} if case["model"] == "vit" else {})}
+    if "freeze" in case:
+        changes["student"] = {"norm": "batch", "freeze": case["freeze"].split(), "freeze_batch_norm": True}
     name = name_of(case)
     if "images" in case:
         path = trainer_cases.images_on_disk(folder, "few.parquet", case["images"])

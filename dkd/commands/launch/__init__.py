@@ -1,0 +1,1 @@
+"""`dkd launch`: start a command on several processes of this machine."""
