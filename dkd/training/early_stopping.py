@@ -42,8 +42,10 @@ class EarlyStopping:
         if section is None or state is None or state.get("metric") != section.metric:
             return cls(section)
         best, counts = state.get("best"), [state.get(key) for key in ("best_step", "waited", "step")]
-        whole = [count for count in counts if isinstance(count, int)]
-        return cls(section, best, *whole) if isinstance(best, float | None) and whole == counts else cls(section)
+        if not isinstance(best, float | None) or not all(isinstance(count, int) for count in counts):
+            return cls(section)
+        best_step, waited, step = (int(count) for count in counts if count is not None)
+        return cls(section, best, best_step, waited, step)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a checkpoint stores of it."""
