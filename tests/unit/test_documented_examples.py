@@ -26,7 +26,7 @@ def example(request, tmp_path):
         shlex.split(line, comments=True)
         for line in re.findall(r"^    (dkd .*)$", page.replace("\\\n", " "), re.MULTILINE)
     ]
-    (described,) = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    described, *_ = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
     return request.param, tmp_path, commands, described
 
 
