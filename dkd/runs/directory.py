@@ -118,9 +118,12 @@ class RunDirectory:
             "start"
         ]
 
-    def start(self, recipe: Recipe, world_size: int, step: int) -> list[str]:
+    def start(self, recipe: Recipe, world_size: int, step: int, total_steps: int | None = None) -> list[str]:
         """Write what describes this start, after `step` steps of earlier ones; metrics continue after that step.
         Returns warnings.
+
+        Args:
+            total_steps: of the whole run, for those who watch it; None: not known.
 
         Raises:
             OSError: as the file system says.
@@ -129,12 +132,12 @@ class RunDirectory:
             return []
         for name in MARKERS:
             (self.path / name).unlink(missing_ok=True)
-        earlier, damage = _read_provenance(self.path)
+        earlier, damage = read_provenance(self.path)
         if damage is not None:
             os.replace(self.path / _PROVENANCE, self.path / _DAMAGED_PROVENANCE)
         from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
 
-        starts = json.dumps([*earlier, provenance(world_size, step, jpeg_decoder().name)], indent=2)
+        starts = json.dumps([*earlier, provenance(world_size, step, total_steps, jpeg_decoder().name)], indent=2)
         atomic_files.replace_text(self.path / _PROVENANCE, starts + "\n")
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
@@ -250,7 +253,7 @@ class RunDirectory:
     def identity(self) -> tuple[str, bool]:
         """Return a name that all starts of this run share and no other run has; and whether this is not the first of
         them."""
-        starts, _ = _read_provenance(self.path)
+        starts, _ = read_provenance(self.path)
         first = starts[0] if starts else {}
         named = f"{first.get('host')} {first.get('started')} {first.get('command')}"
         return hashlib.sha256(named.encode()).hexdigest()[:16], len(starts) > 1
@@ -352,7 +355,7 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
     return changes
 
 
-def _read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+def read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Return the starts of a run, none where there is no file, and why the file cannot be read."""
     if not (path / _PROVENANCE).exists():
         return [], None
