@@ -7,7 +7,7 @@ RUN/
   metrics.jsonl            one line a logged step ("step", terms, learning rate, ...), one an evaluation ("evaluation")
   metrics.superseded.jsonl lines of steps that were computed again after an interruption
   train.log                what rank 0 reported, with time and rank
-  tensorboard/             and whatever other trackers write
+  tensorboard/             and folders of other trackers, with their names
   checkpoints/             see dkd/checkpoints/
   student.safetensors      the finished student, and beside it
   student.json             its architecture, input and metrics
@@ -49,9 +49,9 @@ LOG_FILE = "train.log"
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
-# The files of a run, which go when it is replaced; dkd writes all but the last two itself. recipe.yaml is written after
-# provenance.json, and removed before it: alone, it is a user's own.
-_OF_A_RUN = (
+# The files of a run, which go when it is replaced. recipe.yaml is written after provenance.json, and removed before it:
+# alone, it is a user's own.
+_WRITTEN_HERE = (
     _RECIPE,
     _METRICS,
     _PROVENANCE,
@@ -61,9 +61,9 @@ _OF_A_RUN = (
     "student.json",
     LOG_FILE,
     *MARKERS,
-    "tensorboard",
-    STOP_FILE,
 )
+_OF_TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "dvclive", "swanlab")
+_OF_A_RUN = (*_WRITTEN_HERE, *_OF_TRACKERS, STOP_FILE)
 _OF_THE_FOLDER = (LOCK_FILE, OWNER_FILE, LAUNCHES_FILE, _CHECKPOINTS)
 
 
@@ -313,7 +313,7 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
     """Check what is in a run directory already. Returns how the recipe of its run differs, where that is resumed.
     Raises RecipeError."""
     # What is to be replaced is removed, not followed.
-    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
+    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_WRITTEN_HERE):
         problem = atomic_files.link_problem(path / name)
         if problem is not None:
             raise RecipeError.at("run.dir", problem)
