@@ -40,6 +40,17 @@ MicroBatch = Sequence[Any]
 """Images (b, 3, H, W), labels (b,), and whatever follows them."""
 
 
+def mixing_seed(seed: int, step: int, place: int) -> int:
+    """Return the seed by which a micro-batch is mixed.
+
+    Args:
+        seed: of the run.
+        step: from 0.
+        place: of the micro-batch in the global batch: micro-step · W + rank.
+    """
+    return derive_seed(seed, step, place, _MIXING)
+
+
 @dataclass(frozen=True)
 class MicroLoss:
     """Holds the loss of one micro-step.
@@ -200,15 +211,14 @@ class DistillationStep:
         images, labels, *_ = self._micro_batches[micro_step]
         images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
         if self._mixing is not None:
-            images, labels = self._mixing(images, labels, self._derive_seed(micro_step, _MIXING))
+            images, labels = self._mixing(images, labels, mixing_seed(self._seed, self._step, self._place(micro_step)))
         return images, labels
 
     def _run_student(self, micro_step: int, images: torch.Tensor) -> Outputs:
-        seed_device(self._device, self._derive_seed(micro_step, _FORWARD))
+        seed_device(self._device, derive_seed(self._seed, self._step, self._place(micro_step), _FORWARD))
         return self.forward.student(images)
 
-    def _derive_seed(self, micro_step: int, purpose: int) -> int:
-        """Return the seed of a micro-batch: it depends on its place in the global batch and not on who computes it, and
-        the second pass repeats the first."""
-        place = micro_step * self._world_size + self._rank
-        return derive_seed(self._seed, self._step, place, purpose)
+    def _place(self, micro_step: int) -> int:
+        """Return the place of a micro-batch in the global batch. Seeds depend on the place and not on who computes it,
+        and the second pass repeats the first."""
+        return micro_step * self._world_size + self._rank
