@@ -88,8 +88,8 @@ def draw_first_batch(path: Path, recipe: Recipe, launch: Launch, training: Image
     return f"{path}: {shown} of the {len(batch.images)} images of step 1's first micro-batch{teachers}"
 
 
-def describe_label(label: torch.Tensor, names: Sequence[str] | None) -> str:
-    """Return the name of a class, or the names and shares of the two classes of a mixed image.
+def describe_label(label: torch.Tensor, names: Sequence[str] | None) -> list[str]:
+    """Return the name of a class, or the shares and names of the two classes of a mixed image, one a line.
 
     Args:
         label: a class (), or probabilities (K,).
@@ -100,10 +100,10 @@ def describe_label(label: torch.Tensor, names: Sequence[str] | None) -> str:
         return names[index] if names is not None and index < len(names) else f"class {index}"
 
     if label.dim() == 0:
-        return name(int(label))
+        return [name(int(label))]
     shares, classes = label.topk(min(2, len(label)))
     found = [(name(int(i)), float(share)) for i, share in zip(classes, shares, strict=True) if share > 0]
-    return found[0][0] if len(found) == 1 else " + ".join(f"{share:.2f} {which}" for which, share in found)
+    return [found[0][0]] if len(found) == 1 else [f"{share:.2f} {which}" for which, share in found]
 
 
 def _check_place(path: Path) -> None:
@@ -135,10 +135,10 @@ def _as_picture(image: torch.Tensor) -> Image.Image:
     return picture.resize((factor * side, factor * side), Image.Resampling.NEAREST)
 
 
-def _draw(views: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """Return a sheet of tiles: the views of an image below each other, and its caption below them."""
+def _draw(views: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Return a sheet of tiles: the views of an image below each other, and the lines of its caption below them."""
     width = max(view[0].width for view in views)
-    height = sum(view[0].height for view in views) + _LINE
+    height = sum(view[0].height for view in views) + _LINE * max(map(len, captions))
     columns = min(_COLUMNS, len(captions))
     rows = math.ceil(len(captions) / columns)
     sheet = Image.new(
@@ -151,9 +151,10 @@ def _draw(views: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Im
         for view in views:
             sheet.paste(view[i], (left, top))
             top += view[i].height
-        # The font that Pillow brings has the letters of Latin-1.
-        text = caption.encode("latin-1", "replace").decode("latin-1")
-        while len(text) > 1 and pen.textlength(text, font=font) > width:
-            text = text[:-1]
-        pen.text((left, top + 1), text, fill=(0, 0, 0), font=font)
+        for number, line in enumerate(caption):
+            # The font that Pillow brings has the letters of Latin-1.
+            text = line.encode("latin-1", "replace").decode("latin-1")
+            while len(text) > 1 and pen.textlength(text, font=font) > width:
+                text = text[:-1]
+            pen.text((left, top + 1 + number * _LINE), text, fill=(0, 0, 0), font=font)
     return sheet

@@ -112,7 +112,7 @@ def test_the_view_of_a_teacher_with_another_input_size_is_drawn_too(tmp_path, ca
 
 
 def test_labels_have_names():
-    assert describe_label(torch.tensor(1), ["cat", "dog"]) == "dog"
-    assert describe_label(torch.tensor(4), None) == "class 4"
-    assert describe_label(torch.tensor([0.25, 0.0, 0.75]), ["cat", "dog", "owl"]) == "0.75 owl + 0.25 cat"
-    assert describe_label(torch.tensor([0.0, 1.0]), ["cat", "dog"]) == "dog"
+    assert describe_label(torch.tensor(1), ["cat", "dog"]) == ["dog"]
+    assert describe_label(torch.tensor(4), None) == ["class 4"]
+    assert describe_label(torch.tensor([0.25, 0.0, 0.75]), ["cat", "dog", "owl"]) == ["0.75 owl", "0.25 cat"]
+    assert describe_label(torch.tensor([0.0, 1.0]), ["cat", "dog"]) == ["dog"]
