@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 IMPORTS_CODE = (
@@ -52,6 +53,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of at most {_MOST_DIGITS} digits")
     return int(text)
+
+
+def number(text: str) -> float:
+    """Convert an argument to a finite number above 0. Raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
 
 
 def seconds(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 
-from dkd.atomic_files import replacing
 from dkd.build.data import build_data
+from dkd.commands import pictures
 from dkd.config import Recipe, RecipeError
 from dkd.data import ImageSource
 from dkd.distillation.step import mixing_seed
@@ -21,7 +22,7 @@ from dkd.launch import Launch
 
 MOST_IMAGES = 48
 """Images of a picture, at most."""
-_MARK = "dkd train --dry-run"  # in each picture, by which the next dry run finds that it may replace it
+_COMMAND = "dkd train --dry-run"
 _COLUMNS = 8
 _TILE = 112  # pixels that an image is enlarged to, about; larger images up to twice of it keep their pixels
 _LINE, _MARGIN = 14, 6
@@ -68,7 +69,7 @@ def draw_first_batch(path: Path, recipe: Recipe, launch: Launch, training: Image
         RecipeError: the images cannot be loaded; or the file cannot be written, or would replace a file that no dry run
             wrote.
     """
-    _check_place(path)
+    pictures.check_place(path, _COMMAND)
     batch = load_first_batch(recipe, launch, training, validation)
     shown = min(len(batch.images), MOST_IMAGES)
     views = [batch.images[:shown]]
@@ -77,13 +78,9 @@ def draw_first_batch(path: Path, recipe: Recipe, launch: Launch, training: Image
         views.append(F.interpolate(views[0].float(), (side, side), mode="bilinear", antialias=True))
     captions = [describe_label(label, training.class_names) for label in batch.labels[:shown]]
     picture = _draw([[_as_picture(image) for image in view] for view in views], captions)
-    marks = PngImagePlugin.PngInfo()
-    marks.add_text("Software", _MARK)
-    try:
-        with replacing(path) as unfinished:
-            picture.save(unfinished, "PNG", pnginfo=marks)
-    except OSError as error:
-        raise RecipeError.at("", f"the picture cannot be written to {str(path)!r}: {error}") from error
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    pictures.write(path, buffer.getvalue(), _COMMAND)
     teachers = f", and below each the teacher's view of {side}×{side}" if len(views) > 1 else ""
     return f"{path}: {shown} of the {len(batch.images)} images of step 1's first micro-batch{teachers}"
 
@@ -104,23 +101,6 @@ def describe_label(label: torch.Tensor, names: Sequence[str] | None) -> list[str
     shares, classes = label.topk(min(2, len(label)))
     found = [(name(int(i)), float(share)) for i, share in zip(classes, shares, strict=True) if share > 0]
     return [found[0][0]] if len(found) == 1 else [f"{share:.2f} {which}" for which, share in found]
-
-
-def _check_place(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise RecipeError.at("", f"--picture {str(path)!r} must end in .png")
-    if not path.absolute().parent.is_dir():
-        raise RecipeError.at("", f"--picture {str(path)!r}: {str(path.parent)!r} is no folder; make it first")
-    if (path.exists() or path.is_symlink()) and not _is_of_a_dry_run(path):
-        raise RecipeError.at("", f"--picture {str(path)!r} exists, and no dry run wrote it: choose another name")
-
-
-def _is_of_a_dry_run(path: Path) -> bool:
-    """Return whether a dry run wrote this picture: its text chunk comes first."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return f"Software\0{_MARK}".encode() in file.read(1024)
 
 
 def _as_picture(image: torch.Tensor) -> Image.Image:

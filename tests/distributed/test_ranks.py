@@ -350,6 +350,21 @@ def test_all_ranks_choose_the_precision_that_each_is_fast_in(results, world):
     assert ranks[0]["all alike"][:2] == ["bf16", "bf16"]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_learning_rate_range_test_is_the_same_on_any_number_of_ranks(results, world):
+    (one, *_), ranks = (returned(results, w, "a_learning_rate_range_test") for w in (1, world))
+    assert all(repr(rank) == repr(ranks[0]) for rank in ranks)
+    for name, wanted in one.items():
+        ours = ranks[0][name]
+        assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-6), name
+        assert [ours[key] for key in ("rates", "diverged", "suggestion", "left")] == [
+            wanted[key] for key in ("rates", "diverged", "suggestion", "left")
+        ]
+    assert [len(one["sound"]["losses"]), one["sound"]["diverged"], one["sound"]["left"]] == [12, False, False]
+    assert one["diverged"]["diverged"]
+    assert len(one["diverged"]["losses"]) < 30
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_machine_with_another_recipe_or_teacher_ends_all_ranks_and_what_differs_is_named(results, world):
     ranks = returned(results, world, "ranks_with_other_recipes_or_teachers")

@@ -83,7 +83,7 @@ def test_only_pictures_of_dry_runs_are_replaced(tmp_path, capsys):
     assert path.read_bytes() != before
     path.write_bytes(b"a picture of the user's")
     assert draw(path) == 2
-    assert "exists, and no dry run wrote it: choose another name" in capsys.readouterr().err
+    assert "exists, and dkd train --dry-run did not write it: choose another name" in capsys.readouterr().err
     assert path.read_bytes() == b"a picture of the user's"
 
 

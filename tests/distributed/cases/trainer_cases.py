@@ -24,6 +24,8 @@ from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
 from dkd.preflight import hardware
 from dkd.preflight.check import check
+from dkd.training.components import build_trial
+from dkd.training.lr_range import LearningRates, measure
 from dkd.training.trainer import Trainer
 
 RECIPE = {
@@ -489,7 +491,20 @@ def an_unreadable_image_ends_an_evaluation_on_all_ranks(folder):
     return "no error"
 
 
+def a_learning_rate_range_test(folder):
+    """With accumulation and two passes on few ranks; the second test diverges."""
+    found = {}
+    for name, rates in (("sound", LearningRates(1e-3, 0.3, 12)), ("diverged", LearningRates(1.0, 1e9, 30))):
+        forget_settings()
+        launch, recipe = Launch.read(), recipe_of(folder, name, {"train": {"micro_batch": 8}})
+        check(recipe, launch, None)
+        curve = measure(build_trial(recipe, launch), rates)
+        found[name] = {**dataclasses.asdict(curve), "suggestion": curve.suggestion, "left": (folder / name).exists()}
+    return found
+
+
 CASES = [
+    a_learning_rate_range_test,
     ranks_with_other_recipes_or_teachers,
     ranks_whose_hardware_differs,
     streaming_from_three_files,
