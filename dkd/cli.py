@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import evaluate, export, find_lr, inspect, report, status, train
+from dkd.commands import compare, evaluate, export, find_lr, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch_check import command as launch_check
@@ -29,7 +29,7 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (train, evaluate, status, inspect, plan, find_lr, report, export, launch_check)
+    for module in (train, evaluate, status, inspect, plan, find_lr, compare, report, export, launch_check)
 }
 
 _EPILOG = """
@@ -41,6 +41,7 @@ examples:
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
   dkd find-lr configs/quickstart.yaml
   dkd status runs/quickstart
+  dkd compare runs/quickstart runs/quickstart_teacher
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
 

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
 from dkd.report import figures
+from dkd.report.comparison import facts_of, percent
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
 from dkd.report.run_files import RunFiles, labels_of, read_run
@@ -215,26 +215,18 @@ def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(run: RunFiles) -> list[str]:
-    recipe, description = run.recipe, run.description
-    evaluation = run.evaluations[-1] if run.evaluations else {}
-    speeds = [line["images_per_second"] for line in run.steps if line.get("images_per_second")]
+    facts = facts_of(run)
     return [
-        run.label,
-        recipe.student.name,
-        recipe.teacher.name if recipe.teacher else "none",
-        ", ".join(section.describe() for _, section in run.recipe.losses.named()),
-        _percent(evaluation.get("top1")),
-        _percent(evaluation.get("top5")),
-        f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{evaluation['epoch']:.3g} of {recipe.train.epochs}"
-        if "epoch" in evaluation
-        else f"0 of {recipe.train.epochs}",
-        str(recipe.train.global_batch),
-        str(description.get("world_size", "")),
-        f"{median(speeds):,.0f}" if speeds else "",
-        f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
+        facts.label,
+        facts.student,
+        facts.teacher or "none",
+        ", ".join(facts.losses.values()),
+        percent(facts.top1) or "",
+        percent(facts.top5) or "",
+        "" if facts.parameters is None else f"{facts.parameters:,}",
+        f"{facts.epochs_done:.3g} of {facts.epochs}",
+        str(facts.global_batch),
+        "" if facts.world_size is None else str(facts.world_size),
+        "" if facts.images_per_second is None else f"{facts.images_per_second:,.0f}",
+        "not finished" if facts.seconds is None else f"{facts.seconds:,.0f}",
     ]
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f}\N{NO-BREAK SPACE}%"

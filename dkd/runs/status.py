@@ -25,7 +25,8 @@ from dkd.runs.place import is_locked, read_owner
 from dkd.runs.progress import clock
 
 NONE, RUNNING, INTERRUPTED, UNKNOWN = "none", "running", "interrupted", "unknown"
-_ENDED = {FINISHED: "finished", PREEMPTED: "preempted", STOPPED: "stopped"}
+FINISHED_STATE = "finished"
+_ENDED = {FINISHED: FINISHED_STATE, PREEMPTED: "preempted", STOPPED: "stopped"}
 _RESUMES = "the same command resumes it"
 _RECENT = 20  # logged steps that the rate is taken from
 
