@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import compare, evaluate, export, find_lr, inspect, report, status, train
+from dkd.commands import check_loss, compare, evaluate, export, find_lr, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch_check import command as launch_check
@@ -29,7 +29,7 @@ while it runs."""
 
 COMMANDS: dict[str, Command] = {
     module.COMMAND.name: module.COMMAND
-    for module in (train, evaluate, status, inspect, plan, find_lr, compare, report, export, launch_check)
+    for module in (train, evaluate, status, inspect, plan, find_lr, compare, report, export, check_loss, launch_check)
 }
 
 _EPILOG = """
@@ -44,6 +44,7 @@ examples:
   dkd compare runs/quickstart runs/quickstart_teacher
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
+  dkd check-loss my_losses:InfoNCE --student 64,4,4 --teacher 64,4,4
 
 shell completion: eval "$(register-python-argcomplete dkd)"
 

@@ -113,15 +113,19 @@ class DistillationStep:
         self._mixing, self._seed = mixing, seed
         self._step, self._begun, self._agreed = 0, 0, False
         self._micro_batches: Sequence[MicroBatch] = ()
+        self._indices: list[torch.Tensor] | None = None
         self._cached: CachedGradient | None = None
         self._unfinished = False
 
-    def begin(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
+    def begin(
+        self, micro_batches: Sequence[MicroBatch], step: int, indices: Sequence[torch.Tensor] | None = None
+    ) -> None:
         """Begin a step; under two passes, run the first. A collective.
 
         Args:
             micro_batches: A of them, on any device.
             step: number of the step, from 0: loss weights and random numbers follow it.
+            indices: places (b,) of each micro-batch's samples in the training data, where a loss asks for them.
 
         Raises:
             ValueError: these are not A micro-batches.
@@ -129,6 +133,7 @@ class DistillationStep:
         if len(micro_batches) != self.micro_steps:
             raise ValueError(f"{len(micro_batches)} micro-batches for steps of {self.micro_steps}")
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
+        self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
         self._cached = self._run_first_pass() if self.has_two_passes else None
 
@@ -150,7 +155,8 @@ class DistillationStep:
         layout = BatchLayout.even(len(labels))
         self._agree(student, teacher, labels)
         objective = self.objective if cached is None else self.separable
-        total, terms = objective(student, teacher, labels, step=self._step, layout=layout)
+        indices = None if self._indices is None else self._indices[micro_step]
+        total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
         if cached is None:
             return MicroLoss(total, terms, {"loss": total.detach()})
         compares = self._begun <= STEPS_THAT_COMPARE_PASSES
@@ -196,8 +202,9 @@ class DistillationStep:
                 self._agree(Outputs(None, relational), teacher, targets, again=True)
             students.append({path: outputs.features[path] for path in self.relational.student_taps})
             self._statistics.forget_micro_batch()
+        indices = None if self._indices is None else torch.cat(self._indices)
         with torch.enable_grad():
-            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step)
+            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step, indices)
 
     def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
         """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""

@@ -16,7 +16,19 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "configs").rglob("*.md")], key=lambda page: page.as_posix()
 )
-COMMANDS = ("train", "evaluate", "status", "inspect", "plan", "find-lr", "compare", "report", "export", "launch-check")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "status",
+    "inspect",
+    "plan",
+    "find-lr",
+    "compare",
+    "report",
+    "export",
+    "check-loss",
+    "launch-check",
+)
 # A page that `python -m benchmarks.cifar10_short` writes, and one whose lines are as wide as the code's.
 OTHER_WIDTH = {"configs/official/cifar10_short/results.md"}
 

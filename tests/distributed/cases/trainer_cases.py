@@ -118,6 +118,13 @@ def a_relational_loss_of_ones_own(folder):
     )
 
 
+def a_loss_that_asks_for_labels_and_indices(folder):
+    """Accumulated, in two passes on few ranks; over the end of an epoch."""
+    own = {"name": "asking", "loss": "small_models:Asking", "weight": 1e-3, "pairs": [["layer3", "block3"]]}
+    changes = {"losses": {"custom": [own]}, "train": {"global_batch": 448, "micro_batch": 112, "epochs": 2}}
+    return train(folder, "asking", {**changes, "data": {"image_size": 8}, "optimizer": RECIPE["optimizer"]})
+
+
 def gradient_attention_with_batch_norm(folder):
     """A teacher with a normalisation of its own; micro-batches of 8, the unit of BatchNorm."""
     normal = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -521,6 +528,7 @@ CASES = [
     gradient_attention_of_mirror_images,
     gradient_attention_with_batch_norm,
     a_relational_loss_of_ones_own,
+    a_loss_that_asks_for_labels_and_indices,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
     gram_matrices_of_nodes,
