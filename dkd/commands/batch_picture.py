@@ -22,7 +22,6 @@ from dkd.launch import Launch
 
 MOST_IMAGES = 48
 """Images of a picture, at most."""
-_COMMAND = "dkd train --dry-run"
 _COLUMNS = 8
 _TILE = 112  # pixels that an image is enlarged to, about; larger images up to twice of it keep their pixels
 _LINE, _MARGIN = 14, 6
@@ -63,13 +62,14 @@ def load_first_batch(recipe: Recipe, launch: Launch, training: ImageSource, vali
 
 
 def draw_first_batch(path: Path, recipe: Recipe, launch: Launch, training: ImageSource, validation: ImageSource) -> str:
-    """Draw the first micro-batch into a PNG file, and return a line about it. Arguments as `load_first_batch`.
+    """Draw the first micro-batch into a PNG file, and return a line about it. Further arguments as `load_first_batch`.
+
+    Args:
+        path: checked by `pictures.check_place`.
 
     Raises:
-        RecipeError: the images cannot be loaded; or the file cannot be written, or would replace a file that no dry run
-            wrote.
+        InputError: the images cannot be loaded, or the file cannot be written.
     """
-    pictures.check_place(path, _COMMAND)
     batch = load_first_batch(recipe, launch, training, validation)
     shown = min(len(batch.images), MOST_IMAGES)
     views = [batch.images[:shown]]
@@ -80,7 +80,7 @@ def draw_first_batch(path: Path, recipe: Recipe, launch: Launch, training: Image
     picture = _draw([[_as_picture(image) for image in view] for view in views], captions)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    pictures.write(path, buffer.getvalue(), _COMMAND)
+    pictures.write(path, buffer.getvalue(), pictures.DRY_RUN)
     teachers = f", and below each the teacher's view of {side}×{side}" if len(views) > 1 else ""
     return f"{path}: {shown} of the {len(batch.images)} images of step 1's first micro-batch{teachers}"
 

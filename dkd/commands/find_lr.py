@@ -28,7 +28,6 @@ examples:
   dkd find-lr recipe.yaml optimizer.name=adamw --lowest 1e-7 --highest 0.1 --steps 200
   accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 -m dkd find-lr recipe.yaml
 """
-_NAME = "dkd find-lr"
 _ROWS = 20  # of the table, about
 
 
@@ -84,7 +83,7 @@ def _check(rates: LearningRates, picture: Path | None, launch: Launch) -> None:
     if launch.is_main:
         from dkd.commands import pictures
 
-        pictures.check_place(picture, _NAME)
+        pictures.check_place(picture, pictures.FIND_LR)
 
 
 def _measure(recipe: Recipe, launch: Launch, rates: LearningRates, options: argparse.Namespace) -> LossCurve | None:
@@ -136,7 +135,7 @@ def _draw(curve: LossCurve, picture: Path, title: str) -> bool:
     if not curve.losses:
         return False
     try:
-        pictures.write(picture, draw_loss_curve(curve, title), _NAME)
+        pictures.write(picture, draw_loss_curve(curve, title), pictures.FIND_LR)
     except InputError as error:
         console.say(f"dkd: {error}")
         return False

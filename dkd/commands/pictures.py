@@ -9,6 +9,8 @@ from pathlib import Path
 from dkd.atomic_files import replacing
 from dkd.errors import InputError
 
+DRY_RUN, FIND_LR = "dkd train --dry-run", "dkd find-lr"
+"""The words of the commands that draw, which their pictures hold."""
 _START = 33  # bytes of a PNG before its second chunk: signature and header
 
 

@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code: 0 finished, 75 stopped when asked (DKD_STOP_EXIT_CODE changes it), 1 failed."""
     console.never_fail()  # training continues whatever happens to the log
-    picture = _picture(options)
     launch = read_launch()
+    picture = _picture(options, launch)
     recipe = load_recipe_on_all_ranks(options)
 
     from dkd.distributed.process_group import announces_refusals
@@ -114,12 +114,17 @@ def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: 
     return code
 
 
-def _picture(options: argparse.Namespace) -> Path | None:
-    """Return where a picture is to be written. Raises InputError where none can be."""
+def _picture(options: argparse.Namespace, launch: Launch) -> Path | None:
+    """Return where a picture is to be written. Raises InputError where none can be. Ranks of a dry run wait for no
+    other rank."""
     if options.picture is None:
         return None
     if not options.dry_run:
         raise InputError("--picture draws what a dry run has loaded: add --dry-run")
+    if launch.is_main:
+        from dkd.commands import pictures
+
+        pictures.check_place(Path(options.picture), pictures.DRY_RUN)
     return Path(options.picture)
 
 

@@ -36,6 +36,8 @@ from typing import Any
 from dkd import atomic_files, console
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
+from dkd.config.yaml_text import YamlTextError
+from dkd.config.yaml_text import read as read_yaml
 from dkd.distributed.stop_signals import STOP_FILE
 from dkd.launch import Launch, Start
 from dkd.provenance import provenance
@@ -62,8 +64,8 @@ _WRITTEN_HERE = (
     LOG_FILE,
     *MARKERS,
 )
-_OF_TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "dvclive", "swanlab")
-_OF_A_RUN = (*_WRITTEN_HERE, *_OF_TRACKERS, STOP_FILE)
+_OF_TRACKERS = ("wandb", "mlflow", "aim", "dvclive", "swanlab")
+_OF_A_RUN = (*_WRITTEN_HERE, "tensorboard", STOP_FILE)
 _OF_THE_FOLDER = (LOCK_FILE, OWNER_FILE, LAUNCHES_FILE, _CHECKPOINTS)
 
 
@@ -104,7 +106,7 @@ class RunDirectory:
         _check_content(self.path, recipe, in_effect, allow_recipe_change)
         if in_effect == "replace":
             self.checkpoints.remove_all()
-            for target in (self.path / name for name in _OF_A_RUN):
+            for target in (self.path / name for name in (*_tracker_folders(self.path), *_OF_A_RUN)):
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))
@@ -363,6 +365,17 @@ def read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     if reason is None and not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
         reason = f"{str(path / _PROVENANCE)!r} is damaged: it is no list of starts"
     return ([], reason) if reason is not None else (starts, None)
+
+
+def _tracker_folders(path: Path) -> list[str]:
+    """Return the folders of trackers that the recipe of the run in `path` names. A folder of such a name may be a
+    user's own, where the run has not used that tracker."""
+    content, _ = atomic_files.read_bytes(path / _RECIPE)
+    try:
+        named = read_yaml(content.decode(errors="replace"))["run"]["trackers"]
+    except (YamlTextError, LookupError, TypeError):
+        return []
+    return [name for name in _OF_TRACKERS if isinstance(named, list) and name in named]
 
 
 def _belongs_before(text: bytes, step: int) -> bool:
