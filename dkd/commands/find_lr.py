@@ -124,6 +124,8 @@ def _show(curve: LossCurve, rates: LearningRates) -> None:
     else:
         lines.append("the smoothed loss falls most steeply (over the logarithm of the rate) at")
         lines.append(f"optimizer.lr={suggestion:g}")
+        if curve.begins_too_high:
+            lines.append("this is the beginning of the range: repeat the test with a lower --lowest")
     console.show(*lines)
 
 

@@ -72,13 +72,22 @@ class LossCurve:
     def suggestion(self) -> float | None:
         """Return the rate at which the smoothed loss falls most steeply over the logarithm of the rate, rounded to two
         digits; None where the loss does not fall."""
+        steepest = self._find_steepest()
+        return None if steepest is None else float(f"{self.rates[steepest]:.1e}")
+
+    @property
+    def begins_too_high(self) -> bool:
+        """Return whether the loss falls most steeply at the very beginning: a lower rate may be better."""
+        steepest = self._find_steepest()
+        return steepest is not None and steepest <= max(1, len(self.losses) // 20)
+
+    def _find_steepest(self) -> int | None:
         smoothed = self.smoothed
         lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
         if lowest < 2 or smoothed[0] - smoothed[lowest] < _SMALLEST_FALL * abs(smoothed[0]):
             return None
         # The rates are equally far apart in their logarithm: differences of neighbours are slopes.
-        steepest = min(range(1, lowest), key=lambda i: smoothed[i + 1] - smoothed[i - 1])
-        return float(f"{self.rates[steepest]:.1e}")
+        return min(range(1, lowest), key=lambda i: smoothed[i + 1] - smoothed[i - 1])
 
 
 def measure(parts: Components, rates: LearningRates) -> LossCurve:

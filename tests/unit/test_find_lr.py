@@ -41,6 +41,14 @@ def test_the_suggestion_is_the_rate_of_the_steepest_descent():
     assert f"{found.suggestion:.1e}" == f"{found.suggestion:.15e}"[:3] + f"{found.suggestion:.15e}"[-4:]
 
 
+def test_a_range_that_begins_too_high_is_reported():
+    def loss(x, i):
+        return 2 - math.tanh(2 * (x + 2)) + max(0.0, x) * 5
+
+    assert not curve(loss).begins_too_high
+    assert curve(loss, lowest=0.02).begins_too_high
+
+
 def test_the_curve_is_not_shifted_by_smoothing():
     line = curve(lambda x, i: 5.0 - x, steps=60)
     assert line.smoothed[10:50] == pytest.approx(line.losses[10:50])
