@@ -59,14 +59,23 @@ class LossCurve:
     def smoothed(self) -> list[float]:
         """Return the losses, each averaged with its neighbours on both sides by the weights of a normal distribution. A
         running mean would shift the curve to higher rates."""
-        width = max(1.0, len(self.losses) / 30)
-        reach = math.ceil(3 * width)
+        width, reach = self._width, self._reach
         found = []
         for centre in range(len(self.losses)):
             near = range(max(0, centre - reach), min(len(self.losses), centre + reach + 1))
             weights = [math.exp(-0.5 * ((i - centre) / width) ** 2) for i in near]
             found.append(sum(w * self.losses[i] for w, i in zip(weights, near, strict=True)) / sum(weights))
         return found
+
+    @property
+    def _width(self) -> float:
+        """Return the standard deviation of the weights, in steps."""
+        return max(1.0, len(self.losses) / 30)
+
+    @property
+    def _reach(self) -> int:
+        """Return the steps on each side that count; nearer to the ends of the curve, its slope is not exact."""
+        return math.ceil(3 * self._width)
 
     @property
     def suggestion(self) -> float | None:
@@ -79,7 +88,7 @@ class LossCurve:
     def begins_too_high(self) -> bool:
         """Return whether the loss falls most steeply at the very beginning: a lower rate may be better."""
         steepest = self._find_steepest()
-        return steepest is not None and steepest <= max(1, len(self.losses) // 20)
+        return steepest is not None and steepest <= self._reach
 
     def _find_steepest(self) -> int | None:
         smoothed = self.smoothed
