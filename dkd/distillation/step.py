@@ -108,6 +108,7 @@ class DistillationStep:
         # Public, as the objective is: what of it runs in which pass.
         self.separable, self.relational = objective.split()
         self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
+        self.needs_indices = objective.needs_indices
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._mixing, self._seed = mixing, seed

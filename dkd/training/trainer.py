@@ -113,7 +113,7 @@ class Trainer:
         """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked
         now."""
         self._batches = self.parts.data.train_loader.steps(self.state.step, last_step)
-        if self.parts.step.objective.needs_indices:
+        if self.parts.step.needs_indices:
             self._keys = self.parts.data.sampler.micro_batches(self.state.step, last_step)
         self._clock = time.monotonic()
 
