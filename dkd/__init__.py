@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         Objective,
     )
     from dkd.errors import DkdError, InputError, LostRankError, RunError, Stopped, TrainingError
-    from dkd.global_batch import BatchLayout
+    from dkd.global_batch import BatchLayout, gather_rows
     from dkd.launch import Launch
     from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
     from dkd.models import TappedModel, load_student
@@ -48,7 +48,7 @@ _MODULES = {
         "Objective",
     ),
     "errors": ("DkdError", "InputError", "LostRankError", "RunError", "Stopped", "TrainingError"),
-    "global_batch": ("BatchLayout",),
+    "global_batch": ("BatchLayout", "gather_rows"),
     "launch": ("Launch",),
     "losses": ("AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets"),
     "models": ("TappedModel", "load_student"),
@@ -84,6 +84,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "evaluate",
+    "gather_rows",
     "load_recipe",
     "load_student",
     "train",

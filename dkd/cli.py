@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import distill, evaluate, export, files, inspect, report, status, train
+from dkd.commands import check_loss, compare, distill, evaluate, export, files, find_lr, inspect, report, status, train
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch import command as launch_command
@@ -40,8 +40,11 @@ COMMANDS: dict[str, Command] = {
         status,
         inspect,
         plan,
+        find_lr,
+        compare,
         report,
         export,
+        check_loss,
         launch_check,
         files,
     )
@@ -54,10 +57,13 @@ examples:
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8
+  dkd find-lr configs/quickstart.yaml
   dkd status runs/quickstart
+  dkd compare runs/quickstart runs/quickstart_teacher
   dkd report runs/quickstart
   dkd export runs/quickstart --format onnx
   dkd files launch .
+  dkd check-loss my_losses:InfoNCE --student 64,4,4 --teacher 64,4,4
 
 shell completion: eval "$(register-python-argcomplete dkd)"
 

@@ -29,18 +29,20 @@ def packages() -> dict[str, str | None]:
     return {name: _read_version(name) for name in PACKAGES}
 
 
-def provenance(world_size: int, step: int, jpeg_decoder: str) -> dict[str, Any]:
+def provenance(world_size: int, step: int, total_steps: int | None, jpeg_decoder: str) -> dict[str, Any]:
     """Describe this start of a run: the command line, the time in UTC, the host, and versions.
 
     Args:
         world_size: number of ranks.
         step: number of steps that earlier starts have done.
+        total_steps: of the whole run; None: not known.
         jpeg_decoder: name and version of what decodes JPEG files.
     """
     return {
         "command": [sys.executable, *sys.orig_argv[1:]],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
+        "total_steps": total_steps,
         "host": platform.node(),
         "world_size": world_size,
         "python": platform.python_version(),

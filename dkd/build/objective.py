@@ -162,7 +162,12 @@ def _logit_term(key: str, kd: SoftTargetsSection, batch: _Batch) -> Term:
 
 
 def _custom_term(key: str, section: CustomLossSection, batch: _Batch) -> Term:
-    loss, weight = custom_loss(section), batch.schedule(section.weight)
+    return custom_term(section, batch.schedule(section.weight))
+
+
+def custom_term(section: CustomLossSection, weight: Schedule) -> Term:
+    """Return the term of a user's own loss. Raises UserCodeError."""
+    loss = custom_loss(section)
     if section.of == "features":
         return FeatureTerm(section.name, weight, loss, section.paths, getattr(loss, "relational", False))
     return (LogitTerm if section.of == "logits" else LabelTerm)(section.name, weight, loss)

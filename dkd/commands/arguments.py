@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 IMPORTS_CODE = (
@@ -57,6 +58,17 @@ def positive(text: str) -> int:
 def whole(text: str) -> int:
     """Convert an argument to a whole number from 0. Raises ArgumentTypeError."""
     return 0 if text == "0" else positive(text)
+
+
+def number(text: str) -> float:
+    """Convert an argument to a finite number above 0. Raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
 
 
 def seconds(text: str) -> int:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of processes (default: one for each GPU, or 1 without a GPU)",
     )
-    parser.add_argument("--engine", default="ddp", metavar="ENGINE", help="as for dkd launch (default ddp)")
+    parser.add_argument("--engine", metavar="ENGINE", help="as for dkd launch (default ddp)")
     add_overrides(parser, "keys of the written recipe to override in this training")
 
 
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     from dkd.engines import starting
 
     processes = options.processes or starting.devices()
-    if processes > 1 or options.engine != "ddp":
-        return start(["train", str(path), *options.overrides], processes, options.engine)
+    if processes > 1 or options.engine is not None:
+        return start(["train", str(path), *options.overrides], processes, options.engine or "ddp")
     # One process needs no launcher, which would import everything once more.
     trained = train.COMMAND.build_parser().parse_intermixed_args([str(path), *options.overrides])
     trained.started = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from dkd.build.data import build_image_pipeline, build_sampler
 from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import build_objective, class_weights, gram_size
+from dkd.commands.batch_picture import draw_first_batch
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
 from dkd.config.derived import run_length
@@ -18,11 +21,14 @@ from dkd.preflight.hardware import settled_here
 from dkd.text import shorten
 
 
-def describe(recipe: Recipe, launch: Launch) -> str:
+def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str:
     """Open and check the data, and return lines about data, batch, steps, models, taps and objective.
 
+    Args:
+        picture: where the main process draws the first batch; None: nowhere.
+
     Raises:
-        RecipeError: the data cannot be opened or do not fit the recipe.
+        RecipeError: the data cannot be opened or do not fit the recipe, or the picture cannot be written.
     """
     recipe, chosen = settled_here(recipe, launch)
     training, validation = open_sources(recipe, launch)
@@ -50,6 +56,8 @@ def describe(recipe: Recipe, launch: Launch) -> str:
     objective = build_objective(recipe, sampler, planned, torch.device("cpu"), class_weights(recipe, training))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
+    if picture is not None and launch.is_main:
+        lines.append(f"picture     {draw_first_batch(picture, recipe, launch, training, validation)}")
     return "\n".join([*lines, "nothing was trained"])
 
 

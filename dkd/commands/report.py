@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     if output.suffix not in (".html", ".htm"):
         raise InputError(f"--output {str(output)!r} must end in .html")
     try:
-        from dkd.report import write_report
+        from dkd.report.write import write_report
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise

@@ -1,8 +1,9 @@
-"""`dkd status`: report the state of a run from its files alone."""
+"""`dkd status`: report the state of a run, or of all runs in a folder, from their files alone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from dkd import console
@@ -13,6 +14,8 @@ from dkd.errors import InputError
 _EXAMPLES = """
 examples:
   dkd status runs/quickstart
+  dkd status runs/                                        one line for each run in the folder
+  dkd status runs/quickstart --json                       the same facts for programs
   dkd status recipe.yaml run.name=other                   the run that `dkd train` starts with the same arguments
   dkd status recipe.yaml --print-directory                its folder alone, for scripts; the file FINISHED, PREEMPTED or
                                                           STOPPED in that folder states how the run ended
@@ -21,9 +24,12 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dkd status`."""
-    parser.add_argument("target", metavar="RUN_OR_RECIPE", help="a run directory, or the recipe of a run")
+    parser.add_argument(
+        "target", metavar="RUN_OR_RECIPE", help="a run directory, a folder of runs, or the recipe of a run"
+    )
     add_overrides(parser, "with a recipe: the overrides that were given to train")
     parser.add_argument("--print-directory", action="store_true", help="print the run's folder and nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON: an object, or a list for a folder of runs")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,9 +47,15 @@ def run(options: argparse.Namespace) -> int:
         console.show(str(run_dir))
         return 0
 
-    from dkd.runs.status import describe
+    from dkd.runs.status import describe, describe_together, read_status, runs_in
 
-    console.show(*describe(run_dir))
+    several = runs_in(run_dir) if target.is_dir() else []
+    statuses = [read_status(path) for path in several or [run_dir]]
+    if options.json:
+        facts = [status.facts() for status in statuses]
+        console.show(*json.dumps(facts if several else facts[0], indent=2).split("\n"))
+    else:
+        console.show(*(describe_together(statuses) if several else describe(statuses[0])))
     return 0
 
 
@@ -53,5 +65,6 @@ COMMAND = Command(
     _EXAMPLES,
     add_arguments,
     run,
-    "Report whether a run finished, was preempted or stopped, with its newest checkpoint and last metrics.",
+    "Report whether a run is running, was interrupted, preempted or stopped, or finished, with its progress, newest "
+    "checkpoint and last metrics.",
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe
 from dkd.commands.command import Command
 from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+from dkd.errors import InputError
 from dkd.launch import report_to_launcher
 from dkd.preflight.refusals import input_errors_as_recipe_errors
 
@@ -24,6 +26,7 @@ examples:
   dkd train recipe.yaml train.epochs=10 optimizer.lr=0.05 override keys of the recipe; values are YAML
   dkd train recipe.yaml teacher=null losses.at=null       remove sections
   dkd train recipe.yaml --dry-run                         check files, models and taps; train nothing
+  dkd train recipe.yaml --dry-run --picture batch.png     draw the images that the first step will train on, too
   dkd train recipe.yaml                                   again: resume from the newest checkpoint in run.dir
   dkd train recipe.yaml train.epochs=20 --allow-recipe-change   resume, but train longer
   dkd train recipe.yaml --overwrite                       start anew
@@ -44,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"check everything that can be checked without training; print what would run. {IMPORTS_CODE}",
     )
     parser.add_argument(
+        "--picture",
+        metavar="FILE.png",
+        help="with --dry-run: draw the first micro-batch of step 1, as the models see it, with its classes",
+    )
+    parser.add_argument(
         "--fresh",
         action="store_true",
         help="start anew; refused where run.dir holds a run, unless --overwrite is given",
@@ -60,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, and return the exit code: 0 finished, or stopped when asked (or DKD_STOP_EXIT_CODE), 1 failed."""
     console.never_fail()  # training continues whatever happens to the log
     launch = read_launch()
+    picture = _picture(options, launch)
     recipe = load_recipe_on_all_ranks(options)
 
     from dkd.distributed.process_group import announces_refusals
@@ -75,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     for change in changes:
         console.say_on_first_rank(f"dkd: the run resumes with a changed recipe: {change}")
     if options.dry_run:
-        return _print_dry_run(recipe, launch)
+        return _print_dry_run(recipe, launch, picture)
     return _train(recipe, launch, if_run_exists, options)
 
 
@@ -115,11 +124,25 @@ def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: 
     return code
 
 
-def _print_dry_run(recipe: Recipe, launch: Launch) -> int:
+def _picture(options: argparse.Namespace, launch: Launch) -> Path | None:
+    """Return where a picture is to be written. Raises InputError where none can be. Ranks of a dry run wait for no
+    other rank."""
+    if options.picture is None:
+        return None
+    if not options.dry_run:
+        raise InputError("--picture draws what a dry run has loaded: add --dry-run")
+    if launch.is_main:
+        from dkd.commands import pictures
+
+        pictures.check_place(Path(options.picture), pictures.DRY_RUN)
+    return Path(options.picture)
+
+
+def _print_dry_run(recipe: Recipe, launch: Launch, picture: Path | None) -> int:
     from dkd.commands.dry_run import describe
     from dkd.config import recipe_to_yaml
 
-    described = describe(recipe, launch)  # on all ranks: what is wrong may be wrong on one machine only
+    described = describe(recipe, launch, picture)  # on all ranks: what is wrong may be wrong on one machine only
     if launch.is_main:
         console.show(*recipe_to_yaml(recipe).split("\n"), *described.split("\n"))
     return 0

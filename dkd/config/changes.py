@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dkd.config.messages import Problem
@@ -21,6 +21,21 @@ def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
         for path, old, new in _find_differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
         if path not in _WHERE_NOT_WHAT and not (path in _LEFT_TO_HARDWARE and new == "auto")
     ]
+
+
+def differing_keys(recipes: Sequence[Recipe]) -> dict[str, dict[int, Any]]:
+    """Return the keys in which recipes differ: dotted key -> place of the recipe -> value. A recipe that lacks the
+    section of a key is missing there. The names and folders of runs are left out."""
+    flats = [flat(recipe.model_dump(mode="json")) for recipe in recipes]
+    found = {}
+    for key in dict.fromkeys(key for values in flats for key in values):
+        values = {i: each[key] for i, each in enumerate(flats) if key in each}
+        same = len(values) == len(flats) and all(value == values[0] for value in values.values())
+        # A section that one recipe has and another does not: its keys follow.
+        absent = len(values) < len(flats) and all(value is None or value == {} for value in values.values())
+        if not same and not absent and key not in _WHERE_NOT_WHAT and key != "run.name":
+            found[key] = values
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

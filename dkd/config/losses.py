@@ -323,8 +323,9 @@ def _find_pair_problem(pairs: list[Pair], weighted: bool = True) -> str | None:
 
 
 class CustomLossSection(LossSection):
-    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. See
-    docs/guides/own_loss.md."""
+    """Add a loss of your own: `loss`, called with `options`, makes the function of the loss. A function that has a
+    parameter `labels` or `indices` after its first two is given this rank's labels, or the places of its samples in the
+    training data. See docs/guides/own_loss.md."""
 
     title: ClassVar = "custom"
     of_samples: ClassVar = False  # what it moves is its own

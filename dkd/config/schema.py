@@ -105,8 +105,8 @@ class RunSection(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of everything that is drawn."""
     trackers: list[Text] = ["tensorboard"]
-    """Names of Accelerate's trackers: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab,
-    trackio."""
+    """Names of Accelerate's trackers: tensorboard, wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio.
+    Their files lie in the run's folder."""
     start_timeout: _Seconds = 1800.0
     """Seconds that a rank waits for the other ranks until the first step is done, while data are indexed, weights
     fetched and models compiled; later, seconds that it waits for ranks that write a checkpoint."""

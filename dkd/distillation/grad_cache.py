@@ -60,6 +60,7 @@ def cache_gradient(
     teachers: Sequence[Outputs],
     labels: torch.Tensor,
     step: int,
+    indices: torch.Tensor | None = None,
 ) -> CachedGradient:
     """Compute pass 2. A collective.
 
@@ -69,6 +70,7 @@ def cache_gradient(
         teachers: the teacher's outputs of each micro-step.
         labels: of all micro-steps, in order.
         step: the global step.
+        indices: of the samples of all micro-steps, in order; None: no term asks for them.
     """
     paths = objective.student_taps
     kept = [{path: features[path].detach() for path in paths} for features in students]
@@ -78,7 +80,7 @@ def cache_gradient(
         None, {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths}
     )
     layout = BatchLayout.even(len(labels))
-    total, terms = objective(Outputs(None, joined), teacher, labels, step=step, layout=layout)
+    total, terms = objective(Outputs(None, joined), teacher, labels, step=step, layout=layout, indices=indices)
     # A term need not use all of its pairs.
     gradients = torch.autograd.grad(total, list(joined.values()), materialize_grads=True)
     rows = [len(features[paths[0]]) for features in kept]

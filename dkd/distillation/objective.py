@@ -5,8 +5,10 @@ total(step) = Σ_k weight_k(step) · term_k
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -40,60 +42,110 @@ class Term(Protocol):
     def weight(self) -> Weight: ...
 
     def value(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the unweighted loss: a scalar whose mean over ranks is its value on the global batch."""
+        """Return the unweighted loss: a scalar whose mean over ranks is its value on the global batch.
+
+        Args:
+            labels: classes (b,), or class weights (b, K) of mixed images.
+            indices: places (b,) of the samples in the training data; None: not known.
+        """
         ...
 
 
+ASKED = ("labels", "indices")
+"""Parameters that a loss of features or logits may have after its first two: it is then given this rank's labels (b,)
+or (b, K), and the indices (b,) of its samples in the training data. `gather_rows` brings those of all ranks."""
+
+
+def asked_parameters(loss: Callable[..., object]) -> tuple[str, ...]:
+    """Return which parameters of ASKED a loss has after its first two."""
+    try:
+        parameters = list(inspect.signature(getattr(loss, "forward", loss)).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return ()
+    return tuple(name for name in ASKED if name in parameters[2:])
+
+
 @dataclass(frozen=True)
-class LabelTerm:
+class _Asked:
+    """Passes a loss the labels and indices that it asks for, and its layout."""
+
+    name: str
+    weight: Weight
+    loss: Callable[..., torch.Tensor]
+
+    @cached_property
+    def asked(self) -> tuple[str, ...]:
+        """Return the parameters of ASKED that the loss has."""
+        return asked_parameters(self.loss)
+
+    def _more(self, labels: torch.Tensor, layout: BatchLayout, indices: torch.Tensor | None) -> dict[str, object]:
+        if "indices" in self.asked and indices is None:
+            raise ValueError(f"the loss {self.name!r} asks for indices: give them to DistillationStep.begin")
+        given = {"labels": labels, "indices": indices}
+        return {"layout": layout, **{name: given[name] for name in self.asked}}
+
+
+@dataclass(frozen=True)
+class LabelTerm(_Asked):
     """A loss of the student's logits and the labels."""
 
-    name: str
-    weight: Weight
-    loss: Callable[..., torch.Tensor]
-
     def value(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.loss(student.logits, labels, layout=layout)
+        return self.loss(student.logits, labels, **self._more(labels, layout, indices))
 
 
 @dataclass(frozen=True)
-class LogitTerm:
+class LogitTerm(_Asked):
     """A loss of the student's and the teacher's logits."""
 
-    name: str
-    weight: Weight
-    loss: Callable[..., torch.Tensor]
-
     def value(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert teacher is not None
-        return self.loss(student.logits, teacher.logits, layout=layout)
+        return self.loss(student.logits, teacher.logits, **self._more(labels, layout, indices))
 
 
 @dataclass(frozen=True)
-class FeatureTerm:
+class FeatureTerm(_Asked):
     """A loss of tapped features; `pairs` names them as (student path, teacher path). Every pair of the list enters one
     call."""
 
-    name: str
-    weight: Weight
-    loss: Callable[..., torch.Tensor]
     pairs: Sequence[tuple[str, str]]
     relational: bool = False
     """Compares samples with each other, so that it is no mean over samples: its value on a batch is not that of its
     parts."""
 
     def value(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert teacher is not None
         return self.loss(
-            [student.features[s] for s, _ in self.pairs], [teacher.features[t] for _, t in self.pairs], layout=layout
+            [student.features[s] for s, _ in self.pairs],
+            [teacher.features[t] for _, t in self.pairs],
+            **self._more(labels, layout, indices),
         )
 
 
@@ -108,7 +160,12 @@ class InputGradientTerm:
     mirrored: bool = False
 
     def value(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.mirrored:
             return self.loss(student.logits, student.mirrored_logits, student.images, labels, layout=layout)
@@ -141,14 +198,26 @@ class Objective:
         """Paths of the student's features that the terms read."""
         return list(dict.fromkeys(student for term in self.terms for student, _ in getattr(term, "pairs", [])))
 
+    @property
+    def needs_indices(self) -> bool:
+        """Return whether a term asks for the indices of samples."""
+        return any("indices" in getattr(term, "asked", ()) for term in self.terms)
+
     def __call__(
-        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, *, step: int, layout: BatchLayout
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        *,
+        step: int,
+        layout: BatchLayout,
+        indices: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the total to back-propagate, and the detached value of each term before its weight.
 
         Each is a share of this rank times W: its mean over ranks is the value on the global batch.
         """
-        values = {term.name: term.value(student, teacher, labels, layout) for term in self.terms}
+        values = {term.name: term.value(student, teacher, labels, layout, indices) for term in self.terms}
         for name, value in values.items():
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 what = (

@@ -40,6 +40,17 @@ MicroBatch = Sequence[Any]
 """Images (b, 3, H, W), labels (b,), and whatever follows them."""
 
 
+def mixing_seed(seed: int, step: int, place: int) -> int:
+    """Return the seed by which a micro-batch is mixed.
+
+    Args:
+        seed: of the run.
+        step: from 0.
+        place: of the micro-batch in the global batch: micro-step · W + rank.
+    """
+    return derive_seed(seed, step, place, _MIXING)
+
+
 @dataclass(frozen=True)
 class MicroLoss:
     """Holds the loss of one micro-step.
@@ -99,20 +110,25 @@ class DistillationStep:
         losses = [getattr(term, "loss", None) for term in objective.terms]
         self._of_whole_steps: list[Any] = [loss for loss in losses if getattr(loss, "of_whole_steps", False)]
         self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
+        self.needs_indices = objective.needs_indices
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._mixing, self._seed = mixing, seed
         self._step, self._begun, self._agreed = 0, 0, False
         self._micro_batches: Sequence[MicroBatch] = ()
+        self._indices: list[torch.Tensor] | None = None
         self._cached: CachedGradient | None = None
         self._unfinished = False
 
-    def begin(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
+    def begin(
+        self, micro_batches: Sequence[MicroBatch], step: int, indices: Sequence[torch.Tensor] | None = None
+    ) -> None:
         """Begin a step; under two passes, run the first. A collective.
 
         Args:
             micro_batches: A of them, on any device.
             step: number of the step, from 0: loss weights and random numbers follow it.
+            indices: places (b,) of each micro-batch's samples in the training data, where a loss asks for them.
 
         Raises:
             ValueError: these are not A micro-batches.
@@ -120,6 +136,7 @@ class DistillationStep:
         if len(micro_batches) != self.micro_steps:
             raise ValueError(f"{len(micro_batches)} micro-batches for steps of {self.micro_steps}")
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
+        self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
         if self._of_whole_steps and self._mixing is None:
             labels = [labels.to(self._device, non_blocking=True) for _, labels, *_ in micro_batches]
@@ -145,7 +162,8 @@ class DistillationStep:
         layout = BatchLayout.even(len(labels))
         self._agree(student, teacher, labels)
         objective = self.objective if cached is None else self.separable
-        total, terms = objective(student, teacher, labels, step=self._step, layout=layout)
+        indices = None if self._indices is None else self._indices[micro_step]
+        total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
         if cached is None:
             return MicroLoss(total, terms, {"loss": total.detach()})
         compares = self._begun <= STEPS_THAT_COMPARE_PASSES
@@ -200,8 +218,9 @@ class DistillationStep:
                 self._agree(Outputs(None, relational), teacher, targets, again=True)
             students.append({path: outputs.features[path] for path in self.relational.student_taps})
             self._statistics.forget_micro_batch()
+        indices = None if self._indices is None else torch.cat(self._indices)
         with torch.enable_grad():
-            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step)
+            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step, indices)
 
     def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
         """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""
@@ -215,15 +234,14 @@ class DistillationStep:
         images, labels, *_ = self._micro_batches[micro_step]
         images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
         if self._mixing is not None:
-            images, labels = self._mixing(images, labels, self._derive_seed(micro_step, _MIXING))
+            images, labels = self._mixing(images, labels, mixing_seed(self._seed, self._step, self._place(micro_step)))
         return images, labels
 
     def _run_student(self, micro_step: int, images: torch.Tensor) -> Outputs:
-        seed_device(self._device, self._derive_seed(micro_step, _FORWARD))
+        seed_device(self._device, derive_seed(self._seed, self._step, self._place(micro_step), _FORWARD))
         return self.forward.student(images)
 
-    def _derive_seed(self, micro_step: int, purpose: int) -> int:
-        """Return the seed of a micro-batch: it depends on its place in the global batch and not on who computes it, and
-        the second pass repeats the first."""
-        place = micro_step * self._world_size + self._rank
-        return derive_seed(self._seed, self._step, place, purpose)
+    def _place(self, micro_step: int) -> int:
+        """Return the place of a micro-batch in the global batch. Seeds depend on the place and not on who computes it,
+        and the second pass repeats the first."""
+        return micro_step * self._world_size + self._rank

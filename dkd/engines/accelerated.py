@@ -25,7 +25,7 @@ from dkd.engines.gradient_check import gradient_is_finite
 from dkd.engines.rules import rules_of
 from dkd.engines.sharded_weights import full_state, parameter_counts
 from dkd.engines.state import TrainingState
-from dkd.engines.trackers import Trackers
+from dkd.engines.trackers import Trackers, log_with
 from dkd.launch import Launch, keep_deepspeed_on_cpu
 from dkd.library_internals.accelerate import reset_accelerate, set_units_of_sharding
 from dkd.models import TappedModel, block_classes
@@ -69,7 +69,7 @@ class AcceleratedEngine:
                 # Accelerate's loss scaling.
                 mixed_precision="fp16" if recipe.train.precision == "fp16" else "no",
                 gradient_accumulation_steps=self._micro_steps,
-                log_with=list(recipe.run.trackers) or None,
+                log_with=log_with(recipe.run.trackers, recipe.run.name, run_dir) or None,
                 project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tensorboard")),
                 # BatchNormStatistics keeps buffers equal; a broadcast of rank 0's in every forward would be work for
                 # nothing.

@@ -1,8 +1,22 @@
-"""Trackers such as TensorBoard, through Accelerate."""
+"""Trackers such as TensorBoard, through Accelerate.
+
+What a tracker writes on this machine lies in the run directory, in a folder that has the tracker's name:
+
+    tensorboard, aim    are given their folder by Accelerate
+    wandb               makes `wandb` in the folder that it is given
+    dvclive, swanlab    take the folder as an argument
+    mlflow              a database in the folder, unless the user has named a server or another place
+
+comet_ml and clearml send to a server, and trackio keeps a database of all its projects in the user's home: they write
+nothing into the current folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,6 +35,47 @@ def missing_tracker(name: str) -> str | None:
     if name not in [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]:
         return f"{name!r} is not installed: pip install {name}"
     return None
+
+
+def log_with(names: Sequence[str], run_name: str, run_dir: Path) -> list[Any]:
+    """Return what an Accelerator is to log with: names, and aim as an object, since Accelerate has one logging folder
+    for all trackers, which is TensorBoard's."""
+    return [LOGGER_TYPE_TO_CLASS[name](run_name, str(run_dir / name)) if name == "aim" else name for name in names]
+
+
+def tracker_arguments(
+    names: Sequence[str], run_dir: Path, identity: str, again: bool, first_step: int
+) -> dict[str, dict[str, Any]]:
+    """Return the arguments that trackers are started with: that their files lie in the run directory, and that a
+    resumed run continues in them where they allow it.
+
+    Args:
+        names: of the trackers, which are installed.
+        run_dir: an absolute path.
+        identity, again, first_step: as `Trackers.start`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        own = run_dir / name
+        if name == "tensorboard" and again:
+            found[name] = {"purge_step": first_step + 1}
+        elif name == "wandb":
+            found[name] = {"id": identity, "resume": "allow", "dir": str(run_dir)}
+        elif name == "dvclive":
+            found[name] = {"dir": str(own), "dvcyaml": str(own / "dvc.yaml"), "resume": again}
+        elif name == "swanlab":
+            # Earlier releases call it logdir.
+            accepted = inspect.signature(import_module(name).init).parameters
+            found[name] = {"log_dir" if "log_dir" in accepted else "logdir": str(own)}
+        elif name == "mlflow" and not import_module(name).is_tracking_uri_set():
+            found[name] = {"logging_dir": (own / "artifacts").as_uri()}
+    return found
+
+
+def _name_database(run_dir: Path) -> None:
+    """Let mlflow keep its records in the run directory. Its store of plain files is refused by newer releases."""
+    (run_dir / "mlflow").mkdir(exist_ok=True)
+    import_module("mlflow").set_tracking_uri(f"sqlite:///{run_dir / 'mlflow' / 'mlflow.db'}")
 
 
 class Trackers:
@@ -43,17 +98,16 @@ class Trackers:
         """
         if not recipe.run.trackers:
             return
-        more = {
-            "tensorboard": {"purge_step": first_step + 1} if again else {},
-            "wandb": {"id": identity, "resume": "allow"},
-        }
         settings = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in flat(recipe.model_dump()).items()
         }
-        kwargs = {name: values for name, values in more.items() if name in recipe.run.trackers}
         own = None
         try:
+            run_dir = Path(recipe.run.dir).absolute()
+            kwargs = tracker_arguments(recipe.run.trackers, run_dir, identity, again, first_step)
+            if "mlflow" in kwargs and self._accelerator.is_main_process:
+                _name_database(run_dir)
             self._accelerator.init_trackers(recipe.run.name, config=settings, init_kwargs=kwargs)
         except Exception as error:  # a tracker's own code, which runs on the main process alone
             own = describe_error(error)

@@ -9,6 +9,7 @@ from dkd.global_batch.cost import STRATEGIES, GramTensor, cheapest_strategies, r
 from dkd.global_batch.gram import full_precision, gram_rows
 from dkd.global_batch.groups import GramScope, ranks_per_group
 from dkd.global_batch.layout import AbsentRankError, BatchLayout, BatchMismatchError
+from dkd.global_batch.rows import gather_rows
 
 __all__ = [
     "STRATEGIES",
@@ -20,6 +21,7 @@ __all__ = [
     "GramTensor",
     "cheapest_strategies",
     "full_precision",
+    "gather_rows",
     "gram_rows",
     "ranks_per_group",
     "received_bytes",

@@ -154,6 +154,11 @@ class BatchLayout:
         """B, the rows of the global batch."""
         return sum(self.rows)
 
+    @property
+    def first_row(self) -> int:
+        """Place of this rank's first row among the rows of all ranks."""
+        return sum(self.rows[: self.rank])
+
     def sum(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a few numbers over the ranks of this layout, by a collective. Carries no gradient."""
         return collectives.sum_over_ranks(numbers.detach(), self.group) if self.world_size > 1 else numbers.detach()

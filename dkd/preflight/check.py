@@ -14,14 +14,14 @@ from dkd.runs.launches import IfRunExists
 
 
 def check(
-    recipe: Recipe, launch: Launch, if_run_exists: IfRunExists = "resume", allow_recipe_change: bool = False
+    recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None = "resume", allow_recipe_change: bool = False
 ) -> list[Problem]:
     """Check that files are there, models can be built, taps and pairs fit, and launch and recipe agree. On meta
     tensors: seconds, no memory.
 
     Args:
         recipe: completed by `dkd.preflight.completion`.
-        if_run_exists: what is to become of a run that is in `run.dir` already.
+        if_run_exists: what is to become of a run that is in `run.dir` already. None: `run.dir` is not used.
         allow_recipe_change: whether that run may be resumed with another recipe.
 
     Returns:
@@ -32,8 +32,9 @@ def check(
     """
     problems = launch_problems(recipe, launch)
     changes: list[Problem] = []
-    with collect(problems):
-        changes = check_run_directory(recipe, launch, if_run_exists, allow_recipe_change)
+    if if_run_exists is not None:
+        with collect(problems):
+            changes = check_run_directory(recipe, launch, if_run_exists, allow_recipe_change)
     problems += place_problems(recipe)
     problems += _tracker_problems(recipe)
     pipeline = image_pipeline(recipe, problems)

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from dkd import console
 from dkd.atomic_files import replacing
 from dkd.config import RecipeError
 from dkd.report import figures
+from dkd.report.comparison import facts_of, percent
 from dkd.report.evaluation_file import EvaluationFile, read_evaluation
 from dkd.report.observations import Observation, observe
 from dkd.report.page import Page
@@ -183,7 +183,7 @@ def _worst_classes(found: EvaluationFile) -> list[list[str]]:
         taken.setdefault(label, f"{found.names[other]} ({count})")
     order = sorted(range(len(accuracies)), key=lambda label: (accuracies[label] is None, accuracies[label] or 0.0))
     rows = [
-        [found.names[i], _percent(accuracies[i]) or "no images", str(found.samples[i]), taken.get(i, "")] for i in order
+        [found.names[i], percent(accuracies[i]) or "no images", str(found.samples[i]), taken.get(i, "")] for i in order
     ]
     more = len(rows) - _MOST_ROWS
     return rows if more <= 0 else [*rows[:_MOST_ROWS], [f"and {more} better classes", "", "", ""]]
@@ -274,32 +274,18 @@ def _comparison(runs: Sequence[RunFiles]) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(run: RunFiles) -> list[str]:
-    recipe, description = run.recipe, run.description
-    evaluation = run.evaluations[-1] if run.evaluations else {}
-    speeds = [line["images_per_second"] for line in run.steps if line.get("images_per_second")]
+    facts = facts_of(run)
     return [
-        run.label,
-        recipe.student.name,
-        recipe.teacher.name if recipe.teacher else "none",
-        ", ".join(section.describe() for _, section in run.recipe.losses.named()),
-        _percent(evaluation.get("top1")),
-        _percent(evaluation.get("top5")),
-        f"{description['parameters']:,}" if "parameters" in description else "",
-        f"{_count_epochs(run):.3g} of {recipe.train.epochs}",
-        str(recipe.train.global_batch),
-        str(description.get("world_size", "")),
-        f"{median(speeds):,.0f}" if speeds else "",
-        f"{description['seconds']:,.0f}" if "seconds" in description else "not finished",
+        facts.label,
+        facts.student,
+        facts.teacher or "none",
+        ", ".join(facts.losses.values()),
+        percent(facts.top1) or "",
+        percent(facts.top5) or "",
+        "" if facts.parameters is None else f"{facts.parameters:,}",
+        f"{facts.epochs_done:.3g} of {facts.epochs}",
+        str(facts.global_batch),
+        "" if facts.world_size is None else str(facts.world_size),
+        "" if facts.images_per_second is None else f"{facts.images_per_second:,.0f}",
+        "not finished" if facts.seconds is None else f"{facts.seconds:,.0f}",
     ]
-
-
-def _count_epochs(run: RunFiles) -> float:
-    """Return the epochs up to the last evaluation; without one, those that the logged steps have begun."""
-    if run.evaluations:
-        return float(run.evaluations[-1]["epoch"])
-    begun = run.steps[-1].get("epoch", 0) if run.steps else 0
-    return float(begun + ("steps" in run.description))  # a finished run has ended its last epoch
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f}\N{NO-BREAK SPACE}%"

@@ -8,7 +8,7 @@ RUN/
   evaluation.json          the last evaluation, with the counts of each class
   metrics.superseded.jsonl lines of steps that were computed again after an interruption
   train.log                what rank 0 reported, with time and rank
-  tensorboard/             and whatever other trackers write
+  tensorboard/             and folders of other trackers, with their names
   checkpoints/             see dkd/checkpoints/
   student.safetensors      the finished student, and beside it
   student.json             its architecture, input and metrics
@@ -37,6 +37,8 @@ from typing import Any
 from dkd import atomic_files, console
 from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
+from dkd.config.yaml_text import YamlTextError
+from dkd.config.yaml_text import read as read_yaml
 from dkd.distributed.stop_signals import STOP_FILE
 from dkd.launch import Launch, Start
 from dkd.provenance import provenance
@@ -50,9 +52,9 @@ LOG_FILE, EVALUATION_FILE = "train.log", "evaluation.json"
 _CHECKPOINTS = "checkpoints"
 _PROVENANCE, _RECIPE, _METRICS = "provenance.json", "recipe.yaml", "metrics.jsonl"
 _DAMAGED_PROVENANCE = "provenance.damaged.json"
-# The files of a run, which go when it is replaced; dkd writes all but the last two itself. recipe.yaml is written after
-# provenance.json, and removed before it: alone, it is a user's own.
-_OF_A_RUN = (
+# The files of a run, which go when it is replaced. recipe.yaml is written after provenance.json, and removed before it:
+# alone, it is a user's own.
+_WRITTEN_HERE = (
     _RECIPE,
     _METRICS,
     _PROVENANCE,
@@ -63,9 +65,9 @@ _OF_A_RUN = (
     "student.json",
     LOG_FILE,
     *MARKERS,
-    "tensorboard",
-    STOP_FILE,
 )
+_OF_TRACKERS = ("wandb", "mlflow", "aim", "dvclive", "swanlab")
+_OF_A_RUN = (*_WRITTEN_HERE, "tensorboard", STOP_FILE)
 _OF_THE_FOLDER = (LOCK_FILE, OWNER_FILE, LAUNCHES_FILE, _CHECKPOINTS)
 
 
@@ -106,7 +108,7 @@ class RunDirectory:
         _check_content(self.path, recipe, in_effect, allow_recipe_change)
         if in_effect == "replace":
             self.checkpoints.remove_all()
-            for target in (self.path / name for name in _OF_A_RUN):
+            for target in (self.path / name for name in (*_tracker_folders(self.path), *_OF_A_RUN)):
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))
@@ -120,9 +122,12 @@ class RunDirectory:
             "start"
         ]
 
-    def start(self, recipe: Recipe, world_size: int, step: int) -> list[str]:
+    def start(self, recipe: Recipe, world_size: int, step: int, total_steps: int | None = None) -> list[str]:
         """Write what describes this start, after `step` steps of earlier ones; metrics continue after that step.
         Returns warnings.
+
+        Args:
+            total_steps: of the whole run, for those who watch it; None: not known.
 
         Raises:
             OSError: as the file system says.
@@ -131,12 +136,12 @@ class RunDirectory:
             return []
         for name in MARKERS:
             (self.path / name).unlink(missing_ok=True)
-        earlier, damage = _read_provenance(self.path)
+        earlier, damage = read_provenance(self.path)
         if damage is not None:
             os.replace(self.path / _PROVENANCE, self.path / _DAMAGED_PROVENANCE)
         from dkd.data.jpeg import jpeg_decoder  # late: `dkd status` imports this module, and is to be quick
 
-        starts = json.dumps([*earlier, provenance(world_size, step, jpeg_decoder().name)], indent=2)
+        starts = json.dumps([*earlier, provenance(world_size, step, total_steps, jpeg_decoder().name)], indent=2)
         atomic_files.replace_text(self.path / _PROVENANCE, starts + "\n")
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
@@ -277,7 +282,7 @@ class RunDirectory:
     def identity(self) -> tuple[str, bool]:
         """Return a name that all starts of this run share and no other run has; and whether this is not the first of
         them."""
-        starts, _ = _read_provenance(self.path)
+        starts, _ = read_provenance(self.path)
         first = starts[0] if starts else {}
         named = f"{first.get('host')} {first.get('started')} {first.get('command')}"
         return hashlib.sha256(named.encode()).hexdigest()[:16], len(starts) > 1
@@ -337,7 +342,7 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
     """Check what is in a run directory already. Returns how the recipe of its run differs, where that is resumed.
     Raises RecipeError."""
     # What is to be replaced is removed, not followed.
-    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_OF_A_RUN[:-2]):
+    for name in _OF_THE_FOLDER if if_run_exists == "replace" else (*_OF_THE_FOLDER, *_WRITTEN_HERE):
         problem = atomic_files.link_problem(path / name)
         if problem is not None:
             raise RecipeError.at("run.dir", problem)
@@ -379,7 +384,7 @@ def _check_content(path: Path, recipe: Recipe, if_run_exists: IfRunExists, allow
     return changes
 
 
-def _read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+def read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Return the starts of a run, none where there is no file, and why the file cannot be read."""
     if not (path / _PROVENANCE).exists():
         return [], None
@@ -387,6 +392,17 @@ def _read_provenance(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     if reason is None and not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
         reason = f"{str(path / _PROVENANCE)!r} is damaged: it is no list of starts"
     return ([], reason) if reason is not None else (starts, None)
+
+
+def _tracker_folders(path: Path) -> list[str]:
+    """Return the folders of trackers that the recipe of the run in `path` names. A folder of such a name may be a
+    user's own, where the run has not used that tracker."""
+    content, _ = atomic_files.read_bytes(path / _RECIPE)
+    try:
+        named = read_yaml(content.decode(errors="replace"))["run"]["trackers"]
+    except (YamlTextError, LookupError, TypeError):
+        return []
+    return [name for name in _OF_TRACKERS if isinstance(named, list) and name in named]
 
 
 def _belongs_before(text: bytes, step: int) -> bool:

@@ -11,10 +11,13 @@ import json
 import os
 import platform
 import secrets
+import struct
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,45 @@ from dkd import atomic_files
 from dkd.config import RecipeError
 
 LOCK_FILE, OWNER_FILE = ".lock", ".owner"
+
+_held: weakref.WeakValueDictionary[tuple[int, int], FileIO] = weakref.WeakValueDictionary()
+"""The lock files that this process itself holds, by device and inode. The system drops a process's locks on a file when
+that process closes the file anywhere: such a file must not be opened to look at it."""
+# The fields of struct flock, which the Python manual leaves to the system; the last item pads to the whole structure.
+_QUERY = "hhqqi0q" if sys.platform == "linux" else "qqihh"
+
+
+def is_locked(run_dir: Path) -> bool | None:
+    """Return whether a process holds the lock of a run directory, which is neither taken nor released here.
+
+    Returns:
+        None: the file system cannot answer, or there is no lock file. On a network file system, False may mean that the
+        lock of another machine is not visible here.
+    """
+    try:
+        found = (run_dir / LOCK_FILE).stat(follow_symlinks=False)
+        own = _held.get((found.st_dev, found.st_ino))
+        if own is not None and not own.closed:
+            return True
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    linux = sys.platform == "linux"
+    values = (fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0) if linux else (0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+    try:
+        answer = struct.unpack(_QUERY, fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_QUERY, *values)))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return bool(answer[0 if linux else 3] != fcntl.F_UNLCK)
+
+
+def read_owner(run_dir: Path) -> dict[str, Any]:
+    """Return what the training that claimed a run directory last has written of itself: `token`, `host`, `process`,
+    `started`; nothing where that cannot be read."""
+    owner, reason = atomic_files.read_json(run_dir / OWNER_FILE)
+    return owner if reason is None and isinstance(owner, dict) else {}
 
 
 class RunPlace:
@@ -77,14 +119,16 @@ class RunPlace:
                     "in run.dir; each checkpoint looks whether one has"
                 ]
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock.fileno()), path.stat(follow_symlinks=False)):
+                ours = os.fstat(self._lock.fileno())
+                if os.path.samestat(ours, path.stat(follow_symlinks=False)):
+                    _held[ours.st_dev, ours.st_ino] = self._lock
                     return []
             # The file was removed between opening and locking, and another process may hold a lock on a new one.
             self._lock.close()
 
     def _holder(self) -> str:
-        owner, reason = atomic_files.read_json(self.path / OWNER_FILE)
-        if reason is not None or not isinstance(owner, dict):
+        owner = read_owner(self.path)
+        if not owner:
             return ""
         return f" (process {owner.get('process')} on {owner.get('host')}, since {owner.get('started')})"
 

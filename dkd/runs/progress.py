@@ -54,7 +54,7 @@ class Progress:
             self._last_line = time.monotonic()
             left = elapsed / done * (self._total - step - 1)
             shown = " ".join(f"{name} {value}" for name, value in terms.items())
-            self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {_clock(left)} left")
+            self.say(f"step {step + 1}/{self._total}  {shown}  {rate:.0f} images/s  {clock(left)} left")
 
     def say(self, message: str) -> None:
         """Print a line that stays."""
@@ -72,7 +72,8 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as MM:SS, or H:MM:SS from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

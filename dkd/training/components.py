@@ -137,6 +137,51 @@ def build_components(
 ) -> Components:
     """Open data, process group and engine; build models and losses; resume the run, or start it. A collective.
     Arguments and errors as `Trainer.from_recipe`."""
+    opened = _open(recipe, launch, if_run_exists)
+    with opened.heartbeat.names_lost_ranks():
+        parts = _build(opened)
+        with ExitStack() as on_failure:
+            on_failure.callback(parts.run_dir.close)
+            on_failure.callback(parts.heartbeat.close)
+            parts.resume(if_run_exists, allow_recipe_change)
+            parts.open_log()
+            parts.report_start(opened.training)
+            on_failure.pop_all()
+        return parts
+
+
+def build_trial(recipe: Recipe, launch: Launch) -> Components:
+    """Build what trains a recipe outside of any run: nothing is read from `run.dir` or written there, and no tracker
+    starts. A collective. Arguments and errors as `Trainer.from_recipe`; `notes` holds what was chosen for the
+    hardware."""
+    untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
+    opened = _open(untracked, launch, None)
+    with opened.heartbeat.names_lost_ranks():
+        parts = _build(opened)
+        with ExitStack() as on_failure:
+            on_failure.callback(parts.heartbeat.close)
+            parts.open_log()
+            on_failure.pop_all()
+        return parts
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Holds what a training opens before it builds anything: images, the process group, the engine."""
+
+    recipe: Recipe
+    launch: Launch
+    engine: AcceleratedEngine
+    heartbeat: Heartbeat
+    run_dir: RunDirectory
+    training: ImageSource
+    validation: ImageSource | None
+    notes: list[str]
+    """Lines to report: what was chosen for the hardware, and what data and models state."""
+
+
+def _open(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None) -> _Opened:
+    """Open data, process group and engine. A collective; `if_run_exists` as `settle`."""
     recipe, completed = complete(recipe)
     training, validation = open_sources(recipe, launch)
     completed += [*compare_student(recipe), *check_class_order(recipe, training.class_names)]
@@ -151,29 +196,13 @@ def build_components(
         raise RecipeError(problems)
     engine = open_engine(recipe, launch, run_dir.path, lambda: student_parameters(recipe))
     heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
-    with heartbeat.names_lost_ranks():
-        parts = _build(recipe, launch, engine, heartbeat, run_dir, training, validation)
-        with ExitStack() as on_failure:
-            on_failure.callback(run_dir.close)
-            on_failure.callback(heartbeat.close)
-            parts.resume(if_run_exists, allow_recipe_change)
-            parts.notes = [*notes, *completed, *parts.notes]
-            parts.open_log()
-            parts.report_start(training)
-            on_failure.pop_all()
-        return parts
+    return _Opened(recipe, launch, engine, heartbeat, run_dir, training, validation, [*notes, *completed])
 
 
-def _build(
-    recipe: Recipe,
-    launch: Launch,
-    engine: AcceleratedEngine,
-    heartbeat: Heartbeat,
-    run_dir: RunDirectory,
-    training: ImageSource,
-    validation: ImageSource | None,
-) -> Components:
+def _build(opened: _Opened) -> Components:
     """Build everything that is there before the run directory is claimed. A collective."""
+    recipe, launch, engine, run_dir = opened.recipe, opened.launch, opened.engine, opened.run_dir
+    training, validation = opened.training, opened.validation
     arithmetic = Arithmetic.of(recipe)
     pin = engine.device.type == "cuda"
     data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
@@ -195,7 +224,7 @@ def _build(
         recipe=recipe,
         launch=launch,
         engine=engine,
-        heartbeat=heartbeat,
+        heartbeat=opened.heartbeat,
         schedule=schedule,
         data=data,
         step=step,
@@ -203,7 +232,7 @@ def _build(
         run_dir=run_dir,
         checkpointer=checkpointer,
         facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
-        notes=notes,
+        notes=[*opened.notes, *notes],
     )
 
 

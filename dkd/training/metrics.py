@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from dkd.config import Recipe
 from dkd.distillation import Objective
@@ -74,8 +74,7 @@ class StepMetrics:
         if not mean.in_step():
             steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(mean.step)))
             raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
-        failures, unreadable = (round(counts[key] * self._world_size) for key in ("load_failures", "unreadable"))
-        self._read_loading(mean.step, failures, unreadable)
+        self.check_loading(mean.step, counts)
         self.wishes = Wishes(counts["minutes_over"] > 0, counts["stop"] > 0)
         if (counts["skipped"] > 0 and not self._overflows_by_design) or not math.isfinite(counts["loss"]):
             self._read_non_finite(mean, values)
@@ -114,8 +113,17 @@ class StepMetrics:
             line["sp_row_difference"] = terms["sp"] * self._gram_size
         self._log.write({"step": step + 1, "epoch": step // self._schedule.steps_per_epoch, **line}, line, step + 1)
 
-    def _read_loading(self, step: int, failures: int, unreadable: int) -> None:
-        """End the run on all ranks where images of a step could not be loaded, or report which images were replaced."""
+    def check_loading(self, step: int, counts: Mapping[str, float]) -> None:
+        """End the run on all ranks where images of a step could not be loaded, or report which images were replaced. A
+        collective where there is anything to report.
+
+        Args:
+            counts: means over ranks, with `load_failures` and `unreadable`.
+
+        Raises:
+            TrainingError: on every rank.
+        """
+        failures, unreadable = (round(counts[key] * self._world_size) for key in ("load_failures", "unreadable"))
         if failures + unreadable == 0:
             return
         ranks = all_gather_objects(self._loading_problems.pop(step, ((), ())))

@@ -104,7 +104,7 @@ def resume_or_start(
             for step in run_dir.checkpoints.steps():
                 if step > point.step:
                     run_dir.checkpoints.set_aside(step)
-            warnings = run_dir.start(asked.recipe, asked.launch.world_size, point.step)
+            warnings = run_dir.start(asked.recipe, asked.launch.world_size, point.step, asked.total_steps)
             checkpointer.evaluations = run_dir.evaluations()
             return warnings
 

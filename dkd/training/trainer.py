@@ -40,6 +40,7 @@ class Trainer:
     def __init__(self, parts: Components) -> None:
         self.parts, self.state, self.metrics = parts, parts.state, parts.metrics
         self._batches: Iterator[Batch] = iter(())
+        self._keys: Iterator[list[tuple[int, int]]] | None = None
         self._pending: AsyncMean | None = None
         self._clock = 0.0
         set_patience(parts, parts.recipe.run.start_timeout)
@@ -124,6 +125,8 @@ class Trainer:
         """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked
         now."""
         self._batches = self.parts.data.train_loader.steps(self.state.step, last_step)
+        if self.parts.step.needs_indices:
+            self._keys = self.parts.data.sampler.micro_batches(self.state.step, last_step)
         self._clock = time.monotonic()
 
     def train_step(self) -> StepValues[Number]:
@@ -135,7 +138,7 @@ class Trainer:
             group["lr"] = learning_rate
         micro_batches, values = self._load(step)
         self._reach(0, 1)
-        parts.step.begin(micro_batches, step)
+        parts.step.begin(micro_batches, step, self._read_indices())
         skipped = False
         for i in range(len(micro_batches)):
             with parts.engine.accumulate():
@@ -161,6 +164,13 @@ class Trainer:
         unreadable = tuple(message for batch in micro_batches for message in batch.unreadable)
         loading = self.metrics.note_loading(step, failures, unreadable)
         return micro_batches, StepValues({}, {"seconds_waited": waited, **loading})
+
+    def _read_indices(self) -> list[torch.Tensor] | None:
+        """Return the places of the step's samples in the training data, for each micro-batch; None: no loss asks."""
+        if self._keys is None:
+            return None
+        keys = [next(self._keys) for _ in range(self.parts.step.micro_steps)]
+        return [torch.tensor([index for _, index in each], dtype=torch.int64) for each in keys]
 
     def after_step(self, values: StepValues[Number]) -> Decision:
         """Read the numbers of the step before, which were averaged while this one computed, and decide what happens

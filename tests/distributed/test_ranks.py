@@ -10,11 +10,14 @@ import evaluation_cases
 import loss_cases
 import plain_reference
 import pytest
+import torch
 import trainer_cases
 from launched import CASES as SCRIPTS
 from launched import STEPS, Launch, limit
 from measured import as_measured
 from shared_launches import SharedLaunches, launch, names_in, parameters, without_errors
+
+from dkd.commands.loss_trial import Measured, judge
 
 WORLDS = (1, 2, 4)
 
@@ -318,6 +321,47 @@ def test_a_relational_loss_of_ones_own_is_computed_on_the_global_batch(results, 
         assert math.isclose(ours["mine"], plain["sp"], rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_is_given_the_labels_and_indices_that_it_asks_for(results, world):
+    """The loss itself looks whether these belong together."""
+    one, many = (returned(results, w, "a_loss_that_asks_for_labels_and_indices")[0]["lines"] for w in (1, world))
+    assert len(one) == 6
+    for a, b in zip(one, many, strict=True):
+        assert a["asking"] > 0
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_gathered_rows_carry_the_exact_gradient(results, world):
+    for errors in returned(results, world, "gathered_rows"):
+        assert set(errors) == {"even", "uneven"}
+        assert all(max(found["errors"]) < 1e-12 and found["labels"] for found in errors.values()), errors
+
+
+CAUSES = {
+    "LocalMean": "each process computes the loss of its own rows alone, with a statistic of the local batch",
+    "GatheredWithoutGradient": "the value is right, and the gradient is not: rows of other ranks were gathered without",
+    "Summed": "the value is 1/2 of what it should be",
+    "SummedGradient": "the value is right, and the gradient is 2 times what it should be",
+    "Relational": None,
+    "Unstated": None,
+}
+
+
+def test_a_loss_that_differs_between_numbers_of_ranks_is_found_with_its_cause(results):
+    ranks, (whole, *_) = returned(results, 2, "checked_losses"), returned(results, 1, "checked_losses")
+
+    def measured(found):
+        return Measured(found["value"], torch.tensor(found["gradient"], dtype=torch.float64))
+
+    for loss, cause in CAUSES.items():
+        alone = [measured(each) for each in whole[loss]["alone"]]
+        verdict = judge(measured(whole[loss]), [measured(rank[loss]) for rank in ranks], alone)
+        assert (verdict.cause or "").startswith(cause or ""), (loss, verdict)
+        assert (verdict.cause is None) == (cause is None), (loss, verdict)
+        assert verdict.compares == (loss not in ("SummedGradient",)), loss
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_gradient_attention_with_batch_norm_is_the_same_on_any_number_of_ranks(results, world):
     """With a teacher that has a normalisation of its own; on 4 ranks there is one pass, on fewer there are two."""
@@ -378,6 +422,21 @@ def test_all_ranks_choose_the_precision_that_each_is_fast_in(results, world):
     reason = f"precision fp32: {where} has no bfloat16 units; a convolution takes 10.0 times as long as in float32"
     assert ranks[0]["one differs"] == ["fp32", "fp32", reason]
     assert ranks[0]["all alike"][:2] == ["bf16", "bf16"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_learning_rate_range_test_is_the_same_on_any_number_of_ranks(results, world):
+    (one, *_), ranks = (returned(results, w, "a_learning_rate_range_test") for w in (1, world))
+    assert all(repr(rank) == repr(ranks[0]) for rank in ranks)
+    for name, wanted in one.items():
+        ours = ranks[0][name]
+        assert ours["losses"] == pytest.approx(wanted["losses"], rel=1e-6), name
+        assert [ours[key] for key in ("rates", "diverged", "suggestion", "left")] == [
+            wanted[key] for key in ("rates", "diverged", "suggestion", "left")
+        ]
+    assert [len(one["sound"]["losses"]), one["sound"]["diverged"], one["sound"]["left"]] == [12, False, False]
+    assert one["diverged"]["diverged"]
+    assert len(one["diverged"]["losses"]) < 30
 
 
 @pytest.mark.parametrize("world", [2, 4])

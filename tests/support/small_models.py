@@ -7,13 +7,83 @@ from datetime import timedelta
 import torch
 from launched import pause
 
-from dkd import SimilarityPreserving
+from dkd import SimilarityPreserving, gather_rows
+from dkd.data import open_source
 
 
 class Relational(SimilarityPreserving):
     """A loss as a user would write it, of which a recipe knows nothing but that it compares samples."""
 
     relational = True
+
+
+class Asking(torch.nn.Module):
+    """A relational loss that asks for labels and indices, and looks whether these belong together."""
+
+    relational = True
+
+    def forward(self, student, teacher, layout=None, indices=None, labels=None):
+        known = open_source("digits", training=True).labels[indices.numpy()]
+        assert labels.tolist() == known.tolist()
+        everyone, everywhere, classes = (gather_rows(x, layout) for x in (student[0].flatten(1), indices, labels))
+        assert len(set(everywhere.tolist())) == layout.total
+        weights = (labels[:, None] == classes) * (1 + everywhere % 7)
+        return layout.mean((student[0].flatten(1) @ everyone.T * weights).square().mean(1))
+
+
+class LocalMean(torch.nn.Module):
+    """Compares with a mean over the rows of the rank alone."""
+
+    def forward(self, student, teacher, layout=None):
+        rows = student[0].flatten(1)
+        return layout.mean((rows - rows.mean(0)).square().sum(1))
+
+
+class GatheredWithoutGradient(torch.nn.Module):
+    """Gathers by torch.distributed.all_gather, as many published losses do."""
+
+    relational = True
+
+    def forward(self, student, teacher, layout=None):
+        rows = student[0].flatten(1)
+        parts = [rows]
+        if layout.world_size > 1:
+            parts = [torch.empty_like(rows) for _ in layout.rows]
+            torch.distributed.all_gather(parts, rows.detach())
+            parts[layout.rank] = rows
+        return layout.mean((rows @ torch.cat(parts).T).square().mean(1))
+
+
+class Summed(torch.nn.Module):
+    """Sums over the rows of a rank."""
+
+    def forward(self, student, teacher, layout=None):
+        return (student[0] - teacher[0]).square().sum()
+
+
+class SummedGradient(torch.nn.Module):
+    """Sums its gradient over ranks, which the training averages."""
+
+    def forward(self, student, teacher, layout=None):
+        value = layout.mean(student[0].flatten(1).square().sum(1))
+        return value.detach() + layout.world_size * (value - value.detach())
+
+
+class Unstated(torch.nn.Module):
+    """Compares samples, rightly, and does not state it."""
+
+    def forward(self, student, teacher, layout=None):
+        rows = student[0].flatten(1)
+        return layout.mean((rows @ gather_rows(rows, layout).T).square().mean(1))
+
+
+class FailsOnRank1(torch.nn.Module):
+    """Raises on rank 1, while rank 0 waits for it."""
+
+    def forward(self, student, teacher, layout=None):
+        if layout.rank == 1:
+            raise LookupError("only here")
+        return gather_rows(student[0], layout).square().mean()
 
 
 class Regularized(torch.nn.Module):

@@ -238,3 +238,36 @@ def test_a_student_can_learn_from_labels_alone(batches):
 def test_another_number_of_micro_batches_is_refused(batches):
     with pytest.raises(ValueError, match="1 micro-batches for steps of 2"):
         distillation(student_model(), 2).begin([batches[0]], 0)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("kind", [LabelTerm, LogitTerm])
+def test_a_loss_is_given_what_it_asks_for_by_name(batches, micro_steps, kind):
+    seen = []
+
+    def asking(logits, other, layout=None, indices=None):
+        seen.append(indices.tolist())
+        return layout.mean(logits.sum(1) + indices)
+
+    objective = Objective([LabelTerm("ce", lambda step: 1.0, CrossEntropy()), kind("asking", lambda step: 1.0, asking)])
+    assert objective.needs_indices
+    student = TappedModel(student_model(), [])
+    teacher = FrozenTeacher(teacher_model(), [], True)
+    step = DistillationStep(student, teacher, objective, micro_steps=micro_steps, dtype=torch.float64)
+    indices = torch.arange(100, 100 + ROWS)
+    step.begin(halves(batches[0], micro_steps), 0, indices.chunk(micro_steps))
+    for i in range(micro_steps):
+        step.loss(i)
+    assert seen == [part.tolist() for part in indices.chunk(micro_steps)]
+    step.end()
+    step.begin(halves(batches[1], micro_steps), 1)
+    with pytest.raises(ValueError, match="the loss 'asking' asks for indices: give them to"):
+        step.loss(0)
+
+
+def test_a_name_among_the_first_two_parameters_is_no_question():
+    def loss(logits, labels, layout=None):
+        return logits.sum()
+
+    assert LabelTerm("mine", lambda step: 1.0, loss).asked == ()
+    assert LabelTerm("ce", lambda step: 1.0, CrossEntropy()).asked == ()

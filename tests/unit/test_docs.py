@@ -16,7 +16,23 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "configs").rglob("*.md")], key=lambda page: page.as_posix()
 )
-COMMANDS = ("train", "evaluate", "status", "inspect", "plan", "report", "export", "launch-check", "launch", "files")
+COMMANDS = (
+    "new",
+    "distill",
+    "train",
+    "launch",
+    "evaluate",
+    "status",
+    "inspect",
+    "plan",
+    "find-lr",
+    "compare",
+    "report",
+    "export",
+    "check-loss",
+    "launch-check",
+    "files",
+)
 # A page that `python -m benchmarks.cifar10_short` writes, and one whose lines are as wide as the code's.
 OTHER_WIDTH = {"configs/official/cifar10_short/results.md"}
 

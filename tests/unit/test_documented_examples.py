@@ -48,6 +48,10 @@ def test_the_example_trains_and_is_used(example):
         assert logged[0]["positions"] > 0
         assert logged[0]["weight/positions"] == 10
         assert described["losses"]["custom"][0]["loss"] == recipe["losses"]["custom"][0]["loss"]
+        (check,) = [command for command in commands if command[2:3] == ["my_contrast:InfoNCE"]]
+        checked = run(folder, *check[1:-1], "2")  # of 4 processes
+        assert checked.returncode == 0, checked.stderr[-2000:]
+        assert checked.stdout.endswith("the loss is the same on 1 and on 2 processes\n")
     elif page == "own_model":
         assert (recipe["student"]["name"], recipe["student"]["options"]) == (
             described["student"]["name"],

@@ -114,7 +114,8 @@ def _arguments_of_ranks(options: argparse.Namespace) -> list[str]:
     words = [options.recipe, *options.overrides, *options.rest]
     chosen = words.pop(0) if words[0] in _COMMANDS else train.COMMAND.name
     switches = [name for name in ("dry_run", "fresh", "overwrite", "allow_recipe_change") if getattr(options, name)]
-    return [chosen, *words, *(f"--{name.replace('_', '-')}" for name in switches)]
+    picture = [] if options.picture is None else ["--picture", options.picture]
+    return [chosen, *words, *(f"--{name.replace('_', '-')}" for name in switches), *picture]
 
 
 def _check(arguments: Sequence[str]) -> None:

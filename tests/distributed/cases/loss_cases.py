@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+from dkd.commands.loss_trial import LossTrial, measure, measure_alone
 from dkd.distillation import DistillationStep, LabelTerm, Objective
 from dkd.global_batch import (
     BatchLayout,
@@ -19,6 +20,7 @@ from dkd.global_batch import (
     GramTensor,
     cheapest_strategies,
     collectives,
+    gather_rows,
     received_bytes,
 )
 from dkd.global_batch.cost import collectives as number_of_collectives
@@ -515,8 +517,60 @@ def class_weights_of_whole_steps(folder):
     return errors
 
 
+def gathered_rows(folder):
+    """Value and gradient of a contrastive loss on gathered rows, against the plain formula on all rows."""
+    rank, size = world()
+    found = {}
+    for name, counts in (("even", [3] * size), ("uneven", [2 + r % 3 for r in range(size)])):
+        g = torch.Generator().manual_seed(7)
+        total, own = sum(counts), rows_of(counts, rank)
+        x, labels = torch.randn(total, 5, dtype=torch.float64, generator=g), torch.arange(total) % 3
+        weight = torch.randn(5, 4, dtype=torch.float64, generator=g)
+
+        def loss(rows, everyone, first):
+            targets = first + torch.arange(len(rows))
+            return F.cross_entropy(rows @ everyone.T, targets, reduction="none")
+
+        plain = weight.clone().requires_grad_()
+        wanted = loss((x @ plain).sin(), (x @ plain).sin(), 0).mean()
+        wanted.backward()
+        ours = weight.clone().requires_grad_()
+        layout = BatchLayout(tuple(counts), rank)
+        rows = (x[own] @ ours).sin()
+        value = layout.mean(loss(rows, gather_rows(rows, layout), layout.first_row))
+        value.backward()
+        mean, gradient = value.detach().clone(), ours.grad
+        if size > 1:
+            for tensor in (mean, gradient):
+                dist.all_reduce(tensor)
+                tensor /= size
+        flags = labels[own] == 1
+        same = torch.equal(gather_rows(labels[own], layout), labels) and gather_rows(flags, layout).dtype == torch.bool
+        same = same and torch.equal(gather_rows(flags, layout), labels == 1)
+        errors = [float((mean - wanted).abs()), float((gradient - plain.grad).abs().max())]
+        found[name] = {"errors": errors, "labels": same}
+    return found
+
+
+def checked_losses(folder):
+    """What `dkd check-loss` measures of losses right and wrong, on this rank's half of 8 samples, or on all of them."""
+    rank, size = world()
+    found = {}
+    for name in ("LocalMean", "GatheredWithoutGradient", "Summed", "SummedGradient", "Relational", "Unstated"):
+        trial = LossTrial(f"small_models:{name}", [(4, 2, 2)], [(4, 2, 2)])
+        rows = trial.batch // size
+        own = measure(trial, slice(rank * rows, (rank + 1) * rows), BatchLayout.even(rows))
+        found[name] = {"value": own.value, "gradient": own.gradient.tolist()}
+        if size == 1:
+            alone = measure_alone(trial, 2)
+            found[name]["alone"] = [{"value": a.value, "gradient": a.gradient.tolist()} for a in alone]
+    return found
+
+
 CASES = [
     class_weights_of_whole_steps,
+    gathered_rows,
+    checked_losses,
     losses_on_even_batches,
     losses_on_uneven_batches,
     attention_transfer_of_gathered_feature_maps,

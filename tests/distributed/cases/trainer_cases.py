@@ -24,6 +24,8 @@ from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
 from dkd.preflight import hardware
 from dkd.preflight.check import check
+from dkd.training.components import build_trial
+from dkd.training.lr_range import LearningRates, measure
 from dkd.training.trainer import Trainer
 
 RECIPE = {
@@ -116,6 +118,13 @@ def a_relational_loss_of_ones_own(folder):
     )
 
 
+def a_loss_that_asks_for_labels_and_indices(folder):
+    """Accumulated, in two passes on few ranks; over the end of an epoch."""
+    own = {"name": "asking", "loss": "small_models:Asking", "weight": 1e-3, "pairs": [["layer3", "block3"]]}
+    changes = {"losses": {"custom": [own]}, "train": {"global_batch": 448, "micro_batch": 112, "epochs": 2}}
+    return train(folder, "asking", {**changes, "data": {"image_size": 8}, "optimizer": RECIPE["optimizer"]})
+
+
 def gradient_attention_with_batch_norm(folder):
     """A teacher with a normalisation of its own; micro-batches of 8, the unit of BatchNorm."""
     normal = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -180,7 +189,7 @@ def ranks_whose_hardware_differs(folder):
         with mock.patch.object(hardware, "probe", lambda device, own=own: own):
             trainer = Trainer.from_recipe(recipe_of(folder, name, changes))
             trainer.fit()
-            recipe, notes = trainer.parts.recipe, [note for note in trainer.state.notes if "precision" in note]
+            recipe, notes = trainer.parts.recipe, [note for note in trainer.parts.notes if "precision" in note]
             found[name] = [recipe.train.precision, recipe.teacher.weights_dtype, *notes]
     return found
 
@@ -518,8 +527,21 @@ def a_run_that_stops_early(folder):
     return steps
 
 
+def a_learning_rate_range_test(folder):
+    """With accumulation and two passes on few ranks; the second test diverges."""
+    found = {}
+    for name, rates in (("sound", LearningRates(1e-3, 0.3, 12)), ("diverged", LearningRates(1.0, 1e9, 30))):
+        forget_settings()
+        launch, recipe = Launch.read(), recipe_of(folder, name, {"train": {"micro_batch": 8}})
+        check(recipe, launch, None)
+        curve = measure(build_trial(recipe, launch), rates)
+        found[name] = {**dataclasses.asdict(curve), "suggestion": curve.suggestion, "left": (folder / name).exists()}
+    return found
+
+
 CASES = [
     a_run_that_stops_early,
+    a_learning_rate_range_test,
     ranks_with_other_recipes_or_teachers,
     ranks_whose_hardware_differs,
     streaming_from_three_files,
@@ -536,6 +558,7 @@ CASES = [
     gradient_attention_of_mirror_images,
     gradient_attention_with_batch_norm,
     a_relational_loss_of_ones_own,
+    a_loss_that_asks_for_labels_and_indices,
     gram_matrices_of_micro_steps,
     gram_matrices_of_groups,
     gram_matrices_of_nodes,

@@ -127,3 +127,13 @@ def test_on_several_machines_only_all_ranks_together_know_a_restart(run):
     assert check_run_directory(recipe, launch, "refuse", False) == []
     with pytest.raises(RecipeError, match="holds a run already, and --fresh was asked for"):
         check_run_directory(recipe, replace(launch, local_world_size=2), "refuse", False)
+
+
+def test_overwriting_removes_the_folders_of_the_trackers_that_the_run_has_used(run):
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("trackers: []", "trackers: [wandb]"))
+    for name in ("wandb", "mlflow"):
+        (run / name).mkdir()
+    assert train(run, "--overwrite", "train.max_steps=1") == 0
+    assert not (run / "wandb").exists()
+    assert (run / "mlflow").exists()  # a user's own: the run has not used it
