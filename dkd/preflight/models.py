@@ -56,8 +56,9 @@ def _shapes(
             logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
             check_training(spec, micro_batch, image_size)
-            with collect(problems, "student.freeze"):
-                frozen_modules(build_on_meta(spec), recipe.student.freeze)
+            if recipe.student.freeze:
+                with collect(problems, "student.freeze"):
+                    frozen_modules(build_on_meta(spec), recipe.student.freeze)
     if len(problems) > found:
         return None
     if logits != (spec.classes,):

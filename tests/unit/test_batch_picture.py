@@ -58,12 +58,13 @@ def test_these_are_the_images_that_the_first_step_trains_on(more, workers):
 
 
 def draw(path, *more):
-    return main(["train", "configs/quickstart.yaml", *DIGITS, *more, "--dry-run", "--picture", str(path)])
+    words = [f"run.dir={path.parent / 'run'}", *DIGITS, *more]
+    return main(["train", "configs/quickstart.yaml", *words, "--dry-run", "--picture", str(path)])
 
 
 def test_a_dry_run_draws_the_batch_with_its_classes(tmp_path, capsys):
     path = tmp_path / "batch.png"
-    assert draw(path, f"run.dir={tmp_path / 'run'}") == 0
+    assert draw(path) == 0
     assert f"picture     {path}: 16 of the 16 images of step 1's first micro-batch\n" in capsys.readouterr().out
     recipe = load_recipe("configs/quickstart.yaml", DIGITS)
     batch = load_first_batch(recipe, Launch(), *open_sources(recipe, Launch()))
@@ -104,8 +105,7 @@ def test_a_wrong_place_is_one_line(tmp_path, monkeypatch, capsys, words, message
 
 def test_the_view_of_a_teacher_with_another_input_size_is_drawn_too(tmp_path, capsys):
     path = tmp_path / "batch.png"
-    words = ["teacher={name: resnet8, weights: random, input_size: 32}", "losses={kd: {alpha: 1}}"]
-    assert main(["train", "configs/quickstart.yaml", *DIGITS, *words, "--dry-run", "--picture", str(path)]) == 0
+    assert draw(path, "teacher={name: resnet8, weights: random, input_size: 32}", "losses={kd: {alpha: 1}}") == 0
     assert "and below each the teacher's view of 32×32" in capsys.readouterr().out
     with Image.open(path) as picture:
         assert picture.height == 6 + 2 * (112 + 128 + 14 + 6)
