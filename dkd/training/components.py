@@ -67,7 +67,8 @@ class Components:
     state: TrainState = field(default_factory=TrainState)
     learning_rate: Callable[[int], float] = field(init=False)
     """The learning rate of each step."""
-    stopping: EarlyStopping = field(init=False)
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    """Ends nothing before `resume`: a trial of a recipe is no run."""
     log: RunLogger = field(init=False)
     metrics: StepMetrics = field(init=False)
     saver: RunSaver = field(init=False)
