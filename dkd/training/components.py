@@ -62,12 +62,13 @@ class Components:
     checkpointer: Checkpointer
     facts: Mapping[str, Any]
     """What this run cannot change without being another run."""
-    stopping: EarlyStopping
     notes: list[str] = field(default_factory=list)
     """Lines to report at the start."""
     state: TrainState = field(default_factory=TrainState)
     learning_rate: Callable[[int], float] = field(init=False)
     """The learning rate of each step."""
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    """Ends nothing before `resume`: a trial of a recipe is no run."""
     log: RunLogger = field(init=False)
     metrics: StepMetrics = field(init=False)
     saver: RunSaver = field(init=False)
@@ -232,7 +233,6 @@ def _build(opened: _Opened) -> Components:
         run_dir=run_dir,
         checkpointer=checkpointer,
         facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
-        stopping=EarlyStopping.resumed(recipe.train.stop_when, None),
         notes=[*opened.notes, *notes],
     )
 

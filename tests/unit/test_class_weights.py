@@ -90,12 +90,12 @@ def test_a_run_trains_with_weights_and_evaluates_without(tmp_path):
     step = dkd.DistillationStep.begin
     with pytest.MonkeyPatch.context() as patched:
 
-        def begin(self, micro_batches, number, indices):
+        def begin(self, micro_batches, number, *more):
             images, labels = (torch.cat([batch[i] for batch in micro_batches]) for i in (0, 1))
             with torch.no_grad():
                 logits = self.logits(images)
             seen.append(F.cross_entropy(logits, labels, torch.arange(1.0, 11), label_smoothing=0.1).item())
-            step(self, micro_batches, number, indices)
+            step(self, micro_batches, number, *more)
 
         patched.setattr(dkd.DistillationStep, "begin", begin)
         run = dkd.train(values).run_dir
