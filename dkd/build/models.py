@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -14,23 +12,22 @@ from dkd.distillation import FrozenTeacher, fill, halve_weights, shard, shard_me
 from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
-from dkd.library_internals.torch import NORMS_WITH_STATISTICS
 from dkd.models import (
     AS_BUILT,
     Fingerprint,
     Head,
     ModelSpec,
-    TapError,
     TappedModel,
     WeightsError,
+    batch_norms,
     build_model,
     build_on_meta,
+    freeze,
     head_keys,
     load_weights,
     stream_weights,
     weights_fingerprint,
 )
-from dkd.text import did_you_mean
 
 
 def student_spec(recipe: Recipe) -> ModelSpec:
@@ -94,7 +91,7 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
 
     Raises:
         WeightsError: the weights cannot be had or do not fit.
-        TapError: student.freeze names a module that does not exist, or leaves nothing to train.
+        FreezingError: student.freeze names what does not exist, or leaves nothing to train.
     """
     section, notes = recipe.student, list[str]()
     torch.manual_seed(recipe.run.seed)
@@ -109,42 +106,15 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
             )
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    frozen = frozen_modules(model, section.freeze)
-    if frozen:
-        for module in frozen:
-            module.requires_grad_(False)
+    frozen = freeze(model, section.freeze)
+    if section.freeze:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         notes.append(f"student: {trained:,} parameters are trained, those of {', '.join(section.freeze)} are frozen")
-    still = _batch_norms(frozen) if section.freeze_batch_norm else []
+    still = batch_norms(frozen) if section.freeze_batch_norm else []
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
     taps = [student for student, _ in pairs(recipe)]
     return TappedModel(model, taps, autocast=autocast, eval_modules=still), notes
-
-
-def frozen_modules(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
-    """Return the modules that are not trained. Raises TapError for a path that does not exist, and when nothing would
-    be left to train."""
-    modules = dict(model.named_modules())
-    for path in paths:
-        if path not in modules or not path:
-            raise TapError(
-                f"{path!r} is not a module of {type(model).__name__}{did_you_mean(path, modules, most=3, cutoff=0.4)}"
-            )
-    found = [modules[path] for path in paths]
-    frozen = {id(p) for module in found for p in module.parameters()}
-    if paths and all(id(p) in frozen for p in model.parameters() if p.requires_grad):
-        raise TapError(f"with {', '.join(paths)} frozen, nothing is left to train")
-    return found
-
-
-def _batch_norms(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    return [
-        inner
-        for module in modules
-        for inner in module.modules()
-        if isinstance(inner, NORMS_WITH_STATISTICS) and inner.track_running_stats
-    ]
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:

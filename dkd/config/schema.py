@@ -200,7 +200,7 @@ class StudentSection(Section):
     """The last layer, where `weights` were trained on other classes. new: it is initialised at random. keep: it comes
     from `weights`, which must fit. auto: new when the shape of the head is all that differs, which is reported."""
     freeze: list[Text] = []
-    """Dotted paths of modules that are not trained, such as [conv1, bn1, layer1]."""
+    """Dotted paths of modules and parameters that are not trained, such as [conv1, bn1, layer1]."""
     freeze_batch_norm: Switch = False
     """Whether BatchNorm in the modules of `freeze` keeps its running statistics, too, and normalises by them."""
     norm: Literal["batch", "group", "none"] | None = None

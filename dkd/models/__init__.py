@@ -4,6 +4,7 @@ This package knows nothing of losses or training.
 """
 
 from dkd.models.blocks import block_classes, blocks
+from dkd.models.freezing import FreezingError, batch_norms, freeze
 from dkd.models.heads import head_keys
 from dkd.models.inspection import (
     ModelCost,
@@ -35,6 +36,7 @@ __all__ = [
     "AS_BUILT",
     "PRETRAINED",
     "Fingerprint",
+    "FreezingError",
     "Head",
     "LogitsOnly",
     "ModelCost",
@@ -46,12 +48,14 @@ __all__ = [
     "TappedModel",
     "UnknownModelError",
     "WeightsError",
+    "batch_norms",
     "block_classes",
     "blocks",
     "build_model",
     "build_on_meta",
     "check_training",
     "check_weights",
+    "freeze",
     "head_keys",
     "known_names",
     "load_student",

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dkd.library_internals.torch import FakeTensorMode
+from dkd.models.freezing import FreezingError, freeze
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, runs_user_code
 from dkd.models.tapped import TapError, TappedModel, feature_of
 from dkd.user_code import describe_error
@@ -73,7 +74,7 @@ def naming_errors(spec: ModelSpec, images: str) -> Iterator[None]:
     """Turn whatever a model's forward raises into an UnknownModelError of one sentence."""
     try:
         yield
-    except (UnknownModelError, TapError):
+    except (UnknownModelError, TapError, FreezingError):
         raise
     except (Exception, SystemExit) as error:  # a model's own code may raise anything
         raise UnknownModelError(f"{spec.name!r} fails on {images}: {describe_error(error)}") from error
@@ -98,22 +99,26 @@ def _remember(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_remember
-def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
+def check_training(spec: ModelSpec, batch: int, image_size: int, frozen: Sequence[str] = ()) -> None:
     """Run a forward and a backward in training mode, on meta tensors, to find what only a model in training shows.
 
     Args:
         spec: the model.
         batch: the micro-batch; BatchNorm may need more than one sample.
         image_size: side of an image, pixels.
+        frozen: paths of modules and parameters that are not trained.
 
     Raises:
+        FreezingError: as `freeze`.
         UnknownModelError: the forward fails, or parameters get no gradient from the logits (an error in DDP).
         TapError: the output is not one tensor.
     """
     with naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
         try:
             with _ignored_no_ops():
-                model = TappedModel(build_on_meta(spec).to("meta"), []).train()
+                plain = build_on_meta(spec).to("meta")
+                freeze(plain, frozen)
+                model = TappedModel(plain, []).train()
             with torch.device("meta"):
                 logits, _ = model(torch.zeros(batch, 3, image_size, image_size))
                 logits.sum().backward()
@@ -127,7 +132,7 @@ def check_training(spec: ModelSpec, batch: int, image_size: int) -> None:
     if unused:
         raise UnknownModelError(
             f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the "
-            "logits; remove them, or freeze them with requires_grad_(False)"
+            "logits; remove them, or name them in student.freeze"
         )
 
 

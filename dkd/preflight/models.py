@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dkd.build.models import frozen_modules, student_head, student_spec, teacher_spec
+from dkd.build.models import student_head, student_spec, teacher_spec
 from dkd.build.objective import custom_loss
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
-from dkd.models import Head, TapError, build_on_meta, check_training, check_weights, output_shapes, stated_classes
+from dkd.models import (
+    FreezingError,
+    Head,
+    TapError,
+    build_on_meta,
+    check_training,
+    check_weights,
+    output_shapes,
+    stated_classes,
+)
 from dkd.preflight.collecting import collect, input_errors_at
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,10 +64,10 @@ def _shapes(
         except TapError:  # of one of the taps, or of the logits
             logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
-            check_training(spec, micro_batch, image_size)
-            if recipe.student.freeze:
-                with collect(problems, "student.freeze"):
-                    frozen_modules(build_on_meta(spec), recipe.student.freeze)
+            try:
+                check_training(spec, micro_batch, image_size, recipe.student.freeze)
+            except FreezingError as error:
+                problems.append(Problem("student.freeze", str(error)))
     if len(problems) > found:
         return None
     if logits != (spec.classes,):

@@ -319,3 +319,21 @@ def test_what_becomes_of_the_head_can_be_said(tmp_path):
     # More than the head differs: refused, with everything that does.
     torch.save({**model.state_dict(), "conv1.weight": torch.zeros(8, 3, 3, 3)}, file)
     assert "1 of another shape: conv1.weight" in refuse(student(head="new"))
+
+
+def test_a_single_parameter_can_be_frozen_so_that_its_model_trains(tmp_path, monkeypatch):
+    (tmp_path / "own_unused.py").write_text("""
+import torch
+from dkd.models import ModelSpec, build_model
+
+def model(num_classes):
+    model = build_model(ModelSpec("resnet8", num_classes))
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    return model
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    student = {"name": "own_unused:model"}
+    said = refuse(recipe_of(tmp_path, student=student))
+    assert "student.name: 'own_unused:model': no gradient reaches unused from the logits" in said
+    assert "name them in student.freeze" in said
+    assert dkd.train(recipe_of(tmp_path, student={**student, "freeze": ["unused"]})).steps == 2
