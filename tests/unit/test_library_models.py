@@ -244,3 +244,17 @@ def test_the_teachers_student_json_states_its_input(tmp_path):
     recipe, said = complete(dkd.training.entry.resolve(values))
     assert recipe.teacher.normalization.mean == [0.2] * 3
     assert said == ["teacher.normalization: mean [0.2, 0.2, 0.2], std [0.3, 0.3, 0.3], as its student.json states"]
+
+
+def test_the_example_recipes_tap_what_is_there(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageClassification, ViTConfig
+
+    from dkd.preflight.models import model_problems
+
+    examples = Path(__file__).resolve().parents[2] / "configs" / "examples"
+    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 5}
+    AutoModelForImageClassification.from_config(ViTConfig(**small)).save_pretrained(tmp_path / "fine_tuned")
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos_timm_vit_resnet18", "photos_hf_vit_mobilenet"):
+        recipe = dkd.load_recipe(examples / f"{name}.yaml", ["data.classes=5"])
+        assert model_problems(recipe, 224, 2, with_weights=False) == []
