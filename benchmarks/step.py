@@ -184,7 +184,7 @@ def main() -> int:
             f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}"
         )
         defaults = rows[list(settings).index("the defaults")]
-        print("\n".join(f"the defaults: {note}" for note in defaults.trainer.state.notes))
+        print("\n".join(f"the defaults: {note}" for note in defaults.trainer.parts.notes))
         warm = {row.title: row.take(2)[-1] for row in rows}
         seconds: dict[str, list[float]] = {row.title: [] for row in rows}
         for _ in range(options.rounds):
