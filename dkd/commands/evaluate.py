@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 def _tabulate(evaluation: StudentEvaluation) -> Iterator[str]:
     """Yield the lines that a person reads: the numbers, and the worst classes."""
     result = evaluation.result
-    yield f"{evaluation.weights} on {evaluation.validation}: {result.samples:,} images"
+    yield f"{evaluation.weights} on {evaluation.validation}: {result.samples:,} images, in {evaluation.precision}"
     yield f"  top-1  {result.top1:.4f}  {result.top1_correct:,} right"
     if result.top5 is not None:
         yield f"  top-5  {result.top5:.4f}  {result.top5_correct:,} right"

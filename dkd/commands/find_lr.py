@@ -127,7 +127,10 @@ def _show(curve: LossCurve, rates: LearningRates) -> None:
     if suggestion is None:
         lines.append("no suggestion: the loss did not fall clearly; try other --lowest and --highest, or more --steps")
     else:
-        lines.append("the smoothed loss falls most steeply (over the logarithm of the rate) at")
+        lines.append(
+            f"the smoothed loss falls most steeply at {curve.steepest:g}, and is lowest at {curve.lowest:.2g}; a tenth "
+            "of the latter is"
+        )
         lines.append(f"optimizer.lr={suggestion:g}")
         if curve.begins_too_high:
             lines.append("this is the beginning of the range: repeat the test with a lower --lowest")
@@ -156,7 +159,7 @@ COMMAND = Command(
     _EXAMPLES,
     add_arguments,
     run,
-    "Train for some steps while the learning rate grows from --lowest to --highest, and suggest the rate at which the "
-    "loss falls most steeply (Smith 2017). Losses, teacher, engine, batch and data are the recipe's; run.dir is not "
-    "touched, and nothing is evaluated.",
+    "Train for some steps while the learning rate grows from --lowest to --highest, and suggest a tenth of the rate "
+    "at which the loss is lowest (Smith 2017). Losses, teacher, engine, batch and data are the recipe's; run.dir is "
+    "not touched, and nothing is evaluated.",
 )

@@ -31,7 +31,7 @@ def to_problem(detail: Any) -> Problem:
             nearest = f"; did you mean {' or '.join(elsewhere)}?"
         return Problem(".".join(path), "unknown key" + (nearest or f"; allowed here: {', '.join(known)}"))
     if kind == "missing":
-        return Problem(".".join(path), "is required and missing")
+        return Problem(".".join(path), f"is required and missing{_HINTS.get('.'.join(path), '')}")
     if kind == "union_tag_not_found":
         return Problem(".".join([*path, "name"]), f"is required and missing; allowed: {_list_tags(path)}")
     if kind == "union_tag_invalid":
@@ -58,6 +58,12 @@ def to_problem(detail: Any) -> Problem:
     wording = detail["msg"].rpartition("should ")[2].removeprefix("be a valid ").removeprefix("be ").partition(",")[0]
     return Problem(".".join(path), f"must be {_PLAIN_WORDS.get(wording, wording)}, not {value!r}")
 
+
+_HINTS = {
+    "data.validation": "; name images, or a fraction of the training images such as 0.1, or null for no evaluation",
+    "data.train": "; name images, such as folder:PATH",
+}
+"""What to write for a required key, where its type alone does not show it."""
 
 _PLAIN_WORDS = {
     "integer": "a whole number",

@@ -34,6 +34,12 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def check_member(group: dist.ProcessGroup | None) -> None:
+    """Refuse a group that this rank is not in: torch gives such a rank a number in its place. Raises ValueError."""
+    if group is not None and (group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0):
+        raise ValueError("this rank is not in the process group of the loss: only the group's ranks call the loss")
+
+
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Return the number of ranks of a group; 1 without a process group."""
     return dist.get_world_size(group) if is_distributed() else 1

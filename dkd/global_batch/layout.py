@@ -91,7 +91,8 @@ class BatchLayout:
     @classmethod
     def even(cls, rows: int, group: dist.ProcessGroup | None = None) -> BatchLayout:
         """Return the layout in which every rank holds `rows` rows. Nothing is communicated: the caller knows the
-        number, as the trainer does."""
+        number, as the trainer does. Raises ValueError: this rank is not in the group."""
+        collectives.check_member(group)
         return cls((rows,) * collectives.world_size(group), collectives.rank(group), group)
 
     @classmethod
@@ -110,10 +111,11 @@ class BatchLayout:
         Raises:
             BatchMismatchError: on every rank, when anything but the rows differs between ranks, or rows differ within
                 one.
-            ValueError: on every rank, when `features` is empty.
+            ValueError: on every rank, when `features` is empty; on a rank that is not in the group.
             AbsentRankError: when a rank does not join within the group's timeout (under gloo; NCCL ends the process
                 itself).
         """
+        collectives.check_member(group)
         kinds = tuple(
             _Kind(tuple(f.shape), str(f.dtype), f.requires_grad and torch.is_grad_enabled()) for f in features
         )
@@ -163,6 +165,16 @@ class BatchLayout:
         """Sum a few numbers over the ranks of this layout, by a collective. Carries no gradient."""
         return collectives.sum_over_ranks(numbers.detach(), self.group) if self.world_size > 1 else numbers.detach()
 
+    def check(self, tensor: torch.Tensor) -> None:
+        """Check that a tensor (b, ...) holds the rows of this rank: a layout of another batch would scale the loss.
+        Raises ValueError."""
+        own = self.rows[self.rank]
+        if tensor.dim() == 0 or tensor.shape[0] != own:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} for a layout in which this rank holds {own} rows: make a "
+                "layout for each batch whose number of rows differs"
+            )
+
     def mean(self, per_row: torch.Tensor) -> torch.Tensor:
         """Return the share of this rank in the mean over all B rows, times W.
 
@@ -174,7 +186,11 @@ class BatchLayout:
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: these are not the rows of this rank.
         """
+        self.check(per_row)
         return per_row.sum() * (self.world_size / self.total)
 
 

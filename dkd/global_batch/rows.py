@@ -28,9 +28,7 @@ def gather_rows(rows: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     Raises:
         ValueError: b is not the number of rows that `layout` has for this rank.
     """
-    own = layout.rows[layout.rank]
-    if rows.dim() == 0 or rows.shape[0] != own:
-        raise ValueError(f"a tensor of shape {tuple(rows.shape)} for {own} rows of this rank")
+    layout.check(rows)
     if layout.world_size == 1:
         return rows
     # Also where nothing is to be differentiated, so that ranks communicate alike.

@@ -18,7 +18,7 @@ from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.global_batch.collectives import sum_over_ranks, world_size
-from dkd.losses.feature_pairs import check_labels, check_logits, no_autocast
+from dkd.losses.feature_pairs import as_list, check_labels, check_logits, no_autocast
 
 
 class CrossEntropy(nn.Module):
@@ -75,7 +75,7 @@ class CrossEntropy(nn.Module):
         self._mean_weight = sum_over_ranks(mean) / world_size() if world_size() > 1 else mean
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([logits, labels], loss=self)
+        layout = layout or BatchLayout.agree([*as_list(logits), labels], loss=self)
         check_logits(logits)
         check_labels(labels, logits)
         if self.weight is not None and len(self.weight) != logits.shape[1]:

@@ -12,8 +12,16 @@ Features = torch.Tensor | Sequence[torch.Tensor]
 
 
 def as_list(features: Features) -> list[torch.Tensor]:
-    """Return one tensor, or a sequence of tensors, as a list."""
-    return [features] if isinstance(features, torch.Tensor) else list(features)
+    """Return one tensor, or a sequence of tensors, as a list. Raises TypeError for anything else, such as the output of
+    a model of transformers."""
+    if isinstance(features, torch.Tensor):
+        return [features]
+    if not isinstance(features, list | tuple) or not all(isinstance(f, torch.Tensor) for f in features):
+        raise TypeError(
+            f"a loss takes a tensor or a list of tensors, not {type(features).__name__}; of an output of transformers "
+            "take .logits, or a feature's tensor"
+        )
+    return list(features)
 
 
 def as_pairs(
@@ -46,8 +54,10 @@ def check_logits(logits: torch.Tensor, whose: str = "") -> None:
         whose: the model's name in the message, such as "student ".
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: anything else, such as a map of classes (b, K, H, W), for which the losses are not defined.
     """
+    as_list(logits)
     if logits.dim() != 2:
         raise ValueError(
             f"{whose}logits must have the shape (b, K), one row of K classes a sample, not {tuple(logits.shape)}"

@@ -94,6 +94,7 @@ class SimilarityPreserving(nn.Module):
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = as_pairs(student, teacher, self.weights)
+        layout.check(pairs[0][0])
         layout = self.scope.within(layout)
         with no_autocast(pairs[0][0].device):
             # flatten, not view: channels_last tensors are not viewable. All pairs in one call: they share the

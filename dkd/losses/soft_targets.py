@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import check_logits, no_autocast
+from dkd.losses.feature_pairs import as_list, check_logits, no_autocast
 
 
 class SoftTargets(nn.Module):
@@ -40,7 +40,7 @@ class SoftTargets(nn.Module):
         return f"temperature={self.temperature}"
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
-        layout = layout or BatchLayout.agree([student, teacher], loss=self)
+        layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         check_logits(student, "student ")
         if student.shape != teacher.shape:
             raise ValueError(

@@ -94,21 +94,41 @@ def label_count(name: str) -> int:
     return len(json.loads(_read_config(name)).get("id2label") or {})
 
 
-def stated_input(name: str) -> tuple[list[float], list[float], int | None] | None:
-    """Return mean, standard deviation and side of the images that a model's processor makes; None: no processor is
-    stored beside the model."""
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(_place(name), trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
-        return None
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    if not getattr(processor, "do_normalize", True):
+def stated_normalization(name: str) -> tuple[list[float], list[float]] | None:
+    """Return mean and standard deviation, on values from 0 to 1, of the images that a model's processor makes; None: no
+    processor is stored beside the model, or it states none for three channels."""
+    processor = _processor(name)
+    mean, std = (getattr(processor, key, None) for key in ("image_mean", "image_std"))
+    if processor is not None and not getattr(processor, "do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     if mean is None or std is None or len(mean) != 3 or len(std) != 3:
         return None
-    return [float(value) for value in mean], [float(value) for value in std], _side(processor)
+    # A processor multiplies pixels from 0 to 255 by a factor of its own, most often 1/255.
+    factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
+    scale = 255.0 * float(factor)
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # 0.00392156862745098 is 1/255 rounded
+    return [float(value) / scale for value in mean], [float(value) / scale for value in std]
+
+
+def stated_size(name: str) -> int | None:
+    """Return the side of the images of a model, pixels: as its processor makes them, or as its configuration states it;
+    None: neither does. Raises HuggingFaceError."""
+    processor = _processor(name)
+    if processor is not None:
+        return _side(processor)
+    size = json.loads(_read_config(name)).get("image_size")
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _processor(name: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(_place(name), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
 
 
 def _side(processor: Any) -> int | None:

@@ -22,15 +22,20 @@ class StatedInput:
     """The images that a model was trained on.
 
     Args:
-        mean, std: of the three channels, on values from 0 to 1.
+        mean, std: of the three channels, on values from 0 to 1; None: not stated.
         size: side in pixels, where the model takes no other; None: the model takes other sizes.
         source: who states it, in words.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     size: int | None
     source: str
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return mean and std, or None where they are not stated."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,10 @@ def stated_input(name: str, weights: str | None) -> StatedInput | None:
     if name.startswith(TIMM):
         return _stated_by_timm(name.removeprefix(TIMM))
     if hugging_face.is_hugging_face(name):
-        values = hugging_face.stated_input(name)
-        return values and StatedInput(tuple(values[0]), tuple(values[1]), values[2], "its processor")
+        values, size = hugging_face.stated_normalization(name), hugging_face.stated_size(name)
+        mean, std = (None, None) if values is None else (tuple(values[0]), tuple(values[1]))
+        source = "its configuration" if values is None else "its processor"
+        return None if values is None and size is None else StatedInput(mean, std, size, source)
     return None
 
 

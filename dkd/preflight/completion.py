@@ -41,29 +41,43 @@ def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:
     if teacher is None or (teacher.normalization is not None and teacher.input_size is not None):
         return recipe, []
     stated = _stated(teacher)
-    if stated is None:
-        return recipe, []
+    if stated is None or (stated.normalization is None and stated.size is None):
+        return recipe, _note_unstated(recipe)
     pipeline, update, lines = build_image_pipeline(recipe), dict[str, object](), list[str]()
     normalize = pipeline.normalize
-    if teacher.normalization is None and (stated.mean, stated.std) != (tuple(normalize.mean), tuple(normalize.std)):
-        update["normalization"] = Normalization(mean=list(stated.mean), std=list(stated.std))
-        lines.append(
-            f"teacher.normalization: mean {_show(stated.mean)}, std {_show(stated.std)}, as {stated.source} states"
-        )
+    if stated.normalization is None:
+        lines += _note_unstated(recipe)
+    elif teacher.normalization is None and stated.normalization != (tuple(normalize.mean), tuple(normalize.std)):
+        mean, std = stated.normalization
+        update["normalization"] = Normalization(mean=list(mean), std=list(std))
+        lines.append(f"teacher.normalization: mean {_show(mean)}, std {_show(std)}, as {stated.source} states")
     if teacher.input_size is None and stated.size not in (None, pipeline.image_size):
         update["input_size"] = stated.size
         lines.append(f"teacher.input_size: {stated.size} pixels, as {stated.source} states")
     return recipe.model_copy(update={"teacher": teacher.model_copy(update=update)}), lines
 
 
+def _note_unstated(recipe: Recipe) -> list[str]:
+    """Return a line where nothing states the input that a teacher was trained on."""
+    teacher = recipe.teacher
+    if teacher is None or teacher.normalization is not None or teacher.weights == "random":
+        return []
+    normalize = build_image_pipeline(recipe).normalize
+    return [
+        f"note: the teacher's weights state no normalisation; it gets the student's, mean {_show(normalize.mean)} and "
+        f"std {_show(normalize.std)}; set teacher.normalization where it was trained with another one"
+    ]
+
+
 def compare_student(recipe: Recipe) -> list[str]:
     """Return a line where the student's weights were trained on another normalisation than the recipe's."""
     stated = _stated(recipe.student)
     normalize = build_image_pipeline(recipe).normalize
-    if stated is None or (stated.mean, stated.std) == (tuple(normalize.mean), tuple(normalize.std)):
+    found = None if stated is None else stated.normalization
+    if stated is None or found is None or found == (tuple(normalize.mean), tuple(normalize.std)):
         return []
     return [
-        f"note: the student's weights were trained with mean {_show(stated.mean)} and std {_show(stated.std)} "
+        f"note: the student's weights were trained with mean {_show(found[0])} and std {_show(found[1])} "
         f"({stated.source}), the recipe normalises by mean {_show(normalize.mean)} and std {_show(normalize.std)}; "
         "set data.normalization to keep the weights' own"
     ]

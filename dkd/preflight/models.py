@@ -9,6 +9,7 @@ from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
     FreezingError,
     Head,
+    StatedClasses,
     TapError,
     build_on_meta,
     check_training,
@@ -111,27 +112,45 @@ def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str
         return []
     with input_errors_at("teacher.weights"):
         stated = stated_classes(teacher.name, teacher.weights)
-    if stated is None or stated.names == class_names:
-        return []
+    if stated is None:
+        if teacher.weights == "random":
+            return []
+        return [
+            f"note: the teacher's weights name no classes; its logits are taken to be {_begin(class_names)}, in order"
+        ]
+    problem, note = compare_classes(stated, class_names)
+    if problem is not None:
+        raise RecipeError.at(
+            "teacher.weights",
+            f"{problem}, and losses.{recipe.losses.needs_teacher_logits[0]} compares logits by place; take a teacher "
+            "of these classes, or give teacher.check_class_names=false where only the names differ",
+        )
+    return [] if note is None else [note]
+
+
+def compare_classes(stated: StatedClasses, class_names: list[str]) -> tuple[str | None, str | None]:
+    """Compare the classes that weights state with those of the data.
+
+    Returns:
+        How they differ, as a clause about the weights, or None; and a line to report where they cannot be compared, or
+        None.
+    """
+    if stated.names == class_names:
+        return None, None
     same, moved = _places(stated.names, class_names)
     # Other sources describe the same classes in words of their own: ImageNet's have lists of synonyms.
     if not stated.by_dkd and same >= moved and (same or moved) and set(stated.names) != set(class_names):
-        return []
+        return None, None
     if not stated.by_dkd and not same and not moved:
-        return [
+        return None, (
             f"note: the teacher's classes ({_begin(stated.names)}) and the data's ({_begin(class_names)}) have no name "
             "in common; they are taken to be the same ones, in the same order"
-        ]
+        )
     different = [i for i, (a, b) in enumerate(zip(stated.names, class_names, strict=False)) if a != b]
     place = different[0] if different else min(len(stated.names), len(class_names))
     theirs, ours = (names[place] if place < len(names) else "no class" for names in (stated.names, class_names))
     what = "the same classes in another order" if set(stated.names) == set(class_names) else "other classes"
-    raise RecipeError.at(
-        "teacher.weights",
-        f"were trained on {what}: logit {place} is {theirs!r} there and {ours!r} in the data, and "
-        f"losses.{recipe.losses.needs_teacher_logits[0]} compares logits by place; take a teacher of these classes, or "
-        "give teacher.check_class_names=false where only the names differ",
-    )
+    return f"were trained on {what}: logit {place} is {theirs!r} there and {ours!r} in the data", None
 
 
 def _places(stated: list[str], names: list[str]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ def draw_loss_curve(curve: LossCurve, title: str) -> bytes:
     axis.plot(curve.rates, curve.smoothed, color="#0072B2", linewidth=1.8, label="smoothed")
     suggestion = curve.suggestion
     if suggestion is not None:
-        axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"steepest descent: {suggestion:g}")
+        axis.axvline(suggestion, color="#D55E00", linestyle="--", label=f"a tenth of the lowest: {suggestion:g}")
     axis.set_xscale("log")
     # The last steps of a test that diverged would flatten all others.
     least, first = min(curve.losses), curve.smoothed[0]

@@ -99,5 +99,6 @@ class EarlyStopping:
                 return f"{section.metric} has reached {section.threshold:g}: {found}"
         if self.waited >= section.patience:
             several = f"{self.waited} evaluations" if self.waited > 1 else "1 evaluation"
-            return f"{section.metric} has not improved for {several}; the best was {found}"
+            least = f" by more than {section.min_delta:g}" if section.min_delta else ""
+            return f"{section.metric} has not improved{least} for {several}; the best was {found}"
         return None

@@ -61,6 +61,7 @@ class StudentEvaluation:
         class_names: of the data; None: they have none.
         predictions: the file of predictions that was asked for; None: none was.
         predictions_problem: why that file could not be written; None: it was.
+        precision: that forwards were computed in, as `train.precision` names it.
     """
 
     weights: Path
@@ -71,6 +72,7 @@ class StudentEvaluation:
     class_names: Sequence[str] | None = None
     predictions: Path | None = None
     predictions_problem: str | None = None
+    precision: str = ""
 
     def details(self) -> dict[str, Any]:
         """Return `facts`, and the counts of each class and the confusion matrix."""
@@ -79,6 +81,7 @@ class StudentEvaluation:
     def facts(self) -> dict[str, Any]:
         """Return what JSON can hold of it, of a size that does not depend on the classes."""
         named = {"weights": str(self.weights), "student": self.student, "validation": self.validation}
+        named["precision"] = self.precision
         return {**named, **self.result.facts()}
 
 
@@ -127,9 +130,8 @@ def evaluate_student(
     names = description.get("class_names") or validation.class_names
     result, problem = models.evaluate(batches, names)
     written = None if predictions is None else Path(predictions)
-    return StudentEvaluation(
-        weights, spec.name, str(recipe.data.validation), result, tuple(notes), names, written, problem
-    )
+    data, precision = str(recipe.data.validation), recipe.train.precision
+    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, precision)
 
 
 def _open_batches(recipe: Recipe, validation: ImageSource, launch: Launch) -> EvaluationLoader:

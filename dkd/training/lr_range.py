@@ -1,8 +1,9 @@
 """The learning-rate range test: train for some steps while the learning rate grows, and see where the loss falls.
 
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, section 3.3. The rate grows
-exponentially, as in the implementations of fastai and Lightning, which also propose the rate at which the loss falls
-most steeply over the logarithm of the rate.
+exponentially, as in the implementations of fastai and Lightning. The suggestion is fastai's `minimum`: a tenth of the
+rate at which the smoothed loss is lowest. Where the loss falls most steeply, Lightning's proposal, is reported beside
+it: with feature losses of large weights that place lies far too low, since these fall at any rate.
 """
 
 from __future__ import annotations
@@ -79,24 +80,39 @@ class LossCurve:
 
     @property
     def suggestion(self) -> float | None:
+        """Return a tenth of the rate at which the smoothed loss is lowest, rounded to two digits; None where the loss
+        does not fall."""
+        return None if self.lowest is None else float(f"{self.lowest / 10:.1e}")
+
+    @property
+    def lowest(self) -> float | None:
+        """Return the rate at which the smoothed loss is lowest; None where the loss does not fall."""
+        place = self._find_lowest()
+        return None if place is None else self.rates[place]
+
+    @property
+    def steepest(self) -> float | None:
         """Return the rate at which the smoothed loss falls most steeply over the logarithm of the rate, rounded to two
         digits; None where the loss does not fall."""
-        steepest = self._find_steepest()
-        return None if steepest is None else float(f"{self.rates[steepest]:.1e}")
+        place = self._find_steepest()
+        return None if place is None else float(f"{self.rates[place]:.1e}")
 
     @property
     def begins_too_high(self) -> bool:
-        """Return whether the loss falls most steeply at the very beginning: a lower rate may be better."""
-        steepest = self._find_steepest()
-        return steepest is not None and steepest <= self._reach
+        """Return whether the loss is lowest at the very beginning: a lower rate may be better."""
+        place = self._find_lowest()
+        return place is not None and (place <= self._reach or self.rates[place] / 10 < self.rates[0])
 
-    def _find_steepest(self) -> int | None:
+    def _find_lowest(self) -> int | None:
         smoothed = self.smoothed
         lowest = min(range(len(smoothed)), key=smoothed.__getitem__, default=0)
-        if lowest < 2 or smoothed[0] - smoothed[lowest] < _SMALLEST_FALL * abs(smoothed[0]):
-            return None
+        fell = lowest >= 2 and smoothed[0] - smoothed[lowest] >= _SMALLEST_FALL * abs(smoothed[0])
+        return lowest if fell else None
+
+    def _find_steepest(self) -> int | None:
+        lowest, smoothed = self._find_lowest(), self.smoothed
         # The rates are equally far apart in their logarithm: differences of neighbours are slopes.
-        return min(range(1, lowest), key=lambda i: smoothed[i + 1] - smoothed[i - 1])
+        return None if lowest is None else min(range(1, lowest), key=lambda i: smoothed[i + 1] - smoothed[i - 1])
 
 
 def measure(parts: Components, rates: LearningRates) -> LossCurve:

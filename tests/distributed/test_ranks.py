@@ -223,7 +223,7 @@ def test_all_ranks_stop_early_at_the_same_step_and_stay_there(results, world):
     assert all(rank == ranks[0] for rank in ranks)
     (first, end, reason), again = ranks[0]
     assert (first, end) == (0, 6)  # epochs of 3 steps: the first evaluation, and one without an improvement
-    assert reason.startswith("top1 has not improved for 1 evaluation; the best was ")
+    assert reason.startswith("top1 has not improved by more than 1 for 1 evaluation; the best was ")
     assert again == [6, 6, reason]
 
 

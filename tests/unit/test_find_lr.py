@@ -34,10 +34,11 @@ def test_rates_grow_exponentially_from_the_lowest_to_the_highest():
     assert [rates.at(step) for step in range(7)] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1, 10, 100])
 
 
-def test_the_suggestion_is_the_rate_of_the_steepest_descent():
+def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():
     # A fall whose steepest place is 10⁻², and a rise from 1 on; every second step has noise of the other sign.
     found = curve(lambda x, i: 2 - math.tanh(2 * (x + 2)) + max(0.0, x) * 5 + 0.02 * (-1) ** i)
-    assert 0.006 < found.suggestion < 0.016
+    assert 0.006 < found.steepest < 0.016
+    assert 0.01 < found.suggestion < 0.05
     assert f"{found.suggestion:.1e}" == f"{found.suggestion:.15e}"[:3] + f"{found.suggestion:.15e}"[-4:]
 
 
@@ -46,7 +47,14 @@ def test_a_range_that_begins_too_high_is_reported():
         return 2 - math.tanh(2 * (x + 2)) + max(0.0, x) * 5
 
     assert not curve(loss).begins_too_high
-    assert curve(loss, lowest=0.02).begins_too_high
+    assert curve(loss, lowest=0.15).begins_too_high
+
+
+def test_a_feature_loss_that_falls_at_any_rate_does_not_decide():
+    # A large term collapses from 10⁻⁵ on, and the rest is lowest at 10⁻².
+    found = curve(lambda x, i: 20 / (1 + 10 ** (2 * (x + 5))) + 4 * (x + 2) ** 2 / 16 + 2)
+    assert found.steepest < 1e-4
+    assert 5e-4 < found.suggestion < 2e-3
 
 
 def test_the_curve_is_not_shifted_by_smoothing():

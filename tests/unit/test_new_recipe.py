@@ -216,7 +216,8 @@ def test_soft_targets_are_left_out_where_the_teacher_has_other_classes(photos, t
     [
         (("--teacher", "wrn_16_2", "--data", "digits"), "a model of this package has no weights of its own"),
         (("--teacher", "wrn_16_2=", "--data", "digits"), "name weights after ="),
-        (("--data", "/no/such/folder"), "names no data set"),
+        (("--data", "/no/such/folder"), "no such file or folder"),
+        (("--data", "foto"), "names no data set"),
         (("--data", "digits", "--validation", "1.5"), "a fraction lies between 0 and 1"),
         (("--data", "digits", "--losses", "at"), "--losses at needs --teacher"),
         (("--data", "digits", "--teacher", "wrn_16_2=random", "--losses", "mse"), "must be some of at, sp, kd"),

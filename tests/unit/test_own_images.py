@@ -134,6 +134,32 @@ def test_a_column_of_file_names_is_not_taken_for_labels(tmp_path):
     assert open_source(path, training=True, label_column="file").class_names == ["1.jpg", "2.jpg", "3.jpg"]
 
 
+def test_a_number_beside_text_is_no_label_unless_its_name_says_so(tmp_path):
+    image = encoded(np.zeros((8, 8, 3), dtype=np.uint8))
+    columns = {"image": [image] * 4, "kind": ["cat", "dog"] * 2}
+    parquet.write_table(pa.table({**columns, "fold": [0, 0, 1, 1]}), tmp_path / "fold.parquet")
+    with pytest.raises(DataError, match=r"set data\.label_column; columns that fit: fold, kind"):
+        open_source(str(tmp_path / "fold.parquet"), training=True)
+    assert open_source(str(tmp_path / "fold.parquet"), training=True, label_column="kind").class_names == ["cat", "dog"]
+    parquet.write_table(pa.table({**columns, "coarse_label": [1, 0, 1, 0]}), tmp_path / "label.parquet")
+    assert open_source(str(tmp_path / "label.parquet"), training=True).labels.tolist() == [1, 0, 1, 0]
+
+
+def test_one_class_is_refused(tmp_path):
+    write_folder(tmp_path / "photos" / "train", NAMES[:2], each=3)
+    said = refuse(recipe_of(tmp_path, data={"train": f"folder:{tmp_path}", "validation": 0.3}))
+    assert "all images are of one class, 'photos': name the folder that holds the folders of the classes" in said
+
+
+def test_a_folder_without_its_kind_is_named_with_it(tmp_path):
+    write_folder(tmp_path / "photos", each=1)
+    said = refuse(recipe_of(tmp_path, data={"train": str(tmp_path / "photos")}))
+    assert f"is a folder: write folder:{tmp_path / 'photos'}" in said
+    write_rows(tmp_path / "a.parquet", [0, 1])
+    said = refuse(recipe_of(tmp_path, data={"train": str(tmp_path)}))
+    assert f"is a folder: write '{tmp_path}/*.parquet'" in said
+
+
 def test_numbers_that_are_no_class_index_are_explained(tmp_path):
     path = write_rows(tmp_path / "a.parquet", [1, 2, 3, 4] * 8)
     said = refuse(recipe_of(tmp_path, data={"train": path, "validation": 0.25}))

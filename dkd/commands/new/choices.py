@@ -1,6 +1,6 @@
 """Choose everything of a recipe that the command line leaves open.
 
-image size    of a model of one fixed size that size; of this package's models for small images 32 or 64, whichever is
+image size    of a model of one size that size; of this package's models for small images 32 or 64, whichever is
               nearer to the images; else 64, 128 or 224
 transforms    cifar up to 64 pixels, else imagenet; digits for `digits`
 normalisation the student's weights', else the teacher's, else the preset's
@@ -23,11 +23,25 @@ from dkd.commands.new.models import NamedModel
 from dkd.commands.new.pairs import ChosenPairs, choose_pairs
 from dkd.data.transforms import build_pipeline
 from dkd.errors import InputError
+from dkd.library_internals.torch import NORMS_WITH_STATISTICS
+from dkd.models import (
+    PRETRAINED,
+    ModelSpec,
+    TapError,
+    UnknownModelError,
+    build_on_meta,
+    output_shapes,
+    stated_classes,
+)
+from dkd.models.stages import find_stages
+from dkd.preflight.models import compare_classes
 
 LOSSES = ("at", "sp", "kd")
 _SMALL = 64
 """Side up to which images are treated as those of CIFAR are, pixels."""
 _SIDES_OF_LIBRARIES, _SIDES_OF_DKD = (64, 128, 224), (32, 64)
+_OF_PHOTOGRAPHS = 224
+"""Side of the images that weights of libraries were trained on, and that their models of one size take, pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class Asked:
     epochs: int | None = None
     global_batch: int | None = None
     name: str | None = None
+    teacher_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class Choices:
     adamw: bool
     lr: float
     notes: tuple[str, ...]
+    has_batch_norm: bool
+    """Of the student."""
 
 
 def choose(images: Images, student: NamedModel, teacher: NamedModel | None, asked: Asked) -> Choices:
@@ -82,24 +99,25 @@ def choose(images: Images, student: NamedModel, teacher: NamedModel | None, aske
     """
     size = asked.image_size or _choose_size(images, student)
     transforms = "digits" if images.train == "digits" else "cifar" if size <= _SMALL else "imagenet"
-    teacher_size = _teacher_size(teacher, size)
     classes_of_teacher = None if teacher is None else teacher.count_classes(images.classes)
     losses, notes = _choose_losses(asked.losses, images, teacher, classes_of_teacher)
-    pairs = None
-    if teacher is not None and {"at", "sp"} & set(losses):
-        spec, other = student.spec(images.classes), teacher.spec(classes_of_teacher or images.classes)
-        pairs = choose_pairs(spec, other, size, teacher_size or size)
-    of_student = student.stated or (None if teacher is None else teacher.stated)
+    spec = student.spec(images.classes)
+    pairs, teacher_size = None, None
+    if teacher is not None:
+        other = teacher.spec(classes_of_teacher or images.classes)
+        teacher_size = asked.teacher_size or _teacher_size(teacher, other, size)
+        if asked.teacher_size is None and _is_guess(teacher):
+            notes.append(
+                f"the teacher is given images of {teacher_size or size} pixels; --teacher-size where it was trained at "
+                "another size"
+            )
+        if {"at", "sp"} & set(losses):
+            pairs = choose_pairs(spec, other, size, teacher_size or size)
     own = build_pipeline(transforms, None, size).normalize
-    mean_std = None
-    if of_student is not None and (of_student.mean, of_student.std) != (own.mean, own.std):
-        mean_std = (of_student.mean, of_student.std, of_student.source)
-    used = (own.mean, own.std) if mean_std is None else mean_std[:2]
-    of_teacher = None
-    if teacher is not None and teacher.stated is not None and (teacher.stated.mean, teacher.stated.std) != used:
-        of_teacher = (teacher.stated.mean, teacher.stated.std, teacher.stated.source)
+    mean_std = _first_stated((own.mean, own.std), student, teacher)
+    of_teacher = None if teacher is None else _first_stated(mean_std[:2] if mean_std else (own.mean, own.std), teacher)
     batch = asked.global_batch or _choose_batch(images.count, size)
-    adamw = _is_transformer(student)
+    adamw = is_transformer(spec, size)
     return Choices(
         name=asked.name or _name(student, teacher),
         images=images,
@@ -111,14 +129,30 @@ def choose(images: Images, student: NamedModel, teacher: NamedModel | None, aske
         transforms=transforms,
         mean_std=mean_std,
         teacher_mean_std=of_teacher,
-        teacher_size=teacher_size,
+        teacher_size=None if teacher_size == size else teacher_size,
         teacher_classes=classes_of_teacher,
         global_batch=batch,
         epochs=asked.epochs or _choose_epochs(images.count, size, student),
         adamw=adamw,
         lr=_choose_lr(batch, size, student, adamw),
         notes=tuple(notes),
+        has_batch_norm=any(isinstance(module, NORMS_WITH_STATISTICS) for module in build_on_meta(spec).modules()),
     )
+
+
+_Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def _first_stated(
+    own: _Normalization, *models: NamedModel | None
+) -> tuple[tuple[float, ...], tuple[float, ...], str] | None:
+    """Return the normalisation that the first of the models states that states one, and who states it; None where it is
+    `own`, or none does."""
+    for model in models:
+        if model is not None and model.stated is not None and model.stated.normalization is not None:
+            found = model.stated.normalization
+            return None if found == own else (*found, model.stated.source)
+    return None
 
 
 def _choose_size(images: Images, student: NamedModel) -> int:
@@ -127,21 +161,36 @@ def _choose_size(images: Images, student: NamedModel) -> int:
     if images.train == "digits":
         return 16
     sides = _SIDES_OF_LIBRARIES if student.is_of_a_library else _SIDES_OF_DKD
-    return min(sides, key=lambda side: abs(side - images.side))
+    nearest = min(sides, key=lambda side: abs(side - images.side))
+    # torchvision's transformers take one size, which nothing states.
+    takes_it = not student.is_of_a_library or _takes(student.spec(images.classes), nearest)
+    return nearest if takes_it else _OF_PHOTOGRAPHS
 
 
-def _teacher_size(teacher: NamedModel | None, size: int) -> int | None:
-    """Return the side of the teacher's images where it is another than the student's."""
-    if teacher is None:
-        return None
+def _takes(spec: ModelSpec, size: int) -> bool:
+    try:
+        output_shapes(spec, [], size)
+    except (UnknownModelError, TapError):
+        return False
+    return True
+
+
+def _teacher_size(teacher: NamedModel, spec: ModelSpec, size: int) -> int:
+    """Return the side of the teacher's images, pixels."""
     if teacher.fixed_size is not None:
-        wanted = teacher.fixed_size
-    elif teacher.image_size is not None:
-        wanted = teacher.image_size
-    else:
-        # A library's weights are those of photographs: features of much smaller images are others.
-        wanted = 224 if teacher.weights == "pretrained" and size < 128 else size
-    return None if wanted == size else wanted
+        return teacher.fixed_size
+    if teacher.image_size is not None:
+        return teacher.image_size
+    # A library's weights are those of photographs: features of much smaller images are others.
+    if (teacher.weights == PRETRAINED and size < 128) or not _takes(spec, size):
+        return _OF_PHOTOGRAPHS
+    return size
+
+
+def _is_guess(teacher: NamedModel) -> bool:
+    """Return whether nothing states the size of the images that a teacher was trained on."""
+    known = teacher.fixed_size or teacher.image_size
+    return known is None and teacher.weights not in (PRETRAINED, "random")
 
 
 def _choose_losses(
@@ -166,6 +215,17 @@ def _choose_losses(
     return losses, notes
 
 
+def _why_no_soft_targets(images: Images, teacher: NamedModel, teacher_classes: int | None) -> str | None:
+    """Return why the teacher's logits are not those of the data's classes; None: they are, as far as can be known."""
+    if teacher_classes != images.classes:
+        return f"the teacher's head has {teacher_classes} classes, the data have {images.classes}"
+    stated = stated_classes(teacher.name, teacher.weights)
+    if stated is None or images.class_names is None:
+        return None
+    problem = compare_classes(stated, images.class_names)[0]
+    return None if problem is None else f"the teacher's weights {problem}"
+
+
 def _choose_batch(count: int, size: int) -> int:
     largest = 256 if count >= 100_000 else 128 if size <= _SMALL else 64
     fitting = [batch for batch in (256, 128, 64, 32, 16, 8) if batch <= largest and batch <= count // 10]
@@ -188,10 +248,10 @@ def _choose_lr(batch: int, size: int, student: NamedModel, adamw: bool) -> float
     return float(f"{lr:.3g}")
 
 
-def _is_transformer(student: NamedModel) -> bool:
-    words = ("vit", "swin", "deit", "maxvit", "beit", "cait", "dino", "eva")
-    name = student.name.rpartition("/")[2].lower()
-    return any(word in name for word in words) and "efficientvit" not in name and "mobilevit" not in name
+def is_transformer(spec: ModelSpec, image_size: int) -> bool:
+    """Return whether a model's features are tokens, or maps with their channels last, as those of transformers are."""
+    stages = find_stages(spec, image_size)
+    return any(stage.tokens_in_front is not None or stage.shape[:2] == (stage.side, stage.side) for stage in stages)
 
 
 def _name(student: NamedModel, teacher: NamedModel | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dkd import console
 from dkd.commands.arguments import positive
@@ -60,8 +60,17 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--losses", metavar="LIST", help="of at, sp and kd, with commas (default: all that fit)")
     parser.add_argument("--name", metavar="NAME", help="name of the run (default: made of the models' names)")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the images, of data in columns")
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, of data in columns")
+    for whose in ("student", "teacher"):
+        parser.add_argument(
+            f"--{whose}-options",
+            metavar="YAML",
+            help=f"keyword arguments of the {whose}, such as '{{img_size: 64}}'",
+        )
     for name, metavar, what in (
         ("--image-size", "PIXELS", "side of the images that the student sees"),
+        ("--teacher-size", "PIXELS", "side of the images that the teacher sees"),
         ("--batch", "B", "samples of a step, over all processes"),
         ("--epochs", "N", "epochs"),
     ):
@@ -92,17 +101,37 @@ def make_recipe(options: argparse.Namespace) -> tuple[Choices, str]:
     from dkd.data import DataError
 
     losses = None if options.losses is None else tuple(filter(None, options.losses.split(",")))
-    asked = Asked(losses, options.image_size, options.epochs, options.batch, options.name)
-    student = read_model(options.student, is_teacher=False)
-    teacher = None if options.teacher is None else read_model(options.teacher, is_teacher=True)
+    asked = Asked(losses, options.image_size, options.epochs, options.batch, options.name, options.teacher_size)
+    student = read_model(options.student, is_teacher=False, options=_read_options(options.student_options, "student"))
+    teacher = None
+    if options.teacher is not None:
+        teacher = read_model(
+            options.teacher, is_teacher=True, options=_read_options(options.teacher_options, "teacher")
+        )
+    columns = {"image_column": options.image_column, "label_column": options.label_column}
     try:
-        images = look_at(options.data, options.validation)
+        images = look_at(options.data, options.validation, columns)
     except DataError as error:  # in a training, that is an image which cannot be read; here it is the argument
-        raise InputError(str(error)) from error
+        raise InputError(str(error).replace("set data.", "name it by --").replace("_column", "-column")) from error
     chosen = choose(images, student, teacher, asked)
     text = recipe_text(chosen)
     _check(text)
     return chosen, text
+
+
+def _read_options(text: str | None, whose: str) -> dict[str, Any]:
+    """Return keyword arguments that the command line gives as YAML. Raises InputError."""
+    if text is None:
+        return {}
+    from dkd.config.yaml_text import YamlTextError, read_argument
+
+    try:
+        values = read_argument(text)
+    except YamlTextError as error:
+        raise InputError(f"--{whose}-options {text!r} {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"--{whose}-options {text!r}: write a mapping such as '{{img_size: 64}}'")
+    return values
 
 
 def _check(text: str) -> None:
@@ -157,6 +186,8 @@ def describe(chosen: Choices) -> list[str]:
     lines.append(
         ("training", f"{chosen.epochs} epochs, global batch {chosen.global_batch}, {optimizer}, lr {chosen.lr:g}")
     )
+    if images.columns:
+        lines.insert(1, ("columns", ", ".join(f"{key} {column}" for key, column in images.columns.items())))
     lines += [("note", note) for note in chosen.notes]
     return [f"{name:<12} {text}" for name, text in lines]
 

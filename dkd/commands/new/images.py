@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Images:
         classes: number of classes.
         class_names: None: the data do not name them.
         side: median of the shorter sides of some images, pixels.
+        columns: `image_column` and `label_column` of data in columns, as they were asked for, or found.
     """
 
     train: str
@@ -36,28 +38,36 @@ class Images:
     classes: int
     class_names: list[str] | None
     side: int
+    columns: dict[str, str]
 
 
-def look_at(data: str, validation: str | None) -> Images:
+def look_at(data: str, validation: str | None, columns: Mapping[str, str | None]) -> Images:
     """Open the images and count them.
 
     Args:
         data: a name as in a recipe, or a folder of images, of parquet files, or of a saved data set.
         validation: the same, a fraction, or `none`; None: what lies beside the training images, or a fraction of them.
+        columns: `image_column` and `label_column`; None: the only ones that fit.
 
     Raises:
         DataError: the images cannot be opened.
     """
     train, beside = _find(data)
     chosen = _read_validation(validation) if validation is not None else beside
-    training = open_source(train, training=True)
+    training = _open(train, True, columns)
     classes = count_classes(training)
     check_labels(training, classes)
     if validation is None and isinstance(chosen, str):
-        chosen = _working(chosen, training)
+        chosen = _working(chosen, training, columns)
     elif isinstance(chosen, str):
-        match_classes(training.class_names, open_source(chosen, training=False))
-    return Images(train, chosen, len(training), classes, training.class_names, _median_side(training))
+        match_classes(training.class_names, _open(chosen, False, columns))
+    found = {key: value for key in columns if isinstance(value := getattr(training, key, None), str)}
+    return Images(train, chosen, len(training), classes, training.class_names, _median_side(training), found)
+
+
+def _open(spec: str, training: bool, columns: Mapping[str, str | None]) -> ImageSource:
+    image, label = columns["image_column"], columns["label_column"]
+    return open_source(spec, training=training, image_column=image, label_column=label)
 
 
 def _read_validation(text: str) -> str | float | None:
@@ -79,6 +89,8 @@ def _find(data: str) -> tuple[str, str | float]:
         return _find_in_folder(path)
     if path.is_file() and path.suffix not in (".parquet", ".tar"):
         raise DataError(f"{data!r} is a file of another kind than .parquet and .tar; name a folder PATH/CLASS/NAME.jpg")
+    if not path.exists() and os.sep in data and ":" not in data and not any(c in data for c in "*?["):
+        raise DataError(f"no such file or folder: {data!r}")
     kind, rest = split_spec(data)
     if kind == "folder":
         return _find_in_folder(Path(rest))
@@ -113,7 +125,7 @@ def _is_part(name: str, part: str) -> bool:
     return name.endswith(".parquet") and name.startswith(part)
 
 
-def _working(validation: str, training: ImageSource) -> str | float:
+def _working(validation: str, training: ImageSource, columns: Mapping[str, str | None]) -> str | float:
     """Return the name of the validation images where they open and have the training images' classes, else a fraction
     of the training images."""
     names = [validation]
@@ -121,7 +133,7 @@ def _working(validation: str, training: ImageSource) -> str | float:
         names.append(f"{validation}:test")
     for name in names:
         try:
-            match_classes(training.class_names, found := open_source(name, training=False))
+            match_classes(training.class_names, found := _open(name, False, columns))
             if found.class_names is not None:
                 check_names(found.class_names)
         except DataError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dkd.errors import InputError
 from dkd.models import (
@@ -37,7 +38,7 @@ class NamedModel:
 
     name: str
     weights: str | None
-    options: dict[str, object]
+    options: dict[str, Any]
     norm: str | None
     stated: StatedInput | None
     image_size: int | None = None
@@ -50,6 +51,9 @@ class NamedModel:
     @property
     def fixed_size(self) -> int | None:
         """Return the only side of images that the model takes, pixels; None: it takes several."""
+        for key in ("img_size", "image_size"):  # timm's and transformers' own option for it
+            if isinstance(size := self.options.get(key), int):
+                return size
         return None if self.stated is None else self.stated.size
 
     def spec(self, classes: int) -> ModelSpec:
@@ -72,8 +76,13 @@ class NamedModel:
         return head_size(build_on_meta(spec), self.name, self.weights, head_keys(spec)) or classes
 
 
-def read_model(text: str, is_teacher: bool) -> NamedModel:
+def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = None) -> NamedModel:
     """Read `NAME[=WEIGHTS]`, or a run of dkd whose student it is.
+
+    Args:
+        text: as the command line gives it.
+        is_teacher: whether weights are needed.
+        options: keyword arguments of the model.
 
     Raises:
         InputError: a teacher has no weights; or the run has no student.
@@ -91,12 +100,12 @@ def read_model(text: str, is_teacher: bool) -> NamedModel:
                 "the run that trained it, --teacher runs/NAME"
             )
     chosen = weights or None
-    options, norm, image_size = {}, None, None
+    given, norm, image_size = dict(options or {}), None, None
     if chosen is not None and _is_run(chosen):
         of_run = _read_run(chosen)
         if of_run.name == name:
-            options, norm, image_size = dict(of_run.options), of_run.norm, of_run.image_size
-    return NamedModel(name, chosen, options, norm, stated_input(name, chosen or _as_library(name)), image_size)
+            given, norm, image_size = {**of_run.options, **given}, of_run.norm, of_run.image_size
+    return NamedModel(name, chosen, given, norm, stated_input(name, chosen or _as_library(name)), image_size)
 
 
 def _as_library(name: str) -> str | None:

@@ -37,6 +37,8 @@ def _data(chosen: Choices) -> Iterator[str]:
     yield f"  validation: {_yaml(images.validation)}" + (f"  # {validation}" if validation else "")
     names = "" if images.class_names is None else f": {shorten(', '.join(images.class_names), 60)}"
     yield f"  classes: {images.classes}  # counted in the training images{_comment(names)}"
+    for key, column in images.columns.items():
+        yield f"  {key}: {_yaml(column)}"
     yield f"  transforms: {chosen.transforms}"
     fixed = chosen.student.fixed_size == chosen.image_size
     why = "all that the student takes" if fixed else f"the median image has {images.side} on its shorter side"
@@ -101,6 +103,9 @@ def _losses(chosen: Choices) -> Iterator[str]:
 def _training(chosen: Choices) -> Iterator[str]:
     yield "train:"
     yield f"  global_batch: {chosen.global_batch}  # samples of a step, over all processes"
+    if chosen.has_batch_norm:
+        yield f"  # micro_batch: {max(1, chosen.global_batch // 4)}   # BatchNorm's batch: written out, any number of"
+        yield "  # processes that it fits is the same training; else it is global_batch / processes"
     yield f"  epochs: {chosen.epochs}"
     yield "  precision: auto  # what the hardware is fast in: bf16, fp16 or fp32"
     if chosen.adamw:

@@ -29,7 +29,9 @@ class ImageFolder(IndexedSource):
         except OSError as error:
             raise DataError(f"folder:{path}: {error}; images are expected as {path}/CLASS/NAME.jpg") from error
         if not classes:
-            raise DataError(f"folder:{path}: it holds no folder; images are expected as {path}/CLASS/NAME.jpg")
+            parquet = any(name.endswith(".parquet") for name in os.listdir(path))
+            hint = f"; it holds parquet files: write '{path}/*.parquet'" if parquet else ""
+            raise DataError(f"folder:{path}: it holds no folder; images are expected as {path}/CLASS/NAME.jpg{hint}")
         if without := [name for name, images in classes.items() if not images]:
             raise DataError(
                 f"folder:{path}: no image in {', '.join(without)}; images are expected as {path}/CLASS/NAME, NAME "

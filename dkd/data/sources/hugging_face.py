@@ -91,6 +91,8 @@ def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str 
     by_kind = [[column for column, feature in features.items() if fits(feature)] for fits in kinds]
     of_any = [column for columns in by_kind for column in columns]
     candidates = of_any if asked is not None else next(filter(None, by_kind), [])
+    if asked is None and len(candidates) == 1 < len(of_any) and not _is_named(candidates[0], features):
+        candidates = of_any  # a number beside text: an index, a width or a fold as well as a label
     several = [column for column, feature in features.items() if key == "label_column" and _is_label_list(feature)]
     if asked in several or (asked is None and not candidates and len(several) == 1):
         refuse_several_labels(f"{name}: column {asked or several[0]!r}")
@@ -104,6 +106,13 @@ def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str 
             f"{name}: set data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})"
         )
     return asked or candidates[0]
+
+
+def _is_named(column: str, features: Mapping[str, Any]) -> bool:
+    """Return whether a column of numbers states that it holds labels: by Hugging Face's type, or by its name."""
+    words = column.lower().split("_")
+    named = any(word in ("label", "labels", "class", "cls", "target", "targets", "category", "y") for word in words)
+    return named or hasattr(features[column], "names")
 
 
 def _is_image(feature: Any) -> bool:

@@ -69,6 +69,7 @@ def count_classes(source: ImageSource) -> int:
     """
     if source.class_names is not None:
         check_names(source.class_names)
+        _check_several(source.class_names)
         return len(source.class_names)
     values = np.unique(source.labels)
     if len(values) == 0:
@@ -79,7 +80,17 @@ def count_classes(source: ImageSource) -> int:
             f"{len(values) - 1}. Store indices from 0, or the names of the classes as text; or state data.classes, "
             "where classes between them have no images"
         )
+    _check_several([str(value) for value in values])
     return len(values)
+
+
+def _check_several(names: list[str]) -> None:
+    """Refuse a single class, which any model gets right: the place is too high. Raises DataError."""
+    if len(names) == 1:
+        raise DataError(
+            f"all images are of one class, {names[0]!r}: name the folder that holds the folders of the classes, or "
+            "other data"
+        )
 
 
 def check_names(names: list[str]) -> None:
@@ -101,6 +112,7 @@ def check_labels(source: ImageSource, classes: int) -> None:
     names = source.class_names
     if names is not None:
         check_names(names)
+        _check_several(names)
         if len(names) != classes:
             raise DataError(
                 f"it names {len(names)} classes ({shorten(', '.join(names), 120)}), but data.classes is {classes}; "

@@ -104,6 +104,10 @@ def split_spec(spec: str) -> tuple[str, str]:
     for suffix, files in ((".parquet", "parquet"), (".tar", "webdataset")):
         if spec.endswith(suffix):
             return files, spec
+    if os.path.isdir(spec):
+        parquet = any(name.endswith(".parquet") for name in os.listdir(spec))
+        right = f"'{spec}/*.parquet'" if parquet else f"folder:{spec}"
+        raise DataError(f"{spec!r} is a folder: write {right}, or disk:{spec} for what save_to_disk has written")
     raise DataError(
         f"{spec!r} names no data set: write files or globs that end in .parquet or .tar, hub:NAME[:SPLIT], disk:PATH, "
         "folder:PATH, torchvision:NAME, python:MODULE:CALLABLE or digits"
