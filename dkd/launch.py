@@ -348,6 +348,9 @@ def _refuse_one_process_in_place_of_several(ranks: Launch) -> None:
         )
 
 
+_PROCESSES = ("--num_processes", "--num-processes")
+
+
 def _accelerate_dropped_processes() -> bool:
     """Return whether Accelerate has started this process alone although it was asked for several processes.
 
@@ -362,7 +365,14 @@ def _accelerate_dropped_processes() -> bool:
     content, _ = atomic_files.read_bytes(Path(f"/proc/{os.getppid()}/environ"))
     before = content.split(b"\0")
     address = ("MASTER_ADDR", "MASTER_PORT")
-    return not all(f"{name}={os.environ.get(name, '')}".encode() in before for name in address)
+    if not all(f"{name}={os.environ.get(name, '')}".encode() in before for name in address):
+        return True
+    # The user's own address may be Accelerate's default: then only its command line tells.
+    content, _ = atomic_files.read_bytes(Path(f"/proc/{os.getppid()}/cmdline"))
+    words = content.decode(errors="replace").split("\0")
+    asked = [words[place + 1] for place, word in enumerate(words[:-1]) if word in _PROCESSES]
+    asked += [word.partition("=")[2] for word in words if word.startswith(tuple(f"{name}=" for name in _PROCESSES))]
+    return any((_whole_number(number) or 0) > 1 for number in asked)
 
 
 def _check_fsdp() -> None:

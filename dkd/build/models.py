@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -24,6 +26,7 @@ from dkd.models import (
     build_on_meta,
     freeze,
     head_keys,
+    head_size,
     load_weights,
     stream_weights,
     weights_fingerprint,
@@ -99,22 +102,47 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
     if has_weights(section):
         assert section.weights is not None
         new = load_weights(model, section.name, section.weights, student_head(recipe), section.options)
-        if new:
-            notes.append(
-                f"student: a new head of {classes(recipe)} classes ({', '.join(new)}); everything else from "
-                f"{section.weights}"
-            )
+        notes += _note_new_head(recipe, new)
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     frozen = freeze(model, section.freeze)
-    if section.freeze:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        notes.append(f"student: {trained:,} parameters are trained, those of {', '.join(section.freeze)} are frozen")
+    notes += _note_frozen(recipe, model)
     still = batch_norms(frozen) if section.freeze_batch_norm else []
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
     taps = [student for student, _ in pairs(recipe)]
     return TappedModel(model, taps, autocast=autocast, eval_modules=still), notes
+
+
+def expected_notes(recipe: Recipe) -> list[str]:
+    """Return the lines that `build_student` will report, as far as they are known without loading weights.
+
+    Raises:
+        WeightsError: the file of weights cannot be read.
+    """
+    section, spec = recipe.student, student_spec(recipe)
+    model, notes = build_on_meta(spec), list[str]()
+    if has_weights(section) and (head := student_head(recipe)).keys:
+        assert section.weights is not None
+        found = head_size(model, section.name, section.weights, head.keys)
+        if head.mode == "new" or (head.mode == "auto" and found not in (None, spec.classes)):
+            notes += _note_new_head(recipe, list(head.keys))
+    freeze(model, section.freeze)
+    return [*notes, *_note_frozen(recipe, model)]
+
+
+def _note_new_head(recipe: Recipe, keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    others = f"everything else from {recipe.student.weights}"
+    return [f"student: a new head of {classes(recipe)} classes ({', '.join(keys)}); {others}"]
+
+
+def _note_frozen(recipe: Recipe, model: nn.Module) -> list[str]:
+    if not recipe.student.freeze:
+        return []
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return [f"student: {trained:,} parameters are trained, those of {', '.join(recipe.student.freeze)} are frozen"]
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:

@@ -45,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the recipe, train it, and return the exit code of the training."""
     chosen, text = make_recipe(options)
     path = Path(options.output or f"{chosen.name}.yaml")
+    command = str(path) if not str(path).startswith("-") else f"./{path}"  # a name that begins as an option
     for line in describe(chosen):
         console.say(line)
     _write(path, text, options.force)
@@ -53,9 +54,9 @@ def run(options: argparse.Namespace) -> int:
 
     processes = options.processes or starting.devices()
     if processes > 1 or options.engine is not None:
-        return start(["train", str(path), *options.overrides], processes, options.engine or "ddp")
+        return start(["train", command, *options.overrides], processes, options.engine or "ddp")
     # One process needs no launcher, which would import everything once more.
-    trained = train.COMMAND.build_parser().parse_intermixed_args([str(path), *options.overrides])
+    trained = train.COMMAND.build_parser().parse_intermixed_args([command, *options.overrides])
     trained.started = False
     try:
         return train.run(trained)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dkd.build.data import build_image_pipeline, build_sampler
-from dkd.build.models import student_spec, teacher_spec
+from dkd.build.models import expected_notes, student_spec, teacher_spec
 from dkd.build.objective import build_objective, class_weights, gram_size
 from dkd.commands.batch_picture import draw_first_batch
 from dkd.commands.tap_table import tap_table
@@ -16,8 +16,10 @@ from dkd.config.derived import run_length
 from dkd.data import ImageSource
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
+from dkd.preflight.completion import compare_student
 from dkd.preflight.data import open_sources
 from dkd.preflight.hardware import settled_here
+from dkd.preflight.models import check_class_order
 from dkd.text import shorten
 
 
@@ -32,6 +34,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     """
     recipe, chosen = settled_here(recipe, launch)
     training, validation = open_sources(recipe, launch)
+    notes = [*compare_student(recipe), *check_class_order(recipe, training.class_names), *expected_notes(recipe)]
     size = build_image_pipeline(recipe).image_size
     train = recipe.train
     sampler = build_sampler(recipe, training, launch)
@@ -53,6 +56,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
             f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
         )
         lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, sampler))]
+    lines += [f"note        {note.removeprefix('note: ')}" for note in notes]
     objective = build_objective(recipe, sampler, planned, torch.device("cpu"), class_weights(recipe, training))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")

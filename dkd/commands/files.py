@@ -63,6 +63,9 @@ def copy(kind: str, folder: Path, force: bool = False) -> tuple[int, int]:
     for parent in {parent for path in wanted for parent in path.parents if parent.is_relative_to(folder / kind)}:
         if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
             raise InputError(f"{str(parent)!r} is {'a link' if parent.is_symlink() else 'no folder'}; take another DIR")
+    for path in others:
+        if path.is_dir() and not path.is_symlink():
+            raise InputError(f"{str(path)!r} is a folder, where a file of this name belongs; take another DIR")
     if others and not force:
         shown = ", ".join(str(path) for path in list(others)[:_SHOWN])
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""

@@ -172,7 +172,10 @@ def _run_rank(rank: int, trial: LossTrial, processes: int, folder: str, seconds:
     unfinished.rename(Path(folder) / f"rank{rank}.pt")
     if "error" in found:
         os._exit(1)  # the other ranks may wait for this one
-    dist.barrier()
+    try:
+        dist.barrier()
+    except RuntimeError:  # another rank ended, or waits longer than it may; the missing result says which
+        os._exit(1)
     dist.destroy_process_group()
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dkd import console
 from dkd.commands.arguments import add_overrides
 from dkd.commands.command import Command
 from dkd.errors import InputError
+
+if TYPE_CHECKING:
+    from dkd.runs.status import RunStatus
 
 _EXAMPLES = """
 examples:
@@ -50,13 +55,33 @@ def run(options: argparse.Namespace) -> int:
     from dkd.runs.status import describe, describe_together, read_status, runs_in
 
     several = runs_in(run_dir) if target.is_dir() else []
-    statuses = [read_status(path) for path in several or [run_dir]]
+    if several:
+        statuses, unreadable = _read_each(several)
+    else:
+        statuses, unreadable = [read_status(run_dir)], []
     if options.json:
-        facts = [status.facts() for status in statuses]
+        facts = [*(status.facts() for status in statuses), *unreadable]
         console.show(*json.dumps(facts if several else facts[0], indent=2).split("\n"))
     else:
         console.show(*(describe_together(statuses) if several else describe(statuses[0])))
+        for each in unreadable:
+            console.show(f"{Path(each['run']).name}  unreadable: {each['reason']}")
     return 0
+
+
+def _read_each(runs: Sequence[Path]) -> tuple[list[RunStatus], list[dict[str, str]]]:
+    """Return the states of those runs that can be read, and of the others the reason why not."""
+    from dkd.config import RecipeError
+    from dkd.runs.status import read_status
+
+    statuses, unreadable = [], []
+    for path in runs:
+        try:
+            statuses.append(read_status(path))
+        except RecipeError as error:
+            reason = "; ".join(map(str, error.problems))
+            unreadable.append({"run": str(path), "state": "unreadable", "reason": reason})
+    return statuses, unreadable
 
 
 COMMAND = Command(

@@ -429,3 +429,18 @@ LOSSES: dict[str, type[LossSection]] = {
     "kd": SoftTargetsSection,
 }
 """The recipe's own losses, in the order in which their terms are summed: key -> section."""
+
+
+def with_constant_weights(losses: LossesSection) -> LossesSection:
+    """Return the losses with the highest value of each scheduled weight in place of its schedule."""
+
+    def constant(section: LossSection) -> LossSection:
+        changed = {
+            key: max(value.start, value.end)
+            for key in type(section).model_fields
+            if isinstance(value := getattr(section, key), WeightSchedule)
+        }
+        return section.model_copy(update=changed)
+
+    named = {key: constant(section) for key in LOSSES if (section := getattr(losses, key)) is not None}
+    return losses.model_copy(update={**named, "custom": [constant(section) for section in losses.custom]})

@@ -77,7 +77,7 @@ class RowGroups:
                 if getattr(file, what) != getattr(first, what):
                     message = f"{name}: {file.path} has another {what.replace('_', ' ')} than {first.path}"
                     raise DataError(f"{message}: {getattr(file, what)}, not {getattr(first, what)}")
-        self.image_column = first.image_column
+        self.image_column, self.label_column = first.image_column, first.label_column
         columns = [chunk for file in opened for chunk in file.labels.chunks]
         kinds = {chunk.type for chunk in columns}  # files may count their labels in numbers of several sizes
         if len(kinds) > 1:
@@ -85,6 +85,7 @@ class RowGroups:
         self.labels, self.class_names = encode_labels(
             pa.chunked_array(columns), name, first.label_column, first.class_names
         )
+        self.has_text_labels = first.class_names is None and self.class_names is not None
         check_text_labels(len(self.labels), self.class_names, name, first.label_column, asked=label_column is not None)
         self._footers = {file.path: file.footer for file in opened}
         groups = [

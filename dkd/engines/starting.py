@@ -22,6 +22,7 @@ from dkd import console, files, machine
 from dkd.engines.arithmetic import has_gpu
 from dkd.errors import InputError
 from dkd.launch import keep_deepspeed_on_cpu, share_cores
+from dkd.text import first_line
 
 ENGINES = ("cpu", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 """Names of the files of launch/accelerate/."""
@@ -36,6 +37,10 @@ def devices() -> int:
     """Return the number of processes that this machine trains on by default: one for each GPU; 1 where there is
     none."""
     return torch.accelerator.device_count() if has_gpu() else 1
+
+
+_KINDS = ("MULTI_GPU", "FSDP", "DEEPSPEED")
+"""Kinds of launches in Accelerate's files that start several ranks."""
 
 
 def engine_file(engine: str) -> Path:
@@ -89,10 +94,30 @@ def run_ranks(arguments: Sequence[str], processes: int, engine: str, max_restart
         keep_deepspeed_on_cpu()
     words = ["--config_file", str(file), "--num_processes", str(processes), "--max_restarts", str(max_restarts)]
     words += ["--num_machines", "1", "--machine_rank", "0", "--main_process_port", "0"]
-    deepspeed = file.parents[1] / "deepspeed" / f"{engine}.json"
-    if engine in ENGINES and deepspeed.is_file():  # which the launch file names relative to another folder
-        words += ["--deepspeed_config_file", str(deepspeed)]
+    if engine in ENGINES:
+        deepspeed = file.parents[1] / "deepspeed" / f"{engine}.json"
+        if deepspeed.is_file():  # which the launch file names relative to another folder
+            words += ["--deepspeed_config_file", str(deepspeed)]
+    else:
+        _check_file(file)
     return _supervise(lambda: _launch([*words, "-m", "dkd", *arguments]))
+
+
+def _check_file(file: Path) -> None:
+    """Check that a file is one of Accelerate that starts ranks. Raises InputError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--engine {str(file)!r} cannot be read: {first_line(error)}") from error
+    kind = str(values.get("distributed_type", "")).upper() if isinstance(values, dict) else ""
+    if kind not in _KINDS:
+        found = f"its distributed_type is {kind or 'missing'}" if isinstance(values, dict) else "it holds no keys"
+        raise InputError(
+            f"--engine {str(file)!r} is no configuration of Accelerate that starts ranks: {found}, not one of "
+            f"{', '.join(_KINDS)}"
+        )
 
 
 def _launch(words: Sequence[str]) -> None:
@@ -212,7 +237,7 @@ def _exit_code(error: BaseException | None, asked: Sequence[signal.Signals]) -> 
         return 0
     if isinstance(error, subprocess.CalledProcessError):  # of a file that asks for no launcher of several ranks
         return max(1, error.returncode)
-    if isinstance(error, ValueError):  # Accelerate's, before anything is started
+    if isinstance(error, ValueError | ImportError):  # Accelerate's, before anything is started
         raise InputError(f"Accelerate does not take the file of --engine: {error}") from error
     if not isinstance(error, ChildFailedError):
         raise error

@@ -91,8 +91,10 @@ class CrossEntropy(nn.Module):
             mean = self._mean_weight
             if mean is None:
                 mean = layout.sum(self._weigh(labels).sum()) / layout.total
-            # 0 where all labels have weight 0, as each term of the sum is.
-            return layout.mean(per_sample) / mean.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)
+            # Where all labels have weight 0, nothing is to be learned from them; with label smoothing, the terms of the
+            # other classes would stay, and be divided by 0.
+            share = torch.where(mean > 0, 1 / mean, torch.zeros_like(mean)).to(logits.dtype)
+            return layout.mean(per_sample) * share
 
     def _weigh(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the weight of each label, in float64."""

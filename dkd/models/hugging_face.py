@@ -46,6 +46,9 @@ def model_config(name: str, classes: int, options: Mapping[str, Any], stored: Ma
 
     values = dict(stored) if stored is not None else json.loads(_read_config(name))
     with _naming_errors(name, "its configuration"):
+        known = AutoConfig.for_model(values["model_type"])
+        if unknown := [key for key in options if not hasattr(known, key)]:
+            raise HuggingFaceError(f"{name!r}: its configuration has no {', '.join(unknown)}")
         config = AutoConfig.for_model(**{**values, **options})
     if config.num_labels != classes:
         config.num_labels = classes
@@ -127,7 +130,7 @@ def _processor(name: str) -> Any:
 
     try:
         return AutoImageProcessor.from_pretrained(_place(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):  # none, or a damaged one
         return None
 
 
@@ -161,6 +164,8 @@ def _naming_errors(name: str, what: str) -> Iterator[None]:
     """Turn what transformers and the hub's client raise for a place into a HuggingFaceError of one line."""
     try:
         yield
+    except HuggingFaceError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise HuggingFaceError(
             f"{name!r}: {what} cannot be read ({shorten(one_line(error), 300)}); name a folder that `save_pretrained` "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dkd.atomic_files import read_json
 from dkd.models import hugging_face
+from dkd.models.student_file import find_wrong
 from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, is_file_name
 
 TORCHVISION, TIMM = "torchvision/", "timm/"
@@ -52,23 +53,38 @@ class StatedClasses:
     by_dkd: bool
 
 
-def stated_input(name: str, weights: str | None) -> StatedInput | None:
+def stated_input(name: str, weights: str | None, options: Mapping[str, Any] | None = None) -> StatedInput | None:
     """Return the input that a model's weights state, or None where they state none. Errors of places are those of
     loading the weights, and are reported there.
 
     Args:
         name: of the model.
         weights: as in a recipe.
+        options: of the model; an image size among them is the one that it takes.
     """
     if weights in (None, "random"):
         return None
+    found = _read_stated(name, weights)
+    given = next(
+        (size for key in ("img_size", "image_size") if isinstance(size := (options or {}).get(key), int)), None
+    )
+    if given is None:
+        return found
+    if found is None:
+        return StatedInput(None, None, given, "its options")
+    return replace(found, size=given)
+
+
+def _read_stated(name: str, weights: str | None) -> StatedInput | None:
     if weights not in (AS_BUILT, PRETRAINED) and is_file_name(str(weights)):
         found = _describe_file(Path(str(weights))).get("normalization")
         if isinstance(found, Mapping) and {"mean", "std"} <= set(found):
-            return StatedInput(tuple(found["mean"]), tuple(found["std"]), None, "its student.json")
+            size = _library_size(name)
+            return StatedInput(tuple(found["mean"]), tuple(found["std"]), size, "its student.json")
     if name.startswith(TORCHVISION) and not is_file_name(str(weights)):
         transforms = find_weight_set(name, str(weights)).transforms()
-        return StatedInput(tuple(transforms.mean), tuple(transforms.std), None, f"torchvision's {weights}")
+        if hasattr(transforms, "mean"):  # those of detection and segmentation have none
+            return StatedInput(tuple(transforms.mean), tuple(transforms.std), None, f"torchvision's {weights}")
     if name.startswith(TIMM):
         return _stated_by_timm(name.removeprefix(TIMM))
     if hugging_face.is_hugging_face(name):
@@ -79,12 +95,28 @@ def stated_input(name: str, weights: str | None) -> StatedInput | None:
     return None
 
 
+def _library_size(name: str) -> int | None:
+    """Return the only size that a library's model takes, as the library states it."""
+    if name.startswith(TIMM):
+        stated = _stated_by_timm(name.removeprefix(TIMM))
+        return None if stated is None else stated.size
+    if not hugging_face.is_hugging_face(name):
+        return None
+    try:
+        return hugging_face.stated_size(name)
+    except hugging_face.HuggingFaceError:  # the folder of a finished student may be gone
+        return None
+
+
 def _stated_by_timm(name: str) -> StatedInput | None:
     try:
         from timm.models import get_pretrained_cfg
     except ImportError:  # building the model reports this
         return None
-    found = get_pretrained_cfg(name)
+    try:
+        found = get_pretrained_cfg(name)
+    except RuntimeError:  # of a tag that timm does not know, which building the model reports
+        return None
     if found is None:
         return None
     size = int(found.input_size[-1]) if found.fixed_input_size else None
@@ -119,7 +151,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     beside, _ = read_json(path.with_suffix(".json"))
-    described = dict(beside) if isinstance(beside, Mapping) and "architecture" in beside else {}
+    described = dict(beside) if isinstance(beside, dict) and find_wrong(beside) is None else {}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -46,7 +46,11 @@ def save_student(
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
     architecture = {"name": spec.name, "classes": spec.classes, "norm": spec.norm, "options": dict(spec.options)}
     if is_hugging_face(spec.name):  # the folder that the name leads to may be gone when the student is loaded
-        architecture["config"] = model_config(spec.name, spec.classes, spec.options, spec.config).to_dict()
+        config = model_config(spec.name, spec.classes, spec.options, spec.config)
+        if facts.get("class_names"):
+            config.id2label = dict(enumerate(facts["class_names"]))
+            config.label2id = {name: number for number, name in config.id2label.items()}
+        architecture["config"] = config.to_dict()
     names = facts.get("class_names")
     metadata = {"format": "pt", **({} if names is None else {"class_names": json.dumps(names)})}
     with replacing(weights) as unfinished:
@@ -64,14 +68,14 @@ def read_description(weights: Path) -> dict[str, Any]:
     path = weights.with_suffix(".json")
     description, reason = read_json(path)
     if reason is None:
-        wrong = _find_wrong(description)
+        wrong = find_wrong(description)
         reason = None if wrong is None else f"{str(path)!r} is damaged: {wrong}"
     if reason is not None:
         raise WeightsError(f"{reason}; it should describe the student in {weights.name!r}")
     return dict(description)
 
 
-def _find_wrong(description: Any) -> str | None:
+def find_wrong(description: Any) -> str | None:
     """Return which entry of a description has a wrong type or value; None: no entry has."""
     try:
         student_spec(description)

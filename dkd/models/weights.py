@@ -23,7 +23,9 @@ from dkd.models.hugging_face import HuggingFaceError, is_hugging_face, label_cou
 from dkd.text import one_line, shorten
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-_NESTED_KEYS = ("state_dict", "model", "model_state_dict")
+_NESTED_KEYS = ("state_dict_ema", "state_dict", "model", "model_state_dict")
+"""Keys under which torch files hold the tensors. timm's training writes the first, its average of the weights, beside
+the second, and timm itself loads the average."""
 
 
 AS_BUILT = "as_built"
@@ -144,7 +146,14 @@ def check_weights(model: nn.Module, name: str, weights: str, head: Head = KEEP_H
             )
         return
     if weights == PRETRAINED and (name.startswith("timm/") or is_hugging_face(name)):
-        return  # known once the library has fetched them
+        # Everything else is known once the library has fetched them.
+        found, own = (
+            _library_head_size(name),
+            next((t.shape[0] for k, t in model.state_dict().items() if k in head.keys), None),
+        )
+        if head.mode == "keep" and None not in (found, own) and found != own:
+            raise WeightsError(f"{weights!r} of {name} has {found} classes, the model {own}")
+        return
     categories = find_weight_set(name, weights).meta.get("categories", [])
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     if head.mode == "keep" and categories and last and last[0].out_features != len(categories):
@@ -164,6 +173,8 @@ def head_size(model: nn.Module, name: str, weights: str, head: Collection[str]) 
         WeightsError: the file cannot be read.
     """
     if not is_file_name(weights):
+        if name.startswith("torchvision/"):
+            return len(find_weight_set(name, weights).meta.get("categories", [])) or None
         return _library_head_size(name) if weights == PRETRAINED else None
     state = _rename(read_file(Path(weights), device="meta"), model)
     return next((state[key].shape[0] for key in head if key in state and state[key].dim() > 0), None)
@@ -208,9 +219,11 @@ def _advise(wanted: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor
     """Return what helps where the head is all that does not fit, as the end of a message."""
     wrong = {key for key in wanted if key not in state or state[key].shape != wanted[key].shape}
     wrong |= {key for key in state if key not in wanted}
-    if head.keys and wrong <= set(head.keys):
-        return "; with student.head=new the head starts at random, and all else comes from the weights"
-    return ""
+    if not head.keys or not wrong <= set(head.keys):
+        return ""
+    found = next((state[key].shape[0] for key in head.keys if key in state), None)
+    of_teacher = f"; for a teacher set teacher.classes={found}, and compare no logits" if found else ""
+    return f"; with student.head=new the head starts at random, and all else comes from the weights{of_teacher}"
 
 
 def read_file(path: Path, device: str = "cpu") -> Mapping[str, torch.Tensor]:
@@ -270,7 +283,10 @@ def find_weight_set(name: str, weights: str) -> Any:
         )
     import torchvision
 
-    sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
+    try:
+        sets = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
+    except ValueError as error:
+        raise WeightsError(f"torchvision has no model {name.removeprefix('torchvision/')!r}") from error
     if weights == PRETRAINED:
         if not len(sets):
             raise WeightsError(f"torchvision has no weights for {name}")

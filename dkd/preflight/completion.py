@@ -87,7 +87,7 @@ def _stated(section: StudentSection | TeacherSection) -> StatedInput | None:
     """Return the input that a model's weights state. What is wrong with the weights, `check` reports with everything
     else that is wrong."""
     try:
-        return stated_input(section.name, section.weights)
+        return stated_input(section.name, section.weights, section.options)
     except (InputError, OSError):
         return None
 

@@ -83,7 +83,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
         with collect(problems, "data.validation", ValueError):
             validation = open_part(data, "validation")
             if training is not None:
-                match_classes(training.class_names, validation)
+                match_classes(training.class_names, validation, getattr(training, "has_text_labels", False))
             check_labels(validation, classes(recipe))
     if validation is not None:
         key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"

@@ -105,6 +105,17 @@ def _measured(measure: Measure, units: bool) -> dict[torch.dtype, dict[bool, flo
             are taken.
     """
     least: dict[torch.dtype, dict[bool, float]] = {torch.float32: {}, torch.bfloat16: {}}
+    threads = torch.get_num_threads()
+    # Several threads wait for each other, and on a busy machine one of them is always late.
+    torch.set_num_threads(1)
+    try:
+        _measure_into(least, measure, units)
+    finally:
+        torch.set_num_threads(threads)
+    return least
+
+
+def _measure_into(least: dict[torch.dtype, dict[bool, float]], measure: Measure, units: bool) -> None:
     for repeat in range(1 + _REPEATS):
         for dtype, formats in least.items():
             for channels_last in (True, False):
@@ -113,7 +124,6 @@ def _measured(measure: Measure, units: bool) -> dict[torch.dtype, dict[bool, flo
                 seconds = measure(dtype, channels_last)
                 if repeat <= 1 or seconds < formats[channels_last]:  # the first of each sets things up
                     formats[channels_last] = seconds
-    return least
 
 
 def _convolution(device: str) -> Measure:

@@ -7,13 +7,16 @@ from dkd.build.objective import custom_loss
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
+    AS_BUILT,
     FreezingError,
     Head,
     StatedClasses,
     TapError,
+    UnknownModelError,
     build_on_meta,
     check_training,
     check_weights,
+    head_keys,
     output_shapes,
     stated_classes,
 )
@@ -77,9 +80,16 @@ def _shapes(
                 f"{role}.name", f"{spec.name!r} yields logits of shape {logits} for one image, not ({spec.classes},)"
             )
         )
+    if role == "student" and recipe.student.head == "new":
+        with collect(problems, "student.head"):
+            if recipe.student.weights == AS_BUILT or not head_keys(spec):
+                raise UnknownModelError(
+                    "new needs a model that is built with any number of classes, and weights that are loaded into it"
+                )
     if with_weights and section.weights not in (None, "random"):
         with collect(problems, f"{role}.weights"):
-            head = student_head(recipe) if role == "student" else Head((), "keep")
+            keeps = role == "teacher" or recipe.student.head == "keep"
+            head = Head(head_keys(spec), "keep") if keeps else student_head(recipe)
             check_weights(build_on_meta(spec), spec.name, section.weights, head)
     if shapes is None:
         shapes = {}
@@ -138,18 +148,20 @@ def compare_classes(stated: StatedClasses, class_names: list[str]) -> tuple[str 
     if stated.names == class_names:
         return None, None
     same, moved = _places(stated.names, class_names)
-    # Other sources describe the same classes in words of their own: ImageNet's have lists of synonyms.
-    if not stated.by_dkd and same >= moved and (same or moved) and set(stated.names) != set(class_names):
-        return None, None
-    if not stated.by_dkd and not same and not moved:
+    # Other sources describe the same classes in words of their own: ImageNet's have lists of synonyms, of which a few
+    # are those of two classes.
+    if not stated.by_dkd and moved <= len(class_names) // 100:
+        if same + moved == len(class_names):
+            return None, None
         return None, (
-            f"note: the teacher's classes ({_begin(stated.names)}) and the data's ({_begin(class_names)}) have no name "
-            "in common; they are taken to be the same ones, in the same order"
+            f"note: {same} of the teacher's {len(stated.names)} classes ({_begin(stated.names)}) have the names of the "
+            f"data's ({_begin(class_names)}); all are taken to be the same ones, in the same order"
         )
     different = [i for i, (a, b) in enumerate(zip(stated.names, class_names, strict=False)) if a != b]
     place = different[0] if different else min(len(stated.names), len(class_names))
     theirs, ours = (names[place] if place < len(names) else "no class" for names in (stated.names, class_names))
-    what = "the same classes in another order" if set(stated.names) == set(class_names) else "other classes"
+    same_set = {name.lower() for name in stated.names} == {name.lower() for name in class_names}
+    what = "the same classes in another order" if same_set or not stated.by_dkd else "other classes"
     return f"were trained on {what}: logit {place} is {theirs!r} there and {ours!r} in the data", None
 
 

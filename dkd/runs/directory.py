@@ -145,6 +145,11 @@ class RunDirectory:
         atomic_files.replace_text(self.path / _PROVENANCE, starts + "\n")
         atomic_files.replace_text(self.path / _RECIPE, recipe_to_yaml(recipe))
         self._supersede_after(step)
+        evaluated, _ = atomic_files.read_json(self.path / EVALUATION_FILE)
+        if (
+            isinstance(evaluated, dict) and not evaluated.get("steps", 0) < step
+        ):  # it is made again, or belongs to no step
+            (self.path / EVALUATION_FILE).unlink(missing_ok=True)
         self._metrics = atomic_files.open_to_append(self.path / _METRICS)
         self._note = self._log.enter_context(console.log_file(self.path / LOG_FILE, rank=0))
         return (

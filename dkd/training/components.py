@@ -15,6 +15,7 @@ from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
+from dkd.config.losses import with_constant_weights
 from dkd.data import ImageSource
 from dkd.distillation.step import DistillationStep
 from dkd.distributed.heartbeat import Heartbeat
@@ -153,10 +154,11 @@ def build_components(
 
 def build_trial(recipe: Recipe, launch: Launch) -> Components:
     """Build what trains a recipe outside of any run: nothing is read from `run.dir` or written there, and no tracker
-    starts. A collective. Arguments and errors as `Trainer.from_recipe`; `notes` holds what was chosen for the
-    hardware."""
+    starts; a loss weight that follows a schedule keeps its highest value. A collective. Arguments and errors as
+    `Trainer.from_recipe`; `notes` holds what was chosen for the hardware."""
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
-    opened = _open(untracked, launch, None)
+    # A weight that changes with the steps would look like a loss that falls.
+    opened = _open(untracked.model_copy(update={"losses": with_constant_weights(recipe.losses)}), launch, None)
     with opened.heartbeat.names_lost_ranks():
         parts = _build(opened)
         with ExitStack() as on_failure:
@@ -207,7 +209,9 @@ def _build(opened: _Opened) -> Components:
     arithmetic = Arithmetic.of(recipe)
     pin = engine.device.type == "cuda"
     data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
-    check_same_data(data.facts, {} if validation is None else data_facts(validation))
+    # Names are compared between ranks, and are no part of what makes a run the same one.
+    named = {**data.facts, "class_names": data.class_names}
+    check_same_data(named, {} if validation is None else data_facts(validation))
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
     step, average, notes = build_step(
         recipe, engine, arithmetic, data, schedule, launch, class_weights(recipe, training)

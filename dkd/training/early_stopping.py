@@ -66,12 +66,13 @@ class EarlyStopping:
         value = all_gather_objects(getattr(evaluation, self.section.metric))[0]
         if step > self.step:
             self._count(step, value)
-        self.reason = self._find_reason()
+        self.reason = self._find_reason(value)
 
     @property
     def may_end(self) -> bool:
-        """Return whether the next evaluation ends the run unless it improves."""
-        return self.section is not None and self.waited + 1 >= self.section.patience
+        """Return whether the next evaluation may end the run."""
+        section = self.section
+        return section is not None and (section.threshold is not None or self.waited + 1 >= section.patience)
 
     def _count(self, step: int, value: float | None) -> None:
         assert self.section is not None
@@ -89,14 +90,16 @@ class EarlyStopping:
         else:
             self.waited += 1
 
-    def _find_reason(self) -> str | None:
+    def _find_reason(self, value: float | None) -> str | None:
+        """Return why the run ends after an evaluation, whose value of the metric is given. The threshold is compared
+        with it, and not with the best value, which changes by more than min_delta only."""
         section, best = self.section, self.best
         assert section is not None
         found = "no finite value" if best is None else f"{best:.4f} after step {self.best_step}"
-        if section.threshold is not None and best is not None:
-            reached = best <= section.threshold if section.falls else best >= section.threshold
+        if section.threshold is not None and value is not None and math.isfinite(value):
+            reached = value <= section.threshold if section.falls else value >= section.threshold
             if reached:
-                return f"{section.metric} has reached {section.threshold:g}: {found}"
+                return f"{section.metric} has reached {section.threshold:g}: {value:.4f} after step {self.step}"
         if self.waited >= section.patience:
             several = f"{self.waited} evaluations" if self.waited > 1 else "1 evaluation"
             least = f" by more than {section.min_delta:g}" if section.min_delta else ""

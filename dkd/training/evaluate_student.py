@@ -269,6 +269,7 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
         raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
     # What is evaluated is the student, in batches of its own: these fit any launch.
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
+    fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics
     if not teacher:
         return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}"])
     section = load_recipe(path, [*overrides, *fitting]).teacher
@@ -277,4 +278,8 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     # Cut into shards, a teacher needs the student's engine under ZeRO-3 alone.
     placement = "fsdp2" if section.placement == "zero3" else section.placement
     own = [f"teacher.placement={placement}", "teacher.weights_dtype=auto"]
+    # As in training, the teacher forwards at most a micro-batch.
+    trained = load_recipe(path).train.micro_batch
+    if trained is not None and not any(override.startswith("evaluation.batch=") for override in overrides):
+        own.append(f"evaluation.batch={min(trained, load_recipe(path).evaluation.batch)}")
     return weights, load_recipe(path, [*overrides, *fitting, *own])

@@ -16,10 +16,11 @@ losses        at with β 1000 (the authors' code), sp with γ 3000 at a batch of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dkd.commands.new.images import Images
-from dkd.commands.new.models import NamedModel
+from dkd.commands.new.models import LIBRARIES, NamedModel
 from dkd.commands.new.pairs import ChosenPairs, choose_pairs
 from dkd.data.transforms import build_pipeline
 from dkd.errors import InputError
@@ -34,6 +35,7 @@ from dkd.models import (
     stated_classes,
 )
 from dkd.models.stages import find_stages
+from dkd.models.weights import is_file_name
 from dkd.preflight.models import compare_classes
 
 LOSSES = ("at", "sp", "kd")
@@ -116,7 +118,7 @@ def choose(images: Images, student: NamedModel, teacher: NamedModel | None, aske
     own = build_pipeline(transforms, None, size).normalize
     mean_std = _first_stated((own.mean, own.std), student, teacher)
     of_teacher = None if teacher is None else _first_stated(mean_std[:2] if mean_std else (own.mean, own.std), teacher)
-    batch = asked.global_batch or _choose_batch(images.count, size)
+    batch = asked.global_batch or _choose_batch(_count_training(images), size)
     adamw = is_transformer(spec, size)
     return Choices(
         name=asked.name or _name(student, teacher),
@@ -156,8 +158,8 @@ def _first_stated(
 
 
 def _choose_size(images: Images, student: NamedModel) -> int:
-    if student.fixed_size is not None:
-        return student.fixed_size
+    if student.fixed_size is not None or student.image_size is not None:
+        return student.fixed_size or student.image_size or 0
     if images.train == "digits":
         return 16
     sides = _SIDES_OF_LIBRARIES if student.is_of_a_library else _SIDES_OF_DKD
@@ -182,7 +184,8 @@ def _teacher_size(teacher: NamedModel, spec: ModelSpec, size: int) -> int:
     if teacher.image_size is not None:
         return teacher.image_size
     # A library's weights are those of photographs: features of much smaller images are others.
-    if (teacher.weights == PRETRAINED and size < 128) or not _takes(spec, size):
+    of_library = teacher.name.startswith(LIBRARIES) and not is_file_name(str(teacher.weights))
+    if (of_library and teacher.weights != "random" and size < 128) or not _takes(spec, size):
         return _OF_PHOTOGRAPHS
     return size
 
@@ -224,6 +227,12 @@ def _why_no_soft_targets(images: Images, teacher: NamedModel, teacher_classes: i
         return None
     problem = compare_classes(stated, images.class_names)[0]
     return None if problem is None else f"the teacher's weights {problem}"
+
+
+def _count_training(images: Images) -> int:
+    """Return the images that are left for training once a fraction is set aside."""
+    aside = images.count * images.validation if isinstance(images.validation, float) else 0
+    return max(1, images.count - math.ceil(aside))
 
 
 def _choose_batch(count: int, size: int) -> int:

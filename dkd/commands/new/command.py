@@ -142,9 +142,14 @@ def _check(text: str) -> None:
     from dkd.launch import Launch
     from dkd.preflight.check import check
     from dkd.preflight.completion import complete
+    from dkd.preflight.data import open_sources
+    from dkd.preflight.models import check_class_order
 
     recipe, _ = complete(build_recipe(yaml.safe_load(text)))
-    check(recipe, Launch(), allow_recipe_change=True)
+    check(recipe, Launch(), None)
+    on_disk = recipe.model_copy(update={"data": recipe.data.model_copy(update={"in_memory": False})})
+    training, _ = open_sources(on_disk, Launch())
+    check_class_order(recipe, training.class_names)
 
 
 def write_recipe(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def look_at(data: str, validation: str | None, columns: Mapping[str, str | None]
     if validation is None and isinstance(chosen, str):
         chosen = _working(chosen, training, columns)
     elif isinstance(chosen, str):
-        match_classes(training.class_names, _open(chosen, False, columns))
+        match_classes(training.class_names, _open(chosen, False, columns), _has_text_labels(training))
     found = {key: value for key in columns if isinstance(value := getattr(training, key, None), str)}
     return Images(train, chosen, len(training), classes, training.class_names, _median_side(training), found)
 
@@ -76,7 +77,9 @@ def _read_validation(text: str) -> str | float | None:
     try:
         fraction = float(text)
     except ValueError:
-        return _find(text)[0]
+        train, beside = _find(text)
+        of_validation = isinstance(beside, str) and not text.startswith(("folder:", "hub:", "disk:"))
+        return beside if of_validation and os.path.isdir(text) and not train.startswith("disk:") else train
     if not 0 < fraction < 1:
         raise InputError(f"--validation {text}: a fraction lies between 0 and 1")
     return fraction
@@ -92,8 +95,8 @@ def _find(data: str) -> tuple[str, str | float]:
     if not path.exists() and os.sep in data and ":" not in data and not any(c in data for c in "*?["):
         raise DataError(f"no such file or folder: {data!r}")
     kind, rest = split_spec(data)
-    if kind == "folder":
-        return _find_in_folder(Path(rest))
+    if kind == "folder":  # as it is written
+        return data, FRACTION
     beside = data if kind in ("digits", "torchvision", "python") else FRACTION
     if kind in ("hub", "disk") and ":" not in rest:
         beside = data
@@ -109,16 +112,24 @@ def _find_in_folder(path: Path) -> tuple[str, str | float]:
         return f"disk:{path}", FRACTION
     names = sorted(os.listdir(path))
     if any(name.endswith(".parquet") for name in names):
+        escaped = glob.escape(str(path))
         train, validation = (
-            next((f"{path}/{part}*.parquet" for part in parts if any(_is_part(n, part) for n in names)), None)
+            next(
+                (f"{escaped}/{part}*.parquet" for part in parts if any(_is_part(n, part) for n in names)),
+                None,
+            )
             for parts in (TRAINING, VALIDATION)
         )
-        return train or f"{path}/*.parquet", (validation or FRACTION) if train else FRACTION
+        return train or f"{escaped}/*.parquet", (validation or FRACTION) if train else FRACTION
     folders = {name.lower(): name for name in names if (path / name).is_dir()}
     train, validation = (next((folders[p] for p in parts if p in folders), None) for parts in (TRAINING, VALIDATION))
     if train is None:
         return f"folder:{path}", FRACTION
     return f"folder:{path / train}", f"folder:{path / validation}" if validation else FRACTION
+
+
+def _has_text_labels(source: ImageSource) -> bool:
+    return bool(getattr(source, "has_text_labels", False))
 
 
 def _is_part(name: str, part: str) -> bool:
@@ -133,7 +144,7 @@ def _working(validation: str, training: ImageSource, columns: Mapping[str, str |
         names.append(f"{validation}:test")
     for name in names:
         try:
-            match_classes(training.class_names, found := _open(name, False, columns))
+            match_classes(training.class_names, found := _open(name, False, columns), _has_text_labels(training))
             if found.class_names is not None:
                 check_names(found.class_names)
         except DataError:

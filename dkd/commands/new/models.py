@@ -14,12 +14,13 @@ from dkd.models import (
     WeightsError,
     build_on_meta,
     head_keys,
+    head_size,
     read_description,
     stated_classes,
     stated_input,
     student_spec,
 )
-from dkd.models.weights import head_size
+from dkd.models.registry import runs_user_code
 
 LIBRARIES = ("torchvision/", "timm/", "hf/")
 
@@ -87,9 +88,11 @@ def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = Non
     Raises:
         InputError: a teacher has no weights; or the run has no student.
     """
+    if _is_run(text):
+        return _read_run(text)
     name, equals, weights = text.partition("=")
-    if not equals and _is_run(name):
-        return _read_run(name)
+    if not equals and "/" in name and not name.startswith(LIBRARIES) and ":" not in name and Path(name).exists():
+        raise InputError(f"{name!r} is no run of dkd with a finished student: student.safetensors and student.json")
     if equals and not weights:
         raise InputError(f"{text!r}: name weights after =, such as {name}={PRETRAINED}, or leave = out")
     if not equals and is_teacher:
@@ -105,7 +108,7 @@ def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = Non
         of_run = _read_run(chosen)
         if of_run.name == name:
             given, norm, image_size = {**of_run.options, **given}, of_run.norm, of_run.image_size
-    return NamedModel(name, chosen, given, norm, stated_input(name, chosen or _as_library(name)), image_size)
+    return NamedModel(name, chosen, given, norm, stated_input(name, chosen or _as_library(name), given), image_size)
 
 
 def _as_library(name: str) -> str | None:
@@ -128,6 +131,11 @@ def _read_run(text: str) -> NamedModel:
         spec = student_spec(description)
     except WeightsError as error:
         raise InputError(str(error)) from error
+    if runs_user_code(spec.name):
+        raise InputError(
+            f"the student of {text!r} is {spec.name!r}, code to be imported and run; name it yourself: "
+            f"{spec.name}={text}"
+        )
     size = description.get("image_size")
     stated = stated_input(spec.name, str(weights))
     return NamedModel(spec.name, str(weights), dict(spec.options), spec.norm, stated, size)

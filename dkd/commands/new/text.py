@@ -40,8 +40,12 @@ def _data(chosen: Choices) -> Iterator[str]:
     for key, column in images.columns.items():
         yield f"  {key}: {_yaml(column)}"
     yield f"  transforms: {chosen.transforms}"
-    fixed = chosen.student.fixed_size == chosen.image_size
-    why = "all that the student takes" if fixed else f"the median image has {images.side} on its shorter side"
+    fixed = chosen.image_size in (chosen.student.fixed_size, chosen.student.image_size)
+    why = (
+        "as the student's library or run states it"
+        if fixed
+        else f"the median image has {images.side} on its shorter side"
+    )
     yield f"  image_size: {chosen.image_size}  # pixels; {why}"
     if chosen.mean_std is not None:
         yield from _normalization(chosen.mean_std, "  ")

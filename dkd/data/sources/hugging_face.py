@@ -43,6 +43,7 @@ class HuggingFaceSource(IndexedSource):
         named = getattr(dataset.features[self.label_column], "names", None)
         labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
         self.labels, self.class_names = encode_labels(labels, name, self.label_column, named)
+        self.has_text_labels = named is None and self.class_names is not None
         check_text_labels(len(self.labels), self.class_names, name, self.label_column, asked=label_column is not None)
 
     def image(self, index: int) -> torch.Tensor:

@@ -53,6 +53,8 @@ def encode_labels(
 
     if column.null_count:
         raise DataError(f"{name}: {column.null_count} labels of column {key!r} are null")
+    if pa.types.is_dictionary(column.type):  # pandas' categories
+        column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return column.to_numpy().astype(np.int64), names
     found = sorted(pc.unique(column).to_pylist())
@@ -128,18 +130,29 @@ def check_labels(source: ImageSource, classes: int) -> None:
         )
 
 
-def match_classes(names: list[str] | None, source: ImageSource) -> None:
+def match_classes(names: list[str] | None, source: ImageSource, texts: bool = False) -> None:
     """Give the labels of a source the indices that classes of the same names have in the training data. Both sources
     stay as they are where one has no names.
 
     Args:
         names: of the classes of the training data.
         source: of the validation images; it may lack classes. It is changed.
+        texts: whether the training data's labels are text.
 
     Raises:
         DataError: the source names a class that the training data do not have.
     """
     theirs = source.class_names
+    if (names is None) != (theirs is None) and (texts or getattr(source, "has_text_labels", False)):
+        raise DataError(
+            "its labels are text in one of training and validation data, and numbers in the other: which number means "
+            "which name is not known; store both in the same way"
+        )
+    if theirs is not None and len(source) and not 0 <= source.labels.min() <= source.labels.max() < len(theirs):
+        raise DataError(
+            f"labels go from {source.labels.min()} to {source.labels.max()}, but it names {len(theirs)} classes: they "
+            f"must lie in 0 … {len(theirs) - 1}; -1 stands for no label in some data sets"
+        )
     if names is None or theirs is None or names == theirs:
         return
     place = {name: index for index, name in enumerate(names)}
