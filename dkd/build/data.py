@@ -46,17 +46,19 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
 
 
-def describe_input(pipeline: ImagePipeline, class_names: list[str] | None) -> dict[str, Any]:
-    """Return what student.json states of the student's input and output.
+def describe_input(pipeline: ImagePipeline, class_names: list[str] | None, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what student.json states of the student's input and output, and of the images it was trained on.
 
     Args:
         class_names: of the data, in the order of the logits; None: not known.
+        facts: of `data_facts`.
     """
     normalize = pipeline.normalize
     return {
         "image_size": pipeline.image_size,
         "normalization": {"mean": list(normalize.mean), "std": list(normalize.std)},
         **({} if class_names is None else {"class_names": list(class_names)}),
+        "training_data": dict(facts),
     }
 
 

@@ -30,6 +30,8 @@ from dkd.distillation.teacher import FrozenTeacher
 from dkd.global_batch import BatchLayout
 from dkd.rng import derive_seed, seed_device
 
+STEPS_THAT_JUDGE_THE_TEACHER = 20
+"""Steps of a start in which the teacher's first class is compared with the labels."""
 STEPS_THAT_COMPARE_PASSES = 5
 """Steps after a start in which the second forward is compared with the first."""
 _FORWARD, _MIXING = 0, 1  # purposes of random numbers: each has its own
@@ -164,12 +166,25 @@ class DistillationStep:
         objective = self.objective if cached is None else self.separable
         indices = None if self._indices is None else self._indices[micro_step]
         total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
+        judged = self._judge_teacher(student, teacher, labels)
         if cached is None:
-            return MicroLoss(total, terms, {"loss": total.detach()})
+            return MicroLoss(total, terms, {"loss": total.detach(), **judged})
         compares = self._begun <= STEPS_THAT_COMPARE_PASSES
         difference = cached.difference(micro_step, student.features) if compares else torch.zeros_like(total)
-        counts = {"loss": total.detach() + cached.total, "pass_difference": difference}
+        counts = {"loss": total.detach() + cached.total, "pass_difference": difference, **judged}
         return MicroLoss(total + cached.loss(micro_step, student.features), {**terms, **cached.terms}, counts)
+
+    def _judge_teacher(
+        self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the share of this micro-batch for which the teacher's first class is right, in the first steps of a
+        start, where the teacher's logits are those of the student's classes. Costs no forward."""
+        if self._begun > STEPS_THAT_JUDGE_THE_TEACHER or teacher is None or teacher.logits is None:
+            return {}
+        if student.logits is None or teacher.logits.shape != student.logits.shape:
+            return {}
+        classes = labels.argmax(1) if labels.is_floating_point() else labels
+        return {"teacher_right": (teacher.logits.argmax(1) == classes).double().mean()}
 
     def end(self, skipped: bool = False) -> None:
         """End the step: average BatchNorm's running statistics over micro-steps and ranks. A collective.

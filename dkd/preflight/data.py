@@ -69,8 +69,10 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     pipeline, data = build_image_pipeline(recipe), recipe.data
     training: ImageSource | None = None
     validation: ImageSource | None = None
+    texts = False
     with collect(problems, "data.train", ValueError):  # pyarrow's errors are some
         training = open_part(data, "train")
+        texts = getattr(training, "has_text_labels", False)
         check_labels(training, classes(recipe))
         if isinstance(data.validation, float):
             with collect(problems, "data.validation"):
@@ -83,7 +85,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
         with collect(problems, "data.validation", ValueError):
             validation = open_part(data, "validation")
             if training is not None:
-                match_classes(training.class_names, validation, getattr(training, "has_text_labels", False))
+                match_classes(training.class_names, validation, texts)
             check_labels(validation, classes(recipe))
     if validation is not None:
         key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"

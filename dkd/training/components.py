@@ -122,7 +122,7 @@ class Components:
             self.log,
             state,
             self.facts,
-            describe_input(self.data.pipeline, self.data.class_names),
+            describe_input(self.data.pipeline, self.data.class_names, self.data.facts),
             schedule.total_steps,
             self.stopping,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkd.build.data import build_image_pipeline, loader_workers, teacher_normalize
+from dkd.build.data import build_image_pipeline, data_facts, loader_workers, open_parts, teacher_normalize
 from dkd.build.models import build_teacher, pairs, teacher_spec
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationLoader, ImageSource
@@ -115,6 +115,7 @@ def evaluate_student(
     _check(recipe, trust_code)
     if predictions is not None and launch.is_main:
         check_destination(Path(predictions), overwrite)
+    _check_fraction(weights, recipe, description)
     validation = open_validation(recipe, spec.classes, description.get("class_names"))
 
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
@@ -132,6 +133,25 @@ def evaluate_student(
     written = None if predictions is None else Path(predictions)
     data, precision = str(recipe.data.validation), recipe.train.precision
     return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, precision)
+
+
+def _check_fraction(weights: Path, recipe: Recipe, description: Mapping[str, Any]) -> None:
+    """Check that a fraction of the training images is the one that was set aside: with other data, or as another
+    fraction, it would hold images that the student was trained on. Raises RecipeError."""
+    fraction, trained = recipe.data.validation, description.get("training_data")
+    if not isinstance(fraction, float):
+        return
+    before = load_recipe(_recipe_of(weights)).data.validation
+    if before != fraction:
+        raise RecipeError.at(
+            "data.validation", f"the run has set aside {before}, not {fraction:g}; other fractions hold training images"
+        )
+    if trained is not None and trained != data_facts(open_parts(recipe)[0]):
+        raise RecipeError.at(
+            "data.validation",
+            f"{fraction:g} of data.train was set aside from other images than are there now, and would hold training "
+            "images; name images, such as data.validation=folder:PATH",
+        )
 
 
 def _open_batches(recipe: Recipe, validation: ImageSource, launch: Launch) -> EvaluationLoader:
@@ -253,6 +273,15 @@ def _check(recipe: Recipe, trust_code: bool) -> None:
             raise RecipeError.at("teacher.weights", error) from error
 
 
+def _recipe_of(weights: Path) -> Path:
+    """Return the recipe.yaml of the run that a student's file belongs to. Raises RecipeError."""
+    folders = [weights.parent, *weights.resolve().parents[1:3]]
+    path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
+    if path is None:
+        raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
+    return path
+
+
 def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool) -> tuple[Path, Recipe]:
     """Return the student's file and the recipe of its run, with its teacher where that is asked for. Raises
     RecipeError."""
@@ -263,10 +292,7 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
         if not ".".join(keys).startswith(allowed):
             raise RecipeError.at(".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(allowed)}")
     weights = target / "student.safetensors" if target.is_dir() else target
-    folders = [weights.parent, *weights.resolve().parents[1:3]]
-    path = next((folder / "recipe.yaml" for folder in folders if (folder / "recipe.yaml").is_file()), None)
-    if path is None:
-        raise RecipeError.at("", f"{str(weights.parent)!r} belongs to no run: there is no recipe.yaml in it or above")
+    path = _recipe_of(weights)
     # What is evaluated is the student, in batches of its own: these fit any launch.
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
     fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics

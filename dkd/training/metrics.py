@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from dkd.config import Recipe
+from dkd.config.derived import classes
 from dkd.distillation import Objective
+from dkd.distillation.step import STEPS_THAT_JUDGE_THE_TEACHER
 from dkd.distributed.async_mean import AsyncMean, StepValues
 from dkd.errors import TrainingError
 from dkd.global_batch.collectives import all_gather_objects
@@ -51,6 +53,7 @@ class StepMetrics:
         self._replaced_unlogged = 0
         self._steps_unlogged, self._seconds_unlogged, self._waited_unlogged = 0, 0.0, 0.0
         self._skipped_in_a_row = 0
+        self._teacher_right: list[float] = []
         self.wishes = Wishes()
         """What ranks wished for in the step that was read last."""
 
@@ -86,7 +89,29 @@ class StepMetrics:
                 f"{counts['pass_difference']:.1e}: something in it is random beyond torch's seed, or compiled "
                 "differently; take losses.sp.batch=micro, or a micro-batch that needs no accumulation"
             )
+        self._judge_teacher(mean.step, counts)
         self._log_step(mean.step, values)
+
+    def _judge_teacher(self, step: int, counts: Mapping[str, float]) -> None:
+        """Report, after the first steps of a start, how often the teacher's first class is right: wrong weights,
+        another order of classes, another normalisation or size show there."""
+        if "teacher_right" not in counts:
+            return
+        self._teacher_right.append(counts["teacher_right"])
+        steps = len(self._teacher_right)
+        if steps < STEPS_THAT_JUDGE_THE_TEACHER and step + 1 < self._schedule.total_steps:
+            return
+        found, chance = sum(self._teacher_right) / steps, 1 / classes(self._recipe)
+        images = steps * self._recipe.train.global_batch
+        line = f"the teacher's first class is right for {found:.1%} of {images:,} training images"
+        # Three standard deviations of what guessing gives.
+        if found <= chance + 3 * math.sqrt(chance * (1 - chance) / images):
+            line = (
+                f"warning: {line}, no more than guessing gives ({chance:.1%}): look at teacher.weights, the order of "
+                "its classes, teacher.normalization and teacher.input_size"
+            )
+        if self._recipe.teacher is not None and self._recipe.teacher.weights != "random":
+            self._log.say(line)
 
     def _log_step(self, step: int, values: StepValues[float]) -> None:
         terms, counts = values.terms, values.counts

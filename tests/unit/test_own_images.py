@@ -363,3 +363,131 @@ def model(num_classes):
     assert "student.name: 'own_unused:model': no gradient reaches unused from the logits" in said
     assert "name them in student.freeze" in said
     assert dkd.train(recipe_of(tmp_path, student={**student, "freeze": ["unused"]})).steps == 2
+
+
+COLOURS = """
+import numpy as np
+import torch
+
+
+class Colours:
+    def __init__(self):
+        self.labels = np.arange(64) % 2
+        self.classes = ["black", "white"]
+
+    def __getitem__(self, index):
+        return np.full((8, 8, 3), 255 * self.labels[index], dtype=np.uint8)
+
+
+def data(training):
+    return Colours()
+
+
+class Teacher(torch.nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(order))
+
+    def forward(self, images):
+        return images.mean((1, 2, 3))[:, None] * self.scale
+
+
+def right(num_classes):
+    return Teacher([-1.0, 1.0])
+
+
+def swapped(num_classes):
+    return Teacher([1.0, -1.0])
+"""
+
+
+@pytest.mark.parametrize(("teacher", "said"), [("right", "100.0%"), ("swapped", "0.0%")])
+def test_a_teacher_that_guesses_is_reported_after_the_first_steps(tmp_path, monkeypatch, capsys, teacher, said):
+    (tmp_path / "colours.py").write_text(COLOURS)
+    monkeypatch.syspath_prepend(tmp_path)
+    values = recipe_of(
+        tmp_path,
+        data={"train": "python:colours:data", "validation": "python:colours:data"},
+        teacher={"name": f"colours:{teacher}", "weights": "as_built"},
+        losses={"kd": {"alpha": 1.0}},
+        train={"micro_batch": 8, "max_steps": 4},
+    )
+    dkd.train(values)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "first class is right" in line]
+    assert len(lines) == 1
+    assert f"the teacher's first class is right for {said} of 64 training images" in lines[0]
+    assert lines[0].startswith("warning: ") == (teacher == "swapped")
+
+
+def test_an_evaluation_takes_the_fraction_that_was_set_aside_and_no_other(tmp_path):
+    write_folder(tmp_path / "images", each=10)
+    run = dkd.train(recipe_of(tmp_path, data={"train": f"folder:{tmp_path / 'images'}", "validation": 0.3})).run_dir
+    with pytest.raises(dkd.InputError, match=r"the run has set aside 0\.3, not 0\.5"):
+        dkd.evaluate(run, ["data.validation=0.5"])
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "ant" / "more.png")
+    with pytest.raises(dkd.InputError, match="was set aside from other images than are there now"):
+        dkd.evaluate(run)
+
+
+def test_labels_of_two_kinds_are_not_mixed(tmp_path):
+    write_rows(tmp_path / "a.parquet", ["cat", "dog"] * 16)
+    write_rows(tmp_path / "b.parquet", [1, 0] * 4)
+    said = refuse(recipe_of(tmp_path, data={"train": f"{tmp_path}/a.parquet", "validation": f"{tmp_path}/b.parquet"}))
+    assert "labels are text in one of training and validation data, and numbers in the other" in said
+
+
+def test_minus_one_is_no_label(tmp_path):
+    from dkd.data.sources import match_classes
+
+    source = open_source(write_rows(tmp_path / "a.parquet", [-1, -1]), training=False)
+    source.class_names = ["dog", "cat"]
+    with pytest.raises(DataError, match="labels go from -1 to -1, but it names 2 classes"):
+        match_classes(["cat", "dog"], source)
+
+
+@pytest.mark.parametrize(
+    ("stated", "names", "outcome"),
+    [
+        (["Cat", "Dog", "Bird", "Fish"], ["cat", "dog", "fish", "bird"], "another order"),
+        (["cat", "dog", "bird"], ["cat", "dog", "fish"], "2 of the teacher's 3 classes"),
+        (["cat", "dog", "bird"], ["Cat", "dog, hound", "bird"], ""),
+    ],
+)
+def test_one_equal_name_does_not_vouch_for_the_others(stated, names, outcome):
+    from dkd.models import StatedClasses
+    from dkd.preflight.models import compare_classes
+
+    problem, note = compare_classes(StatedClasses(stated, by_dkd=False), names)
+    assert outcome in (problem or note or "")
+    assert bool(problem or note) == bool(outcome)
+    assert bool(problem) == (outcome == "another order")
+
+
+@pytest.mark.parametrize("weights", ["as_built", "FILE"])
+def test_a_new_head_needs_a_model_that_can_have_one(tmp_path, monkeypatch, weights):
+    (tmp_path / "own_fixed.py").write_text("""
+from dkd.models import ModelSpec, build_model
+
+def ten(num_classes):
+    return build_model(ModelSpec("resnet8", 10))
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save(dkd.models.build_model(dkd.models.ModelSpec("resnet8", 10)).state_dict(), tmp_path / "ten.pth")
+    student = {"name": "own_fixed:ten", "weights": weights.replace("FILE", f"{tmp_path}/ten.pth"), "head": "new"}
+    said = refuse(recipe_of(tmp_path, data={"classes": 10}, student=student))
+    assert "student.head: new needs a model that is built with any number of classes" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet999", "torchvision/fasterrcnn_resnet50_fpn", "timm/resnet18.nonsense"]
+)
+def test_a_misspelled_teacher_is_refused_in_lines(tmp_path, capsys, name):
+    from dkd.cli import main
+
+    recipe = tmp_path / "recipe.yaml"
+    teacher = {"name": name, "weights": "pretrained"}
+    recipe.write_text(yaml.safe_dump(recipe_of(tmp_path, teacher=teacher, losses={"kd": {"alpha": 1.0}})))
+    assert main(["train", str(recipe), "--dry-run"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert all(line.startswith("dkd: ") for line in lines)
+    assert any(line.startswith("dkd: teacher.") for line in lines)
