@@ -166,7 +166,9 @@ def teacher(num_classes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as torch's, that a copy to the meta device is a no-op
         result = dkd.train(values)
-    assert "warning" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "random" not in said
+    assert "warning: the teacher's first class is right for" in said  # it was never trained
     trained = dkd.load_student(result.run_dir, trust_code=True).state_dict()
     assert torch.equal(trained["layer3.0.conv1.weight"], model.state_dict()["layer3.0.conv1.weight"])
     sys.modules.pop("own_models")
