@@ -1,5 +1,7 @@
 """dkd new: the pairs that are chosen for models of this package, torchvision, timm and transformers, and the recipe."""
 
+import json
+
 import pytest
 import yaml
 from few_images import write_images
@@ -7,6 +9,7 @@ from PIL import Image
 
 import dkd
 from dkd.cli import main
+from dkd.commands.new.choices import is_transformer
 from dkd.commands.new.pairs import choose_pairs
 from dkd.commands.plan.plan import plan
 from dkd.commands.plan.text import describe
@@ -242,3 +245,41 @@ def test_folders_of_parquet_files_are_found(tmp_path, capsys):
     (tmp_path / "test-0.parquet").unlink()
     assert new("--student", "resnet8", "--data", tmp_path, "-o", "-") == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"]["validation"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "found"),
+    [
+        ("torchvision/mobilenet_v3_small", 64, False),  # its first stage has as many channels as positions on a side
+        ("torchvision/resnet18", 224, False),
+        ("timm/efficientvit_b0", 224, False),
+        ("torchvision/swin_t", 224, True),
+        ("torchvision/vit_b_16", 224, True),
+        ("timm/xcit_nano_12_p16_224", 224, True),
+    ],
+)
+def test_a_transformer_is_told_by_its_features(name, size, found):
+    assert is_transformer(ModelSpec(name, 10), size) == found
+
+
+def test_data_in_columns_and_options_of_models(tmp_path, capsys):
+    write_images(tmp_path / "train-0.parquet", 60)
+    arguments = ("--student", "resnet8", "--data", tmp_path, "--label-column", "label", "-o", "-")
+    assert new(*arguments, "--teacher", "timm/vit_tiny_patch16_224=random", "--teacher-options", "{img_size: 64}") == 0
+    values = yaml.safe_load(capsys.readouterr().out)
+    assert values["data"]["label_column"] == "label"
+    assert values["teacher"]["options"] == {"img_size": 64}
+    assert values["teacher"]["input_size"] == 64
+    assert new(*arguments, "--student-options", "norm") == 2
+    assert "--student-options 'norm': write a mapping" in capsys.readouterr().err
+
+
+def test_a_run_of_code_is_not_imported_unasked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "student.safetensors").write_bytes(b"")
+    description = {"architecture": {"name": "evil:model", "classes": 10}, "image_size": 8}
+    (tmp_path / "run" / "student.json").write_text(json.dumps(description))
+    assert new("--student", "resnet8", "--teacher", tmp_path / "run", "--data", "digits", "-o", "-") == 2
+    assert "is 'evil:model', code to be imported and run; name it yourself" in capsys.readouterr().err

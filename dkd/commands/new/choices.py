@@ -260,7 +260,9 @@ def _choose_lr(batch: int, size: int, student: NamedModel, adamw: bool) -> float
 def is_transformer(spec: ModelSpec, image_size: int) -> bool:
     """Return whether a model's features are tokens, or maps with their channels last, as those of transformers are."""
     stages = find_stages(spec, image_size)
-    return any(stage.tokens_in_front is not None or stage.shape[:2] == (stage.side, stage.side) for stage in stages)
+    return any(
+        stage.tokens_in_front is not None or stage.shape[0] == stage.shape[1] != stage.shape[-1] for stage in stages
+    )
 
 
 def _name(student: NamedModel, teacher: NamedModel | None) -> str:
