@@ -57,6 +57,10 @@ def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
         loss = make(**section.options)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         reason = describe_error(error)
+        if isinstance(error, TypeError) and "required positional argument" in reason:
+            reason += (
+                "; it is called once, with the options, to make the loss: name a class or a function that returns it"
+            )
         raise UserCodeError(f"{section.loss!r} cannot be made with options {section.options}: {reason}") from error
     if not callable(loss):
         raise UserCodeError(f"{section.loss!r} returned {type(loss).__name__}, which cannot be called")

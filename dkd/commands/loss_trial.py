@@ -118,7 +118,10 @@ def measure(trial: LossTrial, rows: slice, layout: BatchLayout) -> Measured:
             raise ValueError(f"it returned {what}, not a scalar tensor")
         gradients = torch.autograd.grad(value, inputs, materialize_grads=True)
     except Exception as error:  # the user's code may raise anything
-        raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}") from error
+        hint = ""
+        if "does not require grad" in str(error):  # as all that torch.distributed.all_gather returns
+            hint = "; nothing carries a gradient from its value to the student: gather rows by dkd.gather_rows"
+        raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}{hint}") from error
     return Measured(float(value.detach()), torch.cat([gradient.flatten(1) for gradient in gradients], 1))
 
 

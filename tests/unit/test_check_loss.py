@@ -71,3 +71,9 @@ def test_a_shape_is_whole_numbers(capsys):
     with pytest.raises(SystemExit) as exit_:
         check(capsys, "Summed", "--student", "4,x")
     assert exit_.value.code == 2
+
+
+def test_a_function_in_place_of_what_makes_a_loss_is_explained(capsys):
+    assert main(["check-loss", "torch.nn.functional:mse_loss", "--student", "4,2,2", "--teacher", "4,2,2"]) == 2
+    said = capsys.readouterr().err
+    assert "it is called once, with the options, to make the loss: name a class or a function that returns it" in said
