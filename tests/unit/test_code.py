@@ -225,3 +225,9 @@ def test_what_is_not_private_is_left_alone():
         "self._x = cls._y; a.__class__; os._exit(1); monkeypatch.setenv('_ARGCOMPLETE', '1'); from dkd.data import jpeg"
     )
     assert private_uses(ast.parse(code)) == []
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them without packages: the second of a name is an error where one process collects both."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
