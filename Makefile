@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make quickstart         install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
 	@echo "make environment        make $(VENV) with dkd (editable), what it needs and the test tools; the targets below do that, too"
-	@echo "make test               install with the test tools, run the tests (10 minutes on 2 cores); PYTEST='-k words' chooses some of them"
+	@echo "make test               install with the test tools, run the tests (13 minutes on 2 cores); PYTEST='-k words' chooses some of them"
 	@echo "make test-all           the slow ones too, and longer trainings (half an hour on 2 cores): before a release"
 	@echo "make test-matrix        every engine, accumulation, placement and strategy on 1, 2 and 4 processes (half an hour on 2 cores)"
 	@echo "make test-cluster       a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes)"
