@@ -107,3 +107,12 @@ def test_a_run_trains_with_weights_and_evaluates_without(tmp_path):
     weighted = dkd.train(values, [f"run.dir={tmp_path / 'third'}", "optimizer.lr=1e-12"])
     assert weighted.evaluation.loss == pytest.approx(unweighted.evaluation.loss, rel=1e-6)
     assert main(["train", str(run / "recipe.yaml"), "--dry-run", f"run.dir={tmp_path / 'dry'}"]) == 0
+
+
+def test_labels_of_weight_zero_teach_nothing_with_label_smoothing_either():
+    loss = dkd.CrossEntropy(0.1, [0.0, 1.0, 2.0])
+    logits = torch.randn(4, 3, requires_grad=True)
+    value = loss(logits, torch.zeros(4, dtype=torch.long))
+    value.backward()
+    assert value.item() == 0
+    assert not logits.grad.any()

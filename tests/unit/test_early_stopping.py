@@ -235,3 +235,8 @@ def test_top5_of_few_classes_cannot_end_a_run(tmp_path):
     values = recipe_in(tmp_path / "run", train={"stop_when": {"metric": "top5"}}, data={"classes": 5})
     with pytest.raises(dkd.InputError, match="top5 is not measured for 5 classes"):
         dkd.train(values)
+
+
+def test_a_threshold_is_compared_with_each_evaluation_and_not_with_the_best():
+    _, reason = judged([0.895, 0.902], threshold=0.9, min_delta=0.01, patience=9)
+    assert reason == "top1 has reached 0.9: 0.9020 after step 2"

@@ -124,3 +124,12 @@ def test_a_rate_is_a_number_above_0(capsys, value):
         main(["find-lr", RECIPE, f"--lowest={value}"])
     assert exit_.value.code == 2
     assert "is not a finite number above 0" in capsys.readouterr().err
+
+
+def test_a_test_trains_with_weights_that_do_not_change():
+    from dkd.config.losses import with_constant_weights
+
+    schedule = "losses={kd: {alpha: {start: 50, end: 1}}, custom: []}"
+    losses = with_constant_weights(load_recipe(RECIPE, [schedule]).losses)
+    assert losses.kd.alpha == 50
+    assert losses.ce.weight == 1

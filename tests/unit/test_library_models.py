@@ -24,6 +24,7 @@ from dkd.models import (
     stated_input,
 )
 from dkd.preflight.completion import complete
+from dkd.training.entry import resolve
 
 timm = pytest.importorskip("timm")
 RECIPE = {
@@ -119,14 +120,14 @@ def test_timm_states_its_own_input(tmp_path):
         "teacher": {"name": "timm/vit_tiny_patch16_224", "weights": "pretrained", "classes": 1000},
         "losses": {"sp": {"preset": "paper", "pairs": [["layer3", "blocks.11"]]}},
     }
-    recipe, said = complete(dkd.training.entry.resolve(values))
+    recipe, said = complete(resolve(values))
     assert recipe.teacher.input_size == 224
     assert recipe.teacher.normalization.mean == [0.5, 0.5, 0.5]
     assert len(said) == 2
     assert complete(recipe) == (recipe, [])
     # What the recipe states stays.
     values["teacher"] |= {"input_size": 32, "normalization": {"mean": [0.1] * 3, "std": [0.2] * 3}}
-    assert complete(dkd.training.entry.resolve(values))[1] == []
+    assert complete(resolve(values))[1] == []
 
 
 def test_a_model_of_timm_is_trained_from_a_file_in_its_layout(tmp_path):
@@ -243,7 +244,7 @@ def test_the_teachers_student_json_states_its_input(tmp_path):
         "teacher": {"name": "resnet8", "weights": str(Path(run["dir"]))},
         "losses": {"kd": {"alpha": 1.0}},
     }
-    recipe, said = complete(dkd.training.entry.resolve(values))
+    recipe, said = complete(resolve(values))
     assert recipe.teacher.normalization.mean == [0.2] * 3
     assert said == ["teacher.normalization: mean [0.2, 0.2, 0.2], std [0.3, 0.3, 0.3], as its student.json states"]
 
@@ -260,3 +261,32 @@ def test_the_example_recipes_tap_what_is_there(tmp_path, monkeypatch):
     for name in ("photos_timm_vit_resnet18", "photos_hf_vit_mobilenet"):
         recipe = dkd.load_recipe(examples / f"{name}.yaml", ["data.classes=5"])
         assert model_problems(recipe, 224, 2, with_weights=False) == []
+
+
+def test_a_folder_without_a_processor_states_its_size_alone(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "bare")
+    (tmp_path / "bare" / "preprocessor_config.json").unlink()
+    stated = stated_input(f"hf/{tmp_path / 'bare'}", "pretrained")
+    assert (stated.normalization, stated.size) == (None, 16)
+    values = {
+        **RECIPE,
+        "student": {"name": "resnet8"},
+        "teacher": {"name": f"hf/{tmp_path / 'bare'}", "weights": "pretrained", "classes": 5},
+        "losses": {"sp": {"preset": "paper", "pairs": [["layer3", "vit.layers.1"]]}},
+    }
+    recipe, said = complete(resolve(values))
+    assert recipe.teacher.input_size == 16
+    assert any("state no normalisation; it gets the student's" in line for line in said)
+
+
+def test_a_processors_own_factor_is_part_of_the_normalisation(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "scaled")
+    path = tmp_path / "scaled" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_factor": 1 / 127.5}))
+    mean, std = stated_input(f"hf/{tmp_path / 'scaled'}", "pretrained").normalization
+    assert mean == pytest.approx([0.05, 0.1, 0.15])  # (2·x − m) / s = (x − m/2) / (s/2)
+    assert std == pytest.approx([0.2, 0.25, 0.3])

@@ -17,6 +17,7 @@ from safetensors import safe_open
 import dkd
 from dkd.data import DataError, open_row_groups, open_source
 from dkd.data.sources import count_classes, same_images, set_aside
+from dkd.training.entry import resolve
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -284,7 +285,7 @@ def test_names_of_other_sources_are_compared_by_their_synonyms(monkeypatch, name
         teacher={"name": "torchvision/resnet18", "weights": "IMAGENET1K_V1"},
         losses={"kd": {"alpha": 1}},
     )
-    recipe = dkd.training.entry.resolve(values)
+    recipe = resolve(values)
     if said == "refused":
         with pytest.raises(dkd.RecipeError, match="the same classes in another order"):
             models.check_class_order(recipe, names)
@@ -331,7 +332,7 @@ def test_what_becomes_of_the_head_can_be_said(tmp_path):
     from dkd.build.models import build_student
 
     def head(values):
-        built, notes = build_student(dkd.training.entry.resolve(values))
+        built, notes = build_student(resolve(values))
         return torch.equal(built.model.fc.weight, model.fc.weight), bool(notes)
 
     assert head(student()) == head(student(head="keep")) == (True, False)
@@ -491,3 +492,40 @@ def test_a_misspelled_teacher_is_refused_in_lines(tmp_path, capsys, name):
     lines = capsys.readouterr().err.strip().splitlines()
     assert all(line.startswith("dkd: ") for line in lines)
     assert any(line.startswith("dkd: teacher.") for line in lines)
+
+
+def test_a_dry_run_reports_what_the_start_will(tmp_path, capsys):
+    from dkd.cli import main
+
+    write_folder(tmp_path / "train")
+    file = tmp_path / "ten.pth"
+    torch.save(dkd.models.build_model(dkd.models.ModelSpec("resnet8", 10)).state_dict(), file)
+    student = {"name": "resnet8", "weights": str(file), "freeze": ["conv1"]}
+    recipe = tmp_path / "recipe.yaml"
+    data = {"train": f"folder:{tmp_path / 'train'}", "validation": 0.25}
+    recipe.write_text(yaml.safe_dump(recipe_of(tmp_path, data=data, student=student)))
+    assert main(["train", str(recipe), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "student: a new head of 4 classes (fc.weight, fc.bias); everything else from" in said
+    assert "those of conv1 are frozen" in said
+
+
+def test_timms_average_of_weights_is_taken_as_timm_takes_it(tmp_path):
+    raw, average = (dkd.models.build_model(dkd.models.ModelSpec("resnet8", 4)) for _ in range(2))
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": average.state_dict()}, tmp_path / "last.pth.tar")
+    model = dkd.models.build_model(dkd.models.ModelSpec("resnet8", 4))
+    dkd.models.load_weights(model, "resnet8", str(tmp_path / "last.pth.tar"))
+    assert torch.equal(model.fc.weight, average.fc.weight)
+
+
+def test_a_layout_of_another_batch_is_refused_by_every_loss():
+    layout = dkd.BatchLayout.even(4)
+    maps, logits, labels = torch.rand(3, 2, 4, 4), torch.rand(3, 5), torch.tensor([0, 1, 2])
+    for loss, tensors in (
+        (dkd.AttentionTransfer(), (maps, maps)),
+        (dkd.SimilarityPreserving(), (maps, maps)),
+        (dkd.SoftTargets(4.0), (logits, logits)),
+        (dkd.CrossEntropy(), (logits, labels)),
+    ):
+        with pytest.raises(ValueError, match="for a layout in which this rank holds 4 rows"):
+            loss(*tensors, layout=layout)
