@@ -1,6 +1,7 @@
 """dkd new: the pairs that are chosen for models of this package, torchvision, timm and transformers, and the recipe."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -200,6 +201,23 @@ def test_a_run_teaches_with_its_own_size_and_normalisation(photos, tmp_path, cap
     values = yaml.safe_load(capsys.readouterr().out)
     assert values["teacher"] == {"name": "wrn_16_1", "weights": f"{run}/student.safetensors", "input_size": 16}
     assert values["losses"]["kd"] == {"alpha": 0.9, "temperature": 4}
+
+
+def test_soft_targets_are_left_out_where_the_teachers_logits_are_of_other_names(photos, tmp_path, capsys):
+    file = tmp_path / "teacher.yaml"
+    new("--student", "wrn_16_1", "--data", photos, "--image-size", 16, "--batch", 8, "-o", file)
+    run = dkd.train(file, ["train.max_steps=1", f"run.dir={tmp_path / 'teacher'}", "run.trackers=[]"]).run_dir
+    others = shutil.copytree(photos, tmp_path / "others")
+    for part in ("train", "val"):
+        (others / part / "cat").rename(others / part / "zebra")
+    capsys.readouterr()
+    arguments = ("--student", "resnet8", "--teacher", run, "--data", others, "-o", tmp_path / "a.yaml")
+    assert new(*arguments) == 0
+    why = "the teacher's weights were trained on other classes: logit 0 is 'cat' there and 'dog' in the data"
+    assert f"no kd: {why}" in capsys.readouterr().out
+    assert load_recipe(tmp_path / "a.yaml").losses.kd is None
+    assert new(*arguments, "--losses", "at,kd", "--force") == 2
+    assert f"--losses kd compares logits, but {why}; leave kd out" in capsys.readouterr().err
 
 
 def test_soft_targets_are_left_out_where_the_teacher_has_other_classes(photos, tmp_path, capsys):

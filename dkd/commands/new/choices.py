@@ -207,8 +207,8 @@ def _choose_losses(
     if wrong:
         raise InputError(f"--losses {','.join(wrong)}: must be some of {', '.join(LOSSES)}, with commas between them")
     losses, notes = asked or LOSSES, []
-    if "kd" in losses and teacher_classes != images.classes:
-        why = f"the teacher's head has {teacher_classes} classes, the data have {images.classes}"
+    why = _why_no_soft_targets(images, teacher, teacher_classes) if "kd" in losses else None
+    if why is not None:
         if asked is not None:
             raise InputError(
                 f"--losses kd compares logits, but {why}; leave kd out, or train a teacher on these classes"
