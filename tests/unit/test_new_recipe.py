@@ -11,6 +11,7 @@ from PIL import Image
 import dkd
 from dkd.cli import main
 from dkd.commands.new.choices import is_transformer
+from dkd.commands.new.models import read_model
 from dkd.commands.new.pairs import choose_pairs
 from dkd.commands.plan.plan import plan
 from dkd.commands.plan.text import describe
@@ -201,6 +202,8 @@ def test_a_run_teaches_with_its_own_size_and_normalisation(photos, tmp_path, cap
     values = yaml.safe_load(capsys.readouterr().out)
     assert values["teacher"] == {"name": "wrn_16_1", "weights": f"{run}/student.safetensors", "input_size": 16}
     assert values["losses"]["kd"] == {"alpha": 0.9, "temperature": 4}
+    named = read_model(str(run), is_teacher=True, options={"dropout": 0.5})
+    assert named.options["dropout"] == 0.5
 
 
 def test_soft_targets_are_left_out_where_the_teachers_logits_are_of_other_names(photos, tmp_path, capsys):

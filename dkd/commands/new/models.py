@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = Non
         InputError: a teacher has no weights; or the run has no student.
     """
     if _is_run(text):
-        return _read_run(text)
+        of_run = _read_run(text)
+        return replace(of_run, options={**of_run.options, **(options or {})})
     name, equals, weights = text.partition("=")
     if not equals and "/" in name and not name.startswith(LIBRARIES) and ":" not in name and Path(name).exists():
         raise InputError(f"{name!r} is no run of dkd with a finished student: student.safetensors and student.json")
