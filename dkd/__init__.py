@@ -31,7 +31,20 @@ if TYPE_CHECKING:
     from dkd.errors import DkdError, InputError, LostRankError, RunError, Stopped, TrainingError
     from dkd.global_batch import BatchLayout, gather_rows
     from dkd.launch import Launch
-    from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
+    from dkd.losses import (
+        CKA,
+        DIST,
+        PKT,
+        AttentionTransfer,
+        CorrelationCongruence,
+        CrossEntropy,
+        GradientAttention,
+        RelationalLoss,
+        RKDAngle,
+        RKDDistance,
+        SimilarityPreserving,
+        SoftTargets,
+    )
     from dkd.models import TappedModel, load_student
     from dkd.training.entry import TrainResult, evaluate, train
     from dkd.training.trainer import Trainer
@@ -50,7 +63,20 @@ _MODULES = {
     "errors": ("DkdError", "InputError", "LostRankError", "RunError", "Stopped", "TrainingError"),
     "global_batch": ("BatchLayout", "gather_rows"),
     "launch": ("Launch",),
-    "losses": ("AttentionTransfer", "CrossEntropy", "GradientAttention", "SimilarityPreserving", "SoftTargets"),
+    "losses": (
+        "CKA",
+        "DIST",
+        "PKT",
+        "AttentionTransfer",
+        "CorrelationCongruence",
+        "CrossEntropy",
+        "GradientAttention",
+        "RelationalLoss",
+        "RKDAngle",
+        "RKDDistance",
+        "SimilarityPreserving",
+        "SoftTargets",
+    ),
     "models": ("TappedModel", "load_student"),
     "training.entry": ("TrainResult", "evaluate", "train"),
     "training.trainer": ("Trainer",),
@@ -58,8 +84,12 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "CKA",
+    "DIST",
+    "PKT",
     "AttentionTransfer",
     "BatchLayout",
+    "CorrelationCongruence",
     "CrossEntropy",
     "DistillationStep",
     "DkdError",
@@ -73,8 +103,11 @@ __all__ = [
     "LogitTerm",
     "LostRankError",
     "Objective",
+    "RKDAngle",
+    "RKDDistance",
     "Recipe",
     "RecipeError",
+    "RelationalLoss",
     "RunError",
     "SimilarityPreserving",
     "SoftTargets",

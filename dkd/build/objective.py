@@ -15,10 +15,17 @@ from dkd.config import Recipe, RecipeError
 from dkd.config.derived import classes
 from dkd.config.losses import (
     AttentionTransferSection,
+    CkaSection,
+    ComparingSection,
+    CorrelationCongruenceSection,
     CrossEntropySection,
     CustomLossSection,
+    DistSection,
     GradientAttentionSection,
     LossSection,
+    PktSection,
+    RelationsSection,
+    RkdSection,
     SimilarityPreservingSection,
     SoftTargetsSection,
     WeightSchedule,
@@ -26,28 +33,72 @@ from dkd.config.losses import (
 from dkd.data import GlobalBatchSampler, ImageSource
 from dkd.distillation import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective
 from dkd.distillation.objective import Term
-from dkd.global_batch import ranks_per_group
-from dkd.losses import AttentionTransfer, CrossEntropy, GradientAttention, SimilarityPreserving, SoftTargets
-from dkd.losses.similarity_preserving import effective_gamma
+from dkd.global_batch import Links, ranks_per_group
+from dkd.losses import (
+    CKA,
+    DIST,
+    PKT,
+    AttentionTransfer,
+    CorrelationCongruence,
+    CrossEntropy,
+    GradientAttention,
+    RelationalLoss,
+    RKDAngle,
+    RKDDistance,
+    SimilarityPreserving,
+    SoftTargets,
+)
+from dkd.losses.relational import scaled_weight
 from dkd.user_code import UserCodeError, describe_error, load_callable
+
+
+def compared_samples(section: ComparingSection, sampler: GlobalBatchSampler) -> int:
+    """Return the samples that a loss compares with each other, on the batches of `sampler`."""
+    steps = sampler.micro_steps if section.batch == "step" else 1
+    return ranks_per_group(section.scope, sampler.world_size) * sampler.micro_batch * steps
 
 
 def gram_size(recipe: Recipe, sampler: GlobalBatchSampler) -> int:
     """Return B_G, the rows of the Gram matrices that SP forms on the batches of `sampler`; 0 without SP."""
-    sp = recipe.losses.sp
-    if sp is None:
-        return 0
-    steps = sampler.micro_steps if sp.batch == "step" else 1
-    return ranks_per_group(sp.scope, sampler.world_size) * sampler.micro_batch * steps
+    return 0 if recipe.losses.sp is None else compared_samples(recipe.losses.sp, sampler)
 
 
-def comm_dtype(recipe: Recipe) -> torch.dtype | None:
-    """Return the type that SP's features are rounded to on their way between ranks; None: they are not rounded."""
-    return None if recipe.losses.sp is None else _dtype_between_ranks(recipe.losses.sp)
+def relational_losses(
+    section: RelationsSection, links: Links | None = None, channels_last: bool = False
+) -> dict[str, RelationalLoss]:
+    """Return the losses of a section that are computed by blocks of a grid, by what their terms' names end with.
 
-
-def _dtype_between_ranks(sp: SimilarityPreservingSection) -> torch.dtype | None:
-    return torch.bfloat16 if sp.comm_dtype == "bf16" else None
+    Args:
+        section: of the recipe.
+        links: the measured speeds of the launch.
+        channels_last: whether maps lie so in memory.
+    """
+    memory = None if section.memory is None else int(section.memory * 1e9)
+    comm_dtype = torch.bfloat16 if section.comm_dtype == "bf16" else None
+    grid: Any = section.grid
+    if isinstance(section, SimilarityPreservingSection) and grid == "auto":
+        grid = section.strategy
+    base: dict[str, Any] = {
+        "scope": section.scope,
+        "grid": grid,
+        "weights": section.pair_weights,
+        "comm_dtype": comm_dtype,
+        "memory": memory,
+        "links": links,
+        "channels_last": channels_last,
+    }
+    match section:
+        case SimilarityPreservingSection():
+            return {"": SimilarityPreserving(floor=section.floor, **base)}
+        case PktSection():
+            return {"": PKT(section.floor, **base)}
+        case CorrelationCongruenceSection():
+            return {"": CorrelationCongruence(section.gamma, section.max_p, section.floor, **base)}
+        case CkaSection():
+            return {"": CKA(**base)}
+        case RkdSection() if section.distance != 0:
+            return {"_distance": RKDDistance(**base)}
+    return {}
 
 
 def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
@@ -105,6 +156,7 @@ def build_objective(
     total_steps: int,
     device: torch.device,
     weights: Sequence[float] | None = None,
+    links: Links | None = None,
 ) -> Objective:
     """Return the recipe's losses, on the batches of `sampler`.
 
@@ -114,9 +166,10 @@ def build_objective(
         total_steps: of all epochs, which the weights' schedules are drawn over.
         device: a loss of the user's own may have buffers, which are moved there.
         weights: of the classes, as `class_weights` returns them.
+        links: the measured speeds of the launch, by which losses of relations choose their grid.
     """
-    batch = _Batch(sampler, total_steps, gram_size(recipe, sampler), weights)
-    terms = [TERMS[type(section)](key, section, batch) for key, section in recipe.losses.named()]
+    batch = _Batch(sampler, total_steps, weights, links, recipe.train.channels_last is True)
+    terms = [term for key, section in recipe.losses.named() for term in TERMS[type(section)](key, section, batch)]
     for term in terms:
         if isinstance(loss := getattr(term, "loss", None), nn.Module):
             loss.to(device)
@@ -129,8 +182,9 @@ class _Batch:
 
     sampler: GlobalBatchSampler
     total_steps: int
-    gram_size: int
     class_weights: Sequence[float] | None = None
+    links: Links | None = None
+    channels_last: bool = False
 
     def schedule(self, value: float | WeightSchedule, factor: float = 1.0) -> Schedule:
         """Return the weight of each step, times a factor."""
@@ -138,35 +192,58 @@ class _Batch:
         return lambda step: factor * weight(step)
 
 
-def _label_term(key: str, ce: CrossEntropySection, batch: _Batch) -> Term:
-    return LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing, batch.class_weights))
+def _label_terms(key: str, ce: CrossEntropySection, batch: _Batch) -> list[Term]:
+    return [LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing, batch.class_weights))]
 
 
-def _attention_term(key: str, at: AttentionTransferSection, batch: _Batch) -> Term:
+def _attention_terms(key: str, at: AttentionTransferSection, batch: _Batch) -> list[Term]:
     # The images of a recipe are square.
     loss = AttentionTransfer(
         at.map, at.p, at.reduction, at.norm, at.resize, at.pair_weights, at.class_tokens, square=True
     )
-    return FeatureTerm(key, batch.schedule(at.beta), loss, at.paths)
+    return [FeatureTerm(key, batch.schedule(at.beta), loss, at.paths)]
 
 
-def _similarity_term(key: str, sp: SimilarityPreservingSection, batch: _Batch) -> Term:
-    scale = effective_gamma(1.0, sp.reference_batch, batch.gram_size)
-    loss = SimilarityPreserving(sp.scope, sp.strategy, sp.pair_weights, _dtype_between_ranks(sp), sp.floor)
-    return FeatureTerm(key, batch.schedule(sp.gamma, scale), loss, sp.paths, relational=sp.batch == "step")
+def _relations_terms(key: str, section: RelationsSection, batch: _Batch) -> list[Term]:
+    weight, scale = _weight_of(section), 1.0
+    if isinstance(section, SimilarityPreservingSection | PktSection):
+        scale = scaled_weight(1.0, section.reference_batch, compared_samples(section, batch.sampler))
+    whole = section.batch == "step"
+    terms: list[Term] = [
+        FeatureTerm(key + suffix, batch.schedule(weight, scale), loss, section.paths, relational=whole)
+        for suffix, loss in relational_losses(section, batch.links, batch.channels_last).items()
+    ]
+    if isinstance(section, RkdSection) and section.angle != 0:
+        angle = RKDAngle(section.scope, section.pair_weights)
+        terms.append(FeatureTerm(f"{key}_angle", batch.schedule(section.angle), angle, section.paths, relational=whole))
+    return terms
 
 
-def _gradient_term(key: str, section: GradientAttentionSection, batch: _Batch) -> Term:
+def _weight_of(section: RelationsSection) -> float | WeightSchedule:
+    if isinstance(section, SimilarityPreservingSection):
+        return section.gamma
+    if isinstance(section, RkdSection):
+        return section.distance
+    assert isinstance(section, PktSection | CorrelationCongruenceSection | CkaSection)
+    return section.weight
+
+
+def _dist_terms(key: str, dist: DistSection, batch: _Batch) -> list[Term]:
+    loss = DIST(dist.beta, dist.gamma, dist.tau, dist.scope)
+    return [LogitTerm(key, batch.schedule(dist.weight), loss, relational=dist.batch == "step")]
+
+
+def _gradient_terms(key: str, section: GradientAttentionSection, batch: _Batch) -> list[Term]:
     loss = GradientAttention(section.form, section.squared)
-    return InputGradientTerm(key, batch.schedule(section.beta), loss, section.form == "symmetric")
+    return [InputGradientTerm(key, batch.schedule(section.beta), loss, section.form == "symmetric")]
 
 
-def _logit_term(key: str, kd: SoftTargetsSection, batch: _Batch) -> Term:
-    return LogitTerm(key, batch.schedule(kd.alpha), SoftTargets(kd.temperature))
+def _logit_terms(key: str, kd: SoftTargetsSection, batch: _Batch) -> list[Term]:
+    return [LogitTerm(key, batch.schedule(kd.alpha), SoftTargets(kd.temperature))]
 
 
-def _custom_term(key: str, section: CustomLossSection, batch: _Batch) -> Term:
-    return custom_term(section, batch.schedule(section.weight))
+def _custom_terms(key: str, section: CustomLossSection, batch: _Batch) -> list[Term]:
+    return [custom_term(section, batch.schedule(section.weight))]
 
 
 def custom_term(section: CustomLossSection, weight: Schedule) -> Term:
@@ -177,12 +254,17 @@ def custom_term(section: CustomLossSection, weight: Schedule) -> Term:
     return (LogitTerm if section.of == "logits" else LabelTerm)(section.name, weight, loss)
 
 
-# Section of a loss -> what makes its term of it.
-TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], Term]] = {
-    CrossEntropySection: _label_term,
-    AttentionTransferSection: _attention_term,
-    GradientAttentionSection: _gradient_term,
-    SimilarityPreservingSection: _similarity_term,
-    SoftTargetsSection: _logit_term,
-    CustomLossSection: _custom_term,
+# Section of a loss -> what makes its terms of it.
+TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], list[Term]]] = {
+    CrossEntropySection: _label_terms,
+    AttentionTransferSection: _attention_terms,
+    GradientAttentionSection: _gradient_terms,
+    SimilarityPreservingSection: _relations_terms,
+    PktSection: _relations_terms,
+    CorrelationCongruenceSection: _relations_terms,
+    CkaSection: _relations_terms,
+    RkdSection: _relations_terms,
+    DistSection: _dist_terms,
+    SoftTargetsSection: _logit_terms,
+    CustomLossSection: _custom_terms,
 }

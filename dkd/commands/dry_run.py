@@ -8,7 +8,7 @@ import torch
 
 from dkd.build.data import build_image_pipeline, build_sampler
 from dkd.build.models import expected_notes, student_spec, teacher_spec
-from dkd.build.objective import build_objective, class_weights, gram_size
+from dkd.build.objective import build_objective, class_weights, compared_samples
 from dkd.commands.batch_picture import draw_first_batch
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
@@ -55,7 +55,8 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
         lines.append(
             f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
         )
-        lines += [f"{name:<11} {text}" for name, text in tap_table(recipe, size, gram_size(recipe, sampler))]
+        table = tap_table(recipe, size, lambda section: compared_samples(section, sampler))
+        lines += [f"{name:<11} {text}" for name, text in table]
     lines += [f"note        {note.removeprefix('note: ')}" for note in notes]
     objective = build_objective(recipe, sampler, planned, torch.device("cpu"), class_weights(recipe, training))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)

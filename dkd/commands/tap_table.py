@@ -6,30 +6,33 @@ comparable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
 from dkd.config.losses import (
     AttentionTransferSection,
+    ComparingSection,
     CustomLossSection,
     LossSection,
+    PktSection,
     SimilarityPreservingSection,
     WeightSchedule,
 )
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
-from dkd.losses.similarity_preserving import effective_gamma
+from dkd.losses.relational import scaled_weight
 from dkd.models import ModelSpec, output_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
+Samples = Callable[[ComparingSection], int]
 
 
-def tap_table(recipe: Recipe, image_size: int, gram_size: int) -> list[tuple[str, str]]:
+def tap_table(recipe: Recipe, image_size: int, samples: Samples) -> list[tuple[str, str]]:
     """Return (name of the loss, its two taps with shapes and the weight of one sample) for each pair of each loss.
 
     Args:
         image_size: pixels, the side of the student's input.
-        gram_size: rows of SP's Gram matrices; 0 without SP.
+        samples: returns how many samples a loss compares with each other.
     """
     losses = recipe.losses
     if recipe.teacher is None or not pairs(recipe):
@@ -47,21 +50,25 @@ def tap_table(recipe: Recipe, image_size: int, gram_size: int) -> list[tuple[str
     lines = []
     for key, section in losses.named():
         for number, (s, t) in enumerate(section.paths):
-            weight = _weigh_pair(section, number, student[s], teacher[t], gram_size)
+            weight = _weigh_pair(section, number, student[s], teacher[t], samples)
             lines.append((getattr(section, "name", key), f"{compared(s, t)}   {weight}"))
     return lines
 
 
 def _weigh_pair(
-    section: LossSection, number: int, student: tuple[int, ...], teacher: tuple[int, ...], gram_size: int
+    section: LossSection, number: int, student: tuple[int, ...], teacher: tuple[int, ...], samples: Samples
 ) -> str:
     """Return what one sample of a pair weighs in the loss, in words."""
     if isinstance(section, AttentionTransferSection):
         return _attention_weight(section, section.pair_weights[number], student, teacher)
-    if isinstance(section, SimilarityPreservingSection):
-        gamma, weight = _first(section.gamma), section.pair_weights[number]
-        effective = effective_gamma(gamma, section.reference_batch, gram_size)
-        formula = f"γ·B/reference_batch = {gamma:g} · {gram_size} / {section.reference_batch}"
+    if isinstance(section, SimilarityPreservingSection | PktSection):
+        if isinstance(section, SimilarityPreservingSection):
+            symbol, published = "γ", _first(section.gamma)
+        else:
+            symbol, published = "weight", _first(section.weight)
+        weight = section.pair_weights[number]
+        effective = scaled_weight(published, section.reference_batch, samples(section))
+        formula = f"{symbol}·B/reference_batch = {published:g} · {samples(section)} / {section.reference_batch}"
         times = f" · {weight:g}" if weight != 1 else ""
         return f"{formula}{times} = {effective * weight:g}"
     if isinstance(section, CustomLossSection):

@@ -171,6 +171,15 @@ SP_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"gamma": 3000, "reference_batch": 128},
     "repdistiller": {"gamma": 3000, "reference_batch": 64},
 }
+PKT_PRESETS: dict[str, dict[str, Any]] = {"repdistiller": {"weight": 30000, "reference_batch": 64}}
+RKD_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"distance": 1, "angle": 2},
+    "repdistiller": {"distance": 25, "angle": 50},
+}
+DIST_PRESETS: dict[str, dict[str, Any]] = {
+    "cifar": {"weight": 2, "beta": 1, "gamma": 1, "tau": 4},
+    "imagenet": {"weight": 2, "beta": 1, "gamma": 1, "tau": 1},
+}
 
 
 def _are_class_tokens(value: Any) -> bool:
@@ -222,17 +231,10 @@ class AttentionTransferSection(_PairsSection):
         return f"AT β {describe_weight(self.beta)}"
 
 
-class SimilarityPreservingSection(_PairsSection):
-    """Set the Similarity-Preserving loss; docs/reference/losses.md has its formula."""
+class ComparingSection(LossSection):
+    """Be the base of losses that compare samples with each other."""
 
-    title: ClassVar = "SP"
     of_samples: ClassVar = False
-    preset: Literal["paper", "repdistiller"] | None = None
-    """Where gamma and reference_batch come from: the paper, or the public implementation."""
-    gamma: Weight
-    """γ, the weight of the loss at `reference_batch`."""
-    reference_batch: Count
-    """Batch that `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
     scope: Annotated[
         str | int,
         allow(
@@ -240,27 +242,179 @@ class SimilarityPreservingSection(_PairsSection):
             "global, node, local or a number of ranks",
         ),
     ] = "global"
-    """The ranks whose rows make one Gram matrix: all ranks, those of one machine, n neighbouring ranks, or each rank
-    alone. All scopes but `global` depend on the number of ranks, and `local` is another loss than the published one."""
+    """The ranks whose samples are compared with each other: all ranks, those of one machine, n neighbouring ranks, or
+    each rank alone. All scopes but `global` depend on the number of ranks, and `local` is another loss than the
+    published one."""
     batch: Literal["step", "micro"] = "step"
-    """Under accumulation. step: one Gram matrix of the whole global batch, by two forwards a step. micro: one Gram
-    matrix of each micro-step, averaged, which depends on the number of ranks."""
-    strategy: Literal["auto", "gather", "exchange"] = "auto"
-    """How ranks bring the rows of the Gram matrix together; the result is the same. auto: the strategy that moves
-    less."""
+    """Under accumulation. step: the whole global batch is compared, by two forwards a step. micro: each micro-step's
+    samples are, and the losses averaged, which depends on the number of ranks."""
+
+    def _describe_scope(self) -> str:
+        return "" if self.scope == "global" else f", {self.scope}"
+
+
+def _is_grid(value: Any) -> bool:
+    if not isinstance(value, list):
+        return value in ("auto", "gather", "exchange")
+    return len(value) == 3 and all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 10**6 for n in value)
+
+
+class RelationsSection(ComparingSection, _PairsSection):
+    """Be the base of losses of the relations between all samples, which ranks compute by blocks of a grid."""
+
+    grid: Annotated[
+        str | list[int],
+        allow(_is_grid, "auto, gather, exchange or three whole numbers above 0, such as [4, 2, 8]"),
+    ] = "auto"
+    """How ranks share the relations of all samples, [r, c, k] with r·c·k ranks; `gather` is [W, 1, 1], and `exchange`
+    [1, 1, W]. The result is the same. auto: the grid that should take the least time, of those that fit into
+    `memory`."""
+    memory: Positive | None = None
+    """Gigabytes that a rank may hold for this loss beside its own features; null: a quarter of its device's, the least
+    of all ranks."""
     comm_dtype: Literal["bf16"] | None = None
     """Type that features and their gradients are rounded to while they are sent between ranks; null: they keep their
     own."""
-    floor: Annotated[Number, Field(ge=0, lt=1)] = 0.01
+
+
+SampleFloor = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class SimilarityPreservingSection(RelationsSection):
+    """Set the Similarity-Preserving loss; docs/reference/losses.md has its formula."""
+
+    title: ClassVar = "SP"
+    preset: Literal["paper", "repdistiller"] | None = None
+    """Where gamma and reference_batch come from: the paper, or the public implementation."""
+    gamma: Weight
+    """γ, the weight of the loss at `reference_batch`."""
+    reference_batch: Count
+    """Batch that `gamma` was published with: 128 in the paper, 64 in RepDistiller and mdistiller."""
+    strategy: Literal["auto", "gather", "exchange"] = "auto"
+    """An older name of `grid`, where that is auto."""
+    floor: SampleFloor = 0.01
     """Share of the mean row's norm. A shorter row of a Gram matrix is divided by this share instead of its own norm. 0:
     the published formula, in which a sample of zero features has an unbounded gradient."""
 
     _from_preset = model_validator(mode="before")(_fill_from_preset(SP_PRESETS))
 
+    @model_validator(mode="after")
+    def _one_name_of_the_grid(self) -> SimilarityPreservingSection:
+        if self.strategy != "auto" and self.grid not in ("auto", self.strategy):
+            raise ValueError(f"grid {self.grid} and strategy {self.strategy} contradict each other; remove strategy")
+        return self
+
     def describe(self) -> str:
         """Return the loss with its weight, the batch of that weight, and a scope that is not global."""
-        scope = "" if self.scope == "global" else f", {self.scope}"
-        return f"SP γ {describe_weight(self.gamma)} at {self.reference_batch}{scope}"
+        return f"SP γ {describe_weight(self.gamma)} at {self.reference_batch}{self._describe_scope()}"
+
+
+class PktSection(RelationsSection):
+    """Set Probabilistic Knowledge Transfer; docs/reference/losses.md has its formula."""
+
+    title: ClassVar = "PKT"
+    preset: Literal["repdistiller"] | None = None
+    """Where weight and reference_batch come from: the public implementation."""
+    weight: Weight
+    """Weight of the loss at `reference_batch`."""
+    reference_batch: Count
+    """Batch that `weight` was published with: 64 in RepDistiller and mdistiller."""
+    floor: SampleFloor = 0.01
+    """Share of the mean norm of features. A smaller norm counts as this share. 0: the published formula, in which a
+    sample of zero features has an unbounded gradient."""
+
+    _from_preset = model_validator(mode="before")(_fill_from_preset(PKT_PRESETS))
+
+    def describe(self) -> str:
+        """Return the loss with its weight and the batch of that weight."""
+        return f"PKT {describe_weight(self.weight)} at {self.reference_batch}{self._describe_scope()}"
+
+
+class CorrelationCongruenceSection(RelationsSection):
+    """Set Correlation Congruence; docs/reference/losses.md has its formula."""
+
+    title: ClassVar = "CC"
+    weight: Weight
+    """Weight of the loss."""
+    gamma: Positive = 0.4
+    """γ of the Gaussian kernel."""
+    max_p: Annotated[Count, Field(le=100)] = 2
+    """Last power of the kernel's Taylor series."""
+    floor: SampleFloor = 0.01
+    """Share of the mean norm of features. A smaller norm counts as this share. 0: the published formula."""
+
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"CC {describe_weight(self.weight)}{self._describe_scope()}"
+
+
+class CkaSection(RelationsSection):
+    """Set centred kernel alignment as a loss; docs/reference/losses.md has its formula."""
+
+    title: ClassVar = "CKA"
+    weight: Weight
+    """Weight of the loss, which is between 0 and 1."""
+
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"CKA {describe_weight(self.weight)}{self._describe_scope()}"
+
+
+class RkdSection(RelationsSection):
+    """Set Relational Knowledge Distillation; docs/reference/losses.md has its formulas. `distance` and `angle` are two
+    terms, rkd_distance and rkd_angle; `grid` and `memory` are those of the distances."""
+
+    title: ClassVar = "RKD"
+    preset: Literal["paper", "repdistiller"] | None = None
+    """Where distance and angle come from: the paper (1, 2), or the public implementations (25, 50)."""
+    distance: Weight
+    """Weight of the loss of distances; 0: not computed."""
+    angle: Weight
+    """Weight of the loss of angles; 0: not computed. Angles are computed for 2,048 samples at most; with more, set a
+    smaller `scope`."""
+
+    _from_preset = model_validator(mode="before")(_fill_from_preset(RKD_PRESETS))
+
+    @model_validator(mode="after")
+    def _has_a_part(self) -> RkdSection:
+        if self.distance == 0 and self.angle == 0:
+            raise ValueError("distance and angle are both 0; remove the loss, or give one of the two a weight")
+        return self
+
+    def describe(self) -> str:
+        """Return the loss with its weights."""
+        return (
+            f"RKD distance {describe_weight(self.distance)}, angle {describe_weight(self.angle)}"
+            f"{self._describe_scope()}"
+        )
+
+
+class DistSection(ComparingSection):
+    """Set DIST, the correlation of logits between classes and between samples; docs/reference/losses.md has its
+    formula."""
+
+    title: ClassVar = "DIST"
+    preset: Literal["cifar", "imagenet"] | None = None
+    """Where weight, beta, gamma and tau come from: the authors' settings for CIFAR-100 or for ImageNet."""
+    weight: Weight
+    """Weight of the loss."""
+    beta: NonNegative = 1.0
+    """β, the weight of the part between the classes of a sample."""
+    gamma: NonNegative = 1.0
+    """γ, the weight of the part between the samples of a class."""
+    tau: Positive = 1.0
+    """τ, which divides the logits."""
+
+    _from_preset = model_validator(mode="before")(_fill_from_preset(DIST_PRESETS))
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return True."""
+        return True
+
+    def describe(self) -> str:
+        """Return the loss with its weight."""
+        return f"DIST {describe_weight(self.weight)}, τ {self.tau:g}{self._describe_scope()}"
 
 
 class SoftTargetsSection(LossSection):
@@ -375,6 +529,7 @@ class CustomLossSection(LossSection):
 
 # Further keys of a line of metrics.jsonl with loss terms, and keys that distinguish the other lines from it.
 _LOGGED = (
+    "rkd_distance", "rkd_angle",
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "sp_row_difference", "replaced_images",
     "skipped", "evaluation", "checkpoint",
 )  # fmt: skip
@@ -391,6 +546,16 @@ class LossesSection(Section):
     """Gradient-based Attention Transfer; null: not used."""
     sp: SimilarityPreservingSection | None = None
     """Similarity-Preserving loss; null: not used."""
+    pkt: PktSection | None = None
+    """Probabilistic Knowledge Transfer; null: not used."""
+    cc: CorrelationCongruenceSection | None = None
+    """Correlation Congruence; null: not used."""
+    cka: CkaSection | None = None
+    """Centred kernel alignment; null: not used."""
+    rkd: RkdSection | None = None
+    """Relational Knowledge Distillation; null: not used."""
+    dist: DistSection | None = None
+    """DIST; null: not used."""
     kd: SoftTargetsSection | None = None
     """Soft targets; null: not used."""
     custom: list[CustomLossSection] = []
@@ -402,6 +567,11 @@ class LossesSection(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"two losses of one name: {', '.join(names)}")
         return self
+
+    @property
+    def compared(self) -> list[tuple[str, ComparingSection]]:
+        """Return the losses that compare samples, each with its key."""
+        return [(key, section) for key, section in self.named() if isinstance(section, ComparingSection)]
 
     def named(self) -> list[tuple[str, LossSection]]:
         """Return the losses that are used, each with its key below `losses`: `at`, `custom.0`."""
@@ -425,6 +595,11 @@ LOSSES: dict[str, type[LossSection]] = {
     "ce": CrossEntropySection,
     "at": AttentionTransferSection,
     "sp": SimilarityPreservingSection,
+    "pkt": PktSection,
+    "cc": CorrelationCongruenceSection,
+    "cka": CkaSection,
+    "rkd": RkdSection,
+    "dist": DistSection,
     "gradient_at": GradientAttentionSection,
     "kd": SoftTargetsSection,
 }

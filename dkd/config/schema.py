@@ -312,6 +312,9 @@ class TrainSection(Section):
     """Exponential moving average of the student, which is evaluated and exported in the student's place; null: none."""
     compile: CompileSection = CompileSection()
     """Models that are compiled."""
+    links: Text | None = None
+    """File of `dkd launch-check --json FILE`, with the measured speeds between ranks, by which losses of relations
+    choose their grid; null: the speeds of docs/explanations/global_batch.md."""
 
 
 class EvaluationSection(Section):

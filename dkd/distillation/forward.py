@@ -82,7 +82,9 @@ class Forward:
             logits, features = self._student(images)
         # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
         # once.
-        return Outputs(logits, {path: full_precision(feature) for path, feature in features.items()}, images, mirrored)
+        promoted = {path: full_precision(feature) for path, feature in features.items()}
+        types = {path: feature.dtype for path, feature in features.items()}
+        return Outputs(logits, promoted, images, mirrored, types)
 
     def teacher(self, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
         """Return what the teacher yields; None without a teacher.

@@ -4,11 +4,11 @@ micro-steps.
 A relational loss over B samples is no sum over micro-batches, and the graphs of all micro-steps do not fit into memory
 at once. So a step has two passes over the images, as in GradCache (Gao et al., 2021):
 
-    1. forward of every micro-batch without graph; the tapped features are kept, and what the teacher yields.
-    2. the loss on all of them, and its gradient with respect to the features: one exchange between ranks a step.
-    3. forward of each micro-batch again, with the same random numbers and BatchNorm buffers; ⟨feature, gradient⟩ joins
-    its
-       loss.
+    1. forward of every micro-batch without graph; the tapped features and logits that such a loss reads are kept, and
+       what the teacher yields.
+    2. the loss on all of them, and its gradient with respect to them: one exchange between ranks a step.
+    3. forward of each micro-batch again, with the same random numbers and BatchNorm buffers; ⟨tensor, gradient⟩ joins
+       its loss.
 """
 
 from __future__ import annotations
@@ -21,6 +21,18 @@ import torch
 from dkd.distillation.objective import Objective, Outputs
 from dkd.global_batch import BatchLayout
 
+LOGITS = ""
+"""The key of logits among the tensors of a micro-step, where features have their path."""
+
+
+def compared_tensors(objective: Objective, student: Outputs) -> dict[str, torch.Tensor]:
+    """Return what the terms of a relational objective read of a student: features by path, and logits under LOGITS."""
+    found = {path: student.features[path] for path in objective.student_taps}
+    if objective.compares_logits:
+        assert student.logits is not None
+        found[LOGITS] = student.logits
+    return found
+
 
 @dataclass(frozen=True)
 class CachedGradient:
@@ -29,34 +41,34 @@ class CachedGradient:
     Args:
         total: the weighted relational loss, this rank's share times W.
         terms: its terms before their weights.
-        features: of each micro-step, by path, as pass 1 saw them.
-        gradients: ∂total/∂feature of each micro-step, by path.
+        tensors: of each micro-step, as pass 1 saw them.
+        gradients: ∂total/∂tensor of each micro-step.
         teachers: the teacher's outputs of each micro-step; the teacher runs once.
     """
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
-    features: list[dict[str, torch.Tensor]]
+    tensors: list[dict[str, torch.Tensor]]
     gradients: list[dict[str, torch.Tensor]]
     teachers: Sequence[Outputs]
 
-    def loss(self, micro_step: int, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return A·⟨feature, ∂total/∂feature⟩ for one micro-step: averaged over A micro-steps and W ranks, its gradient
+    def loss(self, micro_step: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return A·⟨tensor, ∂total/∂tensor⟩ for one micro-step: averaged over A micro-steps and W ranks, its gradient
         is that of the relational loss."""
         gradients = self.gradients[micro_step]
-        products = [(features[path].to(gradient.dtype) * gradient).sum() for path, gradient in gradients.items()]
+        products = [(tensors[key].to(gradient.dtype) * gradient).sum() for key, gradient in gradients.items()]
         return len(self.gradients) * torch.stack(products).sum()
 
-    def difference(self, micro_step: int, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return how far pass 3's features are from pass 1's, relative to their norm: 0 when the second forward repeats
+    def difference(self, micro_step: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return how far pass 3's tensors are from pass 1's, relative to their norm: 0 when the second forward repeats
         the first."""
-        pairs = [(features[path].detach().float(), seen.float()) for path, seen in self.features[micro_step].items()]
+        pairs = [(tensors[key].detach().float(), seen.float()) for key, seen in self.tensors[micro_step].items()]
         return torch.stack([(now - seen).norm() / seen.norm().clamp_min(1e-12) for now, seen in pairs]).max()
 
 
 def cache_gradient(
     objective: Objective,
-    students: Sequence[dict[str, torch.Tensor]],
+    students: Sequence[Outputs],
     teachers: Sequence[Outputs],
     labels: torch.Tensor,
     step: int,
@@ -66,24 +78,28 @@ def cache_gradient(
 
     Args:
         objective: relational terms only.
-        students: the student's features of each micro-step, without graph.
+        students: what of the student they read of each micro-step, without graph.
         teachers: the teacher's outputs of each micro-step.
         labels: of all micro-steps, in order.
         step: the global step.
         indices: of the samples of all micro-steps, in order; None: no term asks for them.
     """
-    paths = objective.student_taps
-    kept = [{path: features[path].detach() for path in paths} for features in students]
-    joined = {path: torch.cat([features[path] for features in kept]).requires_grad_() for path in paths}
+    kept = [{k: v.detach() for k, v in compared_tensors(objective, student).items()} for student in students]
+    keys = list(kept[0])
+    joined = {key: torch.cat([tensors[key] for tensors in kept]).requires_grad_() for key in keys}
     teacher_paths = {teacher for term in objective.terms for _, teacher in getattr(term, "pairs", [])}
+    logits = [outputs.logits for outputs in teachers if outputs.logits is not None and LOGITS in joined]
     teacher = Outputs(
-        None, {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths}
+        torch.cat(logits) if logits else None,
+        {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths},
     )
+    features = {key: tensor for key, tensor in joined.items() if key != LOGITS}
+    student = Outputs(joined.get(LOGITS), features, types=students[0].types)
     layout = BatchLayout.even(len(labels))
-    total, terms = objective(Outputs(None, joined), teacher, labels, step=step, layout=layout, indices=indices)
+    total, terms = objective(student, teacher, labels, step=step, layout=layout, indices=indices)
     # A term need not use all of its pairs.
     gradients = torch.autograd.grad(total, list(joined.values()), materialize_grads=True)
-    rows = [len(features[paths[0]]) for features in kept]
-    split = {path: gradient.split(rows) for path, gradient in zip(paths, gradients, strict=True)}
-    by_micro_step = [{path: split[path][i] for path in paths} for i in range(len(kept))]
+    rows = [len(tensors[keys[0]]) for tensors in kept]
+    split = {key: gradient.split(rows) for key, gradient in zip(keys, gradients, strict=True)}
+    by_micro_step = [{key: split[key][i] for key in keys} for i in range(len(kept))]
     return CachedGradient(total.detach(), terms, kept, by_micro_step, teachers)

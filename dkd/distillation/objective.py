@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dkd.global_batch import BatchLayout
+from dkd.losses import RelationalLoss
 
 Weight = Callable[[int], float]
 """The weight of a term at a global step."""
@@ -30,6 +31,11 @@ class Outputs:
     """The student's input (b, 3, H, W), where a term differentiates by it."""
     mirrored_logits: torch.Tensor | None = None
     """Logits (b, K) of the mirrored images, where a term compares with them."""
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """By path, the type in which the model yielded a feature, where it was promoted since: it loses nothing when it is
+    sent in that type."""
+    begun: Mapping[str, Any] = field(default_factory=dict)
+    """By the name of a term, what `Objective.begin` returned of this teacher."""
 
 
 class Term(Protocol):
@@ -111,6 +117,9 @@ class LabelTerm(_Asked):
 class LogitTerm(_Asked):
     """A loss of the student's and the teacher's logits."""
 
+    relational: bool = False
+    """As FeatureTerm's."""
+
     def value(
         self,
         student: Outputs,
@@ -142,11 +151,20 @@ class FeatureTerm(_Asked):
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert teacher is not None
-        return self.loss(
-            [student.features[s] for s, _ in self.pairs],
-            [teacher.features[t] for _, t in self.pairs],
-            **self._more(labels, layout, indices),
-        )
+        more = self._more(labels, layout, indices)
+        if self._takes_types and all(s in student.types for s, _ in self.pairs):
+            more["sent_as"] = [student.types[s] for s, _ in self.pairs]
+        features = [teacher.features[t] for _, t in self.pairs]
+        return self.loss([student.features[s] for s, _ in self.pairs], teacher.begun.get(self.name, features), **more)
+
+    def begin(self, teacher: Outputs, layout: BatchLayout) -> Any:
+        """Begin what of the loss needs no student; None where there is nothing to begin. A collective."""
+        begin = getattr(self.loss, "begin", None)
+        return None if begin is None else begin([teacher.features[t] for _, t in self.pairs], layout)
+
+    @cached_property
+    def _takes_types(self) -> bool:
+        return isinstance(self.loss, RelationalLoss)
 
 
 @dataclass(frozen=True)
@@ -197,6 +215,20 @@ class Objective:
     def student_taps(self) -> list[str]:
         """Paths of the student's features that the terms read."""
         return list(dict.fromkeys(student for term in self.terms for student, _ in getattr(term, "pairs", [])))
+
+    @property
+    def compares_logits(self) -> bool:
+        """Return whether a term reads the student's logits."""
+        return any(isinstance(term, LogitTerm | LabelTerm) for term in self.terms)
+
+    def begin(self, teacher: Outputs, layout: BatchLayout) -> Outputs:
+        """Begin what of the terms needs no student, so that it continues while the student computes. A collective.
+
+        Returns:
+            The teacher's outputs with what was begun, for the call.
+        """
+        begun = {term.name: term.begin(teacher, layout) for term in self.terms if isinstance(term, FeatureTerm)}
+        return replace(teacher, begun={name: each for name, each in begun.items() if each is not None})
 
     @property
     def needs_indices(self) -> bool:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from dkd.data import Normalize
 from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
-from dkd.distillation.grad_cache import CachedGradient, cache_gradient
+from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
 from dkd.distillation.objective import Objective, Outputs
 from dkd.distillation.teacher import FrozenTeacher
 from dkd.global_batch import BatchLayout
@@ -158,21 +158,24 @@ class DistillationStep:
         else:
             # What the first pass has of the teacher is no function of the images, and need not be here.
             teacher = cached.teachers[micro_step]
-        student = self._run_student(micro_step, images)
-        self._unfinished = True
         # Training batches are even by construction.
         layout = BatchLayout.even(len(labels))
-        self._agree(student, teacher, labels)
         objective = self.objective if cached is None else self.separable
+        if teacher is not None:
+            teacher = objective.begin(teacher, layout)
+        student = self._run_student(micro_step, images)
+        self._unfinished = True
+        self._agree(student, teacher, labels)
         indices = None if self._indices is None else self._indices[micro_step]
         total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
         judged = self._judge_teacher(student, teacher, labels)
         if cached is None:
             return MicroLoss(total, terms, {"loss": total.detach(), **judged})
         compares = self._begun <= STEPS_THAT_COMPARE_PASSES
-        difference = cached.difference(micro_step, student.features) if compares else torch.zeros_like(total)
+        compared = compared_tensors(self.relational, student)
+        difference = cached.difference(micro_step, compared) if compares else torch.zeros_like(total)
         counts = {"loss": total.detach() + cached.total, "pass_difference": difference, **judged}
-        return MicroLoss(total + cached.loss(micro_step, student.features), {**terms, **cached.terms}, counts)
+        return MicroLoss(total + cached.loss(micro_step, compared), {**terms, **cached.terms}, counts)
 
     def _judge_teacher(
         self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor
@@ -228,10 +231,11 @@ class DistillationStep:
             assert teacher is not None
             teachers.append(teacher)
             outputs = self._run_student(micro_step, images)
+            relational = {path: outputs.features[path] for path in self.relational.student_taps}
+            logits = outputs.logits if self.relational.compares_logits else None
             if micro_step == 0:
-                relational = {path: outputs.features[path] for path in self.relational.student_taps}
-                self._agree(Outputs(None, relational), teacher, targets, again=True)
-            students.append({path: outputs.features[path] for path in self.relational.student_taps})
+                self._agree(Outputs(logits, relational), teacher, targets, again=True)
+            students.append(Outputs(logits, relational, types=outputs.types))
             self._statistics.forget_micro_batch()
         indices = None if self._indices is None else torch.cat(self._indices)
         with torch.enable_grad():
@@ -242,7 +246,10 @@ class DistillationStep:
         if self._agreed or self._begun > 1:
             return
         self._agreed = not again
-        BatchLayout.agree([*student.features.values(), *(teacher.features.values() if teacher else ()), labels])
+        theirs = [teacher] if teacher else []
+        logits = [outputs.logits for outputs in (student, *theirs) if outputs.logits is not None]
+        features = [feature for outputs in (student, *theirs) for feature in outputs.features.values()]
+        BatchLayout.agree([*features, *logits, labels])
 
     def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a micro-batch on this rank's device, mixed where that is asked for: the same in both passes."""

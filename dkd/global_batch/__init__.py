@@ -5,8 +5,9 @@ This package knows tensors and `torch.distributed` process groups, and no model,
 """
 
 from dkd.global_batch.arrivals import Arrivals
-from dkd.global_batch.cost import STRATEGIES, GramTensor, cheapest_strategies, received_bytes
-from dkd.global_batch.gram import full_precision, gram_rows
+from dkd.global_batch.cost import GramTensor, Link, Links, LossSums, Work, received_bytes
+from dkd.global_batch.gram import full_precision
+from dkd.global_batch.grid import STRATEGIES, Grid, all_grids, corner
 from dkd.global_batch.groups import GramScope, ranks_per_group
 from dkd.global_batch.layout import AbsentRankError, BatchLayout, BatchMismatchError
 from dkd.global_batch.rows import gather_rows
@@ -19,10 +20,15 @@ __all__ = [
     "BatchMismatchError",
     "GramScope",
     "GramTensor",
-    "cheapest_strategies",
+    "Grid",
+    "Link",
+    "Links",
+    "LossSums",
+    "Work",
+    "all_grids",
+    "corner",
     "full_precision",
     "gather_rows",
-    "gram_rows",
     "ranks_per_group",
     "received_bytes",
 ]

@@ -57,16 +57,40 @@ def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
     return None if group is None else group_timeout(group, device)
 
 
-def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Gather (b, ...) from each of W ranks, b equal, to (W·b, ...) on all ranks, in rank order. Carries no gradient."""
+class Pending:
+    """Hold a collective that has begun, and its result.
+
+    Args:
+        out: what the collective fills.
+        work: what torch waits for.
+        sent: what is being sent, which must live until then.
+    """
+
+    def __init__(self, out: torch.Tensor, work: dist.Work | None, sent: torch.Tensor) -> None:
+        self._out, self._work, self._sent = out, work, sent
+
+    def wait(self) -> torch.Tensor:
+        """Return the result, once it is there."""
+        if self._work is not None:
+            self._work.wait()
+        return self._out
+
+
+def begin_all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+    """Begin `all_gather_rows`."""
     world = world_size(group)
     out = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
     count(out, group)
     if rows.device.type == "cpu" and rows.numel() * rows.element_size() <= _SMALL_BYTES:
-        dist.all_to_all_single(out, rows.repeat(world, *[1] * (rows.dim() - 1)), group=group)
-    else:
-        _all_gather(out, rows.contiguous(), group=group)
-    return out
+        sent = rows.repeat(world, *[1] * (rows.dim() - 1))
+        return Pending(out, dist.all_to_all_single(out, sent, group=group, async_op=True), sent)
+    sent = rows.contiguous()
+    return Pending(out, _all_gather(out, sent, group=group, async_op=True), sent)
+
+
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Gather (b, ...) from each of W ranks, b equal, to (W·b, ...) on all ranks, in rank order. Carries no gradient."""
+    return begin_all_gather_rows(rows, group).wait()
 
 
 def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -82,21 +106,40 @@ def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = No
     return out
 
 
+def begin_all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+    """Begin `all_to_all_blocks`."""
+    out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    count(out, group)
+    sent = blocks.contiguous()
+    return Pending(out, dist.all_to_all_single(out, sent, group=group, async_op=True), sent)
+
+
 def all_to_all_blocks(blocks: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Exchange (W, ...) of each rank: block i goes to rank i. Returns (W, ...) with block i from rank i. Carries no
     gradient."""
-    out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
-    count(out, group)
-    dist.all_to_all_single(out, blocks.contiguous(), group=group)
-    return out
+    return begin_all_to_all_blocks(blocks, group).wait()
 
 
 def sum_over_ranks(numbers: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sum a few numbers over the ranks of a process group. Carries no gradient; `count_received` does not count this
-    collective."""
+    """Sum a few numbers over the ranks of a process group. Carries no gradient."""
     total = numbers.detach().clone()
+    count(total, group, times=2)
     dist.all_reduce(total, group=group)
     return total
+
+
+def make_group(members: list[int], parent: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """Return a new process group of ranks of `parent`, given by their ranks there. The members alone call it, together:
+    other ranks of the job may belong to other process groups."""
+    whole = parent or dist.group.WORLD
+    assert whole is not None
+    # `new_group` expects ranks of the job.
+    of_the_job = dist.get_process_group_ranks(whole)
+    made = dist.new_group(
+        [of_the_job[member] for member in members], timeout=timeout(whole), use_local_synchronization=True
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def message_device(group: dist.ProcessGroup | None = None) -> torch.device:
@@ -131,8 +174,8 @@ _counters: list[ReceivedBytes] = []
 
 @contextmanager
 def count_received() -> Iterator[ReceivedBytes]:
-    """Count what the calls inside that move rows receive from other ranks. A reduce-scatter counts as W − 1 received
-    blocks."""
+    """Count what the calls inside receive from other ranks. A reduce-scatter counts as W − 1 received blocks, and a sum
+    over ranks as a reduce-scatter and an all-gather of it."""
     counter = ReceivedBytes()
     _counters.append(counter)
     try:
@@ -141,9 +184,9 @@ def count_received() -> Iterator[ReceivedBytes]:
         _counters.remove(counter)
 
 
-def count(whole: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Count a collective that brings all of `whole` except this rank's own part."""
+def count(whole: torch.Tensor, group: dist.ProcessGroup | None = None, times: int = 1) -> None:
+    """Count a collective that brings all of `whole` except this rank's own part, `times` times."""
     for counter in _counters:
         world = world_size(group)
-        counter.bytes += whole.numel() * whole.element_size() // world * (world - 1)
+        counter.bytes += times * whole.numel() * whole.element_size() * (world - 1) // world
         counter.collectives += 1

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dkd.build.links import read_links
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps
+from dkd.config.losses import ComparingSection, RelationsSection, RkdSection
 from dkd.engines.arithmetic import device_type, has_gpu
 from dkd.engines.rules import EngineRules, rules_of
-from dkd.global_batch import ranks_per_group
+from dkd.errors import InputError
+from dkd.global_batch import Grid, ranks_per_group
+from dkd.global_batch.choice import check_size
 from dkd.launch import Launch
+from dkd.losses.relational_angle import check_batch
 
 
 def launch_problems(recipe: Recipe, launch: Launch) -> list[Problem]:
@@ -23,6 +28,10 @@ def launch_problems(recipe: Recipe, launch: Launch) -> list[Problem]:
             found += error.problems
     found += _teacher_problems(recipe, launch, rules)
     found += _student_problems(recipe, rules)
+    try:
+        read_links(recipe)
+    except RecipeError as error:
+        found += error.problems
     found += _device_problems(recipe, launch, rules)
     return found + _disagreements(recipe, launch, found)
 
@@ -45,12 +54,31 @@ def batch_problems(recipe: Recipe, world_size: int, local_world_size: int) -> li
     if (recipe.data.mixup or recipe.data.cutmix) and b == 1:
         key = "data.mixup" if recipe.data.mixup else "data.cutmix"
         problems.append(Problem(key, "a micro-batch of 1 image has none to mix it with"))
-    if recipe.losses.sp is not None:
-        try:
-            ranks_per_group(recipe.losses.sp.scope, world_size, local_world_size)
-        except ValueError as error:
-            problems.append(Problem("losses.sp.scope", str(error)))
+    for key, section in recipe.losses.compared:
+        problems += _comparison_problems(recipe, key, section, world_size, local_world_size)
     return problems
+
+
+def _comparison_problems(
+    recipe: Recipe, key: str, section: ComparingSection, world_size: int, local_world_size: int
+) -> list[Problem]:
+    """Return where the scope or the grid of a loss does not fit the launch, or its batch is too large."""
+    try:
+        ranks = ranks_per_group(section.scope, world_size, local_world_size)
+    except ValueError as error:
+        return [Problem(f"losses.{key}.scope", str(error))]
+    if isinstance(section, RelationsSection) and isinstance(section.grid, list):
+        try:
+            check_size(Grid(*section.grid), ranks)
+        except ValueError as error:
+            return [Problem(f"losses.{key}.grid", str(error))]
+    if isinstance(section, RkdSection) and section.angle != 0:
+        steps = micro_steps(recipe, world_size) if section.batch == "step" else 1
+        try:
+            check_batch(ranks * micro_batch(recipe, world_size) * steps)
+        except InputError as error:
+            return [Problem(f"losses.{key}.scope", str(error))]
+    return []
 
 
 def _teacher_problems(recipe: Recipe, launch: Launch, rules: EngineRules) -> list[Problem]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dkd.build.data import DataParts, build_data, data_facts, describe_input
+from dkd.build.links import read_links
 from dkd.build.models import build_models, student_parameters
 from dkd.build.objective import build_objective, class_weights, gram_size
 from dkd.build.optimizers import build_optimizer
@@ -271,7 +272,7 @@ def build_step(
     step = DistillationStep(
         engine.student,
         teacher,
-        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device, weights),
+        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device, weights, read_links(recipe)),
         micro_steps=data.sampler.micro_steps,
         model=engine.model,
         normalize=data.pipeline.normalize,

@@ -70,12 +70,12 @@ def summarize(
 
 
 def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
-    sp = recipe.losses.sp
-    if sp is not None and (sp.scope != "global" or (sp.batch == "micro" and sampler.micro_steps > 1)):
-        yield (
-            f"note: SP with scope {sp.scope} and batch {sp.batch} sees part of the global batch: it depends on the "
-            "number of ranks"
-        )
+    for _, section in recipe.losses.compared:
+        if section.scope != "global" or (section.batch == "micro" and sampler.micro_steps > 1):
+            yield (
+                f"note: {section.title} with scope {section.scope} and batch {section.batch} sees part of the global "
+                "batch: it depends on the number of ranks"
+            )
     if recipe.teacher is not None and recipe.teacher.weights == "random":
         yield "warning: the teacher's weights are random, as the recipe states; it teaches nothing"
 

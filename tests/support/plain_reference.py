@@ -6,6 +6,7 @@ are what it checks.
 
 import math
 
+import plain_relations
 import torch
 import torch.nn.functional as F
 
@@ -41,6 +42,25 @@ def gram(features):
 
 def similarity(student, teacher):
     return (gram(student) - gram(teacher)).pow(2).sum() / len(student) ** 2
+
+
+def relations(losses, students, teachers, logits, teacher_logits, batch):
+    """Name -> (weight, value) of the losses of relations that a recipe has beside SP."""
+    found = {}
+    if pkt := losses.get("pkt"):
+        assert pkt["preset"] == "repdistiller"
+        found["pkt"] = 30000 * batch / 64, plain_relations.pkt(students, teachers)
+    if cc := losses.get("cc"):
+        found["cc"] = cc["weight"], plain_relations.cc(students, teachers)
+    if cka := losses.get("cka"):
+        found["cka"] = cka["weight"], plain_relations.cka(students, teachers)
+    if rkd := losses.get("rkd"):
+        assert rkd["preset"] == "repdistiller"
+        found["rkd_distance"] = 25, plain_relations.rkd_distance(students, teachers)
+        found["rkd_angle"] = 50, plain_relations.rkd_angle(students, teachers)
+    if dist := losses.get("dist"):
+        found["dist"] = dist["weight"], plain_relations.dist(logits, teacher_logits, tau=4)
+    return found
 
 
 def gradient_attention(form, student, teacher, images, labels):
@@ -113,7 +133,7 @@ def train(recipe, steps, micro_batch):
         old = [(n.running_mean, n.running_var) for n in norms]
         new = [(torch.zeros_like(mean), torch.zeros_like(var)) for mean, var in old]
         terms = {"ce": [], "at": [], "kd": [], "sp": [], "gradient_at": []}
-        students, teachers = [], []
+        students, teachers, both_logits = [], [], []
         parts = batch // micro_batch
         for part in range(parts):
             rows = slice(part * micro_batch, (part + 1) * micro_batch)
@@ -144,6 +164,7 @@ def train(recipe, steps, micro_batch):
                 terms["gradient_at"].append(gradient_attention(own["form"], student, teacher, images, labels))
             students.append(student_features[-1])
             teachers.append(teacher_features[-1])
+            both_logits.append((logits, teacher_logits))
         if losses["sp"] and losses["sp"].get("batch") == "micro":
             terms["sp"] = [similarity(s, t) for s, t in zip(students, teachers, strict=True)]
             gamma = 3000 * micro_batch / 128
@@ -153,7 +174,15 @@ def train(recipe, steps, micro_batch):
         else:
             terms["sp"], gamma = [torch.zeros(())], 0.0
         terms = {name: torch.stack(values).mean() for name, values in terms.items() if values}
-        total = terms["ce"] + losses["at"]["beta"] * terms["at"] + alpha * terms["kd"] + gamma * terms["sp"]
+        if not losses["at"]:
+            terms["at"] = terms["kd"] = torch.zeros(())
+        compared = relations(
+            losses, torch.cat(students), torch.cat(teachers), *map(torch.cat, zip(*both_logits, strict=True)), batch
+        )
+        beta = losses["at"]["beta"] if losses["at"] else 0.0
+        total = terms["ce"] + beta * terms["at"] + alpha * terms["kd"] + gamma * terms["sp"]
+        total = total + sum(weight * value for weight, value in compared.values())
+        terms.update({name: value for name, (_, value) in compared.items()})
         if "gradient_at" in terms:
             total = total + losses["gradient_at"]["beta"] * terms["gradient_at"]
         gradients = torch.autograd.grad(total, parameters)
@@ -165,6 +194,6 @@ def train(recipe, steps, micro_batch):
                 gradient = gradient + optimizer["weight_decay"] * p
                 momentum.mul_(optimizer["momentum"]).add_(gradient)
                 p -= rate * (gradient + optimizer["momentum"] * momentum)
-        logged = {name: value.item() for name, value in terms.items() if name != "sp" or losses["sp"]}
+        logged = {name: value.item() for name, value in terms.items() if losses.get(name, True)}
         lines.append({"loss": total.item(), "lr": rate, **logged})
     return lines, student.state_dict()

@@ -10,7 +10,15 @@ FOLDER = Path(os.environ.get("DKD_TEST_MATERIAL", Path(__file__).resolve().paren
 
 
 def require_reference_losses():
-    path = FOLDER / "golden" / "reference_losses.safetensors"
+    return _require_golden("reference_losses")
+
+
+def require_method_losses():
+    return _require_golden("method_losses")
+
+
+def _require_golden(name):
+    path = FOLDER / "golden" / f"{name}.safetensors"
     if not path.exists():
         pytest.skip(
             f"the reference losses are not there: {path} (set DKD_TEST_MATERIAL to the folder that holds golden/)"

@@ -1,6 +1,7 @@
 """The examples of docs/guides/own_*.md, run as they stand there: the module written to a file, the command started
 beside it."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import launched
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,16 @@ def test_the_example_trains_and_is_used(example):
         checked = run(folder, *check[1:-1], "2")  # of 4 processes
         assert checked.returncode == 0, checked.stderr[-2000:]
         assert checked.stdout.endswith("the loss is the same on 1 and on 2 processes\n")
+        (check,) = [command for command in commands if command[2:3] == ["my_relations:RelativeProducts"]]
+        checked = run(folder, *check[1:])
+        assert checked.returncode == 0, checked.stderr[-2000:]
+        assert checked.stdout.endswith("the loss is the same on 1 and on 2 processes\n")
+        spec = importlib.util.spec_from_file_location("my_relations", folder / "my_relations.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        loss, generator = module.RelativeProducts(), torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+        assert torch.autograd.gradcheck(lambda q: loss(q, teacher), student.requires_grad_())
     elif page == "own_model":
         assert (recipe["student"]["name"], recipe["student"]["options"]) == (
             described["student"]["name"],

@@ -237,4 +237,5 @@ def test_the_scope_of_a_machine_needs_no_launch(monkeypatch):
 def test_a_loss_names_its_settings():
     """They are what ranks compare before they begin."""
     assert repr(SoftTargets(3)) == "SoftTargets(temperature=3)"
-    assert repr(SimilarityPreserving(scope=2)).startswith("SimilarityPreserving(scope=2, strategy='auto', weights=None")
+    shown = "SimilarityPreserving(floor=0.01, scope=2, grid=[1, 2, 4], weights=None, comm_dtype=None"
+    assert repr(SimilarityPreserving(scope=2, grid=(1, 2, 4))).startswith(shown)

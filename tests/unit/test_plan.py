@@ -1,6 +1,8 @@
 """`dkd plan`: what a recipe would move, hold and compute. test_ranks.py compares its bytes with those of a real
 step."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,17 +19,20 @@ def planned(capsys, *arguments):
 
 
 def test_a_plan_needs_neither_data_nor_weights(capsys):
-    """The example of docs/explanations/global_batch.md: 206 M elements by gather and 55 M by exchange, times 63/64."""
     code, out, _ = planned(
         capsys, "--nodes", "8", "--gpus-per-node", "8", "train.global_batch=4096", "teacher.weights=no/such.safetensors"
     )
     assert code == 0
     assert "4,096 = 64 × 64 ranks × 1 micro-step\n" in out
-    assert "Gram matrices of 4,096 rows, 64 on each of 64 ranks, once a step" in out
-    assert "student layer4, d = 25,088, 4 bytes each  ←  teacher layer4, d = 25,088, 2 bytes each" in out
-    assert "gather      receives 202,567,680 elements, 608 MB a rank and step, in 3 collectives" in out
-    assert "exchange    receives 54,286,848 elements, 214 MB a rank and step, in 6 collectives" in out
-    assert "strategy    exchange: it moves 2.8 times less than gather" in out
+    assert "sp          relations of 4,096 samples, 64 on each of 64 ranks, once a step" in out
+    assert "student layer4, d = 25,088, 2 bytes each  ←  teacher layer4, d = 25,088, 2 bytes each" in out
+    # The corners of docs/explanations/global_batch.md, and the vectors of norms and sums.
+    gather, exchange = (line_of(out, name) for name in ("gather", "exchange"))
+    assert gather.startswith("64 × 1 × 1: receives 202,329,792 elements, 405 MB a rank and step, in 4 collectives")
+    assert exchange.startswith("1 × 1 × 64: receives 54,307,008 elements, 211 MB a rank and step, in 8 collectives")
+    assert re.match(r"\d+ × \d+ × 8: receives .* the least expected time of the grids that fit", line_of(out, "grid"))
+    assert re.match(r"the products alone: at least 7,055,674 elements on any grid, and ", line_of(out, "bound"))
+    assert "inside a machine 100 GB/s and 20 µs, between machines 6 GB/s and 40 µs (assumed; " in out
     # 21,797,672 parameters and 17,060 numbers of BatchNorm's buffers, some of 8 bytes.
     assert "87.3 MB replicated; sharded 1.36 MB over all ranks, 10.9 MB over those of one machine" in out
     # torchvision says 1.814 and 3.664 giga multiply-adds.
@@ -35,23 +40,63 @@ def test_a_plan_needs_neither_data_nor_weights(capsys):
     assert "21,797,672 parameters, 7.33 GFLOP an image forward" in out
 
 
-def test_features_of_one_size_share_collectives(capsys):
-    precision = "train.precision=fp32"
-    _, out, _ = planned(capsys, "--nodes", "8", "train.global_batch=4096", precision)
-    assert "exchange    receives 54,286,848 elements, 217 MB a rank and step, in 4 collectives" in out
-    _, out, _ = planned(capsys, "--nodes", "8", "train.global_batch=4096", precision, "losses.sp.comm_dtype=bf16")
-    assert "exchange    receives 54,286,848 elements, 208 MB a rank and step, in 4 collectives" in out
+def line_of(out, name):
+    """Return the text of the first line of a name."""
+    return next(line[len(name) :].strip() for line in out.splitlines() if line.startswith(f"{name} "))
 
 
-def test_the_floor_of_rows_is_one_more_collective(capsys):
-    _, out, _ = planned(capsys)
-    assert (
-        "floor       one more collective once a step, of one number a tensor: the mean norm of the rows "
-        "(losses.sp.floor)" in out
-    )
-    for without in ("losses.sp.floor=0", "losses.sp.scope=local"):
-        _, out, _ = planned(capsys, without)
-        assert "one more collective" not in out
+def test_types_between_ranks_decide_the_bytes(capsys):
+    sixty_four = ("--nodes", "8", "train.global_batch=4096", "losses.sp.grid=[4, 1, 16]")
+    found = {}
+    for name, more in (("fp32", []), ("rounded", ["losses.sp.comm_dtype=bf16"])):
+        _, out, _ = planned(capsys, *sixty_four, "train.precision=fp32", *more)
+        assert line_of(out, "grid").endswith("; the recipe asks for it")
+        found[name] = re.search(r"([\d.]+) MB a rank and step, in (\d+) collectives", line_of(out, "grid")).groups()
+    assert found["fp32"] == ("104", "10")
+    assert found["rounded"] == ("75.6", "10")
+
+
+def test_measured_links_decide_the_grid(capsys, tmp_path):
+    sixty_four = ("--nodes", "8", "train.global_batch=4096")
+    grids = {}
+    for latency, bandwidth in ((10.0, 1e9), (1e-7, 1e7)):
+        link = {"latency": latency, "bandwidth": bandwidth}
+        (tmp_path / "links.json").write_text(json.dumps({"links": {"inside": link, "between": link}}))
+        code, out, _ = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
+        assert code == 0
+        assert f"(measured, {tmp_path}/links.json)" in out
+        grids[latency] = line_of(out, "grid").partition(":")[0]
+    assert grids[10.0] == "64 × 1 × 1"  # the fewest collectives
+    assert grids[1e-7] != grids[10.0]
+    for text in ("{}", "no json", '{"links": {"inside": {"latency": 1, "bandwidth": 0}, "between": {}}}'):
+        (tmp_path / "links.json").write_text(text)
+        code, _, err = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
+        assert (code, "is not a file of dkd launch-check --json" in err) == (2, True), err
+    code, _, err = planned(capsys, *sixty_four, "train.links=no/such.json")
+    assert (code, err) == (2, "dkd: train.links: 'no/such.json' cannot be read: No such file or directory\n")
+
+
+def test_a_memory_that_no_grid_fits_into_is_refused_with_both_numbers(capsys):
+    code, _, err = planned(capsys, "--nodes", "64", "train.global_batch=32768", "losses.sp.memory=0.001")
+    assert code == 2
+    assert re.search(r"losses.sp.memory: .* needs 0.\d+ GB a rank, the least of all, and 0.001 GB are allowed", err)
+
+
+def test_every_loss_of_relations_has_its_lines(capsys):
+    pairs = "pairs: [[layer4, layer4]]"
+    losses = [
+        f"losses.pkt={{preset: repdistiller, {pairs}}}",
+        f"losses.cc={{weight: 1, {pairs}}}",
+        f"losses.cka={{weight: 1, {pairs}}}",
+        f"losses.rkd={{preset: repdistiller, angle: 0, {pairs}}}",
+        "losses.dist={preset: imagenet}",
+    ]
+    code, out, _ = planned(capsys, *losses)
+    assert code == 0
+    for name in ("sp", "pkt", "cc", "cka", "rkd_distance"):
+        assert line_of(out, name).startswith("relations of 256 samples, 32 on each of 8 ranks, once a step"), name
+    assert "pkt         layer4 512×7×7  ←  layer4 512×7×7   weight·B/reference_batch = 30000 · 256 / 64 = 120000" in out
+    assert "cc          layer4 512×7×7  ←  layer4 512×7×7   CC 1" in out
 
 
 @pytest.mark.parametrize(
@@ -90,11 +135,13 @@ def test_accumulation_scopes_and_fixed_strategies(capsys):
     ]
     _, out, _ = planned(capsys, *arguments)
     assert "4,096 = 64 × 16 ranks × 4 micro-steps" in out
-    assert "Gram matrices of 2,048 rows, 256 on each of 8 ranks, once a step" in out
-    assert "strategy    gather: the recipe asks for it" in out
-    assert "(twice, for SP over micro-steps)" in out
+    assert "relations of 2,048 samples, 256 on each of 8 ranks, once a step" in out
+    assert line_of(out, "grid").startswith("8 × 1 × 1: ")
+    assert "the recipe asks for it" in line_of(out, "grid")
+    assert line_of(out, "gather") == "this grid"
+    assert "(twice, for relations over micro-steps)" in out
     _, out, _ = planned(capsys, *arguments, "losses.sp.batch=micro")
-    assert "Gram matrices of 512 rows, 64 on each of 8 ranks, 4 times a step" in out
+    assert "relations of 512 samples, 64 on each of 8 ranks, 4 times a step" in out
     assert "twice" not in out
     _, out, _ = planned(capsys, "losses.sp.scope=local")
     assert "a rank's own samples only: nothing moves" in out
@@ -138,6 +185,14 @@ def test_a_check_builds_a_model_once_for_all_its_taps(monkeypatch):
         (
             ["--nodes", "3"],
             "dkd: train.global_batch: train.global_batch=256 is not a multiple of 240 = micro_batch 10 × 24 processes",
+        ),
+        (
+            ["losses.sp.grid=[2, 1, 2]"],
+            "dkd: losses.sp.grid: grid=[2, 1, 2] is for 4 ranks, and 8 ranks share a batch here",
+        ),
+        (
+            ["--nodes", "64", "train.global_batch=4096", "losses.rkd={preset: paper, pairs: [[layer4, layer4]]}"],
+            "dkd: losses.rkd.scope: RKD's angles are counted in B³, and B = 4,096 samples are above 2,048",
         ),
         (["losses.sp.scope=3"], "dkd: losses.sp.scope: scope=3: groups of 3 ranks do not divide 8 ranks"),
         (

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dkd import console
 from dkd.commands.launch_check.facts import collect_facts, compare
 from dkd.commands.launch_check.findings import Findings
-from dkd.commands.launch_check.trials import compare_speed, try_collectives, try_run_dir
+from dkd.commands.launch_check.trials import compare_speed, measure_links, try_collectives, try_run_dir
 from dkd.config import Recipe, RecipeError
 from dkd.distributed import process_group
 from dkd.distributed.rendezvous import Refused, RendezvousError
@@ -28,7 +28,9 @@ from dkd.preflight.completion import complete
 from dkd.text import first_line
 
 
-def check_launch(recipe: Recipe | None, launch: Launch, seconds: float = 50.0) -> Findings:
+def check_launch(
+    recipe: Recipe | None, launch: Launch, seconds: float = 50.0, measures_links: bool = False
+) -> Findings:
     """Open the process group and try it. A collective.
 
     Args:
@@ -36,6 +38,7 @@ def check_launch(recipe: Recipe | None, launch: Launch, seconds: float = 50.0) -
         recipe: the recipe to train; its hash, the files of its data and the place of its run are compared. None: none
             of these is compared.
         seconds: after this time, the process prints what it was doing and ends with exit code 1.
+        measures_links: whether the speeds of links are measured, too.
 
     Raises:
         RecipeError: something is wrong with the recipe or the engine, on this rank or another.
@@ -63,6 +66,9 @@ def check_launch(recipe: Recipe | None, launch: Launch, seconds: float = 50.0) -
         if world_size > 1 and not found.problems:
             limit.phase = "trying all-reduce and all-to-all"
             try_collectives(rank, world_size, device, found)
+            if measures_links and not found.problems:
+                limit.phase = "measuring the speeds of links"
+                found.links = measure_links(launch.local_world_size, device, found)
         limit.phase = "comparing how fast ranks compute"
         compare_speed(device, facts, found)
         return found

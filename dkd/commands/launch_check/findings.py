@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dkd.global_batch import Links
+
 Facts = Sequence[Mapping[str, Any]]
 """One mapping for each rank, in the order of ranks."""
 
@@ -23,6 +25,8 @@ class Findings:
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    links: Links | None = None
+    """The speeds between ranks, where they were measured."""
 
 
 def name_ranks(ranks: Sequence[int], facts: Facts) -> str:

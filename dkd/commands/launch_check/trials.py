@@ -5,6 +5,7 @@ Every function here is a collective: all ranks call it.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 import uuid
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from dkd import atomic_files
 from dkd.commands.launch_check.findings import Facts, Findings, name_ranks
+from dkd.global_batch import Link, Links
 from dkd.global_batch.collectives import all_gather_objects
 
 _TRIAL_SECONDS = 2.0  # that the measurement of one collective takes, about
@@ -87,6 +89,52 @@ def try_collectives(rank: int, world_size: int, device: torch.device, found: Fin
             f"{name}  {size / 2**20:.0f} MB in {seconds * 1000:.1f} ms: each rank sends and receives "
             f"{moved * size / seconds / 1e9:.2f} GB/s"
         )
+
+
+def measure_links(local_world_size: int, device: torch.device, found: Findings) -> Links | None:
+    """Measure how fast ranks reach each other inside a machine and between machines, and report it.
+
+    Args:
+        local_world_size: ranks on each machine.
+        device: of this rank.
+        found: receives the lines.
+
+    Returns:
+        None where machines have different numbers of ranks. On one machine, both links are those inside it; with one
+        rank on each machine, both are those between them.
+    """
+    world = dist.get_world_size()
+    if len(set(all_gather_objects(local_world_size))) > 1 or world % local_world_size:
+        found.warnings.append("the speeds of links are not measured: machines have different numbers of ranks")
+        return None
+    links: dict[str, Link] = {}
+    if local_world_size > 1:
+        machines = [list(range(first, first + local_world_size)) for first in range(0, world, local_world_size)]
+        groups = [dist.new_group(ranks) for ranks in machines]
+        own = groups[dist.get_rank() // local_world_size]
+        assert isinstance(own, dist.ProcessGroup)
+        links["inside"] = _measure_link(own, local_world_size, 1, device)
+    if world > local_world_size:
+        links["between"] = _measure_link(None, world, local_world_size, device)
+    whole = Links(*(links.get(name) or next(iter(links.values())) for name in Links._fields))
+    for name, link in links.items():
+        found.lines.append(
+            f"links       {name}: {link.bandwidth / 1e9:.2f} GB/s a rank, {link.latency * 1e6:.0f} µs to start"
+        )
+    return whole
+
+
+def _measure_link(group: dist.ProcessGroup | None, ranks: int, near: int, device: torch.device) -> Link:
+    """Return the speed of an all-to-all as the slowest rank sees it, of what comes from further than `near` ranks."""
+
+    def collective(message: torch.Tensor) -> None:
+        dist.all_to_all_single(torch.empty_like(message), message, group=group)
+
+    small = torch.zeros(ranks, device=device)
+    collective(small)
+    latency = sorted(_time_slowest(collective, small) for _ in range(9))[4] * 2 / (1 + math.log2(ranks))
+    size, seconds = _measure(collective, ranks, device)
+    return Link(latency, size * (ranks - near) / ranks / max(seconds - latency, 1e-9))
 
 
 def _all_reduce(message: torch.Tensor) -> None:

@@ -5,19 +5,24 @@ Models are built on meta tensors: a plan needs no data, no weights, no process g
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from dkd.build.links import read_links
 from dkd.build.models import pairs as loss_pairs
 from dkd.build.models import student_spec, teacher_spec
-from dkd.build.objective import comm_dtype, custom_loss
+from dkd.build.objective import custom_loss, relational_losses
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps
+from dkd.config.losses import ComparingSection, RelationsSection
 from dkd.engines.arithmetic import Arithmetic
-from dkd.global_batch import GramTensor, cheapest_strategies, ranks_per_group, received_bytes
-from dkd.global_batch.cost import MemoryUse, collectives, held, received
-from dkd.models import ModelCost, model_cost, output_shapes, tap_dtypes
+from dkd.errors import InputError
+from dkd.global_batch import GramTensor, Grid, Links, Work, ranks_per_group, received_bytes
+from dkd.global_batch.cost import DEFAULT_LINKS, MemoryUse, choose, held, moves, seconds, syrk_bound
+from dkd.models import ModelCost, ModelSpec, model_cost, output_shapes, tap_dtypes
 from dkd.preflight import hardware
 from dkd.preflight.data import image_pipeline
 from dkd.preflight.launch import batch_problems
@@ -25,76 +30,68 @@ from dkd.preflight.models import model_problems
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """One tap whose Gram rows SP needs.
+class PlannedRelations:
+    """A loss of relations between samples, on one rank and in one optimizer step.
 
     Args:
-        role: "student" or "teacher".
-        path: the tap's module.
-        tensor: the size and type of its features.
-        strategy: the strategy that moves its features, "gather" or "exchange".
+        key: of the loss below `losses`.
+        title: of the loss in reports.
+        taps: (model, path) of each tensor: the student's, then the teacher's, in the order of the recipe's pairs.
+        work: what is compared on the ranks that share a batch.
+        times: comparisons in a step.
+        grid: the grid by which ranks share the work.
+        asked: whether the recipe asks for that grid; else it was chosen.
+        links: the speeds of the launch.
+        local_world_size: processes on a machine.
     """
 
-    role: str
-    path: str
-    tensor: GramTensor
-    strategy: str
-
-
-@dataclass(frozen=True)
-class PlannedGram:
-    """The Gram matrices of SP, on one rank and in one optimizer step.
-
-    The methods take a strategy for all tensors; None means the planned strategy of each tensor.
-
-    Args:
-        ranks: number of ranks that share a Gram matrix.
-        rows: rows of a Gram matrix that one rank holds.
-        times: Gram matrices of each pair in a step.
-        tensors: the student's taps, then the teacher's, in the order of the recipe's pairs.
-        strategy: the recipe's losses.sp.strategy.
-    """
-
-    ranks: int
-    rows: int
+    key: str
+    title: str
+    taps: tuple[tuple[str, str], ...]
+    work: Work
     times: int
-    tensors: tuple[PlannedTensor, ...]
-    strategy: str
+    grid: Grid
+    asked: bool
+    links: Links
+    local_world_size: int
+
+    def elements(self, grid: Grid) -> int:
+        """Return the number of elements that a rank receives in a step."""
+        return self.times * sum(move.elements for move in moves(self.work, grid))
+
+    def bytes(self, grid: Grid) -> int:
+        """Return the number of bytes that a rank receives in a step."""
+        return self.times * received_bytes(self.work, grid)
+
+    def collectives(self, grid: Grid) -> int:
+        """Return the number of collectives that a rank joins in a step."""
+        return self.times * len(moves(self.work, grid))
+
+    def seconds(self, grid: Grid) -> float:
+        """Return the seconds that these collectives are expected to take."""
+        return self.times * seconds(self.work, grid, self.links, self.local_world_size)
+
+    def memory(self, grid: Grid) -> MemoryUse:
+        """Return the most bytes that a rank holds at once."""
+        return held(self.work, grid)
 
     @property
-    def batch(self) -> int:
-        """Return the number of rows of a Gram matrix."""
-        return self.rows * self.ranks
+    def bound(self) -> float:
+        """Return the elements that some rank must receive at least for the products of both models, on any grid."""
+        work = self.work
+        return self.times * sum(syrk_bound(t.width, work.batch, work.world_size) for t in work.tensors)
 
-    def strategies(self, strategy: str | None = None) -> list[str]:
-        """Return the strategy of each tensor."""
-        return [strategy or planned.strategy for planned in self.tensors]
-
-    def elements(self, strategy: str | None = None) -> int:
-        """Return the number of elements that a rank receives in a step."""
-        pairs = zip(self.strategies(strategy), self.tensors, strict=True)
-        return self.times * sum(received(s, t.tensor, self.rows, self.ranks).elements for s, t in pairs)
-
-    def bytes(self, strategy: str | None = None) -> int:
-        """Return the number of bytes that a rank receives in a step."""
-        pairs = zip(self.strategies(strategy), self.tensors, strict=True)
-        return self.times * sum(received_bytes(s, t.tensor, self.rows, self.ranks) for s, t in pairs)
-
-    def collectives(self, strategy: str | None = None) -> int:
-        """Return the number of collectives that a rank joins in a step."""
-        if self.ranks == 1:
-            return 0
-        return self.times * collectives(self.strategies(strategy), [t.tensor for t in self.tensors])
-
-    def memory(self, strategy: str | None = None) -> MemoryUse:
-        """Return the most bytes that a rank holds at once."""
-        return held(self.strategies(strategy), [t.tensor for t in self.tensors], self.rows, self.ranks)
+    @property
+    def forward_elements(self) -> int:
+        """Return the elements that a rank receives for these products on the planned grid."""
+        found = [move.elements for move in moves(self.work, self.grid) if move.what in ("features", "products")]
+        return self.times * sum(found)
 
     @property
     def operations(self) -> int:
-        """Return the floating-point operations of a rank in a step, which are the same for both strategies."""
-        widths = sum(t.tensor.width * (1 + t.tensor.backward) for t in self.tensors)
-        return self.times * 2 * self.rows * self.batch * widths
+        """Return the floating-point operations of a rank in a step, which are the same for all grids."""
+        widths = sum(t.width * (1 + t.backward) for t in self.work.tensors)
+        return self.times * 2 * self.work.rows * self.work.batch * widths
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Plan:
         gpus_per_node: GPUs of each machine, with one process for each GPU.
         image_size: pixels, the side of the student's input.
         student, teacher: parameters, bytes and floating-point operations of each model.
-        gram: the Gram matrices of SP; None without SP.
+        relations: the losses of relations between samples.
     """
 
     recipe: Recipe
@@ -115,7 +112,9 @@ class Plan:
     image_size: int
     student: ModelCost
     teacher: ModelCost | None
-    gram: PlannedGram | None
+    relations: tuple[PlannedRelations, ...]
+    links: str
+    """Where the speeds of links are from, in words."""
     assumed: str = ""
     """Assumption about the GPUs when train.precision is auto, as the end of a sentence; else empty."""
 
@@ -134,12 +133,17 @@ class Plan:
         """Return the number of micro-steps in an optimizer step."""
         return micro_steps(self.recipe, self.world_size)
 
+    def compared_samples(self, section: ComparingSection) -> int:
+        """Return the samples that a loss compares with each other."""
+        ranks = ranks_per_group(section.scope, self.world_size, self.gpus_per_node)
+        return ranks * self.micro_batch * (self.micro_steps if section.batch == "step" else 1)
+
     @property
     def two_passes(self) -> bool:
         """Return whether every image passes through the student's forward twice, as a relational loss over micro-steps
         needs."""
         losses = self.recipe.losses
-        relational = (losses.sp is not None and losses.sp.batch == "step") or any(
+        relational = any(section.batch == "step" for _, section in losses.compared) or any(
             getattr(custom_loss(custom), "relational", False) for custom in losses.custom
         )
         return relational and self.micro_steps > 1
@@ -182,45 +186,81 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
             needs_logits,
             training=False,
         )
-    gram = _plan_gram(recipe, world_size, gpus_per_node, size, device_type) if recipe.losses.sp else None
-    return Plan(recipe, nodes, gpus_per_node, size, student, teacher, gram, assumed)
+    measured = read_links(recipe)
+    links = measured or DEFAULT_LINKS[device_type]
+    cluster = Cluster(world_size, gpus_per_node, device_type, links)
+    relations = [
+        planned
+        for key, section in recipe.losses.compared
+        if isinstance(section, RelationsSection)
+        for planned in _plan_relations(recipe, key, section, cluster, size)
+    ]
+    where = f"measured, {recipe.train.links}" if measured else "assumed; dkd launch-check --json measures them"
+    return Plan(recipe, nodes, gpus_per_node, size, student, teacher, tuple(relations), where, assumed)
 
 
-def _plan_gram(recipe: Recipe, world_size: int, gpus_per_node: int, image_size: int, device_type: str) -> PlannedGram:
-    """Return the Gram matrices of a recipe with SP."""
-    sp = recipe.losses.sp
-    assert sp is not None
-    ranks = ranks_per_group(sp.scope, world_size, gpus_per_node)
-    steps = micro_steps(recipe, world_size)
-    per_step = sp.batch == "step"
-    rows = micro_batch(recipe, world_size) * (steps if per_step else 1)
-    names = [("student", s) for s, _ in sp.paths] + [("teacher", t) for _, t in sp.paths]
-    tensors = _gram_tensors(recipe, image_size, device_type)
-    chosen = cheapest_strategies(tensors, rows, ranks) if sp.strategy == "auto" else (sp.strategy,) * len(tensors)
-    planned = tuple(PlannedTensor(role, path, t, c) for (role, path), t, c in zip(names, tensors, chosen, strict=True))
-    return PlannedGram(ranks, rows, 1 if per_step else steps, planned, sp.strategy)
+class Cluster(NamedTuple):
+    """Hold the processes of a launch: in all, and on a machine; the type of their devices; and their links."""
+
+    world_size: int
+    local_world_size: int
+    device_type: str
+    links: Links
 
 
-def _gram_tensors(recipe: Recipe, image_size: int, device_type: str) -> list[GramTensor]:
-    """Return the sizes and types of the features that SP compares: the student's, then the teacher's."""
-    sp = recipe.losses.sp
-    assert sp is not None
+def _plan_relations(
+    recipe: Recipe, key: str, section: RelationsSection, cluster: Cluster, image_size: int
+) -> list[PlannedRelations]:
+    """Return the plan of each loss of a section. Raises RecipeError: no grid fits into the memory that is allowed."""
+    ranks = ranks_per_group(section.scope, cluster.world_size, cluster.local_world_size)
+    steps = micro_steps(recipe, cluster.world_size)
+    per_step = section.batch == "step"
+    rows = micro_batch(recipe, cluster.world_size) * (steps if per_step else 1)
+    taps = [("student", s) for s, _ in section.paths] + [("teacher", t) for _, t in section.paths]
+    tensors = _compared_tensors(recipe, section, image_size, cluster.device_type)
+    found = []
+    for suffix, loss in relational_losses(section).items():
+        work = Work(tuple(tensors), rows, ranks, loss.sums())
+        local = min(cluster.local_world_size, ranks)
+        asked = loss.grid.asked(ranks)
+        memory = math.inf if section.memory is None else section.memory * 1e9
+        try:
+            grid = asked or choose(work, cluster.links, local, memory, f"losses.{key}")
+        except InputError as error:
+            raise RecipeError.at(f"losses.{key}.memory", str(error)) from error
+        planned = PlannedRelations(
+            key + suffix, section.title, tuple(taps), work, 1 if per_step else steps, grid, asked is not None,
+            cluster.links, local,
+        )  # fmt: skip
+        found.append(planned)
+    return found
+
+
+def _compared_tensors(recipe: Recipe, section: RelationsSection, image_size: int, device_type: str) -> list[GramTensor]:
+    """Return the sizes and types of the features that a loss compares: the student's, then the teacher's."""
     assert recipe.teacher is not None
-    spec, taps = student_spec(recipe), [s for s, _ in sp.paths]
-    of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in sp.paths]
+    spec, taps = student_spec(recipe), [s for s, _ in section.paths]
+    of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in section.paths]
     teacher_size = recipe.teacher.input_size or image_size
-    shapes = output_shapes(spec, taps, image_size)[1]
-    teacher_shapes = output_shapes(of_teacher, teacher_taps, teacher_size)[1]
     arithmetic = Arithmetic.of(recipe)
-    full, autocast = arithmetic.dtype, arithmetic.autocast
-    dtypes = dict.fromkeys(taps, full)  # the trainer converts the student's features before the losses get them
-    teacher_dtypes = dict.fromkeys(teacher_taps, full)
-    if autocast:
-        teacher_dtypes = tap_dtypes(of_teacher, teacher_taps, teacher_size, autocast, device_type)
-    rounded = comm_dtype(recipe)
+    full = arithmetic.dtype
+    rounded = torch.bfloat16 if section.comm_dtype == "bf16" else None
 
-    def tensor(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> GramTensor:
-        return GramTensor(torch.Size(shape).numel(), backward, (rounded or dtype).itemsize, full.itemsize)
+    def tensors(model: ModelSpec, paths: list[str], size: int, backward: bool) -> list[GramTensor]:
+        shapes = output_shapes(model, paths, size)[1]
+        types = dict.fromkeys(paths, full)
+        if arithmetic.autocast:
+            types = tap_dtypes(model, paths, size, arithmetic.autocast, device_type)
+        return [
+            # The student's gradient comes in full precision, since its features are promoted before the losses.
+            GramTensor(
+                torch.Size(shapes[path]).numel(),
+                backward,
+                (rounded or types[path]).itemsize,
+                full.itemsize,
+                (rounded or full).itemsize if backward else 0,
+            )
+            for path in paths
+        ]
 
-    tensors = [tensor(shapes[s], dtypes[s], True) for s in taps]
-    return tensors + [tensor(teacher_shapes[t], teacher_dtypes[t], False) for t in teacher_taps]
+    return [*tensors(spec, taps, image_size, True), *tensors(of_teacher, teacher_taps, teacher_size, False)]

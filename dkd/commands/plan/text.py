@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dkd.commands.plan.plan import Plan, PlannedGram, PlannedTensor
+from dkd.commands.plan.plan import Plan, PlannedRelations
 from dkd.commands.tap_table import tap_table
-from dkd.global_batch import STRATEGIES
+from dkd.global_batch import STRATEGIES, Grid, Link, corner
 from dkd.models import ModelCost
 
 
@@ -28,9 +28,11 @@ def describe(planned: Plan) -> str:
     lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
     shares = [name for name, section in recipe.losses.named() if section.of_samples]
     lines.append((", ".join(shares), "means over samples: no features move"))
-    if planned.gram is not None:
-        lines += _gram_lines(planned, planned.gram)
-    taps = tap_table(recipe, planned.image_size, planned.gram.batch if planned.gram is not None else 0)
+    for relations in planned.relations:
+        lines += _relations_lines(relations)
+    if planned.relations:
+        lines += _shared_lines(planned)
+    taps = tap_table(recipe, planned.image_size, lambda section: planned.compared_samples(section))
     if taps:
         lines += [("taps", "student  ←  teacher, and the weight of one sample"), *taps]
     return "\n".join(f"{name:<11} {text}".rstrip() for name, text in lines)
@@ -45,75 +47,80 @@ def _teacher_memory(planned: Plan, teacher: ModelCost, number: str, number_bytes
     )
 
 
-def _gram_lines(planned: Plan, gram: PlannedGram) -> list[tuple[str, str]]:
-    """Return the lines about SP: matrices, pairs, movement, memory and work."""
-    times = "once a step" if gram.times == 1 else f"{gram.times} times a step"
-    lines = [("sp", f"Gram matrices of {gram.batch:,} rows, {gram.rows:,} on each of {gram.ranks} ranks, {times}")]
-    half = len(gram.tensors) // 2
-    for student, teacher in zip(gram.tensors[:half], gram.tensors[half:], strict=True):
-        lines.append(("pair", f"{_tap(student)}  ←  {_tap(teacher)}"))
-    if gram.ranks == 1:
-        memory = _bytes(gram.memory().gram)
-        lines.append(("", f"a rank's own samples only: nothing moves; holds {memory} of Gram matrices"))
-    else:
-        lines += _movement_lines(gram)
-        if planned.recipe.losses.sp is not None and planned.recipe.losses.sp.floor > 0:
-            floor = f"one more collective {times}, of one number a tensor: the mean norm of the rows (losses.sp.floor)"
-            lines.append(("floor", floor))
-    if planned.two_passes:
-        kept = _bytes(sum(gram.rows * t.tensor.width * t.tensor.feature_bytes for t in gram.tensors))
-        lines.append(("", f"between the two passes the features of {planned.micro_steps} micro-steps are kept: {kept}"))
-    return [*lines, ("work", _work_shares(planned, gram))]
-
-
-def _movement_lines(gram: PlannedGram) -> list[tuple[str, str]]:
-    """Return the lines about what each strategy moves, and about the choice between the strategies."""
-    names = list(dict.fromkeys(gram.strategies()))
-    return [
-        *((strategy, _movement(gram, strategy)) for strategy in STRATEGIES),
-        *([("both", _movement(gram, None))] if len(names) > 1 else []),
-        ("strategy", f"{' and '.join(names)}: {_reason(gram, names)}"),
-    ]
-
-
-def _work_shares(planned: Plan, gram: PlannedGram) -> str:
-    work = _step_work(planned)
-    twice = " (twice, for SP over micro-steps)" if planned.two_passes else ""
-    return (
-        f"of a rank's step: SP {_share(gram.operations, work)}, teacher {_share(work['teacher'], work)}, student "
-        f"forward {_share(work['forward'], work)}{twice}, backward {_share(work['backward'], work)}"
-    )
-
-
-def _movement(gram: PlannedGram, strategy: str | None) -> str:
-    memory = gram.memory(strategy)
-    return (
-        f"receives {gram.elements(strategy):,} elements, {_bytes(gram.bytes(strategy))} a rank and step, in "
-        f"{gram.collectives(strategy)} collectives; holds {_bytes(memory.features)} of features, {_bytes(memory.gram)} "
-        "of Gram matrices"
-    )
-
-
-def _reason(gram: PlannedGram, names: list[str]) -> str:
-    """Return why the strategies in `names` were chosen."""
-    if gram.strategy != "auto":
-        return "the recipe asks for it"
-    if len(names) > 1:
-        return "for each tap the one that moves less: " + ", ".join(
-            f"{t.role} {t.path} by {t.strategy}" for t in gram.tensors
+def _relations_lines(relations: PlannedRelations) -> list[tuple[str, str]]:
+    """Return the lines about one loss: what it compares, and what moves."""
+    work, grid = relations.work, relations.grid
+    times = "once a step" if relations.times == 1 else f"{relations.times} times a step"
+    who = f"{work.rows:,} on each of {work.world_size} ranks" if work.world_size > 1 else "on each rank alone"
+    lines = [(relations.key, f"relations of {work.batch:,} samples, {who}, {times}")]
+    for number in range(work.pairs):
+        student, teacher = (_tap(relations, number + offset) for offset in (0, work.pairs))
+        lines.append(("pair", f"{student}  ←  {teacher}"))
+    if work.world_size == 1:
+        memory = _bytes(relations.memory(grid).gram)
+        return [*lines, ("", f"a rank's own samples only: nothing moves; holds {memory} of relations")]
+    reason = "the recipe asks for it" if relations.asked else "the least expected time of the grids that fit"
+    lines.append(("grid", f"{grid.name}: {_movement(relations, grid)}; {reason}"))
+    for strategy in STRATEGIES:
+        other = corner(strategy, work.world_size)
+        lines.append((strategy, "this grid" if other == grid else f"{other.name}: {_movement(relations, other)}"))
+    if relations.bound > 0:
+        times_more = relations.forward_elements / relations.bound
+        lines.append(
+            (
+                "bound",
+                f"the products alone: at least {relations.bound:,.0f} elements on any grid, and "
+                f"{relations.forward_elements:,} on this one, {times_more:.2g} times as many",
+            )
         )
-    other = STRATEGIES[1 - STRATEGIES.index(names[0])]
-    ratio = gram.bytes(other) / max(gram.bytes(), 1)
-    if ratio >= 1:
-        return f"it moves {ratio:.1f} times less than {other}"
-    return f"it moves {1 / ratio:.1f} times more than {other}, which takes more collectives than that saves"
+    return lines
+
+
+def _shared_lines(planned: Plan) -> list[tuple[str, str]]:
+    """Return the lines about all losses of relations."""
+    lines = []
+    first = planned.relations[0]
+    if any(relations.work.world_size > 1 for relations in planned.relations):
+        inside, between = (_link(link) for link in first.links)
+        lines.append(("links", f"inside a machine {inside}, between machines {between} ({planned.links})"))
+    if planned.two_passes:
+        tensors = {tap: tensor for r in planned.relations for tap, tensor in zip(r.taps, r.work.tensors, strict=True)}
+        kept = _bytes(sum(first.work.rows * tensor.width * tensor.gram_bytes for tensor in tensors.values()))
+        lines.append(("", f"between the two passes the features of {planned.micro_steps} micro-steps are kept: {kept}"))
+    return [*lines, ("work", _work_shares(planned))]
+
+
+def _link(link: Link) -> str:
+    return f"{link.bandwidth / 1e9:.3g} GB/s and {link.latency * 1e6:.3g} µs"
+
+
+def _work_shares(planned: Plan) -> str:
+    work = _step_work(planned)
+    twice = " (twice, for relations over micro-steps)" if planned.two_passes else ""
+    return (
+        f"of a rank's step: relations {_share(work['relations'], work)}, teacher {_share(work['teacher'], work)}, "
+        f"student forward {_share(work['forward'], work)}{twice}, backward {_share(work['backward'], work)}"
+    )
+
+
+def _movement(relations: PlannedRelations, grid: Grid) -> str:
+    memory = relations.memory(grid)
+    return (
+        f"receives {relations.elements(grid):,} elements, {_bytes(relations.bytes(grid))} a rank and step, in "
+        f"{relations.collectives(grid)} collectives, about {_milliseconds(relations.seconds(grid))}; holds "
+        f"{_bytes(memory.features)} of features, {_bytes(memory.gram)} of relations"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _step_work(planned: Plan) -> dict[str, int]:
     """Return the floating-point operations of one rank in one step, by part."""
     images = planned.micro_batch * planned.micro_steps
     return {
-        "sp": planned.gram.operations if planned.gram else 0,
+        "relations": sum(relations.operations for relations in planned.relations),
         "teacher": images * planned.teacher.forward if planned.teacher else 0,
         "forward": images * planned.student.forward * (2 if planned.two_passes else 1),
         "backward": images * planned.student.backward,
@@ -131,8 +138,9 @@ def _model_work(cost: ModelCost, training: bool) -> str:
     return f"{cost.forward / 1e9:.3g} GFLOP an image forward{backward}"
 
 
-def _tap(planned: PlannedTensor) -> str:
-    return f"{planned.role} {planned.path}, d = {planned.tensor.width:,}, {planned.tensor.feature_bytes} bytes each"
+def _tap(relations: PlannedRelations, number: int) -> str:
+    (role, path), tensor = relations.taps[number], relations.work.tensors[number]
+    return f"{role} {path}, d = {tensor.width:,}, {tensor.feature_bytes} bytes each"
 
 
 def _bytes(number: int) -> str:

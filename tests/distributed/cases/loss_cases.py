@@ -7,23 +7,37 @@ import os
 import pickle
 from unittest import mock
 
+import plain_relations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from plain_relations import sp as plain_sp
 
-from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+from dkd import (
+    CKA,
+    DIST,
+    PKT,
+    AttentionTransfer,
+    CorrelationCongruence,
+    CrossEntropy,
+    RKDAngle,
+    RKDDistance,
+    SimilarityPreserving,
+    SoftTargets,
+)
 from dkd.commands.loss_trial import LossTrial, measure, measure_alone
 from dkd.distillation import DistillationStep, LabelTerm, Objective
 from dkd.global_batch import (
     BatchLayout,
     BatchMismatchError,
     GramTensor,
-    cheapest_strategies,
+    Work,
+    all_grids,
     collectives,
+    corner,
     gather_rows,
-    received_bytes,
 )
-from dkd.global_batch.cost import collectives as number_of_collectives
+from dkd.global_batch.cost import moves
 
 CLASS_WEIGHTS = [0.2, 3.0, 1.0, 0.0, 7.0]
 
@@ -37,16 +51,6 @@ def plain_at(s, t):
         return F.normalize(a.pow(2).mean(1).flatten(1))
 
     return (q(s) - q(t)).pow(2).mean()
-
-
-def plain_sp(s, t, floor=0.0):
-    def g(a):
-        a = a.flatten(1)
-        rows = a @ a.T
-        norms = rows.norm(dim=1, keepdim=True)
-        return rows / norms.clamp_min(max(floor * norms.mean().item(), 1e-12))
-
-    return (g(s) - g(t)).pow(2).sum() / len(s) ** 2
 
 
 def plain_kd(s, t):
@@ -165,6 +169,48 @@ def gradient_errors(uneven):
     return errors
 
 
+# The losses of relations, for a grid, and the plain formula of each.
+RELATIONS = {
+    "sp": (lambda grid: SimilarityPreserving(grid=grid, floor=0.5), lambda s, t: plain_sp(s, t, 0.5)),
+    "pkt": (lambda grid: PKT(0.5, grid=grid), lambda s, t: plain_relations.pkt(s, t, 0.5)),
+    "cc": (lambda grid: CorrelationCongruence(floor=0, grid=grid), plain_relations.cc),
+    "cka": (lambda grid: CKA(grid=grid), plain_relations.cka),
+    "rkd distance": (lambda grid: RKDDistance(grid=grid), plain_relations.rkd_distance),
+    "rkd angle": (lambda grid: RKDAngle(), plain_relations.rkd_angle),
+    "dist": (lambda grid: DIST(tau=2.0), lambda s, t: plain_relations.dist(s, t, tau=2.0)),
+}
+
+
+def relations_on_every_grid(folder):
+    """Relative errors of value and gradient of each loss of relations, by loss and grid, on even and uneven batches;
+    and of a call whose teacher's half was begun before."""
+    rank, size = world()
+    errors = {}
+    for counts in ([3] * size, [4 + r * 2 % 5 for r in range(size)]):
+        g = torch.Generator().manual_seed(5)
+        students, teachers = (torch.randn(sum(counts), 9, generator=g, dtype=torch.float64) for _ in range(2))
+        students[0] *= 0.1
+        mine, layout = rows_of(counts, rank), BatchLayout(tuple(counts), rank)
+        for name, (make, plain) in RELATIONS.items():
+            whole = students.clone().requires_grad_()
+            wanted = plain(whole, teachers)
+            wanted.backward()
+            for grid in all_grids(size):
+                loss = make(grid)
+                for begins in (False, True):
+                    leaf, teacher = students[mine].clone().requires_grad_(), teachers[mine]
+                    begun = loss.begin(teacher, layout) if begins and hasattr(loss, "begin") else None
+                    value = loss(leaf, begun or teacher, layout=layout)
+                    value.backward()
+                    mean, wants = value.detach() / size, whole.grad[mine]
+                    if size > 1:
+                        dist.all_reduce(mean)
+                    gradient = ((leaf.grad / size - wants).norm() / wants.norm()).item()
+                    key = f"{name} {grid.name} {counts} {'begun' if begins else ''}"
+                    errors[key] = [abs(mean / wanted.detach() - 1).item(), gradient]
+    return errors
+
+
 def losses_on_even_batches(folder):
     return gradient_errors(uneven=False)
 
@@ -247,17 +293,18 @@ def received_bytes_of_every_strategy(folder):
             (torch.bfloat16, None),
             (torch.float32, torch.bfloat16),
         ):
-            tensors = [GramTensor(w, backward, (comm_dtype or dtype).itemsize, 8 if dtype == torch.float64 else 4)
+            tensors = [GramTensor(w, backward, (comm_dtype or dtype).itemsize, 8 if dtype == torch.float64 else 4,
+                                  comm_dtype.itemsize if comm_dtype else 0)
                        for backward in (True, False) for w in (pair[not backward] for pair in widths)]  # fmt: skip
-            for strategy in ("gather", "exchange", "auto"):
+            for strategy in ("gather", "exchange"):
                 students = [torch.randn(rows, s).to(dtype).requires_grad_() for s, _ in widths]
                 teachers = [torch.randn(rows, t).to(dtype) for _, t in widths]
                 sp = SimilarityPreserving(strategy=strategy, comm_dtype=comm_dtype)
                 with collectives.count_received() as counted:
                     sp(students, teachers, layout=BatchLayout.even(rows)).backward()
-                names = cheapest_strategies(tensors, rows, size) if strategy == "auto" else (strategy,) * len(tensors)
-                formula = sum(received_bytes(s, t, rows, size) for s, t in zip(names, tensors, strict=True))
-                cases.append([counted.bytes, counted.collectives, formula, number_of_collectives(names, tensors)])
+                expected = moves(Work(tensors, rows, size), corner(strategy, size))
+                formula = sum(move.bytes for move in expected)
+                cases.append([counted.bytes, counted.collectives, formula, len(expected)])
     return cases
 
 
@@ -321,6 +368,10 @@ def losses_that_differ_end_all_ranks(folder):
         "weights": lambda: SimilarityPreserving(weights=[2.0 if last else 1.0])(maps, maps),
         "strategies": lambda: SimilarityPreserving(strategy="exchange" if last else "gather")(maps, maps),
         "scopes": lambda: SimilarityPreserving(scope="local" if last else "global")(maps, maps),
+        "grids": lambda: SimilarityPreserving(grid=[1, size, 1] if last else [size, 1, 1])(maps, maps),
+        "kernels": lambda: CorrelationCongruence(gamma=0.5 if last else 0.4)(maps, maps),
+        "temperatures of DIST": lambda: DIST(tau=2.0 if last else 1.0)(logits, logits),
+        "types between ranks": lambda: PKT(comm_dtype=torch.bfloat16 if last else None)(maps, maps),
         "floors": lambda: SimilarityPreserving(floor=0.0 if last else 0.01)(maps, maps),
         "reductions": lambda: AttentionTransfer(reduction="paper" if last else "mean_squared")(maps, maps),
         "temperatures": lambda: SoftTargets(2.0 if last else 4.0)(logits, logits),
@@ -572,6 +623,7 @@ CASES = [
     gathered_rows,
     checked_losses,
     losses_on_even_batches,
+    relations_on_every_grid,
     losses_on_uneven_batches,
     attention_transfer_of_gathered_feature_maps,
     features_travel_in_half_precision,

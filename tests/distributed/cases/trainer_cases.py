@@ -18,9 +18,8 @@ from dkd.config.loading import validate
 from dkd.distillation import grad_cache
 from dkd.engines.accelerated import forget_settings
 from dkd.errors import TrainingError
-from dkd.global_batch import BatchLayout, collectives, gram
+from dkd.global_batch import BatchLayout, collectives, gram, relational
 from dkd.launch import Launch
-from dkd.losses import similarity_preserving
 from dkd.models import ModelSpec, build_model, weights_fingerprint
 from dkd.preflight import hardware
 from dkd.preflight.check import check
@@ -89,6 +88,32 @@ def all_four_losses(folder):
 
 def all_four_losses_by_exchange(folder):
     return train(folder, "by_exchange", {"losses": with_strategy("exchange")})
+
+
+PAIRS = [["layer3", "block3"]]
+RELATIONS = {
+    "at": None, "kd": None, "sp": None,
+    "pkt": {"preset": "repdistiller", "pairs": PAIRS, "floor": 0},
+    "cc": {"weight": 20, "pairs": PAIRS, "floor": 0},
+    "cka": {"weight": 2, "pairs": PAIRS},
+    "rkd": {"preset": "repdistiller", "pairs": PAIRS},
+    "dist": {"preset": "cifar", "weight": 0.5},
+}  # fmt: skip
+
+
+def all_relations(folder):
+    """In one pass, by the grid that is chosen."""
+    return train(folder, "relations", {"losses": RELATIONS})
+
+
+def all_relations_accumulated(folder):
+    """In two passes on few ranks, by a grid that is neither corner on four ranks."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    grid = [2, 1, 2] if size == 4 else "exchange"
+    losses = {
+        key: {**section, "grid": grid} if section and key != "dist" else section for key, section in RELATIONS.items()
+    }
+    return train(folder, "relations_accumulated", {"losses": losses, "train": {"micro_batch": 8}})
 
 
 def all_four_losses_accumulated(folder):
@@ -259,13 +284,14 @@ def second_forwards_repeat_the_first(folder):
 
 def mutated_trainings(folder):
     """The first steps of the trainer with one mistake each in its arithmetic: what a parity test must notice."""
-    gathered = gram.GatheredGramRows
 
-    def detached_gather(ctx, *own_rows):
-        return None, None, None, own_rows[0] @ ctx.saved_tensors[0], None  # of the student and of the teacher
+    def local_norms(sums, at):
+        table = [torch.zeros(at.layout.total, dtype=s.dtype).index_copy(0, at.part_samples, s) for s in sums[0]]
+        return [tuple(table)]
 
-    def local_gram(features, layout, strategy, comm_dtype):
-        return [f @ f.T for f in features]
+    def without_others(derivatives, columns, at):
+        own = torch.isin(at.column_samples, at.row_samples)
+        return [m[:, own] @ q[own] for m, q in zip(derivatives, columns, strict=True)]
 
     def without_factor_w(layout, per_row):
         return per_row.sum() / layout.total
@@ -276,13 +302,13 @@ def mutated_trainings(folder):
     loss = grad_cache.CachedGradient.loss
     mistakes = {
         "factor W dropped": (BatchLayout, "mean", without_factor_w),
-        "detached gather": (gathered, "backward", staticmethod(detached_gather)),
-        "local Gram matrix": (similarity_preserving, "gram_rows", local_gram),
+        "gradient of own samples only": (gram, "multiply_columns", without_others),
+        "norms of local rows": (relational, "add_by_sample", local_norms),
         "divisor A dropped": (grad_cache.CachedGradient, "loss", without_divisor_a),
         "divisor A doubled": (grad_cache.CachedGradient, "loss", lambda *arguments: 2 * loss(*arguments)),
         "γ_eff with the micro-batch": (
             objectives,
-            "effective_gamma",
+            "scaled_weight",
             lambda gamma, reference, rows: gamma * rows / 4 / reference,
         ),
     }
@@ -336,7 +362,8 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
         changes = {**changes, "train": {**changes.get("train", {}), "max_steps": 2}}
         train(folder, "bytes_" + name.replace(" ", "_"), changes, kind=Counting)
         planned = plan(recipe_of(folder, name, changes), nodes=1, gpus_per_node=size, device_type="cpu")
-        found[name] = [counts[1], [planned.gram.bytes(), planned.gram.collectives()]]
+        relations = planned.relations[0]
+        found[name] = [counts[1], [relations.bytes(relations.grid), relations.collectives(relations.grid)]]
     return found
 
 
@@ -377,7 +404,7 @@ def a_loss_that_is_not_finite_on_one_rank_ends_all_ranks(folder):
         objective, last = step.objective, launch.rank == launch.world_size - 1
 
         class Broken:
-            terms, names = objective.terms, objective.names
+            terms, names, begin = objective.terms, objective.names, objective.begin
 
             def __call__(self, *args, step, **kwargs):
                 total, values = objective(*args, step=step, **kwargs)
@@ -552,6 +579,8 @@ CASES = [
     an_unreadable_image_ends_an_evaluation_on_all_ranks,
     all_four_losses,
     all_four_losses_by_exchange,
+    all_relations,
+    all_relations_accumulated,
     all_four_losses_accumulated,
     all_four_losses_accumulated_with_batch_norm,
     gradient_attention_accumulated,

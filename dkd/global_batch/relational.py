@@ -1,0 +1,437 @@
+"""Compute a loss of the relations between all samples of a global batch, and its gradient.
+
+A relational loss compares, for every pair of samples i and j, the relation S_ij of the student's features with the
+relation T_ij of the teacher's. A relation is one of
+
+    product    q_i · q_j
+    cosine     q_i · q_j / (‖q_i‖ ‖q_j‖)
+    distance   ‖q_i − q_j‖²
+
+and a loss is a few elementwise functions of S and T (`Relation`). Every rank computes the relations of one block of
+samples (gram.py). What a loss needs of whole rows, and of all samples, are sums: vectors of one number a sample, which
+are added over ranks. The derivative of a loss by S_ij is known where S_ij is, so the backward exchanges no derivative
+but M itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+
+from dkd.global_batch import collectives
+from dkd.global_batch.collectives import Pending
+from dkd.global_batch.gram import Panels, add_slices, full_precision, multiply, promoted_dtype, send_home
+from dkd.global_batch.layout import BatchLayout
+from dkd.global_batch.placement import Placement
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+Kind = Literal["product", "cosine", "distance"]
+
+ZERO_NORM = 1e-12
+"""The smallest divisor where there is no floor, as of torch.nn.functional.normalize."""
+NEAREST = 1e-12
+"""The smallest squared distance of two samples, as a share of the longest sample's square."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Hold what a relational loss may know of all samples, beside the block of S and T.
+
+    Args:
+        batch: B, the samples of the global batch.
+        rows: by the order of `Relation.row_sums`, the sums of all rows, (B,) each.
+        row_samples: the samples (m,) that are the rows of the block.
+        column_samples: the samples (n,) that are the columns of the block.
+        totals: by the order of `Relation.totals`, the totals of all ranks: scalars.
+    """
+
+    batch: int
+    rows: tuple[torch.Tensor, ...]
+    row_samples: torch.Tensor
+    column_samples: torch.Tensor
+    totals: tuple[torch.Tensor, ...] = ()
+
+    def of_rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return, of numbers (B,) of all samples, those of the rows of the block: (m, 1)."""
+        return numbers[self.row_samples, None]
+
+    def of_columns(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return, of numbers (B,) of all samples, those of the columns of the block: (1, n)."""
+        return numbers[None, self.column_samples]
+
+    def of_both(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return x_i + x_j for numbers x (B,) of all samples: (m, n)."""
+        return self.of_rows(numbers) + self.of_columns(numbers)
+
+
+class Relation(Protocol):
+    """State a relational loss: elementwise functions of a block of relations (m, n), S of the student and T of the
+    teacher.
+
+    S and T are symmetric. Every function is called with the same block of both, and may use all of torch that is
+    elementwise or a sum.
+    """
+
+    relation: Kind
+    """What S_ij and T_ij are."""
+
+    def row_sums(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return sums over the columns of the block, (m,) each, which are added over ranks to sums of whole rows."""
+        ...
+
+    def totals(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> tuple[torch.Tensor, ...]:
+        """Return scalars, which are added over ranks. `at.rows` is there."""
+        ...
+
+    def value(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
+        """Return the share of the block in the loss: a scalar. The sum over all blocks is the loss. `at.rows` and
+        `at.totals` are there."""
+        ...
+
+    def slope(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
+        """Return the derivative (m, n) of the loss by S_ij plus that by S_ji, which are one number, of everything that
+        depends on it: the row sums and totals, too."""
+        ...
+
+
+@dataclass
+class Features:
+    """Hold the features of one model that a loss compares, on their way between ranks. Making the object begins to send
+    them.
+
+    Args:
+        features: (b, d) of each pair.
+        placement: of this rank.
+        transports: the type in which the features of each pair are sent, and in which they are compared.
+    """
+
+    features: Sequence[torch.Tensor]
+    placement: Placement
+    transports: Sequence[torch.dtype]
+    _messages: list[tuple[list[int], Panels]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        by_type: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        for i, (feature, transport) in enumerate(zip(self.features, self.transports, strict=True)):
+            by_type.setdefault((transport, promoted_dtype(feature.dtype)), []).append(i)
+        for (transport, _), members in by_type.items():
+            own = [self.features[i].detach() for i in members]
+            self._messages.append((members, Panels(own, self.placement, transport)))
+
+    def multiply(self, keep_columns: bool = False) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """Return, for each pair, the rows of the Gram matrix that this rank keeps, in full precision; and, for each
+        message, the features of the columns, where they are to be kept. A collective."""
+        products: list[torch.Tensor] = [torch.empty(0)] * len(self.features)
+        columns_of: list[list[torch.Tensor]] = []
+        for members, panels in self._messages:
+            rows, columns = panels.wait()
+            full = [promoted_dtype(self.features[i].dtype) for i in members]
+            partial = [multiply(r, c).to(f) for r, c, f in zip(rows, columns, full, strict=True)]
+            rows.clear()
+            if not keep_columns:
+                columns.clear()
+            columns_of.append(columns)
+            for i, product in zip(members, add_slices(partial, self.placement), strict=True):
+                products[i] = product
+        return products, columns_of
+
+    @property
+    def members(self) -> list[list[int]]:
+        """Return the pairs of each message."""
+        return [members for members, _ in self._messages]
+
+
+class Norms:
+    """Gather the L2 norms of the samples of all ranks, for each of several tensors (b, d), in full precision. Making
+    the object begins the collective, of one number a sample and tensor."""
+
+    def __init__(self, features: Sequence[torch.Tensor], layout: BatchLayout) -> None:
+        own = torch.stack([torch.linalg.vector_norm(f, dim=1, dtype=promoted_dtype(f.dtype)) for f in features], dim=1)
+        self._layout, self._own = layout, own
+        self._pending: Pending | None = None
+        if layout.world_size > 1:
+            missing = max(layout.rows) - len(own)
+            padded = torch.cat([own, own.new_zeros(missing, own.shape[1])]) if missing else own
+            self._pending = collectives.begin_all_gather_rows(padded, layout.group)
+
+    def wait(self) -> list[torch.Tensor]:
+        """Return (B,) norms of each tensor."""
+        if self._pending is None:
+            return list(self._own.T.contiguous().unbind())
+        everyone, rows = self._pending.wait(), self._layout.rows
+        if min(rows) < max(rows):
+            parts = everyone.split(max(rows))
+            everyone = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+        return list(everyone.T.contiguous().unbind())
+
+
+def least_norm(norms: torch.Tensor, floor: float) -> torch.Tensor:
+    """Return the number that stands for smaller norms: `floor` times the mean of all norms; without a floor, what
+    public implementations divide a vector of zeros by."""
+    share = floor * norms.mean()
+    return torch.where(share > 0, share, ZERO_NORM)
+
+
+class Scale:
+    """Turns products q_i · q_j into relations, and derivatives by relations into gradients of features.
+
+    Products are divided by numbers first that keep their squares within float32's range: the largest norm's square, or
+    for cosines the norms of both samples.
+
+    Args:
+        kind: the relation.
+        norms: of all samples, (B,).
+        floor: of cosines: a norm below this share of the mean norm counts as this share, a constant.
+        placement: of this rank.
+    """
+
+    def __init__(self, kind: Kind, norms: torch.Tensor, floor: float, placement: Placement) -> None:
+        self._kind, self._norms, self._at = kind, norms, placement
+        if kind == "cosine":
+            self._divisors = torch.maximum(norms, least_norm(norms, floor))
+        else:
+            largest = norms.max()
+            self._divisors = torch.where(largest > 0, largest, 1.0).expand_as(norms)
+
+    def relate(self, products: torch.Tensor) -> torch.Tensor:
+        """Return the relations (m, n) of products (m, n), which are overwritten."""
+        divisors, at = self._divisors, self._at
+        relations = products.div_(divisors[at.part_samples, None]).div_(divisors[None, at.column_samples])
+        if self._kind != "distance":
+            return relations
+        squares = (self._norms / divisors).square()
+        relations.mul_(-2).add_(squares[at.part_samples, None]).add_(squares[None, at.column_samples])
+        same = at.part_samples[:, None] == at.column_samples[None, :]
+        return relations.clamp_min_(NEAREST).masked_fill_(same, 0.0)
+
+    def through(self, slope: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
+        """Return the derivative by q_i · q_j / divisor_i of a derivative by relations, which is overwritten."""
+        if self._kind == "distance":
+            slope.masked_fill_(relations <= NEAREST, 0.0).mul_(-2)
+        return slope.div_(self._divisors[None, self._at.column_samples])
+
+    def home(self, sums: torch.Tensor, own: torch.Tensor, row_totals: torch.Tensor | None) -> torch.Tensor:
+        """Return the gradient (b, d) of this rank's samples.
+
+        Args:
+            sums: Σ_j M_ij q_j of them, (b, d), M as `through` returns it; they are overwritten.
+            own: q of them, (b, d).
+            row_totals: Σ_j M_ij of all samples, (B,), for distances.
+        """
+        layout = self._at.layout
+        here = slice(layout.first_row, layout.first_row + layout.rows[layout.rank])
+        divisors = self._divisors[here, None]
+        if self._kind == "cosine":
+            units = own.to(sums.dtype) / divisors
+            # A norm below the floor is a constant: nothing is projected away.
+            kept = (self._norms[here, None] >= divisors).to(sums.dtype)
+            sums.sub_(kept * (sums * units).sum(1, keepdim=True) * units)
+        elif self._kind == "distance":
+            # q_i · q_i is a part of every distance of i.
+            assert row_totals is not None
+            sums.sub_(row_totals[here, None] * own.to(sums.dtype))
+        return sums.div_(divisors)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """State what one call of a relational loss compares.
+
+    Args:
+        relation: the loss.
+        weights: of each pair.
+        floor: of the norms of samples, for cosines.
+        placement: of this rank.
+        teacher: the teacher's features, on their way.
+        transports: the types in which the student's features are sent.
+        gradient_transports: the types in which the student's gradients are sent.
+    """
+
+    relation: Relation
+    weights: Sequence[float]
+    floor: float
+    placement: Placement
+    teacher: Features
+    transports: Sequence[torch.dtype]
+    gradient_transports: Sequence[torch.dtype]
+
+
+def compare(comparison: Comparison, students: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return this rank's share of a relational loss, times W: the mean over ranks is the loss. Differentiable, once. A
+    collective, and where a gradient is asked for, its backward too."""
+    value: torch.Tensor = _Compare.apply(comparison, *students)
+    return value
+
+
+def _full_precision_backward(backward: Backward) -> Backward:
+    """Keep a backward from computing in half precision where it is called under autocast."""
+
+    @functools.wraps(backward)
+    def without_autocast(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return without_autocast  # type: ignore[return-value]
+
+
+class _Compare(torch.autograd.Function):
+    """Compute value and derivative by blocks together, and the gradient of features in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, comparison: Comparison, *students: torch.Tensor) -> torch.Tensor:
+        at, relation = comparison.placement, comparison.relation
+        layout = at.layout
+        teachers = comparison.teacher
+        own = Features(students, at, comparison.transports)
+        transports = [*comparison.transports, *teachers.transports]
+        sent = [f.detach().to(type_) for f, type_ in zip([*students, *teachers.features], transports, strict=True)]
+        gathering = Norms(sent, layout)
+        del sent
+        products_t, _ = teachers.multiply()
+        products_s, columns = own.multiply(keep_columns=any(ctx.needs_input_grad[1:]))
+        scales = [Scale(relation.relation, each, comparison.floor, at) for each in gathering.wait()]
+        pairs = len(students)
+        s = [scale.relate(p) for scale, p in zip(scales[:pairs], products_s, strict=True)]
+        t = [scale.relate(p) for scale, p in zip(scales[pairs:], products_t, strict=True)]
+        facts = _sums(relation, s, t, at)
+        shares = [w * relation.value(a, b, sums) for w, a, b, sums in zip(comparison.weights, s, t, facts, strict=True)]
+        value = torch.stack(shares).sum() * layout.world_size
+        if not any(ctx.needs_input_grad[1:]):
+            return value
+        slopes = []
+        for weight, a, b, sums, scale in zip(comparison.weights, s, t, facts, scales[:pairs], strict=True):
+            slope = relation.slope(a, b, sums).mul_(weight * layout.world_size)
+            slopes.append(scale.through(slope, a))
+        totals = _row_totals(slopes, at) if relation.relation == "distance" else [None] * pairs
+        ctx.comparison, ctx.scales, ctx.totals = comparison, scales[:pairs], totals
+        ctx.members, ctx.counts = own.members, [len(each) for each in columns]
+        flat = [column for message in columns for column in message]
+        ctx.save_for_backward(*slopes, *flat, *students)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = _compute_gradients(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return None, *gradients
+        students = ctx.saved_tensors[-len(ctx.scales) :]
+        return None, *(None if g is None else _Once.apply(g, s) for g, s in zip(gradients, students, strict=True))
+
+
+class _Once(torch.autograd.Function):
+    """Return a gradient, which is a function of the features that nothing here can differentiate: a second derivative
+    would take collectives of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        raise RuntimeError("a loss of relations has no second derivative: its gradient cannot be differentiated")
+
+
+@torch.no_grad()
+@_full_precision_backward
+def _compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | None]:
+    comparison: Comparison = ctx.comparison
+    pairs = len(ctx.scales)
+    slopes, columns, students = (
+        ctx.saved_tensors[:pairs],
+        iter(ctx.saved_tensors[pairs:-pairs]),
+        ctx.saved_tensors[-pairs:],
+    )
+    gradients: list[torch.Tensor | None] = [None] * pairs
+    for members, count in zip(ctx.members, ctx.counts, strict=True):
+        here = [next(columns) for _ in range(count)]
+        widths = [students[i].shape[1] for i in members]
+        transport = comparison.gradient_transports[members[0]]
+        derivatives = [slopes[i] for i in members]
+        sums = send_home(derivatives, here, widths, comparison.placement, transport)
+        for i, each in zip(members, sums, strict=True):
+            own = students[i].to(comparison.transports[i])
+            gradient = ctx.scales[i].home(each, own, ctx.totals[i])
+            gradients[i] = gradient.mul_(grads[0]).to(students[i].dtype)
+    return [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _sums(relation: Relation, s: Sequence[torch.Tensor], t: Sequence[torch.Tensor], at: Placement) -> list[Sums]:
+    """Return, for each pair, the sums that its loss asks for, over all ranks."""
+    rows = add_by_sample([relation.row_sums(a, b) for a, b in zip(s, t, strict=True)], at)
+    facts = [Sums(at.layout.total, each, at.part_samples, at.column_samples) for each in rows]
+    totals = [relation.totals(a, b, sums) for a, b, sums in zip(s, t, facts, strict=True)]
+    if totals[0]:
+        added = _add(torch.stack([number for each in totals for number in each]), at).unbind()
+        size = len(totals[0])
+        totals = [added[i * size : (i + 1) * size] for i in range(len(totals))]
+    return [
+        Sums(f.batch, f.rows, f.row_samples, f.column_samples, tuple(each))
+        for f, each in zip(facts, totals, strict=True)
+    ]
+
+
+def _add(numbers: torch.Tensor, at: Placement) -> torch.Tensor:
+    """Add a few numbers over all ranks. A collective."""
+    if at.layout.world_size == 1:
+        return numbers
+    return collectives.all_gather_rows(numbers[None], at.layout.group).sum(0)
+
+
+def _row_totals(slopes: Sequence[torch.Tensor], at: Placement) -> list[torch.Tensor]:
+    """Return Σ_j M_ij of all samples, (B,), for each pair."""
+    return [each for (each,) in add_by_sample([(slope.sum(1),) for slope in slopes], at)]
+
+
+def add_by_sample(sums: Sequence[tuple[torch.Tensor, ...]], at: Placement) -> list[tuple[torch.Tensor, ...]]:
+    """Add sums (m,) of the rows that this rank keeps over all ranks, to vectors (B,). A collective."""
+    each = len(sums[0])
+    if not each or at.layout.world_size == 1:
+        return list(sums)
+    mine = torch.stack([numbers for pair in sums for numbers in pair], dim=1)
+    missing = at.most_part_rows - len(mine)
+    padded = torch.cat([mine, mine.new_zeros(missing, mine.shape[1])]) if missing else mine
+    # By one all-gather and not by an all-reduce: one trip of messages, and half the bytes where c is 1.
+    (r, c, k), everyone = at.grid, collectives.all_gather_rows(padded, at.layout.group)
+    rows = everyone.view(r, c, k * at.most_part_rows, -1).sum(1).flatten(0, 1)
+    added = (rows if at.row_of_sample is None else rows[at.row_of_sample]).T.contiguous().unbind()
+    return [tuple(added[i * each : (i + 1) * each]) for i in range(len(sums))]
+
+
+def compare_alone(
+    relation: Relation,
+    students: Sequence[torch.Tensor],
+    teachers: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    floor: float,
+    placement: Placement,
+) -> torch.Tensor:
+    """Return a relational loss of one process, by operations that autograd follows: `slope` is not asked for. This is
+    what `compare` computes, for compiled models, forward-mode and second derivatives."""
+    shares = []
+    for student, teacher, weight in zip(students, teachers, weights, strict=True):
+        s, t = (_relate_alone(relation.relation, full_precision(f), floor) for f in (student, teacher))
+        rows = relation.row_sums(s, t)
+        samples = placement.row_samples
+        sums = Sums(len(s), rows, samples, samples)
+        totals = relation.totals(s, t, sums)
+        shares.append(weight * relation.value(s, t, Sums(len(s), rows, samples, samples, totals)))
+    return torch.stack(shares).sum()
+
+
+def _relate_alone(kind: Kind, features: torch.Tensor, floor: float) -> torch.Tensor:
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    if kind == "cosine":
+        units = features / torch.maximum(lengths, least_norm(lengths.detach(), floor))[:, None]
+        return units @ units.T
+    largest = lengths.detach().max()
+    scaled = features / torch.where(largest > 0, largest, torch.ones_like(largest))
+    products = scaled @ scaled.T
+    if kind == "product":
+        return products
+    squares = scaled.square().sum(1)
+    same = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp_min(NEAREST).masked_fill(same, 0.0)

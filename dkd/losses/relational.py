@@ -1,0 +1,216 @@
+"""Be the base of losses that compare the relations between all samples of a batch.
+
+A loss of this family states which relation it compares and a few elementwise functions
+(`dkd.global_batch.relational.Relation`); everything else is here: pairs, process groups, the grid of ranks, types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+
+from dkd.global_batch import BatchLayout, GramScope, Links
+from dkd.global_batch.choice import GridChoice, describe_tensor
+from dkd.global_batch.cost import GramTensor, LossSums
+from dkd.global_batch.gram import promoted_dtype
+from dkd.global_batch.relational import Comparison, Features, Kind, Sums, compare, compare_alone
+from dkd.losses.feature_pairs import Features as Tensors
+from dkd.losses.feature_pairs import as_list, as_pairs, no_autocast
+
+
+class RelationalLoss(nn.Module):
+    """Compute a loss of relations on the global batch. A subclass states `relation`, `value` and `slope`, and where it
+    needs them `row_sums` and `totals`.
+
+    Args:
+        scope: the ranks whose samples are compared: `global`, all ranks; `node`, the ranks of one machine; a number n,
+            n neighbouring ranks; `local`, this rank alone, which other code computes and which is another loss. The
+            groups' losses are averaged.
+        grid: how ranks share the work, (r, c, k) with r·c·k ranks; `gather` and `exchange` name two of them; `auto`:
+            the grid that should take the least time and fits into memory. The results are equal up to rounding.
+        weights: one weight for each pair; None: 1.
+        comm_dtype: torch.bfloat16 rounds features and their gradients to that type on their way between ranks, which
+            halves float32's bytes; None: features keep their own type, and gradients full precision. Relations are
+            computed and summed in full precision either way.
+        memory: bytes that a rank may hold for the loss beside its own features; None: a quarter of its device's.
+        links: the speeds of the launch, which `auto` chooses by; None: those of its kind of device.
+        channels_last: flatten maps (b, C, H, W) by pixel and not by channel, which copies nothing where they lie so in
+            memory. The loss is the same.
+
+    The module is called with one tensor (b, ...) of the student and one of the teacher, or with equal-length lists of
+    tensors. All dimensions but the rows are flattened; neither widths nor resolutions of a pair need agree. It returns
+    a scalar whose mean over ranks is the loss of the global batch, and whose gradient, averaged over ranks as DDP,
+    FSDP and ZeRO do, is that loss's gradient; every rank gives it the same weight. Without a process group, the scalar
+    is the single-process loss. `layout` states which rank holds which rows. Without `layout`, the ranks agree on one by
+    one small all-gather, and local batches may be uneven.
+
+    Raises:
+        ValueError: the tensors make no pair.
+        BatchMismatchError: on all ranks, when shapes or settings differ between ranks.
+    """
+
+    relational = True
+    """The loss compares samples with each other: it is no mean over micro-batches."""
+    relation: Kind = "product"
+    """What is compared: `product`, `cosine` or `distance`. Products are divided by the square of the largest norm, and
+    distances too: what is computed of them must not depend on a common factor of all features."""
+    adds: tuple[int, int] = (0, 0)
+    """How many sums of rows, and how many totals, `row_sums` and `totals` return for a pair: `auto` counts them."""
+    floor: float = 0.0
+    """relation: cosine. A norm below this share of the mean norm counts as this share."""
+
+    def __init__(
+        self,
+        scope: str | int = "global",
+        grid: str | Sequence[int] = "auto",
+        weights: Sequence[float] | None = None,
+        comm_dtype: torch.dtype | None = None,
+        memory: int | None = None,
+        links: Links | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if comm_dtype not in (None, torch.bfloat16):
+            # float16's range is too small for a Gram matrix's gradient, and for features above 65,504.
+            raise ValueError(f"comm_dtype={comm_dtype}: must be torch.bfloat16 or None")
+        self.scope, self.weights, self.comm_dtype = GramScope(scope), weights, comm_dtype
+        self.grid, self.channels_last = GridChoice(grid, memory, links), channels_last
+        self._compared: list[GramTensor] | None = None
+
+    def row_sums(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return sums over the columns of a block of relations, (m,) each. None here."""
+        return ()
+
+    def totals(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> tuple[torch.Tensor, ...]:
+        """Return scalars, which are added over ranks. None here."""
+        return ()
+
+    def value(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
+        """Return the share of a block of relations in the loss: a scalar."""
+        raise NotImplementedError
+
+    def slope(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
+        """Return the derivative (m, n) of the loss by S_ij plus that by S_ji."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings of this loss beside those of the base, by name."""
+        return {}
+
+    def extra_repr(self) -> str:
+        shown = {
+            **self.settings(),
+            "scope": self.scope,
+            "grid": self.grid,
+            "weights": self.weights,
+            "comm_dtype": self.comm_dtype,
+            "channels_last": self.channels_last,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def begin(self, teacher: Tensors, layout: BatchLayout) -> TeacherHalf | None:
+        """Begin to send the teacher's features, so that they travel while the student computes. Give the result to the
+        call in the place of the teacher. A collective.
+
+        Returns:
+            None where there is nothing to begin: on one process, and before the first call, which settles the grid.
+        """
+        teachers = as_list(teacher)
+        layout = self.scope.within(layout)
+        if layout.world_size == 1 or self._compared is None:
+            return None
+        with no_autocast(teachers[0].device):
+            flat = self._flatten(teachers)
+            at = self.grid.place(layout, self._compared, self.sums(), flat[0].device, type(self).__name__)
+            return TeacherHalf(layout, Features(flat, at, [self.comm_dtype or t.dtype for t in flat]))
+
+    def forward(
+        self,
+        student: Tensors,
+        teacher: Tensors | TeacherHalf,
+        layout: BatchLayout | None = None,
+        sent_as: Sequence[torch.dtype] | None = None,
+    ) -> torch.Tensor:
+        begun = teacher if isinstance(teacher, TeacherHalf) else None
+        given = list(begun.features.features) if begun else as_list(teacher)  # type: ignore[arg-type]
+        # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
+        layout = layout or BatchLayout.agree([*as_list(student), *given], loss=self)
+        pairs = as_pairs(student, given, self.weights)
+        layout.check(pairs[0][0])
+        layout = begun.layout if begun else self.scope.within(layout)
+        with no_autocast(pairs[0][0].device):
+            students = self._flatten([s for s, _, _ in pairs])
+            teachers = given if begun else self._flatten([t.detach() for _, t, _ in pairs])
+            types = [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
+            half = begun.features if begun else self._send(students, teachers, types, layout)
+            weights = [w for _, _, w in pairs]
+            if layout.world_size == 1 and _needs_plain_autograd(students):
+                return compare_alone(self, students, teachers, weights, self.floor, half.placement)
+            # Nothing is rounded twice: a gradient is rounded to the type of its feature after all is added to it.
+            gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
+            comparison = Comparison(self, weights, self.floor, half.placement, half, types, gradients)
+            return compare(comparison, students)
+
+    def _send(
+        self,
+        students: Sequence[torch.Tensor],
+        teachers: Sequence[torch.Tensor],
+        types: Sequence[torch.dtype],
+        layout: BatchLayout,
+    ) -> Features:
+        """Choose a grid, and begin to send the teacher's features."""
+        transports = [self.comm_dtype or t.dtype for t in teachers]
+        self._compared = [
+            *(
+                describe_tensor(s.shape[1], s.requires_grad and torch.is_grad_enabled(), s.dtype, sent, self.comm_dtype)
+                for s, sent in zip(students, types, strict=True)
+            ),
+            *(
+                describe_tensor(t.shape[1], False, t.dtype, sent, None)
+                for t, sent in zip(teachers, transports, strict=True)
+            ),
+        ]
+        at = self.grid.place(layout, self._compared, self.sums(), students[0].device, type(self).__name__)
+        return Features(teachers, at, transports)
+
+    def sums(self) -> LossSums:
+        """Return how many sums the loss adds over ranks for a pair."""
+        return LossSums(*self.adds, self.relation == "distance")
+
+    def _flatten(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return (b, d) of each feature. The order of columns means nothing to a Gram matrix, if it is the same on all
+        ranks."""
+        maps = [f.permute(0, 2, 3, 1) if self.channels_last and f.dim() == 4 else f for f in features]
+        return [f.flatten(1) for f in maps]
+
+
+class TeacherHalf:
+    """Hold the teacher's features on their way, as `RelationalLoss.begin` returns them.
+
+    Args:
+        layout: of the ranks that share them.
+        features: on their way.
+    """
+
+    def __init__(self, layout: BatchLayout, features: Features) -> None:
+        self.layout, self.features = layout, features
+
+
+def _needs_plain_autograd(students: Sequence[torch.Tensor]) -> bool:
+    """Return whether a compiler or forward-mode differentiation follows every operation."""
+    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(s).tangent is not None for s in students)
+
+
+def scaled_weight(weight: float, reference_batch: int, batch: int) -> float:
+    """Return weight · B / reference_batch: what keeps, for a loss that falls as 1/B, the weight per sample that the
+    published weight had in a batch of `reference_batch` samples.
+
+    Args:
+        weight: as published.
+        reference_batch: the batch that the weight was published with.
+        batch: B, the number of samples that are compared with each other here.
+    """
+    return weight * batch / reference_batch
