@@ -29,8 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -41,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.peak_memory import PeakMemory
+from benchmarks.shaped_links import two_namespaces
 from dkd import SimilarityPreserving
 from dkd.commands.launch_check.findings import Findings
 from dkd.commands.launch_check.trials import measure_links
@@ -56,12 +56,8 @@ SHAPES: dict[str, tuple[str, int, list[tuple[int, int]]]] = {
     "wrn": ("the same, block1 to block3", 32, [(16384, 32768), (8192, 16384), (4096, 8192)]),
     "many": ("many samples of 512 features", 256, [(512, 512)]),
 }
-LINKS = {
-    "loopback": "",
-    "1gbit": "rate 1gbit",
-    "wide_area": "rate 200mbit delay 10ms",
-}
-"""Name of each link, and how `tc` shapes it."""
+LINKS = {"loopback": None, "1gbit": (1e9 / 8, 0.0), "wide_area": (2e8 / 8, 0.01)}
+"""Name of each link, its bytes a second, and its seconds of delay in each direction."""
 SLOWER_THAN_BEST = 1.15  # times that the grid of auto may take
 SHORT = 0.05  # seconds; what takes less is measured five times as often
 LARGEST_DISAGREEMENT = 1e-4  # of loss and gradient in float32, relative; sums over 50,000 features in another order
@@ -186,7 +182,7 @@ def measure(
     for _ in range(rounds * (5 if min(first.values()) < SHORT else 1)):
         for way in ways:
             found[way]["seconds"].append(timed(partial(run, way)))
-    auto = choose(work, links, int(os.environ["LOCAL_WORLD_SIZE"])).name
+    auto = choose(work, links, int(os.environ["LOCAL_WORLD_SIZE"])).grid.name
     rounded = SimilarityPreserving(grid="exchange", comm_dtype=torch.bfloat16)
     assert wanted is not None
     for student in students:
@@ -222,39 +218,6 @@ def relative(value: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((value - wanted).norm() / wanted.norm()).item()
 
 
-@contextmanager
-def two_namespaces(shape: str) -> Iterator[list[tuple[list[str], str, str]]]:
-    """Two network namespaces joined by a link: for each the command prefix, its interface, and the first one's address.
-
-    Args:
-        shape: of the link, as `LINKS` states it.
-    """
-    names = [f"dkd{os.getpid()}{side}" for side in "ab"]
-    rate, _, delay = shape.removeprefix("rate ").partition(" delay ")
-    try:
-        for name in names:
-            subprocess.run(["ip", "netns", "add", name], check=True)
-        subprocess.run(
-            ["ip", "link", "add", "lnk0", "netns", names[0], "type", "veth", "peer", "name", "lnk1", "netns", names[1]],
-            check=True,
-        )
-        for i, name in enumerate(names):
-            inside = ["ip", "-n", name]
-            subprocess.run([*inside, "link", "set", "lo", "up"], check=True)
-            subprocess.run([*inside, "address", "add", f"10.77.0.{i + 1}/24", "dev", f"lnk{i}"], check=True)
-            subprocess.run([*inside, "link", "set", f"lnk{i}", "up"], check=True)
-            queue = ["tc", "-n", name, "qdisc", "add", "dev", f"lnk{i}"]
-            if delay:
-                netem = ["root", "netem", "delay", delay, "rate", rate, "limit", "100000"]
-                subprocess.run([*queue, *netem], check=True)
-            else:
-                subprocess.run([*queue, "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"], check=True)
-        yield [(["nsenter", f"--net=/var/run/netns/{name}"], f"lnk{i}", "10.77.0.1") for i, name in enumerate(names)]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, check=False)
-
-
 def launch(world: int, link: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure on `world` ranks over one link."""
     result = folder / f"{link}_{world}.json"
@@ -273,7 +236,9 @@ def launch(world: int, link: str, options: argparse.Namespace, folder: Path) -> 
     if link == "loopback":
         commands = [([*torchrun, "--standalone", "--nproc_per_node", str(world), *worker_command], environment)]
         return _run(commands, result)
-    with two_namespaces(LINKS[link]) as sides:
+    shape = LINKS[link]
+    assert shape is not None
+    with two_namespaces(*shape) as sides:
         commands = []
         for node, (prefix, interface, address) in enumerate(sides):
             place = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", address, "--master_port", "29400"]
@@ -302,7 +267,7 @@ def why_no_namespaces(link: str) -> str:
     if missing:
         return f"no {', '.join(missing)} (iproute2, util-linux)"
     try:
-        with two_namespaces(LINKS[link]):
+        with two_namespaces(*(LINKS[link] or (1e9, 0.0))):
             return ""
     except (subprocess.CalledProcessError, OSError) as error:
         return f"network namespaces cannot be made: {error}"

@@ -12,6 +12,7 @@ though the grid has blocks.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.peak_memory import PeakMemory
 from dkd import SimilarityPreserving
 from dkd.global_batch import BatchLayout, GramTensor, Grid, Work, all_grids
-from dkd.global_batch.cost import held
+from dkd.global_batch.cost import fewest_chunks, held
 
 
 class LargestTensor(PeakMemory):
@@ -38,11 +39,13 @@ class LargestTensor(PeakMemory):
         return out
 
 
-def measure(grid: Grid, rows: int, widths: list[tuple[int, int]], dtype: torch.dtype) -> tuple[int, int]:
+def measure(
+    grid: Grid, rows: int, widths: list[tuple[int, int]], dtype: torch.dtype, memory: int | None
+) -> tuple[int, int]:
     """Return the most bytes that are allocated at once, and the elements of the largest tensor."""
     students = [torch.zeros(rows, s).requires_grad_() for s, _ in widths]
     teachers = [torch.zeros(rows, t, dtype=dtype) for _, t in widths]
-    loss, layout = SimilarityPreserving(grid=grid), BatchLayout.even(rows)
+    loss, layout = SimilarityPreserving(grid=grid, memory=memory), BatchLayout.even(rows)
     loss(students, teachers, layout=layout)  # process groups and indices are made once
     with LargestTensor() as memory:
         loss(students, teachers, layout=layout).backward()
@@ -62,6 +65,7 @@ def main() -> int:
     parser.add_argument("--widths", type=numbers, nargs="+", default=[(2048, 4096)], metavar="STUDENT,TEACHER")
     parser.add_argument("--grid", type=numbers, default=None, metavar="R,C,K", help="one grid; default: all")
     parser.add_argument("--bf16-teacher", action="store_true", help="the teacher's features are bfloat16")
+    parser.add_argument("--memory", type=float, default=None, metavar="MB", help="memory that is allowed; default: all")
     parser.add_argument("--within", type=float, default=0.1, help="share by which the two may differ (default 0.1)")
     options = parser.parse_args()
     dist.init_process_group("fake", rank=0, world_size=options.world, store=FakeStore())
@@ -70,14 +74,18 @@ def main() -> int:
     tensors += [GramTensor(t, False, dtype.itemsize) for _, t in options.widths]
     work, failed = Work(tensors, options.rows, options.world), False
     for grid in [Grid(*options.grid)] if options.grid else all_grids(options.world):
-        calculated = held(work, grid).bytes
-        peak, largest = measure(grid, options.rows, options.widths, dtype)
+        memory = math.inf if options.memory is None else int(options.memory * 1e6)
+        if (chunks := fewest_chunks(work, grid, memory)) is None:
+            print(f"{grid.name:<14} does not fit")
+            continue
+        calculated = held(work, grid, chunks).bytes
+        peak, largest = measure(grid, options.rows, options.widths, dtype, None if options.memory is None else memory)
         wrong = abs(calculated / peak - 1) > options.within
         whole = largest >= work.batch**2 and grid.row_blocks * grid.column_blocks > 1 and _is_wide(work, largest)
         failed = failed or wrong or whole
         remark = ("  <- differs" if wrong else "") + ("  <- B × B" if whole else "")
         print(
-            f"{grid.name:<14} measured {peak / 1e6:10.2f} MB, formula {calculated / 1e6:10.2f} MB, "
+            f"{grid.name:<14} {chunks} chunks, measured {peak / 1e6:10.2f} MB, formula {calculated / 1e6:10.2f} MB, "
             f"{calculated / peak:.3f} times; largest tensor {largest:,} elements{remark}"
         )
     return 1 if failed else 0

@@ -10,8 +10,19 @@ import torch
 import torch.distributed as dist
 
 from dkd import launch, machine
+from dkd.errors import InputError
 from dkd.global_batch import collectives
-from dkd.global_batch.cost import DEFAULT_LINKS, GramTensor, Links, LossSums, Work, choose
+from dkd.global_batch.cost import (
+    DEFAULT_LINKS,
+    Choice,
+    GramTensor,
+    Links,
+    LossSums,
+    Work,
+    choose,
+    fewest_chunks,
+    held,
+)
 from dkd.global_batch.gram import promoted_dtype
 from dkd.global_batch.grid import STRATEGIES, Grid, corner
 from dkd.global_batch.layout import BatchLayout, BatchMismatchError
@@ -52,7 +63,7 @@ class GridChoice:
             self.grid = Grid(*grid)
         self.memory, self.links = memory, links
         self._agreed: dict[dist.ProcessGroup | None, _Agreed] = {}
-        self._chosen: dict[object, Grid] = {}
+        self._chosen: dict[object, Choice] = {}
 
     def __repr__(self) -> str:
         shown = repr(self.grid) if isinstance(self.grid, str) else repr(list(self.grid))
@@ -82,19 +93,36 @@ class GridChoice:
             ValueError: the grid asked for is one of another number of ranks.
             InputError: no grid fits into the memory.
         """
-        return place(self._grid(layout, tensors, sums, device, name), layout, device)
+        choice = self._choose(layout, tensors, sums, device, name)
+        return place(choice.grid, layout, device, choice.chunks)
 
-    def _grid(
-        self, layout: BatchLayout, tensors: Sequence[GramTensor], sums: LossSums, device: torch.device, name: str
-    ) -> Grid:
+    def _choose(
+        self,
+        layout: BatchLayout,
+        tensors: Sequence[GramTensor],
+        sums: LossSums,
+        device: torch.device,
+        name: str,
+    ) -> Choice:
         world = layout.world_size
-        if (grid := self.asked(world)) is not None:
-            return grid
-        key = layout.group, max(layout.rows), tuple(tensors), sums, device.type
+        grid = self.asked(world)
+        if grid is not None and (world == 1 or self.memory is None):
+            return Choice(grid, 1)
+        work = Work(tuple(tensors), max(layout.rows), world, sums)
+        if grid is not None:
+            assert self.memory is not None
+            chunks = fewest_chunks(work, grid, self.memory)
+            if chunks is None:
+                raise InputError(
+                    f"{name} on the grid {grid.name} needs {held(work, grid).bytes / 1e9:.3g} GB a rank, and in any "
+                    f"number of chunks more than the {self.memory / 1e9:.3g} GB that are allowed; allow more (memory), "
+                    "or take grid: auto"
+                )
+            return Choice(grid, chunks)
+        key = layout.group, work, device.type
         if key not in self._chosen:
             agreed = self._agree(layout, device)
             links = agreed.links or DEFAULT_LINKS.get(device.type, DEFAULT_LINKS["cuda"])
-            work = Work(tuple(tensors), max(layout.rows), world, sums)
             self._chosen[key] = choose(work, links, agreed.local_world_size, agreed.memory, name)
         return self._chosen[key]
 

@@ -138,34 +138,46 @@ class Work:
         return list(found.values())
 
 
-def moves(work: Work, grid: Grid) -> list[Move]:
-    """Return the collectives of a step, in order."""
+def moves(work: Work, grid: Grid, chunks: int = 1) -> list[Move]:
+    """Return the collectives of a step.
+
+    Args:
+        work: what is compared.
+        grid: of the ranks.
+        chunks: the parts in which features are sent and multiplied, one after another.
+    """
     if work.world_size == 1:
         return []
-    return [
-        *_vector_moves(work, grid),
-        *(move for message in work.messages() for move in _tensor_moves(message, work, grid)),
-    ]
+    tensors = [move for message in work.messages() for move in _tensor_moves(message, work, grid, chunks)]
+    return [*_vector_moves(work, grid), *tensors]
 
 
-def _tensor_moves(message: Sequence[GramTensor], work: Work, grid: Grid) -> list[Move]:
+def _tensor_moves(message: Sequence[GramTensor], work: Work, grid: Grid, chunks: int) -> list[Move]:
     (r, c, k), b = grid, work.rows
-    width = sum(-(-tensor.width // k) for tensor in message)
     feature, gram = message[0].feature_bytes, message[0].gram_bytes
     product = (k - 1) * c * b * r * k * b * len(message)
-    found = [
-        _move("features", "slices", k, (k - 1) * b * width, feature),
-        _move("features", "columns", c, (c - 1) * k * b * width, feature),
-        _move("features", "rows", r, (r - 1) * k * b * width, feature),
-        _move("products", "slices", k, product, gram),
-    ]
+    found = [_move("products", "slices", k, product, gram)]
     if message[0].backward:
+        found.append(_move("derivatives", "slices", k, product, gram))
+    for number in range(chunks):
+        width = sum(-(-_chunk(tensor.width, number, chunks) // k) for tensor in message)
         found += [
-            _move("derivatives", "slices", k, product, gram),
-            _move("gradient", "columns", c, (c - 1) * k * b * width, gram),
-            _move("gradient", "slices", k, (k - 1) * b * width, message[0].gradient_bytes or gram),
+            _move("features", "slices", k, (k - 1) * b * width, feature),
+            _move("features", "columns", c, (c - 1) * k * b * width, feature),
+            _move("features", "rows", r, (r - 1) * k * b * width, feature),
         ]
+        if message[0].backward:
+            found += [
+                _move("gradient", "columns", c, (c - 1) * k * b * width, gram),
+                _move("gradient", "slices", k, (k - 1) * b * width, message[0].gradient_bytes or gram),
+            ]
     return [move for move in found if move.ranks > 1]
+
+
+def _chunk(width: int, number: int, chunks: int) -> int:
+    """Return the columns of one of several chunks."""
+    each = -(-width // chunks)
+    return max(min(each, width - number * each), 0)
 
 
 def _vector_moves(work: Work, grid: Grid) -> list[Move]:
@@ -185,15 +197,15 @@ def _move(what: str, axis: str, ranks: int, elements: int, size: int) -> Move:
     return Move(what, axis, ranks, elements, elements * size)
 
 
-def received_bytes(work: Work, grid: Grid) -> int:
-    """Return the bytes that a rank receives in a step."""
-    return sum(move.bytes for move in moves(work, grid))
+def received_bytes(work: Work, grid: Grid, chunks: int = 1) -> int:
+    """Return the bytes that a rank receives in a step. Arguments as of `moves`."""
+    return sum(move.bytes for move in moves(work, grid, chunks))
 
 
-def seconds(work: Work, grid: Grid, links: Links, local_world_size: int) -> float:
+def seconds(work: Work, grid: Grid, links: Links, local_world_size: int, chunks: int = 1) -> float:
     """Return the expected seconds that the collectives of a step take, one after another."""
     total = 0.0
-    for move in moves(work, grid):
+    for move in moves(work, grid, chunks):
         link = links.inside if _is_inside(move, grid, local_world_size) else links.between
         total += link.latency * (1 + math.log2(move.ranks)) / 2 + move.bytes / link.bandwidth
     return total
@@ -227,12 +239,12 @@ class MemoryUse(NamedTuple):
         return MemoryUse(self.features + features, self.gram + gram)
 
 
-def held(work: Work, grid: Grid) -> MemoryUse:
+def held(work: Work, grid: Grid, chunks: int = 1) -> MemoryUse:
     """Count what a rank holds at once, at most: while the teacher's or the student's features are multiplied, while
-    blocks are compared, or in the backward. `benchmarks.global_batch` measures it."""
+    blocks are compared, or in the backward. `benchmarks.relations_memory` measures it."""
     if work.world_size == 1:
         return MemoryUse(0, 6 * work.batch**2 * work.tensors[0].gram_bytes)
-    teachers, students = (_Held(work, grid, i) for i in (1, 0))
+    teachers, students = (_Held(work, grid, i, chunks) for i in (1, 0))
     kept, one = teachers.kept, students.kept // max(work.pairs, 1)
     return max(
         MemoryUse(teachers.in_flight + students.in_flight + students.copied, 0),
@@ -252,14 +264,16 @@ class _Held:
         work: what is compared.
         grid: of the ranks.
         model: 0: the student, 1: the teacher.
+        chunks: as of `moves`. What is sent, arrives and is multiplied is one chunk; the student's columns are kept.
     """
 
-    def __init__(self, work: Work, grid: Grid, model: int) -> None:
+    def __init__(self, work: Work, grid: Grid, model: int, chunks: int) -> None:
         tensors = work.tensors[: work.pairs] if model == 0 else work.tensors[work.pairs :]
         (r, c, k), b = grid, work.rows
         gram = tensors[0].gram_bytes
-        widths = [k * -(-tensor.width // k) for tensor in tensors]
+        widths = [k * -(-_chunk(tensor.width, 0, chunks) // k) for tensor in tensors]
         self._grid, self._tensors, self._keeps = grid, len(tensors), tensors[0].backward
+        self._chunks = chunks
         self._own = sum(b * w * t.feature_bytes for w, t in zip(widths, tensors, strict=True))
         self._own_full = sum(b * w * gram for w in widths)
         half = [b * w * gram for w, t in zip(widths, tensors, strict=True) if t.feature_bytes < gram]
@@ -267,15 +281,17 @@ class _Held:
         self._product = c * b * k * r * b * k * gram * len(tensors)
         self.kept = self._product // k
         """Bytes of the rows of the products that a rank keeps."""
-        # Several tensors are copied side by side; what slices exchange is copied too, and arrives beside it.
-        self._sent = self._own if k > 1 or self._tensors > 1 else 0
+        # Several tensors are copied side by side, and chunks out of their features; what slices exchange is copied too,
+        # and arrives beside it.
+        self._sent = self._own if k > 1 or self._tensors > 1 or chunks > 1 else 0
         arriving = self._own if k > 1 else r * self._own if r > 1 and c == 1 else 0
         self.in_flight = self._sent + arriving
         """Bytes of what is sent and arrives, before it is waited for."""
-        padded = sum(b * w * t.feature_bytes for w, t in zip(widths, tensors, strict=True) if w != t.width)
+        padded = sum(b * w * t.feature_bytes for w, t in zip(widths, tensors, strict=True) if w * chunks != t.width)
         self.copied = padded + (self._own if k > 1 and self._tensors > 1 else 0)
         """Bytes of copies that live only until the features are sent."""
-        self.columns = r * self._own if r > 1 else self._own if k > 1 else 0
+        one = r * self._own if r > 1 else self._own if k > 1 else 0
+        self.columns = chunks * one
         """Bytes of the columns' features, of which own ones are not counted."""
 
     def multiplying(self) -> list[MemoryUse]:
@@ -285,9 +301,13 @@ class _Held:
         panels = (c * self._own if c > 1 else 0) + (r * self._own if r > 1 else 0)
         alive = panels + (arrived if min(r, c) == 1 else 0)
         promoted = (r + c) * self._half
+        # The columns of the chunks before, the next chunk on its way, and the products of this one beside their sum.
+        before = self.columns * (self._chunks - 1) // self._chunks if self._keeps else 0
+        following = before + (self.in_flight if self._chunks > 1 else 0)
+        products = self._product * (2 if self._chunks > 1 else 1)
         return [
-            MemoryUse(arrived + panels, 0),
-            MemoryUse(alive + promoted, self._product),
+            MemoryUse(arrived + panels + before, 0),
+            MemoryUse(alive + promoted + following, products),
             MemoryUse(self.columns * self._keeps, 2 * self._product + self.kept if k > 1 else self._product),
         ]
 
@@ -296,12 +316,13 @@ class _Held:
         r, c, k = self._grid
         whole = self._product if k > 1 else 0
         sums = c * self._own_full
-        multiplied = MemoryUse(self.columns + (r * self._half) + sums, self.kept + whole)
-        added = sums + (sums + self._own_full if c > 1 else sums if self._tensors > 1 else 0)
-        home = self._own_full * (2 if k > 1 else 1)
+        done = (self._chunks - 1) * self._own_full
+        multiplied = MemoryUse(self.columns + (r * self._half) + sums + done, self.kept + whole)
+        added = sums + (sums + self._own_full if c > 1 else sums if self._tensors > 1 else 0) + done
+        home = self._own_full * (2 if k > 1 else 1) * (1 if self._chunks == 1 else 2 * self._chunks)
         return max(
             multiplied,
-            MemoryUse(self.columns + added, self.kept),
+            MemoryUse(self.columns + added, self.kept + whole),
             MemoryUse(self.columns + home, self.kept),
             key=lambda use: use.bytes,
         )
@@ -328,26 +349,56 @@ def syrk_bound(width: int, batch: int, world_size: int) -> float:
     return max(products / math.sqrt(2 * added) - share, 0.0) + added - triangle / world_size
 
 
-def choose(work: Work, links: Links, local_world_size: int, memory: float = math.inf, name: str = "the loss") -> Grid:
-    """Return the grid that should take the least time of those that fit into `memory` bytes.
+class Choice(NamedTuple):
+    """Hold a grid, and the number of chunks in which features are sent."""
+
+    grid: Grid
+    chunks: int
+
+
+MOST_CHUNKS = 64
+"""The largest number of chunks: each is a set of collectives."""
+
+
+def fewest_chunks(work: Work, grid: Grid, memory: float) -> int | None:
+    """Return the smallest power of 2 of chunks by which a grid fits into `memory` bytes; None: none does."""
+    chunks = 1
+    while held(work, grid, chunks).bytes > memory:
+        chunks *= 2
+        if chunks > MOST_CHUNKS or work.world_size == 1:
+            return None
+    return chunks
+
+
+def choose(work: Work, links: Links, local_world_size: int, memory: float = math.inf, name: str = "the loss") -> Choice:
+    """Return the grid, and the chunks, that should take the least time of those that fit into `memory` bytes.
 
     Raises:
         InputError: none fits.
     """
     found = all_grids(work.world_size)
-    fitting = [grid for grid in found if held(work, grid).bytes <= memory]
+    fitting = [Choice(grid, n) for grid in found if (n := fewest_chunks(work, grid, memory)) is not None]
     if not fitting:
-        least = min(found, key=lambda grid: held(work, grid).bytes)
+        least, bytes_ = min(
+            ((grid, held(work, grid, n).bytes) for grid in found for n in (1, MOST_CHUNKS)), key=lambda each: each[1]
+        )
         raise InputError(
             f"{name} compares {work.batch:,} samples on {work.world_size} ranks: the grid {least.name} needs "
-            f"{held(work, least).bytes / 1e9:.3g} GB a rank, the least of all, and {memory / 1e9:.3g} GB are allowed; "
-            "allow more (memory), take a smaller scope, or compare narrower features"
+            f"{bytes_ / 1e9:.3g} GB a rank, the least of all, and {memory / 1e9:.3g} GB are allowed; allow more "
+            "(memory), take a smaller scope, or compare narrower features"
         )
-    return min(fitting, key=lambda grid: (seconds(work, grid, links, local_world_size), held(work, grid).bytes))
+    return min(
+        fitting,
+        key=lambda each: (
+            seconds(work, each.grid, links, local_world_size, each.chunks),
+            held(work, each.grid, each.chunks).bytes,
+        ),
+    )
 
 
 __all__ = [
     "DEFAULT_LINKS",
+    "Choice",
     "GramTensor",
     "Link",
     "Links",
@@ -357,6 +408,7 @@ __all__ = [
     "Work",
     "choose",
     "corner",
+    "fewest_chunks",
     "held",
     "moves",
     "received_bytes",

@@ -14,6 +14,9 @@ No step needs a B × B matrix anywhere, unless the grid has one block. cost.py c
 bound for products Q Qᵀ is that of Al Daas, Ballard, Grigori, Kumar & Rouse, "Parallel Memory-Independent Communication
 Bounds for SYRK", SPAA 2023.
 
+Features can be sent and multiplied in chunks of columns, one after another, where memory asks for it: the next chunk
+travels while one is multiplied.
+
 Several tensors of one type share their messages: they lie side by side. Features are sent in their own type, and
 promoted on arrival: a bfloat16 feature loses nothing by that. Products and their derivatives are sent in float32 or
 float64.
@@ -128,6 +131,16 @@ def add_slices(products: list[torch.Tensor], placement: Placement) -> list[torch
     return list(kept.split(columns, dim=1))
 
 
+def gather_derivatives(derivatives: Sequence[torch.Tensor], placement: Placement) -> list[torch.Tensor]:
+    """Return M (m, n) of the whole block, of the rows that each rank keeps, for each tensor. A collective."""
+    slices = placement.axes.slices
+    if slices.size == 1:
+        return list(derivatives)
+    message = concatenate([_pad_rows(m, placement.part_rows) for m in derivatives])
+    gathered = collectives.all_gather_rows(message, slices.group)[: len(placement.row_samples)]
+    return list(gathered.split(len(placement.column_samples), dim=1))
+
+
 def send_home(
     derivatives: Sequence[torch.Tensor],
     columns: Sequence[torch.Tensor],
@@ -138,7 +151,7 @@ def send_home(
     """Return Σ_j M_ij q_j for each sample i that this rank holds. A collective.
 
     Args:
-        derivatives: of each tensor, the rows of M that this rank keeps.
+        derivatives: of each tensor, M of the whole block.
         columns: of each tensor, the features (n, d/k) of the columns of the block.
         widths: d of each tensor.
         placement: of this rank.
@@ -162,13 +175,19 @@ def send_home(
 def multiply_columns(
     derivatives: Sequence[torch.Tensor], columns: Sequence[torch.Tensor], at: Placement
 ) -> list[torch.Tensor]:
-    """Return Σ_j M_ij q_j (m, d/k) over the columns j of this rank's block, for each tensor. A collective."""
-    whole = list(derivatives)
-    if at.axes.slices.size > 1:
-        message = concatenate([_pad_rows(m, at.part_rows) for m in derivatives])
-        gathered = collectives.all_gather_rows(message, at.axes.slices.group)[: len(at.row_samples)]
-        whole = list(gathered.split(len(at.column_samples), dim=1))
-    return [m @ q.to(m.dtype) for m, q in zip(whole, columns, strict=True)]
+    """Return Σ_j M_ij q_j (m, d/k) over the columns j of this rank's block, for each tensor."""
+    return [m @ q.to(m.dtype) for m, q in zip(derivatives, columns, strict=True)]
+
+
+def chunk(features: torch.Tensor, number: int, chunks: int) -> torch.Tensor:
+    """Return the columns of one of several chunks of features (b, d): d/chunks of them, fewer in the last."""
+    width = chunk_width(features.shape[1], chunks)
+    return features[:, number * width : (number + 1) * width]
+
+
+def chunk_width(width: int, chunks: int) -> int:
+    """Return the columns of a chunk."""
+    return -(-width // chunks)
 
 
 def _spread(sums: torch.Tensor, placement: Placement) -> torch.Tensor:

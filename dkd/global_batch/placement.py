@@ -73,12 +73,14 @@ class Placement:
         layout: which rank holds which samples.
         axes: the ranks that this rank communicates with.
         device: where the indices of samples are kept.
+        chunks: the number of parts in which features are sent and multiplied, one after another.
     """
 
     grid: Grid
     layout: BatchLayout
     axes: Axes
     device: torch.device
+    chunks: int = 1
 
     @cached_property
     def most_rows(self) -> int:
@@ -169,12 +171,12 @@ _placements: dict[tuple[object, ...], Placement] = {}
 _MOST_KEPT = 64
 
 
-def place(grid: Grid, layout: BatchLayout, device: torch.device) -> Placement:
+def place(grid: Grid, layout: BatchLayout, device: torch.device, chunks: int = 1) -> Placement:
     """Return the placement of this rank. A collective in the first call for a process group and a grid."""
     axes = axes_through(grid, layout, device)
-    key = grid, layout.rows, layout.rank, axes, device
+    key = grid, layout.rows, layout.rank, axes, device, chunks
     if key not in _placements:
         if len(_placements) >= _MOST_KEPT:  # uneven batches may differ in every call
             _placements.clear()
-        _placements[key] = Placement(grid, layout, axes, device)
+        _placements[key] = Placement(grid, layout, axes, device, chunks)
     return _placements[key]

@@ -17,14 +17,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 from dkd.global_batch import collectives
 from dkd.global_batch.collectives import Pending
-from dkd.global_batch.gram import Panels, add_slices, full_precision, multiply, promoted_dtype, send_home
+from dkd.global_batch.gram import (
+    Panels,
+    add_slices,
+    chunk,
+    full_precision,
+    gather_derivatives,
+    multiply,
+    promoted_dtype,
+    send_home,
+)
 from dkd.global_batch.layout import BatchLayout
 from dkd.global_batch.placement import Placement
 
@@ -98,7 +107,6 @@ class Relation(Protocol):
         ...
 
 
-@dataclass
 class Features:
     """Hold the features of one model that a loss compares, on their way between ranks. Making the object begins to send
     them.
@@ -109,40 +117,51 @@ class Features:
         transports: the type in which the features of each pair are sent, and in which they are compared.
     """
 
-    features: Sequence[torch.Tensor]
-    placement: Placement
-    transports: Sequence[torch.dtype]
-    _messages: list[tuple[list[int], Panels]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, features: Sequence[torch.Tensor], placement: Placement, transports: Sequence[torch.dtype]
+    ) -> None:
+        self.features, self.placement, self.transports = features, placement, transports
         by_type: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-        for i, (feature, transport) in enumerate(zip(self.features, self.transports, strict=True)):
+        for i, (feature, transport) in enumerate(zip(features, transports, strict=True)):
             by_type.setdefault((transport, promoted_dtype(feature.dtype)), []).append(i)
-        for (transport, _), members in by_type.items():
-            own = [self.features[i].detach() for i in members]
-            self._messages.append((members, Panels(own, self.placement, transport)))
+        self.members = list(by_type.values())
+        """The pairs of each message."""
+        self._begun = [self._begin(message, 0) for message in range(len(self.members))]
 
-    def multiply(self, keep_columns: bool = False) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    def _begin(self, message: int, number: int) -> Panels:
+        """Begin to send a chunk of the features of a message."""
+        members, chunks = self.members[message], self.placement.chunks
+        own = [chunk(self.features[i].detach(), number, chunks) for i in members]
+        return Panels(own, self.placement, self.transports[members[0]])
+
+    def multiply(self, keep_columns: bool = False) -> tuple[list[torch.Tensor], list[list[list[torch.Tensor]]]]:
         """Return, for each pair, the rows of the Gram matrix that this rank keeps, in full precision; and, for each
-        message, the features of the columns, where they are to be kept. A collective."""
+        message and chunk, the features of the columns, where they are to be kept. A collective."""
         products: list[torch.Tensor] = [torch.empty(0)] * len(self.features)
-        columns_of: list[list[torch.Tensor]] = []
-        for members, panels in self._messages:
-            rows, columns = panels.wait()
-            full = [promoted_dtype(self.features[i].dtype) for i in members]
-            partial = [multiply(r, c).to(f) for r, c, f in zip(rows, columns, full, strict=True)]
-            rows.clear()
-            if not keep_columns:
-                columns.clear()
-            columns_of.append(columns)
+        kept: list[list[list[torch.Tensor]]] = []
+        for message, members in enumerate(self.members):
+            partial, columns = self._multiply_chunks(message, keep_columns)
+            kept.append(columns)
             for i, product in zip(members, add_slices(partial, self.placement), strict=True):
                 products[i] = product
-        return products, columns_of
+        return products, kept
 
-    @property
-    def members(self) -> list[list[int]]:
-        """Return the pairs of each message."""
-        return [members for members, _ in self._messages]
+    def _multiply_chunks(self, message: int, keep_columns: bool) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        partial: list[torch.Tensor] = []
+        kept: list[list[torch.Tensor]] = []
+        chunks = self.placement.chunks
+        panels = self._begun[message]
+        self._begun[message] = None  # type: ignore[call-overload]  # what has arrived is not to live on
+        for number in range(chunks):
+            rows, columns = panels.wait()
+            if number + 1 < chunks:
+                panels = self._begin(message, number + 1)
+            found = [multiply(r, c) for r, c in zip(rows, columns, strict=True)]
+            rows.clear()
+            partial = [p.add_(f) for p, f in zip(partial, found, strict=True)] if partial else found
+            if keep_columns:
+                kept.append(columns)
+        return partial, kept
 
 
 class Norms:
@@ -304,18 +323,19 @@ class _Compare(torch.autograd.Function):
             return value
         slopes = []
         for weight, a, b, sums, scale in zip(comparison.weights, s, t, facts, scales[:pairs], strict=True):
-            slope = relation.slope(a, b, sums).mul_(weight * layout.world_size)
+            # Not in place: a loss of the user's own may return one of its arguments.
+            slope = relation.slope(a, b, sums) * (weight * layout.world_size)
             slopes.append(scale.through(slope, a))
         totals = _row_totals(slopes, at) if relation.relation == "distance" else [None] * pairs
         ctx.comparison, ctx.scales, ctx.totals = comparison, scales[:pairs], totals
-        ctx.members, ctx.counts = own.members, [len(each) for each in columns]
-        flat = [column for message in columns for column in message]
+        ctx.members = own.members
+        flat = [column for message in columns for chunk_of in message for column in chunk_of]
         ctx.save_for_backward(*slopes, *flat, *students)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = _compute_gradients(ctx, *grads)
+        gradients = compute_gradients(ctx, *grads)
         if not torch.is_grad_enabled():
             return None, *gradients
         students = ctx.saved_tensors[-len(ctx.scales) :]
@@ -337,7 +357,7 @@ class _Once(torch.autograd.Function):
 
 @torch.no_grad()
 @_full_precision_backward
-def _compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | None]:
+def compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | None]:
     comparison: Comparison = ctx.comparison
     pairs = len(ctx.scales)
     slopes, columns, students = (
@@ -346,15 +366,20 @@ def _compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | No
         ctx.saved_tensors[-pairs:],
     )
     gradients: list[torch.Tensor | None] = [None] * pairs
-    for members, count in zip(ctx.members, ctx.counts, strict=True):
-        here = [next(columns) for _ in range(count)]
-        widths = [students[i].shape[1] for i in members]
+    at = comparison.placement
+    for members in ctx.members:
+        derivatives = gather_derivatives([slopes[i] for i in members], at)
         transport = comparison.gradient_transports[members[0]]
-        derivatives = [slopes[i] for i in members]
-        sums = send_home(derivatives, here, widths, comparison.placement, transport)
-        for i, each in zip(members, sums, strict=True):
+        by_chunk = []
+        for number in range(at.chunks):
+            here = [next(columns) for _ in members]
+            widths = [chunk(students[i], number, at.chunks).shape[1] for i in members]
+            by_chunk.append(send_home(derivatives, here, widths, at, transport))
+        for place, i in enumerate(members):
+            parts = [sums[place] for sums in by_chunk]
+            sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             own = students[i].to(comparison.transports[i])
-            gradient = ctx.scales[i].home(each, own, ctx.totals[i])
+            gradient = ctx.scales[i].home(sums, own, ctx.totals[i])
             gradients[i] = gradient.mul_(grads[0]).to(students[i].dtype)
     return [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from dkd.errors import InputError
 from dkd.global_batch import GramScope, GramTensor, Grid, Link, Links, Work, all_grids, corner, ranks_per_group
-from dkd.global_batch.cost import DEFAULT_LINKS, choose, held, moves, received_bytes, seconds, syrk_bound
+from dkd.global_batch.cost import DEFAULT_LINKS, MOST_CHUNKS, choose, held, moves, received_bytes, seconds, syrk_bound
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOW_START, SLOW_WIRE = (Links(link, link) for link in (Link(10.0, 1e9), Link(1e-7, 1e7)))
@@ -62,7 +62,7 @@ def test_every_grid_has_every_rank_once():
 def test_auto_takes_the_least_expected_time(world):
     for links, width in itertools.product((*DEFAULT_LINKS.values(), SLOW_START, SLOW_WIRE), (64, 2048, 25088)):
         work = Work(pair(width), 32, world)
-        found = choose(work, links, min(world, 8))
+        found = choose(work, links, min(world, 8)).grid
         assert seconds(work, found, links, min(world, 8)) == min(
             seconds(work, grid, links, min(world, 8)) for grid in all_grids(world)
         )
@@ -70,14 +70,15 @@ def test_auto_takes_the_least_expected_time(world):
 
 def test_latency_and_bandwidth_lead_to_other_grids():
     work = Work(pair(25088), 64, 64)
-    assert len(moves(work, choose(work, SLOW_START, 8))) < len(moves(work, choose(work, SLOW_WIRE, 8)))
-    assert received_bytes(work, choose(work, SLOW_START, 8)) > received_bytes(work, choose(work, SLOW_WIRE, 8))
+    few, small = (choose(work, links, 8).grid for links in (SLOW_START, SLOW_WIRE))
+    assert len(moves(work, few)) < len(moves(work, small))
+    assert received_bytes(work, few) > received_bytes(work, small)
 
 
 def test_slices_stay_in_a_machine_where_the_links_between_machines_are_slow():
     links = Links(Link(1e-6, 1e11), Link(1e-6, 1e8))
     work = Work(pair(25088), 64, 64)
-    grid = choose(work, links, 8)
+    grid = choose(work, links, 8).grid
     assert 8 % grid.slices == 0
     assert grid.slices > 1
 
@@ -85,15 +86,19 @@ def test_slices_stay_in_a_machine_where_the_links_between_machines_are_slow():
 def test_a_grid_that_does_not_fit_is_never_taken():
     work = Work(pair(25088), 64, 64)
     sizes = sorted(held(work, grid).bytes for grid in all_grids(64))
-    for memory in sizes[:: len(sizes) // 5]:
-        assert held(work, choose(work, DEFAULT_LINKS["cuda"], 8, memory)).bytes <= memory
+    chunked = 0
+    for memory in (sizes[0] // 2, *sizes[:: len(sizes) // 5]):
+        grid, chunks = choose(work, DEFAULT_LINKS["cuda"], 8, memory)
+        assert held(work, grid, chunks).bytes <= memory
+        chunked += chunks > 1
+    assert chunked > 0
+    least, grid = min((held(work, grid, n).bytes, grid) for grid in all_grids(64) for n in (1, MOST_CHUNKS))
     with pytest.raises(InputError) as error:
-        choose(work, DEFAULT_LINKS["cuda"], 8, sizes[0] - 1, "losses.sp")
-    least = min(all_grids(64), key=lambda grid: held(work, grid).bytes)
+        choose(work, DEFAULT_LINKS["cuda"], 8, least - 1, "losses.sp")
     assert str(error.value) == (
-        f"losses.sp compares 4,096 samples on 64 ranks: the grid {least.name} needs {sizes[0] / 1e9:.3g} GB a rank, "
-        f"the least of all, and {(sizes[0] - 1) / 1e9:.3g} GB are allowed; allow more (memory), take a smaller scope, "
-        "or compare narrower features"
+        f"losses.sp compares 4,096 samples on 64 ranks: the grid {grid.name} needs {least / 1e9:.3g} GB a rank, the "
+        f"least of all, and {(least - 1) / 1e9:.3g} GB are allowed; allow more (memory), take a smaller scope, or "
+        "compare narrower features"
     )
 
 
@@ -102,7 +107,7 @@ def test_layer4_of_resnet_stays_small_on_many_ranks(world, gigabytes, memory):
     """At 512 ranks, where gather receives 3.3 GB or 4.9, and exchange 12.9 GB and holds 8.6 GB."""
     for feature_bytes in (2, 4):
         work = Work(pair(25088, feature_bytes), 64, world)
-        grid = choose(work, DEFAULT_LINKS["cuda"], 8)
+        grid = choose(work, DEFAULT_LINKS["cuda"], 8).grid
         assert received_bytes(work, grid) <= gigabytes * 1e9
         assert held(work, grid).bytes < memory * 1e9
 

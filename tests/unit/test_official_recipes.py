@@ -1,5 +1,6 @@
 """Every recipe of configs/ can be planned, and compares the features that its models really have."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from dkd.cli import main
 from dkd.config import load_recipe
 
+# A test below reads all recipes of a data set for each of them.
+load_recipe = functools.cache(load_recipe)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # photos_*, whose images and teachers are the user's, are checked by test_library_models.py.
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("photos_"))
@@ -35,14 +38,41 @@ STAGES = {
     "torchvision/resnet50": [(f"layer{i + 1}", 256 << i, 56 >> i) for i in range(4)],
     "mobilenetv1": [("stage1", 128, 56), ("stage2", 256, 28), ("stage3", 512, 14), ("stage4", 1024, 7)],
 }
+# The pooled features: the channels of the last stage, but for models with a convolution after it.
+POOLED = {
+    name: ("avgpool", f"{stages[-1][1]}×1×1") if "torchvision" in name else ("pool", f"{stages[-1][1]}")
+    for name, stages in STAGES.items()
+} | {"mobilenetv2_x0_5": ("pool", "1280"), "shufflenetv2": ("pool", "1024")}
+# The public weights, beside a cross-entropy of weight 1.
+WEIGHTS = {
+    "cifar100/pkt": {"weight": 30000, "reference_batch": 64},
+    "cifar100/rkd": {"distance": 25, "angle": 50},
+    "cifar100/dist": {"weight": 2, "beta": 1, "gamma": 1, "tau": 4},
+    "imagenet/rkd": {"distance": 1, "angle": 2},
+    "imagenet/dist": {"weight": 2, "beta": 1, "gamma": 1, "tau": 1},
+}
+# The pairs that DIST's authors have published.
+OF_DIST = {
+    "resnet32x4-resnet8x4",
+    "resnet32x4-shufflenetv1",
+    "resnet32x4-shufflenetv2",
+    "resnet50_cifar-mobilenetv2_x0_5",
+    "resnet56-resnet20",
+    "wrn_40_2-wrn_40_1",
+}
 
 
 def test_there_is_a_recipe_for_every_experiment():
     official = [str(path.relative_to(CONFIGS / "official")) for path in RECIPES if "official" in path.parts]
-    for method in ("kd", "at", "sp"):
-        assert len([path for path in official if path.startswith(f"cifar100/{method}/")]) == 13
-    assert len([path for path in official if path.startswith("imagenet/")]) == 12
-    assert len(official) == 104
+    pairs = {
+        method: {path.stem for path in RECIPES if path.parent == CONFIGS / "official/cifar100" / method}
+        for method in ("kd", "at", "sp", "pkt", "rkd", "dist")
+    }
+    assert len(pairs["kd"]) == 13
+    assert all(pairs[method] == pairs["kd"] for method in ("at", "sp", "pkt", "rkd"))
+    assert pairs["dist"] == OF_DIST
+    assert len([path for path in official if path.startswith("imagenet/")]) == 14
+    assert len(official) == 138
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -78,6 +108,41 @@ def test_every_recipe_passes_dkd_plan_and_its_tap_table_is_right(path, capsys):
                     line.endswith(f"= {section.gamma * recipe.train.global_batch / section.reference_batch:g}")
                     or section.scope == "local"
                 )
+    for key in ("pkt", "rkd"):
+        section = getattr(recipe.losses, key)
+        if section is None:
+            continue
+        (line,) = (line.removeprefix(key).strip() for line in lines if line.startswith(f"{key} ") and "←" in line)
+        ours, theirs = (" ".join(POOLED[model.name]) for model in (recipe.student, recipe.teacher))
+        weight = {"pkt": "weight·B/reference_batch = 30000 · 64 / 64 = 30000", "rkd": section.describe()}
+        assert line == f"{ours}  ←  {theirs}   {weight[key]}"
+
+
+def find_recipes(name):
+    folder, key = name.split("/")
+    patterns = (f"official/{name}/*.yaml", f"official/{folder}/*_{key}.yaml")
+    return [path for path in RECIPES if any(map(path.match, patterns))]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        pytest.param(path, name, id=str(path.relative_to(CONFIGS / "official")))
+        for name in WEIGHTS
+        for path in find_recipes(name)
+    ],
+)
+def test_a_recipe_has_the_public_weights_and_nothing_else(path, name):
+    recipe, key, weights = load_recipe(path), name.split("/")[1], WEIGHTS[name]
+    assert [used for used, _ in recipe.losses.named()] == ["ce", key]
+    assert recipe.losses.ce.weight == 1
+    section = getattr(recipe.losses, key)
+    assert {each: getattr(section, each) for each in weights} == weights
+    assert section.scope == "global"
+    if path.parent.name == key:
+        neighbour = load_recipe(path.parent.parent / "sp" / path.name)
+        for part in ("data", "student", "teacher", "train", "optimizer", "schedule"):
+            assert getattr(recipe, part) == getattr(neighbour, part)
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,14 @@ def test_every_loss_of_relations_has_its_lines(capsys):
         f"losses.pkt={{preset: repdistiller, {pairs}}}",
         f"losses.cc={{weight: 1, {pairs}}}",
         f"losses.cka={{weight: 1, {pairs}}}",
-        f"losses.rkd={{preset: repdistiller, angle: 0, {pairs}}}",
+        f"losses.rkd={{preset: repdistiller, {pairs}}}",
         "losses.dist={preset: imagenet}",
     ]
     code, out, _ = planned(capsys, *losses)
     assert code == 0
-    for name in ("sp", "pkt", "cc", "cka", "rkd_distance"):
+    assert "rkd         angles between 256 samples: every rank gathers the features" in out
+    assert line_of(out, "dist").startswith("correlations over 256 samples: five sums a class are added over ranks")
+    for name in ("sp", "pkt", "cc", "cka", "rkd"):
         assert line_of(out, name).startswith("relations of 256 samples, 32 on each of 8 ranks, once a step"), name
     assert "pkt         layer4 512×7×7  ←  layer4 512×7×7   weight·B/reference_batch = 30000 · 256 / 64 = 120000" in out
     assert "cc          layer4 512×7×7  ←  layer4 512×7×7   CC 1" in out

@@ -14,8 +14,10 @@ from threaded_ranks import on_ranks
 import dkd
 from dkd import CKA, DIST, PKT, CorrelationCongruence, RKDAngle, RKDDistance, SimilarityPreserving
 from dkd.errors import InputError
-from dkd.global_batch import BatchLayout, GramTensor, LossSums, Work, all_grids, collectives, cost, placement
+from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_grids, collectives, cost, placement
 from dkd.global_batch import relational as relations
+from dkd.global_batch.choice import GridChoice
+from dkd.global_batch.cost import fewest_chunks, held
 from dkd.losses import relational_angle, similarity_preserving
 
 # Ours, for a grid; and the plain formula of it.
@@ -104,6 +106,58 @@ def test_angles_and_correlations_are_those_of_the_plain_formula(name, world, eve
     make, plain = WITHOUT_GRID[name]
     counts = counts_of(world, even) if world > 1 else [5]
     assert error_on_ranks(make, plain, counts, ((6, 6),)) < 1e-12
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+@pytest.mark.parametrize("grid", [(8, 1, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1), (1, 2, 4)])
+def test_features_in_chunks_are_compared_alike(grid, even):
+    """Of widths that neither chunks nor slices divide; and of more chunks than features."""
+    widths, counts = ((901, 667), (3, 550)), counts_of(8, even)
+    tensors = [GramTensor(w, True, 8, 8) for w, _ in widths] + [GramTensor(w, False, 8, 8) for _, w in widths]
+    work, chunks = Work(tensors, max(counts), 8), set()
+    for share in (0.95, 0.5):
+        memory = int(share * held(work, Grid(*grid)).bytes)
+        if (found := fewest_chunks(work, Grid(*grid), memory)) is None:
+            continue
+        chunks.add(found)
+        for name, (make, plain) in (("sp", FAMILY["sp"]), ("rkd distance", FAMILY["rkd distance"])):
+
+            def limited(make=make, memory=memory):
+                loss = make(grid)
+                loss.grid = GridChoice(grid, memory)
+                return loss
+
+            assert error_on_ranks(limited, plain, counts, widths) < 1e-12, (name, found)
+    assert max(chunks) > 1
+
+
+def test_chunks_move_what_the_formula_says():
+    tensors = [GramTensor(96, True), GramTensor(64, False)]
+    work = Work(tensors, 2, 8)
+    for grid in all_grids(8):
+        if (chunks := fewest_chunks(work, grid, memory := int(0.8 * held(work, grid).bytes))) is None:
+            continue
+        expected = cost.moves(work, grid, chunks)
+        wanted = 8 * sum(move.bytes for move in expected), 8 * len(expected)
+
+        def make(grid, memory=memory):
+            return SimilarityPreserving(grid=grid, memory=memory)
+
+        assert counted(8, grid, make, [96], [64], torch.float32) == wanted, (grid, chunks)
+
+
+def test_a_grid_that_does_not_fit_in_any_number_of_chunks_is_refused():
+    def on_rank(rank, group):
+        try:
+            SimilarityPreserving(grid=[1, 1, 4], memory=1000)(
+                torch.ones(8, 16), torch.ones(8, 16), layout=BatchLayout((8,) * 4, rank, group)
+            )
+        except InputError as error:
+            return str(error)
+
+    (message,) = set(on_ranks(4, on_rank))
+    assert message.startswith("SimilarityPreserving on the grid 1 × 1 × 4 needs 1")
+    assert "more than the 1e-06 GB that are allowed; allow more (memory), or take grid: auto" in message
 
 
 def test_a_rank_without_samples_takes_part():

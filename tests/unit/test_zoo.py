@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from dkd.models import ModelSpec, TappedModel, WeightsError, build_model, load_weights
+from dkd.models import ModelSpec, TappedModel, WeightsError, build_model, known_names, load_weights
 
 # name: parameters with 100 classes, tensors in its state, and the first three logits of `images()` under the weights of
 # `fill`. Logits are those of another implementation of the architectures of RepDistiller and mdistiller, in float64;
@@ -32,6 +32,38 @@ TAPS = {
     "mobilenetv1": (["stage1", "stage2", "stage3", "stage4"], [(128, 8), (256, 4), (512, 2), (1024, 1)]),
     "nin_wide": (["block1", "block2", "block3"], [(96, 32), (192, 16), (192, 8)]),
     "nin_thin": (["block1", "block2", "block3"], [(48, 32), (96, 16), (96, 8)]),
+}
+# Every model: channels that `pool` averages, and a checksum of the names of its tensors, which files of weights have.
+# The channels of nin_wide and nin_thin are the classes.
+POOLED = {
+    "resnet8": (64, 3_672_859_873),
+    "resnet14": (64, 381_662_146),
+    "resnet20": (64, 2_657_425_992),
+    "resnet32": (64, 18_527_721),
+    "resnet44": (64, 3_891_680_470),
+    "resnet56": (64, 4_089_289_422),
+    "resnet110": (64, 3_376_164_012),
+    "resnet8x4": (256, 2_722_463_901),
+    "resnet32x4": (256, 1_911_522_655),
+    "wrn_16_1": (64, 2_883_675_825),
+    "wrn_16_2": (128, 2_116_092_301),
+    "wrn_16_8": (512, 2_116_092_301),
+    "wrn_40_1": (64, 1_505_326_399),
+    "wrn_40_2": (128, 696_948_676),
+    "resnet50_cifar": (2048, 1_620_541_467),
+    "vgg8_cifar": (512, 155_866_499),
+    "vgg11_cifar": (512, 2_475_613_585),
+    "vgg13_cifar": (512, 3_903_723_412),
+    "vgg16_cifar": (512, 3_865_373_425),
+    "vgg19_cifar": (512, 1_241_742_846),
+    "mobilenetv2_x0_5": (1280, 2_226_260_886),
+    "mobilenetv2_x1_0": (1280, 2_226_260_886),
+    "mobilenetv1": (1024, 604_488_675),
+    "shufflenetv1": (960, 469_802_960),
+    "shufflenetv2_x0_5": (1024, 1_875_395_266),
+    "shufflenetv2": (1024, 1_875_395_266),
+    "nin_wide": (10, 2_489_589_257),
+    "nin_thin": (10, 2_489_589_257),
 }
 
 
@@ -98,6 +130,25 @@ def test_taps_are_the_stages_and_train(name, norm):
     (logits.sum() + sum(f.square().mean() for f in features.values())).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert (norm == "batch") == any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+
+
+def test_every_model_is_in_the_table_of_pooled_features():
+    assert set(POOLED) == {name for name in known_names() if not name.startswith("torchvision/")}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pool_is_what_the_head_reads_and_has_no_tensors(name):
+    channels, checksum = POOLED[name]
+    model = build_model(ModelSpec(name, 10)).eval()
+    assert zlib.crc32("\n".join(model.state_dict()).encode()) == checksum
+    maps = []
+    model.pool.register_forward_pre_hook(lambda _, inputs: maps.extend(inputs))
+    with torch.no_grad():
+        logits, features = TappedModel(model, ["pool"])(images().float())
+        assert features["pool"].shape == (2, channels)
+        assert torch.equal(features["pool"], maps[0].mean((2, 3)))
+        head = torch.nn.Identity() if name.startswith("nin_") else list(model.children())[-1]
+        assert torch.equal(logits, head(features["pool"]))
 
 
 @pytest.mark.parametrize("name", TAPS)

@@ -130,11 +130,33 @@ def _measure_link(group: dist.ProcessGroup | None, ranks: int, near: int, device
     def collective(message: torch.Tensor) -> None:
         dist.all_to_all_single(torch.empty_like(message), message, group=group)
 
-    small = torch.zeros(ranks, device=device)
-    collective(small)
-    latency = sorted(_time_slowest(collective, small) for _ in range(9))[4] * 2 / (1 + math.log2(ranks))
+    latency = _measure_latency(collective, ranks, device) * 2 / (1 + math.log2(ranks))
     size, seconds = _measure(collective, ranks, device)
     return Link(latency, size * (ranks - near) / ranks / max(seconds - latency, 1e-9))
+
+
+def _measure_latency(collective: Callable[[torch.Tensor], None], ranks: int, device: torch.device) -> float:
+    """Return the seconds of a small collective between computations, as in a step: threads that have waited take longer
+    to answer than in a loop of collectives alone."""
+    small = torch.zeros(ranks, device=device)
+    matrix = torch.randn(192 if device.type == "cpu" else 2048, 192 if device.type == "cpu" else 2048, device=device)
+
+    def compute(message: torch.Tensor) -> None:
+        for _ in range(8):
+            matrix @ matrix
+
+    def both(message: torch.Tensor) -> None:
+        for _ in range(8):
+            compute(message)
+            collective(message)
+
+    def alone(message: torch.Tensor) -> None:
+        for _ in range(8):
+            compute(message)
+
+    collective(small)
+    found = [_time_slowest(both, small) - _time_slowest(alone, small) for _ in range(5)]
+    return max(sorted(found)[2] / 8, 1e-6)
 
 
 def _all_reduce(message: torch.Tensor) -> None:

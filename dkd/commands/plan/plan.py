@@ -20,8 +20,18 @@ from dkd.config.derived import micro_batch, micro_steps
 from dkd.config.losses import ComparingSection, RelationsSection
 from dkd.engines.arithmetic import Arithmetic
 from dkd.errors import InputError
-from dkd.global_batch import GramTensor, Grid, Links, Work, ranks_per_group, received_bytes
-from dkd.global_batch.cost import DEFAULT_LINKS, MemoryUse, choose, held, moves, seconds, syrk_bound
+from dkd.global_batch import GramTensor, Grid, Links, Work, ranks_per_group
+from dkd.global_batch.cost import (
+    DEFAULT_LINKS,
+    MemoryUse,
+    Move,
+    choose,
+    fewest_chunks,
+    held,
+    moves,
+    seconds,
+    syrk_bound,
+)
 from dkd.models import ModelCost, ModelSpec, model_cost, output_shapes, tap_dtypes
 from dkd.preflight import hardware
 from dkd.preflight.data import image_pipeline
@@ -40,6 +50,7 @@ class PlannedRelations:
         work: what is compared on the ranks that share a batch.
         times: comparisons in a step.
         grid: the grid by which ranks share the work.
+        chunks: the parts in which features are sent and multiplied on that grid.
         asked: whether the recipe asks for that grid; else it was chosen.
         links: the speeds of the launch.
         local_world_size: processes on a machine.
@@ -51,29 +62,36 @@ class PlannedRelations:
     work: Work
     times: int
     grid: Grid
+    chunks: int
     asked: bool
     links: Links
     local_world_size: int
 
     def elements(self, grid: Grid) -> int:
         """Return the number of elements that a rank receives in a step."""
-        return self.times * sum(move.elements for move in moves(self.work, grid))
+        return self.times * sum(move.elements for move in self._moves(grid))
 
     def bytes(self, grid: Grid) -> int:
         """Return the number of bytes that a rank receives in a step."""
-        return self.times * received_bytes(self.work, grid)
+        return self.times * sum(move.bytes for move in self._moves(grid))
 
     def collectives(self, grid: Grid) -> int:
         """Return the number of collectives that a rank joins in a step."""
-        return self.times * len(moves(self.work, grid))
+        return self.times * len(self._moves(grid))
 
     def seconds(self, grid: Grid) -> float:
         """Return the seconds that these collectives are expected to take."""
-        return self.times * seconds(self.work, grid, self.links, self.local_world_size)
+        return self.times * seconds(self.work, grid, self.links, self.local_world_size, self._chunks_of(grid))
 
     def memory(self, grid: Grid) -> MemoryUse:
         """Return the most bytes that a rank holds at once."""
-        return held(self.work, grid)
+        return held(self.work, grid, self._chunks_of(grid))
+
+    def _moves(self, grid: Grid) -> list[Move]:
+        return moves(self.work, grid, self._chunks_of(grid))
+
+    def _chunks_of(self, grid: Grid) -> int:
+        return self.chunks if grid == self.grid else 1
 
     @property
     def bound(self) -> float:
@@ -84,7 +102,7 @@ class PlannedRelations:
     @property
     def forward_elements(self) -> int:
         """Return the elements that a rank receives for these products on the planned grid."""
-        found = [move.elements for move in moves(self.work, self.grid) if move.what in ("features", "products")]
+        found = [move.elements for move in self._moves(self.grid) if move.what in ("features", "products")]
         return self.times * sum(found)
 
     @property
@@ -219,17 +237,20 @@ def _plan_relations(
     taps = [("student", s) for s, _ in section.paths] + [("teacher", t) for _, t in section.paths]
     tensors = _compared_tensors(recipe, section, image_size, cluster.device_type)
     found = []
-    for suffix, loss in relational_losses(section).items():
+    for loss in relational_losses(section).values():
         work = Work(tuple(tensors), rows, ranks, loss.sums())
         local = min(cluster.local_world_size, ranks)
         asked = loss.grid.asked(ranks)
         memory = math.inf if section.memory is None else section.memory * 1e9
         try:
-            grid = asked or choose(work, cluster.links, local, memory, f"losses.{key}")
+            if asked is None:
+                grid, chunks = choose(work, cluster.links, local, memory, f"losses.{key}")
+            else:
+                grid, chunks = asked, fewest_chunks(work, asked, memory) or 1
         except InputError as error:
             raise RecipeError.at(f"losses.{key}.memory", str(error)) from error
         planned = PlannedRelations(
-            key + suffix, section.title, tuple(taps), work, 1 if per_step else steps, grid, asked is not None,
+            key, section.title, tuple(taps), work, 1 if per_step else steps, grid, chunks, asked is not None,
             cluster.links, local,
         )  # fmt: skip
         found.append(planned)

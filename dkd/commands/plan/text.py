@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dkd.commands.plan.plan import Plan, PlannedRelations
 from dkd.commands.tap_table import tap_table
+from dkd.config.losses import DistSection, RkdSection
 from dkd.global_batch import STRATEGIES, Grid, Link, corner
 from dkd.models import ModelCost
 
@@ -30,6 +31,7 @@ def describe(planned: Plan) -> str:
     lines.append((", ".join(shares), "means over samples: no features move"))
     for relations in planned.relations:
         lines += _relations_lines(relations)
+    lines += _other_comparisons(planned)
     if planned.relations:
         lines += _shared_lines(planned)
     taps = tap_table(recipe, planned.image_size, lambda section: planned.compared_samples(section))
@@ -60,7 +62,8 @@ def _relations_lines(relations: PlannedRelations) -> list[tuple[str, str]]:
         memory = _bytes(relations.memory(grid).gram)
         return [*lines, ("", f"a rank's own samples only: nothing moves; holds {memory} of relations")]
     reason = "the recipe asks for it" if relations.asked else "the least expected time of the grids that fit"
-    lines.append(("grid", f"{grid.name}: {_movement(relations, grid)}; {reason}"))
+    parts = f" in {relations.chunks} chunks" if relations.chunks > 1 else ""
+    lines.append(("grid", f"{grid.name}{parts}: {_movement(relations, grid)}; {reason}"))
     for strategy in STRATEGIES:
         other = corner(strategy, work.world_size)
         lines.append((strategy, "this grid" if other == grid else f"{other.name}: {_movement(relations, other)}"))
@@ -73,6 +76,19 @@ def _relations_lines(relations: PlannedRelations) -> list[tuple[str, str]]:
                 f"{relations.forward_elements:,} on this one, {times_more:.2g} times as many",
             )
         )
+    return lines
+
+
+def _other_comparisons(planned: Plan) -> list[tuple[str, str]]:
+    """Return the lines about losses that compare samples without a grid."""
+    lines = []
+    for key, section in planned.recipe.losses.compared:
+        samples = planned.compared_samples(section)
+        if isinstance(section, RkdSection) and section.angle != 0:
+            gathered = "every rank gathers the features, and computes the angles at its own samples"
+            lines.append((key, f"angles between {samples:,} samples: {gathered}"))
+        if isinstance(section, DistSection):
+            lines.append((key, f"correlations over {samples:,} samples: five sums a class are added over ranks"))
     return lines
 
 
@@ -113,7 +129,7 @@ def _movement(relations: PlannedRelations, grid: Grid) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:,.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _step_work(planned: Plan) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 BLOCKS: dict[str, tuple[int, int, int, int]] = {"resnet50_cifar": (3, 4, 6, 3)}
 _EXPANSION = 4
@@ -58,6 +59,7 @@ class CifarBottleneckResNet(nn.Module):
         self.layer2 = _make_stage(blocks[1], 256, 128, 2, layer)
         self.layer3 = _make_stage(blocks[2], 512, 256, 2, layer)
         self.layer4 = _make_stage(blocks[3], 1024, 512, 2, layer)
+        self.pool = GlobalMean()
         self.linear = nn.Linear(512 * _EXPANSION, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -67,7 +69,7 @@ class CifarBottleneckResNet(nn.Module):
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.linear(x.mean((2, 3)))
+        return self.linear(self.pool(x))
 
 
 def _make_stage(blocks: int, channels_in: int, inner: int, stride: int, norm: NormLayer) -> nn.Sequential:

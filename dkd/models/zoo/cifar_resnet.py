@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 DEPTHS_AND_WIDTHS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
     **{f"resnet{depth}": (depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -60,6 +61,7 @@ class CifarResNet(nn.Module):
         self.layer1 = _make_stage(blocks, widths[0], widths[1], 1, layer)
         self.layer2 = _make_stage(blocks, widths[1], widths[2], 2, layer)
         self.layer3 = _make_stage(blocks, widths[2], widths[3], 2, layer)
+        self.pool = GlobalMean()
         self.fc = nn.Linear(widths[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -69,7 +71,7 @@ class CifarResNet(nn.Module):
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.pool(x))
 
 
 def _make_stage(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 # Channels and stride of each pair of convolutions, by stage; the first stage begins with the stem.
 _STAGES = (((64, 1), (128, 2), (128, 1)), ((256, 2), (256, 1)), ((512, 2), *((512, 1),) * 5), ((1024, 2), (1024, 1)))
@@ -35,6 +36,7 @@ class MobileNetV1(nn.Module):
                 channels = out
             stages.append(nn.Sequential(*pairs))
         self.stage1, self.stage2, self.stage3, self.stage4 = stages
+        self.pool = GlobalMean()
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -43,7 +45,7 @@ class MobileNetV1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stem(x)))))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.pool(x))
 
 
 def _make_separable(channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 WIDTHS: dict[str, float] = {"mobilenetv2_x0_5": 0.5, "mobilenetv2_x1_0": 1.0}
 # Expansion, channels, repeats, stride of the first repeat.
@@ -68,6 +69,7 @@ class CifarMobileNetV2(nn.Module):
         self.blocks = nn.ModuleList(groups)
         last = int(1280 * max(1.0, width))
         self.conv2 = nn.Sequential(nn.Conv2d(channels, last, 1, bias=False), layer(last), nn.ReLU(inplace=True))
+        self.pool = GlobalMean()
         self.classifier = nn.Sequential(nn.Linear(last, num_classes))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -81,4 +83,4 @@ class CifarMobileNetV2(nn.Module):
         x = self.conv1(x)
         for group in self.blocks:
             x = group(x)
-        return self.classifier(self.conv2(x).mean((2, 3)))
+        return self.classifier(self.pool(self.conv2(x)))

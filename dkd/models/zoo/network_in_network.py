@@ -2,8 +2,8 @@
 
 Source: Lin et al., ICLR 2014. The AT paper does not specify its NIN-wide (1 M parameters) and NIN-thin (0.2 M) further;
 these models have the same structure and size. `norm: none` builds them without normalisation, as in the AT paper's
-experiments with gradient-based attention. Taps:
-`block1`, `block2`, `block3`, after their last ReLU, at 1/1, 1/2 and 1/4 of the image.
+experiments with gradient-based attention. Taps: `block1`, `block2`, `block3`, after their last ReLU, at 1/1, 1/2 and
+1/4 of the image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 WIDTHS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int]]] = {
     "nin_wide": ((192, 160, 96), (192, 192, 192), (192, 192)),
@@ -43,6 +44,7 @@ class NetworkInNetwork(nn.Module):
         self.block2 = _make_block(widths[0][-1], widths[1], 5, layer, bias)
         self.block3 = _make_block(widths[1][-1], widths[2], 3, layer, bias)
         self.classifier = nn.Conv2d(widths[2][-1], num_classes, 1)
+        self.pool = GlobalMean()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -53,7 +55,7 @@ class NetworkInNetwork(nn.Module):
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.max_pool2d(self.block1(x), 3, 2, 1)
         x = F.avg_pool2d(self.block2(x), 3, 2, 1)
-        return self.classifier(self.block3(x)).mean((2, 3))
+        return self.pool(self.classifier(self.block3(x)))
 
 
 def _make_block(channels_in: int, widths: tuple[int, ...], kernel: int, norm: NormLayer, bias: bool) -> nn.Sequential:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 V2_WIDTHS: dict[str, tuple[int, int, int, int]] = {
     "shufflenetv2_x0_5": (48, 96, 192, 1024),
@@ -69,6 +70,7 @@ class CifarShuffleNetV1(nn.Module):
         self.layer1 = self._make_stage(24, 240, 4, groups, layer)
         self.layer2 = self._make_stage(240, 480, 8, groups, layer)
         self.layer3 = self._make_stage(480, 960, 4, groups, layer)
+        self.pool = GlobalMean()
         self.linear = nn.Linear(960, num_classes)
 
     @staticmethod
@@ -79,7 +81,7 @@ class CifarShuffleNetV1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return self.linear(self.pool(self.layer3(self.layer2(self.layer1(x)))))
 
 
 class _V2Block(nn.Module):
@@ -146,6 +148,7 @@ class CifarShuffleNetV2(nn.Module):
         self.layer3 = self._make_stage(widths[1], widths[2], 3, layer)
         self.conv2 = _make_conv(widths[2], widths[3])
         self.bn2 = layer(widths[3])
+        self.pool = GlobalMean()
         self.linear = nn.Linear(widths[3], num_classes)
 
     @staticmethod
@@ -158,4 +161,4 @@ class CifarShuffleNetV2(nn.Module):
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(F.relu(self.bn2(self.conv2(x)), inplace=True).mean((2, 3)))
+        return self.linear(self.pool(F.relu(self.bn2(self.conv2(x)), inplace=True)))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 CONVOLUTIONS: dict[str, tuple[int, int, int, int, int]] = {
     "vgg8_cifar": (1, 1, 1, 1, 1),
@@ -43,6 +44,7 @@ class CifarVgg(nn.Module):
         self.block0, self.block1, self.block2, self.block3, self.block4 = (
             _make_block(inputs[i], _WIDTHS[i], convolutions[i], layer) for i in range(5)
         )
+        self.pool = GlobalMean()
         self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -56,7 +58,7 @@ class CifarVgg(nn.Module):
         for block in (self.block0, self.block1, self.block2):
             x = F.max_pool2d(block(x), 2)
         # At 32×32 the literature's networks do not pool here: blocks 3 and 4 are both 4×4.
-        return self.classifier(self.block4(self.block3(x)).mean((2, 3)))
+        return self.classifier(self.pool(self.block4(self.block3(x))))
 
 
 def _make_block(channels_in: int, channels: int, convolutions: int, norm: NormLayer) -> nn.Sequential:

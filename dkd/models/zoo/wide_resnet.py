@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models.zoo.normalization_layers import NormLayer, norm_layer
+from dkd.models.zoo.pooling import GlobalMean
 
 DEPTHS_AND_WIDTHS: dict[str, tuple[int, int]] = {
     f"wrn_{depth}_{width}": (depth, width) for depth, width in ((16, 1), (16, 2), (16, 8), (40, 1), (40, 2))
@@ -58,6 +59,7 @@ class WideResNet(nn.Module):
         self.block2 = _make_group(blocks, channels[1], channels[2], 2, layer)
         self.block3 = _make_group(blocks, channels[2], channels[3], 2, layer)
         self.bn1 = layer(channels[3])
+        self.pool = GlobalMean()
         self.fc = nn.Linear(channels[3], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -67,7 +69,7 @@ class WideResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (b, num_classes) of images (b, 3, H, W)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(x), inplace=True).mean((2, 3)))
+        return self.fc(self.pool(F.relu(self.bn1(x), inplace=True)))
 
 
 def _make_group(blocks: int, channels_in: int, channels: int, stride: int, norm: NormLayer) -> nn.Sequential:
