@@ -45,7 +45,7 @@ from dkd import SimilarityPreserving
 from dkd.commands.launch_check.findings import Findings
 from dkd.commands.launch_check.trials import measure_links
 from dkd.global_batch import BatchLayout, GramTensor, Grid, Links, Work, all_grids, collectives, received_bytes
-from dkd.global_batch.cost import choose, held
+from dkd.global_batch.cost import DEFAULT_LINKS, choose, held
 
 # Rows a rank, and (student, teacher) features of each pair.
 SHAPES: dict[str, tuple[str, int, list[tuple[int, int]]]] = {
@@ -129,8 +129,7 @@ def worker(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    links = measure_links(local, torch.device("cpu"), Findings())
-    assert links is not None
+    links = DEFAULT_LINKS["cpu"]._replace(**measure_links(local, torch.device("cpu"), Findings()))
     found = {shape: measure(*SHAPES[shape][1:], world, rank, options.rounds, links) for shape in options.shapes}
     if rank == 0:
         Path(options.worker).write_text(json.dumps({"links": links, "shapes": found}))

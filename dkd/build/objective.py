@@ -119,9 +119,10 @@ def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
         raise UserCodeError(
             f"{section.loss!r} has parameters of its own, which nothing would train; put them into the student"
         )
-    if getattr(loss, "relational", False) and section.of != "features":
+    if getattr(loss, "relational", False) and section.of == "labels":
         raise UserCodeError(
-            f"{section.loss!r} is relational: it compares samples, and so takes features (with pairs), not {section.of}"
+            f"{section.loss!r} is relational: it compares samples, and so takes features (with pairs) or logits, not "
+            f"{section.of}"
         )
     return loss
 
@@ -251,7 +252,9 @@ def custom_term(section: CustomLossSection, weight: Schedule) -> Term:
     loss = custom_loss(section)
     if section.of == "features":
         return FeatureTerm(section.name, weight, loss, section.paths, getattr(loss, "relational", False))
-    return (LogitTerm if section.of == "logits" else LabelTerm)(section.name, weight, loss)
+    if section.of == "logits":
+        return LogitTerm(section.name, weight, loss, getattr(loss, "relational", False))
+    return LabelTerm(section.name, weight, loss)
 
 
 # Section of a loss -> what makes its terms of it.

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dkd.config.losses import LOSSES
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 
-# A run may be moved; a preset only names the source of other keys' values.
-_WHERE_NOT_WHAT = {"run.dir", "losses.at.preset", "losses.sp.preset"}
+# A run may be moved; a preset only names the source of other keys' values. How ranks share relations depends on the
+# cluster, and changes no result beyond rounding.
+_WHERE_NOT_WHAT = {"run.dir", "train.links", "losses.at.preset", "losses.sp.strategy"} | {
+    f"losses.{key}.{what}"
+    for key, section in LOSSES.items()
+    for what in ("preset", "grid", "memory")
+    if what in section.model_fields
+}
 # A run keeps what these keys meant at its first start; see dkd/preflight/hardware.py.
 _LEFT_TO_HARDWARE = {"train.precision", "train.channels_last", "teacher.weights_dtype"}
 

@@ -159,8 +159,9 @@ class FeatureTerm(_Asked):
 
     def begin(self, teacher: Outputs, layout: BatchLayout) -> Any:
         """Begin what of the loss needs no student; None where there is nothing to begin. A collective."""
-        begin = getattr(self.loss, "begin", None)
-        return None if begin is None else begin([teacher.features[t] for _, t in self.pairs], layout)
+        if not isinstance(self.loss, RelationalLoss):
+            return None
+        return self.loss.begin([teacher.features[t] for _, t in self.pairs], layout)
 
     @cached_property
     def _takes_types(self) -> bool:

@@ -61,6 +61,8 @@ class GridChoice:
             if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid):
                 raise ValueError(f"grid={list(grid)}: must be three whole numbers above 0, r, c and k")
             self.grid = Grid(*grid)
+        if memory is not None and memory <= 0:
+            raise ValueError(f"memory={memory}: must be a number of bytes above 0")
         self.memory, self.links = memory, links
         self._agreed: dict[dist.ProcessGroup | None, _Agreed] = {}
         self._chosen: dict[object, Choice] = {}
@@ -78,9 +80,15 @@ class GridChoice:
         self.__dict__.update(state)
 
     def place(
-        self, layout: BatchLayout, tensors: Sequence[GramTensor], sums: LossSums, device: torch.device, name: str
+        self,
+        layout: BatchLayout,
+        tensors: Sequence[GramTensor],
+        sums: LossSums,
+        device: torch.device,
+        name: str,
+        whole: BatchLayout | None = None,
     ) -> Placement:
-        """Return the placement of this rank. All ranks of `layout` call it together.
+        """Return the placement of this rank. All ranks of `whole` call it together.
 
         Args:
             layout: which rank holds which rows.
@@ -88,12 +96,15 @@ class GridChoice:
             sums: what the loss adds over ranks.
             device: of the features.
             name: of the loss, in messages.
+            whole: the layout that `layout` is a part of, where a scope has parts; None: there is but one. All parts
+                take one grid, chosen for the part with the most rows: so every rank makes as many process groups.
 
         Raises:
             ValueError: the grid asked for is one of another number of ranks.
+            BatchMismatchError: ranks differ in what the choice depends on.
             InputError: no grid fits into the memory.
         """
-        choice = self._choose(layout, tensors, sums, device, name)
+        choice = self._choose(layout, tensors, sums, device, name, whole or layout)
         return place(choice.grid, layout, device, choice.chunks)
 
     def _choose(
@@ -103,27 +114,19 @@ class GridChoice:
         sums: LossSums,
         device: torch.device,
         name: str,
+        whole: BatchLayout,
     ) -> Choice:
         world = layout.world_size
         grid = self.asked(world)
         if grid is not None and (world == 1 or self.memory is None):
             return Choice(grid, 1)
-        work = Work(tuple(tensors), max(layout.rows), world, sums)
-        if grid is not None:
-            assert self.memory is not None
-            chunks = fewest_chunks(work, grid, self.memory)
-            if chunks is None:
-                raise InputError(
-                    f"{name} on the grid {grid.name} needs {held(work, grid).bytes / 1e9:.3g} GB a rank, and in any "
-                    f"number of chunks more than the {self.memory / 1e9:.3g} GB that are allowed; allow more (memory), "
-                    "or take grid: auto"
-                )
-            return Choice(grid, chunks)
-        key = layout.group, work, device.type
+        work = Work(tuple(tensors), max(whole.rows), world, sums)
+        key = whole.group or dist.group.WORLD, work, device.type
         if key not in self._chosen:
-            agreed = self._agree(layout, device)
+            agreed = self._agree(whole, device)
             links = agreed.links or DEFAULT_LINKS.get(device.type, DEFAULT_LINKS["cuda"])
-            self._chosen[key] = choose(work, links, agreed.local_world_size, agreed.memory, name)
+            local = math.gcd(agreed.local_world_size, world)
+            self._chosen[key] = choose_within(work, grid, links, local, agreed.memory, name)
         return self._chosen[key]
 
     def asked(self, world_size: int) -> Grid | None:
@@ -150,6 +153,25 @@ class GridChoice:
             local = locals_.pop() if len(locals_) == 1 else 1
             self._agreed[whole] = _Agreed(min(memory for memory, _, _ in found), local, self.links)
         return self._agreed[whole]
+
+
+def choose_within(
+    work: Work, asked: Grid | None, links: Links, local_world_size: int, memory: float, name: str
+) -> Choice:
+    """Return the grid that is asked for, or else the one that `choose` takes, with the chunks by which it fits.
+
+    Raises:
+        InputError: the grid that is asked for, or every grid, needs more memory.
+    """
+    if asked is None:
+        return choose(work, links, local_world_size, memory, name)
+    chunks = fewest_chunks(work, asked, memory)
+    if chunks is None:
+        raise InputError(
+            f"{name} on the grid {asked.name} needs {held(work, asked).bytes / 1e9:.3g} GB a rank, and in any number "
+            f"of chunks more than the {memory / 1e9:.3g} GB that are allowed; allow more (memory), or take grid: auto"
+        )
+    return Choice(asked, chunks)
 
 
 def check_size(grid: Grid, world_size: int) -> None:

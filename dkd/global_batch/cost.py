@@ -79,11 +79,13 @@ class LossSums(NamedTuple):
         rows: sums of rows, of one number a sample.
         totals: sums over all samples.
         distances: whether the loss compares distances, which need the sums of the rows of M.
+        centers: whether the mean of the features is subtracted first.
     """
 
     rows: int = 3
     totals: int = 0
     distances: bool = False
+    centers: bool = False
 
 
 class Move(NamedTuple):
@@ -182,7 +184,7 @@ def _chunk(width: int, number: int, chunks: int) -> int:
 
 def _vector_moves(work: Work, grid: Grid) -> list[Move]:
     world, size = work.world_size, work.tensors[0].gram_bytes
-    rows, totals, distances = work.sums
+    rows, totals, distances, centers = work.sums
     learns, kept = any(tensor.backward for tensor in work.tensors), grid.column_blocks * work.rows
     numbers = [
         ("norms", 2 * work.rows),
@@ -190,7 +192,11 @@ def _vector_moves(work: Work, grid: Grid) -> list[Move]:
         ("totals", totals),
         ("sums of M", kept if distances and learns else 0),
     ]
-    return [_move(what, "all", world, (world - 1) * each * work.pairs, size) for what, each in numbers if each]
+    means = []
+    for tensors in (work.tensors[work.pairs :], work.tensors[: work.pairs]) if centers else ():
+        elements = 2 * (world - 1) * sum(tensor.width for tensor in tensors)
+        means.append(Move("means", "all", world, elements // world, elements * size // world))
+    return means + [_move(what, "all", world, (world - 1) * each * work.pairs, size) for what, each in numbers if each]
 
 
 def _move(what: str, axis: str, ranks: int, elements: int, size: int) -> Move:
@@ -243,7 +249,7 @@ def held(work: Work, grid: Grid, chunks: int = 1) -> MemoryUse:
     """Count what a rank holds at once, at most: while the teacher's or the student's features are multiplied, while
     blocks are compared, or in the backward. `benchmarks.relations_memory` measures it."""
     if work.world_size == 1:
-        return MemoryUse(0, 6 * work.batch**2 * work.tensors[0].gram_bytes)
+        return MemoryUse(0, (3 * work.pairs + 3) * work.batch**2 * work.tensors[0].gram_bytes)
     teachers, students = (_Held(work, grid, i, chunks) for i in (1, 0))
     kept, one = teachers.kept, students.kept // max(work.pairs, 1)
     return max(

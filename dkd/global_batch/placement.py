@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from dkd.global_batch import collectives
 from dkd.global_batch.grid import Grid
-from dkd.global_batch.layout import BatchLayout
+from dkd.global_batch.layout import BatchLayout, BatchMismatchError
+from dkd.library_internals.torch import groups_made
 
 
 class Axis(NamedTuple):
@@ -40,25 +41,44 @@ _axes: dict[tuple[dist.ProcessGroup | None, Grid, str], Axes] = {}
 
 def axes_through(grid: Grid, layout: BatchLayout, device: torch.device) -> Axes:
     """Return the axes of a grid through this rank. The first call for a process group and a grid makes the groups of
-    the axes: all ranks of `layout` make that call together."""
+    the axes: all ranks of `layout` make that call together.
+
+    Raises:
+        BatchMismatchError: on all ranks, when ranks have made different numbers of process groups before.
+    """
     if layout.world_size == 1:
         return Axes(*(Axis(1, None) for _ in range(3)))
     whole = layout.group or dist.group.WORLD
     key = whole, grid, device.type
     if key not in _axes:
         members = grid.along_slices(layout.rank), grid.along_columns(layout.rank), grid.along_rows(layout.rank)
+        if any(_needs_group(each, layout, device) for each in members):
+            check_group_counts(layout)
         _axes[key] = Axes(*(_make_axis(each, layout, device) for each in members))
     return _axes[key]
 
 
-def _make_axis(members: list[int], layout: BatchLayout, device: torch.device) -> Axis:
-    if len(members) == 1:
-        return Axis(1, None)
+def check_group_counts(layout: BatchLayout) -> None:
+    """Check that the ranks of `layout` can make groups among themselves: torch names such a group by how many groups
+    the process has made. A collective. Raises BatchMismatchError on all ranks."""
+    counts = collectives.all_gather_objects(groups_made(), layout.group)
+    if len(set(counts)) > 1:
+        raise BatchMismatchError(
+            f"ranks have made different numbers of process groups before this loss ({counts}), so that they cannot "
+            "make further ones together: make each group on all ranks, or call the loss before"
+        )
+
+
+def _needs_group(members: list[int], layout: BatchLayout, device: torch.device) -> bool:
     # NCCL runs the collectives of one communicator one after another: those of an axis are not to wait for the
     # gradients of the student, nor the gradients for them.
-    if len(members) == layout.world_size and device.type == "cpu":
-        return Axis(len(members), layout.group)
-    return Axis(len(members), collectives.make_group(members, layout.group))
+    return len(members) > 1 and (len(members) < layout.world_size or device.type != "cpu")
+
+
+def _make_axis(members: list[int], layout: BatchLayout, device: torch.device) -> Axis:
+    if _needs_group(members, layout, device):
+        return Axis(len(members), collectives.make_group(members, layout.group))
+    return Axis(len(members), layout.group if len(members) > 1 else None)
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Features:
             by_type.setdefault((transport, promoted_dtype(feature.dtype)), []).append(i)
         self.members = list(by_type.values())
         """The pairs of each message."""
-        self._begun = [self._begin(message, 0) for message in range(len(self.members))]
+        self._begun: list[Panels | None] = [self._begin(message, 0) for message in range(len(self.members))]
 
     def _begin(self, message: int, number: int) -> Panels:
         """Begin to send a chunk of the features of a message."""
@@ -151,7 +151,9 @@ class Features:
         kept: list[list[torch.Tensor]] = []
         chunks = self.placement.chunks
         panels = self._begun[message]
-        self._begun[message] = None  # type: ignore[call-overload]  # what has arrived is not to live on
+        if panels is None:
+            raise RuntimeError("what was begun with a teacher's features is used once, by one call of the loss")
+        self._begun[message] = None  # what has arrived is not to live on
         for number in range(chunks):
             rows, columns = panels.wait()
             if number + 1 < chunks:
@@ -290,9 +292,9 @@ def _full_precision_backward(backward: Backward) -> Backward:
     """Keep a backward from computing in half precision where it is called under autocast."""
 
     @functools.wraps(backward)
-    def without_autocast(ctx: Any, *grads: torch.Tensor) -> Any:
+    def without_autocast(ctx: Any, saved: Sequence[torch.Tensor], *grads: torch.Tensor) -> Any:
         with torch.autocast(grads[0].device.type, enabled=False):
-            return backward(ctx, *grads)
+            return backward(ctx, saved, *grads)
 
     return without_autocast  # type: ignore[return-value]
 
@@ -327,19 +329,36 @@ class _Compare(torch.autograd.Function):
             slope = relation.slope(a, b, sums) * (weight * layout.world_size)
             slopes.append(scale.through(slope, a))
         totals = _row_totals(slopes, at) if relation.relation == "distance" else [None] * pairs
-        ctx.comparison, ctx.scales, ctx.totals = comparison, scales[:pairs], totals
-        ctx.members = own.members
+        ctx.scales, ctx.totals, ctx.members, ctx.placement = scales[:pairs], totals, own.members, at
+        ctx.transports, ctx.gradient_transports = comparison.transports, comparison.gradient_transports
+        if layout.world_size == 1:  # for second derivatives
+            ctx.relation, ctx.weights, ctx.floor = relation, comparison.weights, comparison.floor
+            ctx.teachers = teachers.features
         flat = [column for message in columns for chunk_of in message for column in chunk_of]
         ctx.save_for_backward(*slopes, *flat, *students)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradients = compute_gradients(ctx, *grads)
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them when they are asked for
+        pairs = len(ctx.scales)
+        students = saved[-pairs:]
+        if torch.is_grad_enabled() and ctx.placement.layout.world_size == 1:
+            return None, *_differentiable_gradients(ctx, students, grads[0])
+        gradients = compute_gradients(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return None, *gradients
-        students = ctx.saved_tensors[-len(ctx.scales) :]
         return None, *(None if g is None else _Once.apply(g, s) for g, s in zip(gradients, students, strict=True))
+
+
+def _differentiable_gradients(
+    ctx: Any, students: Sequence[torch.Tensor], grad: torch.Tensor
+) -> Sequence[torch.Tensor | None]:
+    """Return the gradients on one process by operations that autograd follows, for second derivatives."""
+    value = compare_alone(ctx.relation, students, ctx.teachers, ctx.weights, ctx.floor)
+    wanted = [s for s, needed in zip(students, ctx.needs_input_grad[1:], strict=True) if needed]
+    found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[1:]]
 
 
 class _Once(torch.autograd.Function):
@@ -357,19 +376,14 @@ class _Once(torch.autograd.Function):
 
 @torch.no_grad()
 @_full_precision_backward
-def compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | None]:
-    comparison: Comparison = ctx.comparison
+def compute_gradients(ctx: Any, saved: Sequence[torch.Tensor], *grads: torch.Tensor) -> list[torch.Tensor | None]:
     pairs = len(ctx.scales)
-    slopes, columns, students = (
-        ctx.saved_tensors[:pairs],
-        iter(ctx.saved_tensors[pairs:-pairs]),
-        ctx.saved_tensors[-pairs:],
-    )
+    slopes, columns, students = saved[:pairs], iter(saved[pairs:-pairs]), saved[-pairs:]
     gradients: list[torch.Tensor | None] = [None] * pairs
-    at = comparison.placement
+    at = ctx.placement
     for members in ctx.members:
         derivatives = gather_derivatives([slopes[i] for i in members], at)
-        transport = comparison.gradient_transports[members[0]]
+        transport = ctx.gradient_transports[members[0]]
         by_chunk = []
         for number in range(at.chunks):
             here = [next(columns) for _ in members]
@@ -378,7 +392,7 @@ def compute_gradients(ctx: Any, *grads: torch.Tensor) -> list[torch.Tensor | Non
         for place, i in enumerate(members):
             parts = [sums[place] for sums in by_chunk]
             sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            own = students[i].to(comparison.transports[i])
+            own = students[i].to(ctx.transports[i])
             gradient = ctx.scales[i].home(sums, own, ctx.totals[i])
             gradients[i] = gradient.mul_(grads[0]).to(students[i].dtype)
     return [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
@@ -432,17 +446,14 @@ def compare_alone(
     teachers: Sequence[torch.Tensor],
     weights: Sequence[float],
     floor: float,
-    placement: Placement,
 ) -> torch.Tensor:
     """Return a relational loss of one process, by operations that autograd follows: `slope` is not asked for. This is
-    what `compare` computes, for compiled models, forward-mode and second derivatives."""
+    what `compare` computes, for compiled models, transforms of torch.func, forward-mode and second derivatives."""
     shares = []
     for student, teacher, weight in zip(students, teachers, weights, strict=True):
         s, t = (_relate_alone(relation.relation, full_precision(f), floor) for f in (student, teacher))
-        rows = relation.row_sums(s, t)
-        samples = placement.row_samples
-        sums = Sums(len(s), rows, samples, samples)
-        totals = relation.totals(s, t, sums)
+        rows, samples = relation.row_sums(s, t), torch.arange(len(s), device=s.device)
+        totals = relation.totals(s, t, Sums(len(s), rows, samples, samples))
         shares.append(weight * relation.value(s, t, Sums(len(s), rows, samples, samples, totals)))
     return torch.stack(shares).sum()
 

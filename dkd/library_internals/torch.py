@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from datetime import timedelta
 
 import torch
@@ -22,6 +23,8 @@ __all__ = [
     "change_count",
     "copy_lists",
     "group_timeout",
+    "groups_made",
+    "is_transformed",
     "lerp_lists",
     "make_inductor_deterministic",
     "norm_lists",
@@ -116,6 +119,23 @@ def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta |
     except (AttributeError, RuntimeError):
         return None
     return found if isinstance(found, timedelta) else None
+
+
+def groups_made() -> int:
+    """Return the number that torch puts into the name of the next process group that only its members make. Members
+    whose numbers differ would wait for each other under different names; torch has no public way to ask. Releases
+    before 2.12 or so count the groups that the rank is in."""
+    world = dist.distributed_c10d._world
+    return world.group_count + 10**6 * _counts_own_groups() * len(world.pg_names)
+
+
+def _counts_own_groups() -> bool:
+    return "pg_names" in inspect.getsource(dist.distributed_c10d._hash_ranks_to_str)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Return whether torch.func transforms (grad, vmap, jvp) follow a tensor. torch has no public way to ask."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def make_inductor_deterministic() -> None:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from dkd.global_batch import BatchLayout, GramScope, full_precision
 from dkd.losses.feature_pairs import as_list, check_logits, no_autocast
 
-_LEAST = 1e-30  # of a product of variances: a probability that is the same for all
+_LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
 
 
 class DIST(nn.Module):
@@ -63,19 +63,15 @@ class DIST(nn.Module):
         layout.check(student)
         layout = self.scope.within(layout)
         with no_autocast(student.device):
-            s, t = (self._center(logits) for logits in (student, teacher.detach()))
-            inter = layout.mean(1 - _correlate(_sums(s, t, dim=1), s.shape[1]))
+            # In float64: rare classes have probabilities below the rounding of a float32 softmax.
+            s, t = ((logits.double() / self.tau).softmax(1) for logits in (student, teacher.detach()))
+            s_centered, t_centered = (p - p.mean(1, keepdim=True) for p in (s, t))
+            inter = layout.mean(1 - _correlate(_sums(s_centered, t_centered, dim=1), s.shape[1]))
             sums = _sums(s, t, dim=0)
             sums = _SumOverRanks.apply(sums, layout) if layout.world_size > 1 else sums
             intra = 1 - _correlate(sums, layout.total).mean()
             value = self.tau**2 * (self.beta * inter + self.gamma * intra)
             return value.to(full_precision(student[:0]).dtype)
-
-    def _center(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return probabilities less 1/C, the mean of a sample's: correlations do not change, and differences of sums
-        lose fewer digits."""
-        probabilities = (full_precision(logits) / self.tau).softmax(1).double()
-        return probabilities - probabilities.mean(1, keepdim=True)
 
 
 def _sums(s: torch.Tensor, t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -86,9 +82,11 @@ def _sums(s: torch.Tensor, t: torch.Tensor, dim: int) -> torch.Tensor:
 def _correlate(sums: torch.Tensor, count: int) -> torch.Tensor:
     """Return Pearson's correlation of `count` pairs of numbers from their five sums."""
     s, t, ss, tt, st = sums.unbind()
-    variances = (ss - s * s / count) * (tt - t * t / count)
-    varies = variances > _LEAST
-    return torch.where(varies, (st - s * t / count) * torch.where(varies, variances, 1.0).rsqrt(), 0.0)
+    s_variance, t_variance = ss - s * s / count, tt - t * t / count
+    # What is left of equal numbers is rounding.
+    varies = (s_variance > _LEAST * ss) & (t_variance > _LEAST * tt)
+    variances = torch.where(varies, s_variance, 1.0) * torch.where(varies, t_variance, 1.0)
+    return torch.where(varies, (st - s * t / count) * variances.rsqrt(), 0.0)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -6,7 +6,8 @@ With G = Q Qᵀ, H = 1 − 11ᵀ/B, X = H G_S H and Y = H G_T H:
     L_CKA = 1 − ⟨X, Y⟩ / (‖X‖ ‖Y‖) = ½ ‖X/‖X‖ − Y/‖Y‖‖_F²
 
 The second form does not cancel where both agree. The derivative by S_ij is −(Y_ij/‖Y‖ − X_ij ⟨X, Y⟩/(‖X‖² ‖Y‖)) / ‖X‖.
-The loss does not depend on the batch.
+The loss does not depend on the batch, and not on a vector that is added to all features, whose mean is therefore
+subtracted first. Where all samples of a model are alike, the loss is 1, without gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import torch
 
 from dkd.global_batch.relational import Sums
 from dkd.losses.relational import RelationalLoss
-
-_LEAST = 1e-30  # of ‖X‖² with elements of at most 1: all samples are alike
 
 
 class CKA(RelationalLoss):
@@ -27,6 +26,7 @@ class CKA(RelationalLoss):
     """
 
     relation = "product"
+    shift_invariant = True
     adds = (2, 3)
 
     def __init__(self, **base: object) -> None:
@@ -41,16 +41,25 @@ class CKA(RelationalLoss):
         return (x * x).sum(), (y * y).sum(), (x * y).sum()
 
     def value(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
-        xx, yy, _ = (number.clamp_min(_LEAST) for number in at.totals)
         x, y = _centre(s, at.rows[0], at), _centre(t, at.rows[1], at)
-        return (x / xx.sqrt() - y / yy.sqrt()).square().sum() / 2
+        # A kernel that is constant is aligned with nothing: its half of the value is ½ all the same.
+        x_inverse, y_inverse = (_inverse_norm(number, at) for number in at.totals[:2])
+        constant = (x_inverse == 0).to(s.dtype) + (y_inverse == 0).to(s.dtype)
+        share = s.numel() / (2 * at.batch**2)
+        return (x * x_inverse - y * y_inverse).square().sum() / 2 + share * constant
 
     def slope(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
-        xx, yy = (number.clamp_min(_LEAST) for number in at.totals[:2])
-        xy = at.totals[2]
+        x_inverse, y_inverse = (_inverse_norm(number, at) for number in at.totals[:2])
+        alignment = at.totals[2] * x_inverse * y_inverse
         x, y = _centre(s, at.rows[0], at), _centre(t, at.rows[1], at)
         # The derivative is symmetric: twice one half of it.
-        return x.mul_(2 * xy / (xx * (xx * yy).sqrt())).sub_(y.mul_(2 / (xx * yy).sqrt()))
+        return x.mul_(2 * alignment * x_inverse**2).sub_(y.mul_(2 * x_inverse * y_inverse))
+
+
+def _inverse_norm(square: torch.Tensor, at: Sums) -> torch.Tensor:
+    """Return 1/‖X‖ for ‖X‖², and 0 where that is no more than the rounding of B² elements of at most 1."""
+    least = (8 * torch.finfo(square.dtype).eps * at.batch) ** 2
+    return torch.where(square > least, torch.where(square > least, square, 1.0).rsqrt(), 0.0)
 
 
 def _centre(relations: torch.Tensor, row_sums: torch.Tensor, at: Sums) -> torch.Tensor:

@@ -12,11 +12,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
-from dkd.global_batch import BatchLayout, GramScope, Links
+from dkd.global_batch import BatchLayout, GramScope, Links, full_precision
 from dkd.global_batch.choice import GridChoice, describe_tensor
 from dkd.global_batch.cost import GramTensor, LossSums
 from dkd.global_batch.gram import promoted_dtype
+from dkd.global_batch.placement import Placement
 from dkd.global_batch.relational import Comparison, Features, Kind, Sums, compare, compare_alone
+from dkd.library_internals.torch import is_transformed
 from dkd.losses.feature_pairs import Features as Tensors
 from dkd.losses.feature_pairs import as_list, as_pairs, no_autocast
 
@@ -59,6 +61,9 @@ class RelationalLoss(nn.Module):
     distances too: what is computed of them must not depend on a common factor of all features."""
     adds: tuple[int, int] = (0, 0)
     """How many sums of rows, and how many totals, `row_sums` and `totals` return for a pair: `auto` counts them."""
+    shift_invariant: bool = False
+    """Whether the loss does not change when one vector is added to all features of a model. The mean of all samples is
+    then subtracted first, which costs a sum of d numbers over ranks, and products lose no digits to a common offset."""
     floor: float = 0.0
     """relation: cosine. A norm below this share of the mean norm counts as this share."""
 
@@ -119,12 +124,14 @@ class RelationalLoss(nn.Module):
             None where there is nothing to begin: on one process, and before the first call, which settles the grid.
         """
         teachers = as_list(teacher)
-        layout = self.scope.within(layout)
+        whole, layout = layout, self.scope.within(layout)
         if layout.world_size == 1 or self._compared is None:
             return None
         with no_autocast(teachers[0].device):
             flat = self._flatten(teachers)
-            at = self.grid.place(layout, self._compared, self.sums(), flat[0].device, type(self).__name__)
+            at = self._place(layout, flat[0].device, whole)
+            if self.shift_invariant:
+                flat = _center(flat, layout)
             return TeacherHalf(layout, Features(flat, at, [self.comm_dtype or t.dtype for t in flat]))
 
     def forward(
@@ -137,18 +144,21 @@ class RelationalLoss(nn.Module):
         begun = teacher if isinstance(teacher, TeacherHalf) else None
         given = list(begun.features.features) if begun else as_list(teacher)  # type: ignore[arg-type]
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
-        layout = layout or BatchLayout.agree([*as_list(student), *given], loss=self)
+        whole = layout or BatchLayout.agree([*as_list(student), *given], loss=self)
         pairs = as_pairs(student, given, self.weights)
-        layout.check(pairs[0][0])
-        layout = begun.layout if begun else self.scope.within(layout)
+        whole.check(pairs[0][0])
+        layout = begun.layout if begun else self.scope.within(whole)
         with no_autocast(pairs[0][0].device):
             students = self._flatten([s for s, _, _ in pairs])
             teachers = given if begun else self._flatten([t.detach() for _, t, _ in pairs])
+            if self.shift_invariant:
+                students, sent_as = _center(students, layout), None
+                teachers = teachers if begun else _center(teachers, layout)
             types = [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
-            half = begun.features if begun else self._send(students, teachers, types, layout)
+            half = begun.features if begun else self._send(students, teachers, types, layout, whole)
             weights = [w for _, _, w in pairs]
             if layout.world_size == 1 and _needs_plain_autograd(students):
-                return compare_alone(self, students, teachers, weights, self.floor, half.placement)
+                return compare_alone(self, students, teachers, weights, self.floor)
             # Nothing is rounded twice: a gradient is rounded to the type of its feature after all is added to it.
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
             comparison = Comparison(self, weights, self.floor, half.placement, half, types, gradients)
@@ -160,6 +170,7 @@ class RelationalLoss(nn.Module):
         teachers: Sequence[torch.Tensor],
         types: Sequence[torch.dtype],
         layout: BatchLayout,
+        whole: BatchLayout,
     ) -> Features:
         """Choose a grid, and begin to send the teacher's features."""
         transports = [self.comm_dtype or t.dtype for t in teachers]
@@ -173,16 +184,21 @@ class RelationalLoss(nn.Module):
                 for t, sent in zip(teachers, transports, strict=True)
             ),
         ]
-        at = self.grid.place(layout, self._compared, self.sums(), students[0].device, type(self).__name__)
-        return Features(teachers, at, transports)
+        return Features(teachers, self._place(layout, students[0].device, whole), transports)
+
+    def _place(self, layout: BatchLayout, device: torch.device, whole: BatchLayout) -> Placement:
+        assert self._compared is not None
+        return self.grid.place(layout, self._compared, self.sums(), device, type(self).__name__, whole)
 
     def sums(self) -> LossSums:
         """Return how many sums the loss adds over ranks for a pair."""
-        return LossSums(*self.adds, self.relation == "distance")
+        return LossSums(*self.adds, self.relation == "distance", self.shift_invariant)
 
     def _flatten(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return (b, d) of each feature. The order of columns means nothing to a Gram matrix, if it is the same on all
         ranks."""
+        if any(f.dim() < 2 for f in features):
+            raise ValueError("features must have the shape (b, ...) with at least one number a sample")
         maps = [f.permute(0, 2, 3, 1) if self.channels_last and f.dim() == 4 else f for f in features]
         return [f.flatten(1) for f in maps]
 
@@ -199,9 +215,20 @@ class TeacherHalf:
         self.layout, self.features = layout, features
 
 
+def _center(features: Sequence[torch.Tensor], layout: BatchLayout) -> list[torch.Tensor]:
+    """Return features (b, d) less the mean of all samples of the layout, in full precision. The mean counts as a
+    constant. A collective."""
+    full = [full_precision(f) for f in features]
+    sums = torch.cat([f.detach().sum(0) for f in full])
+    means = (layout.sum(sums) / layout.total).split([f.shape[1] for f in full])
+    return [f - mean for f, mean in zip(full, means, strict=True)]
+
+
 def _needs_plain_autograd(students: Sequence[torch.Tensor]) -> bool:
-    """Return whether a compiler or forward-mode differentiation follows every operation."""
-    return torch.compiler.is_compiling() or any(forward_ad.unpack_dual(s).tangent is not None for s in students)
+    """Return whether a compiler, forward-mode differentiation or a transform of torch.func follows every operation."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(is_transformed(s) or forward_ad.unpack_dual(s).tangent is not None for s in students)
 
 
 def scaled_weight(weight: float, reference_batch: int, batch: int) -> float:

@@ -73,6 +73,7 @@ def check_batch(samples: int) -> None:
 def _compare_angles(student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     """Return the sum over the angles at this rank's samples."""
     s, t = _products(student, layout), _products(teacher, layout)
+    t = t.to(s.dtype)
     own = range(layout.first_row, layout.first_row + layout.rows[layout.rank])
     at_once = max(1, ANGLES_AT_ONCE // layout.total**2)
     parts = [torch.tensor(own[i : i + at_once], device=s.device) for i in range(0, len(own), at_once)]
@@ -84,8 +85,9 @@ def _compare_angles(student: torch.Tensor, teacher: torch.Tensor, layout: BatchL
 
 
 def _products(features: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-    """Return Q Qᵀ of all samples, of features that are divided by their largest norm: angles do not change."""
+    """Return Q Qᵀ of all samples, of features less their mean, divided by their largest norm: angles do not change."""
     everyone = full_precision(gather_rows(features, layout))
+    everyone = everyone - everyone.detach().mean(0)
     largest = torch.linalg.vector_norm(everyone.detach(), dim=1).max()
     scaled = everyone / torch.where(largest > 0, largest, 1.0)
     return scaled @ scaled.T
@@ -100,7 +102,10 @@ def _cosines(products: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     to_all = products[samples]  # S_ij, (n, B)
     squares = products.diagonal()
     differences = (products[None] - to_all[:, :, None] - to_all[:, None, :]) + squares[samples, None, None]
-    lengths = squares[None] + squares[samples, None] - 2 * to_all
-    other = (torch.arange(len(squares), device=products.device)[None] != samples[:, None]) & (lengths > 1e-24)
+    both = squares[None] + squares[samples, None]
+    lengths = both - 2 * to_all
+    other = torch.arange(len(squares), device=products.device)[None] != samples[:, None]
+    # What is left of equal samples is rounding, and no direction.
+    other = other & (lengths > 16 * torch.finfo(lengths.dtype).eps * both)
     inverse = torch.where(other, torch.where(other, lengths, 1.0).rsqrt(), 0.0)
     return differences * inverse[:, :, None] * inverse[:, None, :]

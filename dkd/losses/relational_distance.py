@@ -24,6 +24,7 @@ class RKDDistance(RelationalLoss):
     """
 
     relation = "distance"
+    shift_invariant = True
     adds = (2, 1)
 
     def __init__(self, **base: object) -> None:

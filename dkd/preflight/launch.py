@@ -29,7 +29,7 @@ def launch_problems(recipe: Recipe, launch: Launch) -> list[Problem]:
     found += _teacher_problems(recipe, launch, rules)
     found += _student_problems(recipe, rules)
     try:
-        read_links(recipe)
+        read_links(recipe, "cpu")
     except RecipeError as error:
         found += error.problems
     found += _device_problems(recipe, launch, rules)

@@ -272,7 +272,14 @@ def build_step(
     step = DistillationStep(
         engine.student,
         teacher,
-        build_objective(recipe, data.sampler, schedule.planned_steps, engine.device, weights, read_links(recipe)),
+        build_objective(
+            recipe,
+            data.sampler,
+            schedule.planned_steps,
+            engine.device,
+            weights,
+            read_links(recipe, engine.device.type)[0],
+        ),
         micro_steps=data.sampler.micro_steps,
         model=engine.model,
         normalize=data.pipeline.normalize,

@@ -48,3 +48,30 @@ def test_the_cifar10_table_pairs_runs_by_seed(tmp_path):
     assert "| KD | 3 | 83.33 % | 2.08 | +1.33 | -0.10 … +2.77 |" in lines
     assert "| SP, global (512 rows) | 1 | 83.00 % |  | +3.00 |  |" in lines
     assert "| SP, local (128 rows) | 0 | | | | |" in lines
+
+
+def test_the_scope_study_pairs_runs_by_seed_and_changes_only_the_rows_that_are_compared(tmp_path):
+    """Means and differences are over the seeds that all three students of a line have finished."""
+    import argparse
+    import json
+
+    from benchmarks.scope_study import Training, table
+
+    top1 = {("none", ""): [0.40, 0.42, 0.41], ("sp", "local"): [0.41, 0.45], ("sp", "global"): [0.43, 0.45, 0.40]}
+    for (loss, arm), values in top1.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / Training(loss, arm, 8, seed).name
+            folder.mkdir()
+            (folder / "FINISHED").write_text("")
+            (folder / "student.json").write_text(json.dumps({"evaluation": {"top1": value}}))
+    lines = table(tmp_path, ["sp"], [8, 16], 3).splitlines()
+    # global − local is 2 and 0: mean 1, standard deviation √2, half the interval 12.71 · √2 / √2
+    differences = "+2.00 ± 12.71 | +3.00 ± 0.00 | +1.00 ± 12.71"
+    assert f"| SP | 8 | 2 | 41.00 % | 43.00 % | 44.00 % | {differences} |" in lines
+    assert "| SP | 16 | 0 |  |  |  |  |  |  |" in lines
+
+    options = argparse.Namespace(runs=tmp_path, data=tmp_path, images="*", epochs=1, teacher_epochs=1)
+    local, whole = (Training("sp", arm, 8, 0).recipe(options) for arm in ("local", "global"))
+    assert (local["losses"]["sp"].pop("batch"), whole["losses"]["sp"].pop("batch")) == ("micro", "step")
+    del local["run"], whole["run"]
+    assert local == whole

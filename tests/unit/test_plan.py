@@ -61,14 +61,20 @@ def test_measured_links_decide_the_grid(capsys, tmp_path):
     grids = {}
     for latency, bandwidth in ((10.0, 1e9), (1e-7, 1e7)):
         link = {"latency": latency, "bandwidth": bandwidth}
-        (tmp_path / "links.json").write_text(json.dumps({"links": {"inside": link, "between": link}}))
+        (tmp_path / "links.json").write_text(json.dumps({"problems": [], "links": {"inside": link, "between": link}}))
         code, out, _ = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
         assert code == 0
         assert f"(measured, {tmp_path}/links.json)" in out
         grids[latency] = line_of(out, "grid").partition(":")[0]
     assert grids[10.0] == "64 × 1 × 1"  # the fewest collectives
     assert grids[1e-7] != grids[10.0]
-    for text in ("{}", "no json", '{"links": {"inside": {"latency": 1, "bandwidth": 0}, "between": {}}}'):
+    (tmp_path / "links.json").write_text(json.dumps({"problems": [], "links": {"inside": link}}))
+    _, out, _ = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
+    assert f"between machines 6 GB/s and 40 µs (measured, {tmp_path}/links.json; between machines assumed)" in out
+    (tmp_path / "links.json").write_text('{"problems": [], "links": {}}')
+    code, _, err = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
+    assert (code, "holds no speeds of links: dkd launch-check measures them on several processes" in err) == (2, True)
+    for text in ("{}", "no json", '{"problems": [], "links": {"inside": {"latency": 1, "bandwidth": 0}}}'):
         (tmp_path / "links.json").write_text(text)
         code, _, err = planned(capsys, *sixty_four, f"train.links={tmp_path}/links.json")
         assert (code, "is not a file of dkd launch-check --json" in err) == (2, True), err

@@ -8,13 +8,14 @@ from unittest import mock
 import plain_relations
 import pytest
 import torch
+import torch.utils.checkpoint
 from reference_material import require_method_losses
-from threaded_ranks import on_ranks
+from threaded_ranks import Group, on_ranks
 
 import dkd
 from dkd import CKA, DIST, PKT, CorrelationCongruence, RKDAngle, RKDDistance, SimilarityPreserving
 from dkd.errors import InputError
-from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_grids, collectives, cost, placement
+from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_grids, collectives, cost
 from dkd.global_batch import relational as relations
 from dkd.global_batch.choice import GridChoice
 from dkd.global_batch.cost import fewest_chunks, held
@@ -235,8 +236,8 @@ def test_mistakes_in_the_algebra_would_be_noticed(mistake):
 
 SUMS = {
     "sp": (SimilarityPreserving, LossSums(3, 0, False)),
-    "rkd distance": (RKDDistance, LossSums(2, 1, True)),
-    "cka": (CKA, LossSums(2, 3, False)),
+    "rkd distance": (RKDDistance, LossSums(2, 1, True, True)),
+    "cka": (CKA, LossSums(2, 3, False, True)),
     "cc": (CorrelationCongruence, LossSums(0, 0, False)),
     "pkt": (PKT, LossSums(2, 0, False)),
 }
@@ -362,8 +363,7 @@ def test_the_slope_is_what_autograd_finds(name):
     loss = make("auto")
     value = loss(own, teacher)
     value.backward()
-    at = placement.place(all_grids(1)[0], BatchLayout.even(6), torch.device("cpu"))
-    wanted = relations.compare_alone(loss, [plain], [teacher], [1.0], loss.floor, at)
+    wanted = relations.compare_alone(loss, [plain], [teacher], [1.0], loss.floor)
     wanted.backward()
     assert value.item() == pytest.approx(wanted.item(), rel=1e-12)
     torch.testing.assert_close(own.grad, plain.grad, rtol=1e-10, atol=1e-13)
@@ -405,6 +405,101 @@ def test_equal_zero_and_single_samples_have_a_gradient_that_is_a_number(loss):
     leaf = torch.ones(1, 6, dtype=torch.float64, requires_grad=True)
     loss(leaf, teacher[:1]).backward()
     assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [CKA(), RKDDistance(), RKDAngle()], ids=repr)
+@pytest.mark.parametrize("offset", [10, 300, 1000])
+def test_a_common_offset_of_features_costs_no_digits(loss, offset):
+    """These losses do not change under it; float32 products would lose most of theirs."""
+    student, teacher = samples([16], [40, 50])
+    exact = (student.float() + offset).double().requires_grad_()
+    rounded = (student.float() + offset).requires_grad_()
+    loss(exact, teacher + offset).backward()
+    loss(rounded, (teacher + offset).float()).backward()
+    assert relative(rounded.grad, exact.grad) < 3e-4
+
+
+def test_equal_samples_have_no_direction_between_them():
+    student, teacher = (feature.repeat(2, 1) for feature in samples([6], [9, 12]))
+    wanted = plain_relations.rkd_angle(student, teacher).item()
+    assert RKDAngle()(student, teacher).item() == pytest.approx(wanted, rel=1e-9)
+    assert RKDAngle()(student.float(), teacher.float()).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_kernel_of_equal_samples_is_aligned_with_nothing():
+    student, teacher = samples([5], [6, 7])
+    for s, t in ((student, torch.ones_like(teacher)), (torch.ones_like(student), teacher), (student[:1], teacher[:1])):
+        leaf = s.clone().requires_grad_()
+        value = CKA()(leaf, t)
+        value.backward()
+        assert value.item() == pytest.approx(1, abs=1e-6)
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_rare_classes_count_in_the_correlation_between_samples():
+    """Against the same in float64; a float32 softmax knows no probability below 1e-8 of the others to many digits."""
+    student, teacher = (5 * feature for feature in samples([32], [100, 100]))
+    exact, rounded = student.float().double().requires_grad_(), student.float().requires_grad_()
+    DIST()(exact, teacher.float().double()).backward()
+    DIST()(rounded, teacher.float()).backward()
+    assert relative(rounded.grad, exact.grad) < 1e-5
+    same = torch.ones(4, 5, dtype=torch.float64, requires_grad=True)
+    DIST()(same, teacher[:4, :5]).backward()
+    assert same.grad.abs().max() < 1e-6
+
+
+# A floor is a constant to the gradient: finite differences of a gradient would see it move.
+@pytest.mark.parametrize("make", [FAMILY[name][0] for name in ("sp", "pkt", "cc", "cka", "rkd distance")])
+def test_one_process_has_second_derivatives_transforms_and_checkpoints(make):
+    student, teacher = samples([5], [6, 7])
+    loss = make("auto")
+
+    def value(q):
+        return loss(q, teacher)
+
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(value)(student), gradient.detach(), rtol=1e-9, atol=1e-12)
+    direction = torch.randn(5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    (second,) = torch.autograd.grad((gradient * direction).sum(), leaf)
+    step = 1e-6 * direction
+    difference = (torch.func.grad(value)(student + step) - torch.func.grad(value)(student - step)) / 2e-6
+    torch.testing.assert_close(second, difference, rtol=1e-5, atol=1e-7)
+    checkpointed = student.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(value, checkpointed, use_reentrant=False).backward()
+    torch.testing.assert_close(checkpointed.grad, gradient.detach(), rtol=1e-12, atol=0)
+
+
+def test_the_teachers_half_is_used_once():
+    def on_rank(rank, group):
+        loss, layout = SimilarityPreserving(), BatchLayout((3, 3), rank, group)
+        loss(torch.eye(3), torch.eye(3), layout=layout)
+        half = loss.begin(torch.eye(3), layout)
+        loss(torch.eye(3), half, layout=layout)
+        try:
+            loss(torch.eye(3), half, layout=layout)
+        except RuntimeError as error:
+            return str(error)
+
+    (message,) = set(on_ranks(2, on_rank))
+    assert message.startswith("what was begun with a teacher's features is used once")
+
+
+def test_all_parts_of_a_scope_take_one_grid():
+    """Of parts with few and with many rows, else ranks would make different numbers of process groups."""
+    grids = set()
+
+    def on_rank(rank, group):
+        rows = [4] * 4 + [256] * 4
+        whole = BatchLayout(tuple(rows), rank, group)
+        part = Group(group.boards, range(rank // 4 * 4, rank // 4 * 4 + 4), rank % 4)
+        own = BatchLayout(tuple(rows[rank // 4 * 4 :][:4]), rank % 4, part)
+        tensors = [GramTensor(512, True), GramTensor(512, False)]
+        at = GridChoice("auto").place(own, tensors, LossSums(3), torch.device("cpu"), "sp", whole)
+        grids.add((at.grid, at.chunks))
+
+    on_ranks(8, on_rank)
+    assert len(grids) == 1
 
 
 def test_a_sample_without_features_has_a_bounded_gradient():
@@ -449,6 +544,8 @@ def test_angles_at_a_few_samples_at_a_time_are_the_same():
         (lambda: DIST(tau=0), "tau=0: must be above 0"),
         (lambda: CKA(grid="ring"), "grid='ring': must be one of auto, gather, exchange, or three numbers"),
         (lambda: CKA(grid=[2, 0, 1]), "must be three whole numbers above 0, r, c and k"),
+        (lambda: CKA(memory=0), "memory=0: must be a number of bytes above 0"),
+        (lambda: CKA()(torch.ones(3), torch.ones(3)), r"features must have the shape \(b, ...\)"),
         (lambda: CKA(grid=[2, 2]), "must be three whole numbers above 0, r, c and k"),
         (lambda: CKA(comm_dtype=torch.float16), "must be torch.bfloat16 or None"),
         (lambda: DIST()(torch.zeros(2, 3), torch.zeros(2, 4)), "differ in shape"),

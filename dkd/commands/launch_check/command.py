@@ -69,18 +69,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _write(path: Path, found: Findings) -> None:
     """Write what was found as JSON; a file that cannot be written is a problem that is reported."""
-    from dkd.build.links import describe_links
-
     content: dict[str, Any] = {"lines": found.lines, "warnings": found.warnings, "problems": list(found.problems)}
-    if found.links is not None:
-        content["links"] = describe_links(found.links)
+    content["links"] = {name: link._asdict() for name, link in found.links.items()}
     try:
         atomic_files.replace_text(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         found.problems.append(f"{str(path)!r} cannot be written: {error.strerror}")
         return
-    if found.links is not None:
+    if found.links:
         console.show(f"json        {path}; train.links={path} makes losses of relations choose their grid by it")
+    else:
+        console.show(f"json        {path}; it holds no speeds of links, which are measured on several processes")
 
 
 COMMAND = Command(

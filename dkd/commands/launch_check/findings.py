@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dkd.global_batch import Links
+from dkd.global_batch import Link
 
 Facts = Sequence[Mapping[str, Any]]
 """One mapping for each rank, in the order of ranks."""
@@ -25,8 +25,8 @@ class Findings:
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    links: Links | None = None
-    """The speeds between ranks, where they were measured."""
+    links: dict[str, Link] = field(default_factory=dict)
+    """The speeds between ranks that were measured, `inside` a machine and `between` machines."""
 
 
 def name_ranks(ranks: Sequence[int], facts: Facts) -> str:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from dkd import atomic_files
 from dkd.commands.launch_check.findings import Facts, Findings, name_ranks
-from dkd.global_batch import Link, Links
-from dkd.global_batch.collectives import all_gather_objects
+from dkd.global_batch import Link
+from dkd.global_batch.collectives import all_gather_objects, make_group
 
 _TRIAL_SECONDS = 2.0  # that the measurement of one collective takes, about
 _LARGEST_MESSAGE = 2**26  # bytes
@@ -91,7 +91,7 @@ def try_collectives(rank: int, world_size: int, device: torch.device, found: Fin
         )
 
 
-def measure_links(local_world_size: int, device: torch.device, found: Findings) -> Links | None:
+def measure_links(local_world_size: int, device: torch.device, found: Findings) -> dict[str, Link]:
     """Measure how fast ranks reach each other inside a machine and between machines, and report it.
 
     Args:
@@ -100,28 +100,25 @@ def measure_links(local_world_size: int, device: torch.device, found: Findings) 
         found: receives the lines.
 
     Returns:
-        None where machines have different numbers of ranks. On one machine, both links are those inside it; with one
-        rank on each machine, both are those between them.
+        What there is to measure: not `between` on one machine, not `inside` with one rank on each, and nothing where
+        machines have different numbers of ranks.
     """
-    world = dist.get_world_size()
+    world, links = dist.get_world_size(), dict[str, Link]()
     if len(set(all_gather_objects(local_world_size))) > 1 or world % local_world_size:
         found.warnings.append("the speeds of links are not measured: machines have different numbers of ranks")
-        return None
-    links: dict[str, Link] = {}
+        return links
     if local_world_size > 1:
-        machines = [list(range(first, first + local_world_size)) for first in range(0, world, local_world_size)]
-        groups = [dist.new_group(ranks) for ranks in machines]
-        own = groups[dist.get_rank() // local_world_size]
-        assert isinstance(own, dist.ProcessGroup)
+        # The ranks of a machine alone make their group: the other ranks need not wait for each machine.
+        first = dist.get_rank() // local_world_size * local_world_size
+        own = make_group(list(range(first, first + local_world_size)), None)
         links["inside"] = _measure_link(own, local_world_size, 1, device)
     if world > local_world_size:
         links["between"] = _measure_link(None, world, local_world_size, device)
-    whole = Links(*(links.get(name) or next(iter(links.values())) for name in Links._fields))
     for name, link in links.items():
         found.lines.append(
             f"links       {name}: {link.bandwidth / 1e9:.2f} GB/s a rank, {link.latency * 1e6:.0f} µs to start"
         )
-    return whole
+    return links
 
 
 def _measure_link(group: dist.ProcessGroup | None, ranks: int, near: int, device: torch.device) -> Link:
@@ -132,7 +129,8 @@ def _measure_link(group: dist.ProcessGroup | None, ranks: int, near: int, device
 
     latency = _measure_latency(collective, ranks, device) * 2 / (1 + math.log2(ranks))
     size, seconds = _measure(collective, ranks, device)
-    return Link(latency, size * (ranks - near) / ranks / max(seconds - latency, 1e-9))
+    # A large message takes longer than a small one; where noise hides that, half of its time is taken to be wire.
+    return Link(latency, size * (ranks - near) / ranks / max(seconds - latency, seconds / 2))
 
 
 def _measure_latency(collective: Callable[[torch.Tensor], None], ranks: int, device: torch.device) -> float:

@@ -5,38 +5,30 @@ Models are built on meta tensors: a plan needs no data, no weights, no process g
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
 
 from dkd.build.links import read_links
 from dkd.build.models import pairs as loss_pairs
 from dkd.build.models import student_spec, teacher_spec
-from dkd.build.objective import custom_loss, relational_losses
+from dkd.build.objective import custom_loss
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps
 from dkd.config.losses import ComparingSection, RelationsSection
-from dkd.engines.arithmetic import Arithmetic
-from dkd.errors import InputError
-from dkd.global_batch import GramTensor, Grid, Links, Work, ranks_per_group
+from dkd.global_batch import Grid, Links, Work, ranks_per_group
 from dkd.global_batch.cost import (
-    DEFAULT_LINKS,
     MemoryUse,
     Move,
-    choose,
-    fewest_chunks,
     held,
     moves,
     seconds,
     syrk_bound,
 )
-from dkd.models import ModelCost, ModelSpec, model_cost, output_shapes, tap_dtypes
+from dkd.models import ModelCost, model_cost
 from dkd.preflight import hardware
 from dkd.preflight.data import image_pipeline
 from dkd.preflight.launch import batch_problems
 from dkd.preflight.models import model_problems
+from dkd.preflight.relations import Cluster, grids_of
 
 
 @dataclass(frozen=True)
@@ -204,8 +196,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
             needs_logits,
             training=False,
         )
-    measured = read_links(recipe)
-    links = measured or DEFAULT_LINKS[device_type]
+    links, where = read_links(recipe, device_type)
     cluster = Cluster(world_size, gpus_per_node, device_type, links)
     relations = [
         planned
@@ -213,75 +204,19 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         if isinstance(section, RelationsSection)
         for planned in _plan_relations(recipe, key, section, cluster, size)
     ]
-    where = f"measured, {recipe.train.links}" if measured else "assumed; dkd launch-check --json measures them"
     return Plan(recipe, nodes, gpus_per_node, size, student, teacher, tuple(relations), where, assumed)
-
-
-class Cluster(NamedTuple):
-    """Hold the processes of a launch: in all, and on a machine; the type of their devices; and their links."""
-
-    world_size: int
-    local_world_size: int
-    device_type: str
-    links: Links
 
 
 def _plan_relations(
     recipe: Recipe, key: str, section: RelationsSection, cluster: Cluster, image_size: int
 ) -> list[PlannedRelations]:
     """Return the plan of each loss of a section. Raises RecipeError: no grid fits into the memory that is allowed."""
-    ranks = ranks_per_group(section.scope, cluster.world_size, cluster.local_world_size)
-    steps = micro_steps(recipe, cluster.world_size)
-    per_step = section.batch == "step"
-    rows = micro_batch(recipe, cluster.world_size) * (steps if per_step else 1)
     taps = [("student", s) for s, _ in section.paths] + [("teacher", t) for _, t in section.paths]
-    tensors = _compared_tensors(recipe, section, image_size, cluster.device_type)
-    found = []
-    for loss in relational_losses(section).values():
-        work = Work(tuple(tensors), rows, ranks, loss.sums())
-        local = min(cluster.local_world_size, ranks)
-        asked = loss.grid.asked(ranks)
-        memory = math.inf if section.memory is None else section.memory * 1e9
-        try:
-            if asked is None:
-                grid, chunks = choose(work, cluster.links, local, memory, f"losses.{key}")
-            else:
-                grid, chunks = asked, fewest_chunks(work, asked, memory) or 1
-        except InputError as error:
-            raise RecipeError.at(f"losses.{key}.memory", str(error)) from error
-        planned = PlannedRelations(
-            key, section.title, tuple(taps), work, 1 if per_step else steps, grid, chunks, asked is not None,
-            cluster.links, local,
-        )  # fmt: skip
-        found.append(planned)
-    return found
-
-
-def _compared_tensors(recipe: Recipe, section: RelationsSection, image_size: int, device_type: str) -> list[GramTensor]:
-    """Return the sizes and types of the features that a loss compares: the student's, then the teacher's."""
-    assert recipe.teacher is not None
-    spec, taps = student_spec(recipe), [s for s, _ in section.paths]
-    of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in section.paths]
-    teacher_size = recipe.teacher.input_size or image_size
-    arithmetic = Arithmetic.of(recipe)
-    full = arithmetic.dtype
-    rounded = torch.bfloat16 if section.comm_dtype == "bf16" else None
-
-    def tensors(model: ModelSpec, paths: list[str], size: int, backward: bool) -> list[GramTensor]:
-        shapes = output_shapes(model, paths, size)[1]
-        types = dict.fromkeys(paths, full)
-        if arithmetic.autocast:
-            types = tap_dtypes(model, paths, size, arithmetic.autocast, device_type)
-        return [
-            # The student's gradient comes in full precision, since its features are promoted before the losses.
-            GramTensor(
-                torch.Size(shapes[path]).numel(),
-                backward,
-                (rounded or types[path]).itemsize,
-                full.itemsize,
-                (rounded or full).itemsize if backward else 0,
-            )
-            for path in paths
-        ]
-
-    return [*tensors(spec, taps, image_size, True), *tensors(of_teacher, teacher_taps, teacher_size, False)]
+    times = 1 if section.batch == "step" else micro_steps(recipe, cluster.world_size)
+    return [
+        PlannedRelations(
+            key, section.title, tuple(taps), found.work, times, found.choice.grid, found.choice.chunks, found.asked,
+            cluster.links, found.local_world_size,
+        )
+        for found in grids_of(recipe, key, section, cluster, image_size)
+    ]  # fmt: skip
