@@ -39,7 +39,7 @@ ROWS = {
     "at_sp": "AT + SP, global",
 }
 # Student's t for a two-sided 95 % interval, by degrees of freedom.
-_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def table(runs: Path, rows: list[str], seeds: int) -> str:
         against = f"{mean(differences):+.2f}" if differences else ""
         interval = ""
         if len(differences) > 1:
-            half = _T95.get(len(differences) - 1, 1.96) * stdev(differences) / len(differences) ** 0.5
+            half = T95.get(len(differences) - 1, 1.96) * stdev(differences) / len(differences) ** 0.5
             interval = f"{mean(differences) - half:+.2f} … {mean(differences) + half:+.2f}"
         lines.append(f"| {ROWS[row]} | {len(values)} | {mean(values):.2f} % | {spread} | {against} | {interval} |")
     lines += [
@@ -153,7 +153,7 @@ def table(runs: Path, rows: list[str], seeds: int) -> str:
     ]
     if len(both) > 1:
         differences = [a - b for a, b in both]
-        half = _T95.get(len(both) - 1, 1.96) * stdev(differences) / len(both) ** 0.5
+        half = T95.get(len(both) - 1, 1.96) * stdev(differences) / len(both) ** 0.5
         lines += [
             "",
             f"SP global against local, same seed: {mean(differences):+.2f} points, 95 % interval ± {half:.2f}.",

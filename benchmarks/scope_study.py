@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cifar10_short import _T95, ROOT
+from benchmarks.cifar10_short import ROOT, T95
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +165,7 @@ def interval(values: Sequence[float]) -> str:
         return ""
     if len(values) == 1:
         return f"{values[0]:+.2f}"
-    half = _T95.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
+    half = T95.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
     return f"{mean(values):+.2f} ± {half:.2f}"
 
 

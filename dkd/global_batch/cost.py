@@ -212,16 +212,19 @@ def seconds(work: Work, grid: Grid, links: Links, local_world_size: int, chunks:
     """Return the expected seconds that the collectives of a step take, one after another."""
     total = 0.0
     for move in moves(work, grid, chunks):
-        link = links.inside if _is_inside(move, grid, local_world_size) else links.between
-        total += link.latency * (1 + math.log2(move.ranks)) / 2 + move.bytes / link.bandwidth
+        near = _near_ranks(move, grid, local_world_size)
+        link = links.inside if near == move.ranks else links.between
+        # Of what a rank receives, the share of each other rank is the same.
+        far = move.bytes * (move.ranks - near) / (move.ranks - 1)
+        total += link.latency * (1 + math.log2(move.ranks)) / 2
+        total += far / links.between.bandwidth + (move.bytes - far) / links.inside.bandwidth
     return total
 
 
-def _is_inside(move: Move, grid: Grid, local_world_size: int) -> bool:
-    """Return whether the ranks of a collective are of one machine."""
-    spans = {"slices": grid.slices, "columns": grid.slices * grid.column_blocks}
-    span = spans.get(move.axis, grid.size)
-    return span <= local_world_size and local_world_size % span == 0
+def _near_ranks(move: Move, grid: Grid, local_world_size: int) -> int:
+    """Return how many of the ranks of a collective are of one machine, this rank included."""
+    apart = {"slices": 1, "columns": grid.slices, "rows": grid.slices * grid.column_blocks, "all": 1}[move.axis]
+    return min(move.ranks, max(1, local_world_size // apart))
 
 
 class MemoryUse(NamedTuple):

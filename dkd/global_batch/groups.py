@@ -19,6 +19,7 @@ import torch.distributed as dist
 from dkd import launch
 from dkd.global_batch import collectives
 from dkd.global_batch.layout import BatchLayout, BatchMismatchError
+from dkd.global_batch.placement import check_group_counts
 
 
 def ranks_per_group(scope: str | int, world_size: int, local_world_size: int | None = None) -> int:
@@ -110,11 +111,8 @@ class GramScope:
                 # `new_group` expects ranks of the job, and sorts them.
                 of_the_job = dist.get_process_group_ranks(whole)
                 ranks.sort(key=of_the_job.__getitem__)
-                # Only the ranks of the new group make it: other ranks of the job may belong to another process group.
-                members = [of_the_job[rank] for rank in ranks]
-                made = dist.new_group(members, timeout=collectives.timeout(whole), use_local_synchronization=True)
-                assert isinstance(made, dist.ProcessGroup)
-                group = made
+                check_group_counts(layout)
+                group = collectives.make_group(ranks, layout.group)
             self._parts[whole] = _Part(size, tuple(ranks), group)
         return self._parts[whole]
 

@@ -171,6 +171,14 @@ def test_gram_matrices_of_machines_and_of_groups_whose_loss_was_copied(results, 
         assert max(map(max, copies)) < 1e-12
 
 
+def test_ranks_that_have_made_different_numbers_of_groups_all_end(results):
+    ranks = returned(results, 4, "ranks_that_have_made_other_groups_end_all_ranks")
+    assert all(rank == ranks[0] for rank in ranks)
+    for message in ranks[0].values():
+        assert message.startswith("ranks have made different numbers of process groups before this loss (["), message
+    assert set(ranks[0]) == {"grid", "scope"}
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_machines_that_run_different_numbers_of_ranks_end_all_ranks(results, world):
     ranks = returned(results, world, "machines_that_differ_end_all_ranks")

@@ -473,6 +473,24 @@ def replicas_of_a_mesh(folder):
     return {"ranks": ranks, "errors": errors}
 
 
+def ranks_that_have_made_other_groups_end_all_ranks(folder):
+    """Some ranks have made a group among themselves before: the groups of a grid would have other names on them."""
+    rank, size = world()
+    if size < 4:
+        return {}
+    if rank < 2:
+        dist.new_group([0, 1], use_local_synchronization=True)
+    found = {}
+    try:
+        feature = torch.ones(2, 4)
+        found["grid"] = message_of(lambda: SimilarityPreserving(grid=[1, 2, 2])(feature, feature))
+        found["scope"] = message_of(lambda: SimilarityPreserving(scope=2)(feature, feature))
+    finally:
+        if rank >= 2:  # the other cases of this launch make groups, too
+            dist.new_group([2, 3], use_local_synchronization=True)
+    return found
+
+
 def second_derivatives_are_refused(folder):
     """They would need collectives that autograd cannot see."""
     found = []
@@ -638,6 +656,7 @@ CASES = [
     machines_that_differ_end_all_ranks,
     copies_of_a_loss_with_groups,
     replicas_of_a_mesh,
+    ranks_that_have_made_other_groups_end_all_ranks,
     second_derivatives_are_refused,
     rows_that_differ_within_a_rank_end_all_ranks,
     the_documented_three_lines_in_a_users_own_ddp_loop,
