@@ -5,7 +5,8 @@
 
 Steps of a loop with the trainer's own DistillationStep under DistributedDataParallel, on the CPU with gloo, one thread
 a process, random images. The time in the forward and in the backward of the loss is measured by a clock on every
-rank, with the waiting for the other ranks in it. Printed are medians over steps of the slowest rank.
+rank, after a barrier: a rank that arrives later is not the loss's doing. Printed are medians over steps of the slowest
+rank.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Clock:
         """Return a function that does the same, and is measured."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
+            dist.barrier()
             begun = time.perf_counter()
             try:
                 return function(*args, **kwargs)
@@ -117,6 +119,7 @@ def worker(options: argparse.Namespace) -> None:
         seconds: list[float] = []
 
         def timed(*args: Any, original: Callable[..., Any] = original, seconds: list[float] = seconds) -> Any:
+            dist.barrier()
             begun = time.perf_counter()
             try:
                 return original(*args)
