@@ -49,7 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, and return the exit code: 0 where value and gradient are the same, else 1."""
-    from dkd.commands.loss_trial import is_relational, judge, measure, measure_alone, measure_on_ranks
+    from dkd.commands.loss_trial import (
+        TOLERANCE,
+        is_relational,
+        judge,
+        measure,
+        measure_alone,
+        measure_on_ranks,
+        slope_error,
+    )
     from dkd.global_batch import BatchLayout
 
     trial, processes = _trial(options), options.processes
@@ -66,6 +74,12 @@ def run(options: argparse.Namespace) -> int:
             "the loss compares samples and does not state it: set relational = True on its class, or a step of several "
             "micro-batches computes it on each of them alone"
         )
+    if (error := slope_error(trial)) is not None and error > TOLERANCE:
+        console.show(
+            f"slope differs from the derivative of value: the gradient by slope is {error:.1e} from that by autograd, "
+            "relative; slope is the derivative by S_ij plus that by S_ji, with all that sums and totals add to it"
+        )
+        return 1
     return 0 if verdict.cause is None else 1
 
 

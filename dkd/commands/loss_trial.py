@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dkd.build.objective import custom_term
+from dkd.build.objective import custom_loss, custom_term
 from dkd.config.losses import CustomLossSection
 from dkd.distillation.objective import Outputs
 from dkd.errors import InputError
 from dkd.global_batch import BatchLayout
+from dkd.losses import RelationalLoss
 from dkd.user_code import UserCodeError, describe_error
 
 TOLERANCE = 1e-5
@@ -123,6 +124,24 @@ def measure(trial: LossTrial, rows: slice, layout: BatchLayout) -> Measured:
             hint = "; nothing carries a gradient from its value to the student: gather rows by dkd.gather_rows"
         raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}{hint}") from error
     return Measured(float(value.detach()), torch.cat([gradient.flatten(1) for gradient in gradients], 1))
+
+
+def slope_error(trial: LossTrial) -> float | None:
+    """Return how far the `slope` of a loss of relations is from the derivative of its `value`, relative to the gradient
+    of both on one process; None: the loss is of another kind. Raises UserCodeError."""
+    loss = custom_loss(trial.section())
+    if not isinstance(loss, RelationalLoss):
+        return None
+    students, teachers, _ = _batch(trial)
+    found = []
+    for create_graph in (False, True):  # the closed form, and what autograd finds for second derivatives
+        inputs = [feature.clone().requires_grad_() for feature in students]
+        try:
+            gradients = torch.autograd.grad(loss(inputs, teachers), inputs, create_graph=create_graph)
+        except Exception as error:  # the user's code may raise anything
+            raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}") from error
+        found.append(torch.cat([gradient.detach().flatten(1) for gradient in gradients], 1))
+    return _relative(found[0] - found[1], found[1])
 
 
 def measure_on_ranks(trial: LossTrial, processes: int, seconds: float) -> list[Measured]:

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from launched import pause
 
-from dkd import SimilarityPreserving, gather_rows
+from dkd import RelationalLoss, SimilarityPreserving, gather_rows
 from dkd.data import open_source
 
 
@@ -228,3 +228,15 @@ def Transformer(num_classes):
     return VisionTransformer(
         image_size=224, patch_size=32, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=num_classes
     )
+
+
+class WrongSlope(RelationalLoss):
+    """The mean of (S_ij − T_ij)², with half of its derivative."""
+
+    relation = "cosine"
+
+    def value(self, s, t, at):
+        return (s - t).square().sum() / at.batch**2
+
+    def slope(self, s, t, at):
+        return 2 / at.batch**2 * (s - t)
