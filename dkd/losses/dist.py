@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from dkd.global_batch import BatchLayout, GramScope, full_precision
-from dkd.losses.feature_pairs import as_list, check_logits, no_autocast
+from dkd.losses.feature_pairs import as_list, check_logit_pair, no_autocast
 
 _LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
 
@@ -54,12 +54,7 @@ class DIST(nn.Module):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
-        check_logits(student, "student ")
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape"
-            )
-        check_logits(teacher, "teacher ")
+        check_logit_pair(student, teacher)
         layout.check(student)
         layout = self.scope.within(layout)
         with no_autocast(student.device):

@@ -65,6 +65,21 @@ def check_logits(logits: torch.Tensor, whose: str = "") -> None:
     _check_real(logits, f"{whose}logits")
 
 
+def check_logit_pair(student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Check that both are real numbers (b, K), of one shape.
+
+    Raises:
+        TypeError: they are no tensors.
+        ValueError: anything else.
+    """
+    check_logits(student, "student ")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape"
+        )
+    check_logits(teacher, "teacher ")
+
+
 def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
     """Check that these are classes (b,) or probabilities (b, K) for logits (b, K).
 

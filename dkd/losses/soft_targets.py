@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import as_list, check_logits, no_autocast
+from dkd.losses.feature_pairs import as_list, check_logit_pair, no_autocast
 
 
 class SoftTargets(nn.Module):
@@ -41,12 +41,7 @@ class SoftTargets(nn.Module):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout | None = None) -> torch.Tensor:
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
-        check_logits(student, "student ")
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ in shape"
-            )
-        check_logits(teacher, "teacher ")
+        check_logit_pair(student, teacher)
         with no_autocast(student.device):
             log_student = F.log_softmax(full_precision(student) / self.temperature, dim=1)
             log_teacher = F.log_softmax(full_precision(teacher.detach()) / self.temperature, dim=1)
