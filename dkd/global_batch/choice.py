@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -64,8 +65,9 @@ class GridChoice:
         if memory is not None and memory <= 0:
             raise ValueError(f"memory={memory}: must be a number of bytes above 0")
         self.memory, self.links = memory, links
-        self._agreed: dict[dist.ProcessGroup | None, _Agreed] = {}
-        self._chosen: dict[object, Choice] = {}
+        # As in placement.py: a loss that lives as long as the program must not keep process groups alive.
+        self._agreed: WeakKeyDictionary[dist.ProcessGroup, _Agreed] = WeakKeyDictionary()
+        self._chosen: WeakKeyDictionary[dist.ProcessGroup, dict[object, Choice]] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         shown = repr(self.grid) if isinstance(self.grid, str) else repr(list(self.grid))
@@ -74,10 +76,11 @@ class GridChoice:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy or a pickle holds what was asked for alone.
-        return {"grid": self.grid, "memory": self.memory, "links": self.links, "_agreed": {}, "_chosen": {}}
+        return {"grid": self.grid, "memory": self.memory, "links": self.links}
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
         self.__dict__.update(state)
+        self._agreed, self._chosen = WeakKeyDictionary(), WeakKeyDictionary()
 
     def place(
         self,
@@ -121,13 +124,15 @@ class GridChoice:
         if grid is not None and (world == 1 or self.memory is None):
             return Choice(grid, 1)
         work = Work(tuple(tensors), max(whole.rows), world, sums)
-        key = whole.group or dist.group.WORLD, work, device.type
-        if key not in self._chosen:
+        group = whole.group or dist.group.WORLD
+        assert group is not None
+        known, key = self._chosen.setdefault(group, {}), (work, device.type)
+        if key not in known:
             agreed = self._agree(whole, device)
             links = agreed.links or DEFAULT_LINKS.get(device.type, DEFAULT_LINKS["cuda"])
             local = math.gcd(agreed.local_world_size, world)
-            self._chosen[key] = choose_within(work, grid, links, local, agreed.memory, name)
-        return self._chosen[key]
+            known[key] = choose_within(work, grid, links, local, agreed.memory, name)
+        return known[key]
 
     def asked(self, world_size: int) -> Grid | None:
         """Return the grid that is asked for; None: one is to be chosen. Raises ValueError: it is one of another number
@@ -142,6 +147,7 @@ class GridChoice:
     def _agree(self, layout: BatchLayout, device: torch.device) -> _Agreed:
         """Return what the choice depends on, the same on all ranks. A collective in the first call."""
         whole = layout.group or dist.group.WORLD
+        assert whole is not None
         if whole not in self._agreed:
             mine = self.memory or memory_share(device), launch.local_world_size() or 1, self.links
             found = collectives.all_gather_objects(mine, layout.group)

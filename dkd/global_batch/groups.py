@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -66,7 +67,7 @@ class GramScope:
         if isinstance(scope, str):
             ranks_per_group(scope, 1, 1)
         self.scope = scope
-        self._parts: dict[dist.ProcessGroup, _Part] = {}
+        self._parts: WeakKeyDictionary[dist.ProcessGroup, _Part] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return repr(self.scope)
@@ -75,7 +76,7 @@ class GramScope:
         return {"scope": self.scope}
 
     def __setstate__(self, state: Mapping[str, str | int]) -> None:
-        self.scope, self._parts = state["scope"], {}
+        self.scope, self._parts = state["scope"], WeakKeyDictionary()
 
     def within(self, layout: BatchLayout) -> BatchLayout:
         """Return the part of `layout` that this rank's group holds. The first call makes the process groups: all ranks

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,9 @@ class Axes(NamedTuple):
     rows: Axis
 
 
-_axes: dict[tuple[dist.ProcessGroup | None, Grid, str], Axes] = {}
+# Kept while the process group of the layout lives: a group that is held longer than torch's own records would end with
+# the interpreter, whose threads it cannot join there.
+_axes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Grid, str], Axes]] = WeakKeyDictionary()
 
 
 def axes_through(grid: Grid, layout: BatchLayout, device: torch.device) -> Axes:
@@ -49,13 +53,14 @@ def axes_through(grid: Grid, layout: BatchLayout, device: torch.device) -> Axes:
     if layout.world_size == 1:
         return Axes(*(Axis(1, None) for _ in range(3)))
     whole = layout.group or dist.group.WORLD
-    key = whole, grid, device.type
-    if key not in _axes:
+    assert whole is not None
+    known, key = _axes.setdefault(whole, {}), (grid, device.type)
+    if key not in known:
         members = grid.along_slices(layout.rank), grid.along_columns(layout.rank), grid.along_rows(layout.rank)
         if any(_needs_group(each, layout, device) for each in members):
             check_group_counts(layout)
-        _axes[key] = Axes(*(_make_axis(each, layout, device) for each in members))
-    return _axes[key]
+        known[key] = Axes(*(_make_axis(each, layout, device) for each in members))
+    return known[key]
 
 
 def check_group_counts(layout: BatchLayout) -> None:
@@ -187,16 +192,29 @@ class Placement:
         return torch.cat(parts).to(self.device)
 
 
-_placements: dict[tuple[object, ...], Placement] = {}
+_placements: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], Placement]] = WeakKeyDictionary()
+_alone: dict[tuple[object, ...], Placement] = {}
 _MOST_KEPT = 64
 
 
 def place(grid: Grid, layout: BatchLayout, device: torch.device, chunks: int = 1) -> Placement:
     """Return the placement of this rank. A collective in the first call for a process group and a grid."""
     axes = axes_through(grid, layout, device)
-    key = grid, layout.rows, layout.rank, axes, device, chunks
-    if key not in _placements:
-        if len(_placements) >= _MOST_KEPT:  # uneven batches may differ in every call
-            _placements.clear()
-        _placements[key] = Placement(grid, layout, axes, device, chunks)
-    return _placements[key]
+    known = _alone
+    if layout.world_size > 1:
+        whole = layout.group or dist.group.WORLD
+        assert whole is not None
+        known = _placements.setdefault(whole, {})
+    key = grid, layout.rows, layout.rank, device, chunks
+    if key not in known:
+        if len(known) >= _MOST_KEPT:  # uneven batches may differ in every call
+            known.clear()
+        known[key] = Placement(grid, layout, axes, device, chunks)
+    return known[key]
+
+
+@atexit.register
+def _let_go() -> None:
+    """Let go of process groups before the interpreter ends."""
+    _axes.clear()
+    _placements.clear()

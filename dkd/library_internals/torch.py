@@ -130,6 +130,7 @@ def groups_made() -> int:
 
 
 def _counts_own_groups() -> bool:
+    """Return whether this torch names such groups by the groups that the rank is in. Read in torch 2.9."""
     return "pg_names" in inspect.getsource(dist.distributed_c10d._hash_ranks_to_str)
 
 
