@@ -118,7 +118,7 @@ class LogitTerm(_Asked):
     """A loss of the student's and the teacher's logits."""
 
     relational: bool = False
-    """As FeatureTerm's."""
+    """Whether the loss compares samples with each other, as of a FeatureTerm."""
 
     def value(
         self,

@@ -86,7 +86,7 @@ class Relation(Protocol):
     """
 
     relation: Kind
-    """What S_ij and T_ij are."""
+    """The relation that S_ij and T_ij hold."""
 
     def row_sums(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return sums over the columns of the block, (m,) each, which are added over ranks to sums of whole rows."""

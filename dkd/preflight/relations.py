@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,9 @@ def grids_of(
     steps = micro_steps(recipe, cluster.world_size) if section.batch == "step" else 1
     tensors = _compared_tensors(recipe, section, image_size, cluster.device_type)
     for loss in relational_losses(section).values():
+        if loss.shift_invariant and section.comm_dtype is None:
+            # Less their mean, features are float32 and travel so.
+            tensors = [replace(tensor, feature_bytes=tensor.gram_bytes) for tensor in tensors]
         work = Work(tuple(tensors), micro_batch(recipe, cluster.world_size) * steps, ranks, loss.sums())
         local = math.gcd(cluster.local_world_size, ranks)
         grid = loss.grid.asked(ranks)

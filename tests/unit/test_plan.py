@@ -104,6 +104,9 @@ def test_every_loss_of_relations_has_its_lines(capsys):
     for name in ("sp", "pkt", "cc", "cka", "rkd"):
         assert line_of(out, name).startswith("relations of 256 samples, 32 on each of 8 ranks, once a step"), name
     assert "pkt         layer4 512×7×7  ←  layer4 512×7×7   weight·B/reference_batch = 30000 · 256 / 64 = 120000" in out
+    # CKA and RKD subtract the mean of the features, which then travel in float32.
+    found = [line for line in out.splitlines() if line.startswith("pair ")]
+    assert [line.count("2 bytes each") for line in found] == [2, 2, 2, 0, 0]
     assert "cc          layer4 512×7×7  ←  layer4 512×7×7   CC 1" in out
 
 
