@@ -115,7 +115,7 @@ def test_bytes_received_are_those_of_the_cost_model(results, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_step_receives_the_bytes_that_the_plan_says(results, world):
     for found in returned(results, world, "received_bytes_of_a_step_and_of_its_plan"):
-        assert len(found) == 8
+        assert len(found) == 9
         for name, (counted, planned) in found.items():
             assert counted == planned, name
             assert (counted == [0, 0]) == (world == 1), name

@@ -339,6 +339,10 @@ def received_bytes_of_a_step_and_of_its_plan(folder):
         "bf16": {"train": {"precision": "bf16"}},
         "bf16 under way": {"losses": {"sp": {**sp, "comm_dtype": "bf16"}}, "train": {"precision": "bf16"}},
         "two pairs": {"losses": {"sp": {**two_pairs, "strategy": "exchange"}}, "train": {"precision": "bf16"}},
+        "centred, bf16": {
+            "losses": {"sp": None, "cka": {"weight": 1, "pairs": sp["pairs"]}},
+            "train": {"precision": "bf16"},
+        },
         "accumulated": {"train": {"micro_batch": 4, "precision": "fp32"}},
         "one Gram matrix a micro-step": {
             "losses": {"sp": {**two_pairs, "batch": "micro"}},
