@@ -47,9 +47,9 @@ def measure(
     teachers = [torch.zeros(rows, t, dtype=dtype) for _, t in widths]
     loss, layout = SimilarityPreserving(grid=grid, memory=memory), BatchLayout.even(rows)
     loss(students, teachers, layout=layout)  # process groups and indices are made once
-    with LargestTensor() as memory:
+    with LargestTensor() as followed:
         loss(students, teachers, layout=layout).backward()
-    return memory.peak, memory.largest
+    return followed.peak, followed.largest
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -73,13 +73,13 @@ def main() -> int:
     tensors = [*(GramTensor(s, True) for s, _ in options.widths)]
     tensors += [GramTensor(t, False, dtype.itemsize) for _, t in options.widths]
     work, failed = Work(tensors, options.rows, options.world), False
+    allowed = None if options.memory is None else int(options.memory * 1e6)
     for grid in [Grid(*options.grid)] if options.grid else all_grids(options.world):
-        memory = math.inf if options.memory is None else int(options.memory * 1e6)
-        if (chunks := fewest_chunks(work, grid, memory)) is None:
+        if (chunks := fewest_chunks(work, grid, math.inf if allowed is None else allowed)) is None:
             print(f"{grid.name:<14} does not fit")
             continue
         calculated = held(work, grid, chunks).bytes
-        peak, largest = measure(grid, options.rows, options.widths, dtype, None if options.memory is None else memory)
+        peak, largest = measure(grid, options.rows, options.widths, dtype, allowed)
         wrong = abs(calculated / peak - 1) > options.within
         whole = largest >= work.batch**2 and grid.row_blocks * grid.column_blocks > 1 and _is_wide(work, largest)
         failed = failed or wrong or whole

@@ -41,6 +41,7 @@ from dkd import (
     SimilarityPreserving,
     TappedModel,
 )
+from dkd.distillation.objective import Term
 from dkd.global_batch import relational
 from dkd.models import ModelSpec, build_model
 
@@ -87,7 +88,7 @@ def measure(pair: str, loss: RelationalLoss, steps: int) -> dict[str, float]:
     clock = Clock()
     loss.forward = clock.around(loss.forward)  # type: ignore[method-assign]
     loss.begin = clock.around(loss.begin)  # type: ignore[method-assign]
-    terms = [
+    terms: list[Term] = [
         LabelTerm("ce", lambda step: 1.0, CrossEntropy()),
         FeatureTerm("relations", lambda step: 1.0, loss, [(tap, teacher_tap)], relational=True),
     ]
@@ -126,7 +127,7 @@ def worker(options: argparse.Namespace) -> None:
             finally:
                 seconds.append(time.perf_counter() - begun)
 
-        relational.compute_gradients = timed
+        relational.compute_gradients = timed  # type: ignore[assignment]
         try:
             numbers = measure(pair, loss, options.steps)
         finally:
