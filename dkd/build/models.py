@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dkd.build.data import build_image_pipeline
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import classes
 from dkd.config.schema import StudentSection, TeacherSection
@@ -29,6 +30,7 @@ from dkd.models import (
     head_size,
     load_weights,
     stream_weights,
+    unreached_parameters,
     weights_fingerprint,
 )
 
@@ -106,7 +108,9 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     frozen = freeze(model, section.freeze)
-    notes += _note_frozen(recipe, model)
+    untrained = names_untrained(recipe)
+    freeze(model, untrained)
+    notes += _note_frozen(recipe, model, untrained)
     still = batch_norms(frozen) if section.freeze_batch_norm else []
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
@@ -128,7 +132,19 @@ def expected_notes(recipe: Recipe) -> list[str]:
         if head.mode == "new" or (head.mode == "auto" and found not in (None, spec.classes)):
             notes += _note_new_head(recipe, list(head.keys))
     freeze(model, section.freeze)
-    return [*notes, *_note_frozen(recipe, model)]
+    untrained = names_untrained(recipe)
+    freeze(model, untrained)
+    return [*notes, *_note_frozen(recipe, model, untrained)]
+
+
+def names_untrained(recipe: Recipe) -> list[str]:
+    """Return the names of the student's parameters that no loss reaches, where no loss reads its logits: those after
+    the last tap. They are not trained; an engine would wait for their gradients."""
+    if recipe.losses.reads_logits:
+        return []
+    size = build_image_pipeline(recipe).image_size
+    taps = [student for student, _ in pairs(recipe)]
+    return unreached_parameters(student_spec(recipe), 2, size, recipe.student.freeze, taps, reads_logits=False)
 
 
 def _note_new_head(recipe: Recipe, keys: Sequence[str]) -> list[str]:
@@ -138,11 +154,16 @@ def _note_new_head(recipe: Recipe, keys: Sequence[str]) -> list[str]:
     return [f"student: a new head of {classes(recipe)} classes ({', '.join(keys)}); {others}"]
 
 
-def _note_frozen(recipe: Recipe, model: nn.Module) -> list[str]:
-    if not recipe.student.freeze:
-        return []
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return [f"student: {trained:,} parameters are trained, those of {', '.join(recipe.student.freeze)} are frozen"]
+def _note_frozen(recipe: Recipe, model: nn.Module, untrained: Sequence[str]) -> list[str]:
+    notes = []
+    if untrained:
+        named = ", ".join(untrained[:3]) + (", ..." if len(untrained) > 3 else "")
+        notes.append(f"student: {named} stay as they are: no loss reads the logits, or a feature after them")
+    if recipe.student.freeze:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = ", ".join(recipe.student.freeze)
+        notes.append(f"student: {trained:,} parameters are trained, those of {frozen} are frozen")
+    return notes
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:

@@ -136,8 +136,10 @@ def class_weights(recipe: Recipe, training: ImageSource) -> list[float] | None:
         RecipeError: `balanced`, and a class has no training image, as scikit-learn refuses it.
     """
     section = recipe.losses.ce
+    if section is None or section.class_weights is None:
+        return None
     if not section.balances:
-        return None if section.class_weights is None else [float(each) for each in section.class_weights]
+        return [float(each) for each in section.class_weights]
     counts = np.bincount(training.labels, minlength=classes(recipe))
     absent = np.flatnonzero(counts == 0)
     if len(absent):
@@ -160,8 +162,6 @@ def build_objective(
     links: Links | None = None,
 ) -> Objective:
     """Return the recipe's losses, on the batches of `sampler`.
-
-    Cross-entropy is always a term, if with weight 0: it is what ties the student's head to the total.
 
     Args:
         total_steps: of all epochs, which the weights' schedules are drawn over.

@@ -64,7 +64,8 @@ def _check_student(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
-    weights, classes = recipe.losses.ce.class_weights, recipe.data.classes
+    ce, classes = recipe.losses.ce, recipe.data.classes
+    weights = None if ce is None else ce.class_weights
     if isinstance(weights, list) and classes is not None and len(weights) != classes:
         yield Problem("losses.ce.class_weights", f"{len(weights)} weights for data.classes={classes}")
 

@@ -196,8 +196,8 @@ class Objective:
     """Weighs terms.
 
     Args:
-        terms: at least one must reach the student's logits (cross-entropy, if only with weight 0): a wrapped student
-            whose head gets no gradient at all is an error in DDP.
+        terms: where none reaches the student's logits, parameters after the last tap must not require gradients: a
+            wrapped student whose head gets no gradient at all is an error in DDP.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:

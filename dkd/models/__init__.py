@@ -10,11 +10,11 @@ from dkd.models.inspection import (
     ModelCost,
     ModuleRow,
     build_on_meta,
-    check_training,
     model_cost,
     module_rows,
     output_shapes,
     tap_dtypes,
+    unreached_parameters,
 )
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
@@ -54,7 +54,6 @@ __all__ = [
     "blocks",
     "build_model",
     "build_on_meta",
-    "check_training",
     "check_weights",
     "freeze",
     "head_keys",
@@ -72,5 +71,6 @@ __all__ = [
     "stream_weights",
     "student_spec",
     "tap_dtypes",
+    "unreached_parameters",
     "weights_fingerprint",
 ]

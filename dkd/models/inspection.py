@@ -99,41 +99,49 @@ def _remember(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_remember
-def check_training(spec: ModelSpec, batch: int, image_size: int, frozen: Sequence[str] = ()) -> None:
-    """Run a forward and a backward in training mode, on meta tensors, to find what only a model in training shows.
+def unreached_parameters(
+    spec: ModelSpec,
+    batch: int,
+    image_size: int,
+    frozen: Sequence[str] = (),
+    taps: Sequence[str] = (),
+    reads_logits: bool = True,
+) -> list[str]:
+    """Return the names of the parameters that are to be trained and get no gradient, by a forward and a backward in
+    training mode on meta tensors. None are returned for a model that cannot run there.
 
     Args:
         spec: the model.
         batch: the micro-batch; BatchNorm may need more than one sample.
         image_size: side of an image, pixels.
         frozen: paths of modules and parameters that are not trained.
+        taps: dotted paths of the features that losses read.
+        reads_logits: whether a loss reads the logits.
 
     Raises:
         FreezingError: as `freeze`.
-        UnknownModelError: the forward fails, or parameters get no gradient from the logits (an error in DDP).
-        TapError: the output is not one tensor.
+        UnknownModelError: the forward fails.
+        TapError: as TappedModel.
     """
     with naming_errors(spec, f"a training batch of {batch} images of {image_size}×{image_size}"):
         try:
             with _ignored_no_ops():
                 plain = build_on_meta(spec).to("meta")
                 freeze(plain, frozen)
-                model = TappedModel(plain, []).train()
+                model = TappedModel(plain, taps).train()
             with torch.device("meta"):
-                logits, _ = model(torch.zeros(batch, 3, image_size, image_size))
-                logits.sum().backward()
+                logits, features = model(torch.zeros(batch, 3, image_size, image_size))
+                read = [*([logits] if reads_logits else []), *features.values()]
+                for tensor in read:
+                    if tensor.requires_grad:
+                        tensor.sum().backward(retain_graph=True)
         except NotImplementedError:  # a model that reads values cannot run on meta; its first step shows the error
-            return
-    unused = [
+            return []
+    return [
         name.removeprefix("model.")
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.grad is None
     ]
-    if unused:
-        raise UnknownModelError(
-            f"{spec.name!r}: no gradient reaches {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''} from the "
-            "logits; remove them, or name them in student.freeze"
-        )
 
 
 Shape = tuple[int, ...]

@@ -14,11 +14,11 @@ from dkd.models import (
     TapError,
     UnknownModelError,
     build_on_meta,
-    check_training,
     check_weights,
     head_keys,
     output_shapes,
     stated_classes,
+    unreached_parameters,
 )
 from dkd.preflight.collecting import collect, input_errors_at
 
@@ -69,7 +69,7 @@ def _shapes(
             logits, _ = output_shapes(spec, [], image_size)
         if role == "student":
             try:
-                check_training(spec, micro_batch, image_size, recipe.student.freeze)
+                _check_reached(recipe, micro_batch, image_size, list(shapes or ()))
             except FreezingError as error:
                 problems.append(Problem("student.freeze", str(error)))
     if len(problems) > found:
@@ -98,6 +98,24 @@ def _shapes(
                 with collect(problems, path):
                     shapes[tap] = output_shapes(spec, [tap], image_size)[1][tap]
     return shapes
+
+
+def _check_reached(recipe: Recipe, micro_batch: int, image_size: int, taps: list[str]) -> None:
+    """Check that gradients reach the student's parameters: an error in DDP where they do not.
+
+    Raises:
+        FreezingError: of student.freeze.
+        UnknownModelError: no gradient reaches a parameter from what the losses read.
+    """
+    spec, reads_logits = student_spec(recipe), bool(recipe.losses.reads_logits)
+    unreached = unreached_parameters(spec, micro_batch, image_size, recipe.student.freeze, taps, reads_logits)
+    named = ", ".join(unreached[:3]) + (", ..." if len(unreached) > 3 else "")
+    if unreached and reads_logits:
+        tapped = " or the tapped features" if taps else ""
+        raise UnknownModelError(
+            f"{spec.name!r}: no gradient reaches {named} from the logits{tapped}; remove them, or name them in "
+            "student.freeze"
+        )
 
 
 def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str]:

@@ -9,12 +9,12 @@ from dkd.models import (
     UnknownModelError,
     WeightsError,
     build_model,
-    check_training,
     check_weights,
     load_student,
     load_weights,
     module_rows,
     save_student,
+    unreached_parameters,
 )
 from dkd.models.weights import read_file
 
@@ -228,8 +228,21 @@ def test_a_model_with_parameters_that_nothing_uses_is_refused(tmp_path, monkeypa
         "    def forward(self, x):\n        return self.used(x.mean((2, 3)))\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UnknownModelError, match=r"no gradient reaches spare.weight, spare.bias from the logits"):
-        check_training(ModelSpec("nets:Net", 5), 4, 8)
+    assert unreached_parameters(ModelSpec("nets:Net", 5), 4, 8) == ["spare.weight", "spare.bias"]
+
+
+def test_a_parameter_counts_as_reached_where_a_tapped_feature_reaches_it(tmp_path, monkeypatch):
+    (tmp_path / "regressors.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self, num_classes):\n        super().__init__()\n"
+        "        self.used, self.regressor = torch.nn.Linear(3, num_classes), torch.nn.Linear(3, 7)\n"
+        "    def forward(self, x):\n        x = x.mean((2, 3))\n"
+        "        self.regressor(x)\n        return self.used(x)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec("regressors:Net", 5)
+    assert unreached_parameters(spec, 4, 8, taps=["regressor"]) == []
+    assert unreached_parameters(spec, 4, 8, taps=["regressor"], reads_logits=False) == ["used.weight", "used.bias"]
 
 
 def test_torchvision_weights_by_name_are_checked_against_the_model():

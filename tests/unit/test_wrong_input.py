@@ -373,7 +373,7 @@ def test_a_bug_in_the_checks_is_not_taken_for_a_wrong_recipe(tmp_path, monkeypat
     def broken(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(models, "check_training", broken)
+    monkeypatch.setattr(models, "unreached_parameters", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(dry_run(tmp_path))
 

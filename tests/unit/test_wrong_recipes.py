@@ -93,6 +93,7 @@ WRONG = [
     # keys that do not go together
     ("teacher=null", ["losses.at: needs a teacher", "losses.sp: needs a teacher", "losses.kd: needs a teacher"]),
     ("losses=", ["losses: must be a section (keys and values), not None"]),
+    ("losses={ce: null}", ["losses: ce is null, and there is no other loss: nothing would be learned"]),
     ("losses={}", ["teacher: no loss uses it"]),
     ("train.micro_batch=48", ["train.micro_batch: 48 does not divide train.global_batch=64"]),
     ("losses.sp.grid=ring", ["losses.sp.grid: must be auto, gather, exchange or three whole numbers above 0, such as [4, 2, 8], not 'ring'"]),
@@ -253,6 +254,26 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text, message):
 def test_a_missing_recipe_names_the_nearest(recipe_file, capsys):
     assert main(["train", str(recipe_file.with_name("recpe.yaml"))]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_student_with_parameters_that_no_loss_reaches(recipe_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "spare_net.py").write_text(
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self, num_classes):\n        super().__init__()\n"
+        "        self.used, self.spare = torch.nn.Linear(3, num_classes), torch.nn.Linear(3, 3)\n"
+        "    def forward(self, x):\n        return self.used(x.mean((2, 3)))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["train", str(recipe_file), "--dry-run", "student.name=spare_net:Net", "losses={}", "teacher=null"]) == 2
+    )
+    wanted = "student.name: 'spare_net:Net': no gradient reaches spare.weight, spare.bias from the logits"
+    assert wanted in capsys.readouterr().err
+
+
+def test_without_a_loss_of_logits_the_head_stays_as_it_is(recipe_file, capsys):
+    assert main(["train", str(recipe_file), "--dry-run", "losses.ce=null", "losses.kd=null"]) == 0
+    assert "fc.weight, fc.bias stay as they are: no loss reads the logits" in "".join(capsys.readouterr())
 
 
 def test_the_process_itself_exits_with_2_and_prints_no_traceback(recipe_file):

@@ -1,0 +1,36 @@
+"""Define the `losses` of a recipe: every key, its type, default and meaning."""
+
+from dkd.config.losses.all_losses import LOSSES, CustomLossSection, LossesSection, with_constant_weights
+from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
+from dkd.config.losses.labels import CrossEntropySection
+from dkd.config.losses.logits import DistSection, SoftTargetsSection
+from dkd.config.losses.relations import (
+    CkaSection,
+    CorrelationCongruenceSection,
+    PktSection,
+    RelationsSection,
+    RkdSection,
+    SimilarityPreservingSection,
+)
+from dkd.config.losses.section import ComparingSection, LossSection, WeightSchedule
+
+__all__ = [
+    "LOSSES",
+    "AttentionTransferSection",
+    "CkaSection",
+    "ComparingSection",
+    "CorrelationCongruenceSection",
+    "CrossEntropySection",
+    "CustomLossSection",
+    "DistSection",
+    "GradientAttentionSection",
+    "LossSection",
+    "LossesSection",
+    "PktSection",
+    "RelationsSection",
+    "RkdSection",
+    "SimilarityPreservingSection",
+    "SoftTargetsSection",
+    "WeightSchedule",
+    "with_constant_weights",
+]
