@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from dkd.losses import (
         CKA,
         DIST,
+        DKD,
+        NKD,
         PKT,
         AttentionTransfer,
         CorrelationCongruence,
@@ -66,6 +68,8 @@ _MODULES = {
     "losses": (
         "CKA",
         "DIST",
+        "DKD",
+        "NKD",
         "PKT",
         "AttentionTransfer",
         "CorrelationCongruence",
@@ -86,6 +90,8 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "CKA",
     "DIST",
+    "DKD",
+    "NKD",
     "PKT",
     "AttentionTransfer",
     "BatchLayout",

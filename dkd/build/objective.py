@@ -21,8 +21,10 @@ from dkd.config.losses import (
     CrossEntropySection,
     CustomLossSection,
     DistSection,
+    DkdSection,
     GradientAttentionSection,
     LossSection,
+    NkdSection,
     PktSection,
     RelationsSection,
     RkdSection,
@@ -37,6 +39,8 @@ from dkd.global_batch import Links, ranks_per_group
 from dkd.losses import (
     CKA,
     DIST,
+    DKD,
+    NKD,
     PKT,
     AttentionTransfer,
     CorrelationCongruence,
@@ -240,7 +244,15 @@ def _gradient_terms(key: str, section: GradientAttentionSection, batch: _Batch) 
 
 
 def _logit_terms(key: str, kd: SoftTargetsSection, batch: _Batch) -> list[Term]:
-    return [LogitTerm(key, batch.schedule(kd.alpha), SoftTargets(kd.temperature))]
+    return [LogitTerm(key, batch.schedule(kd.alpha), SoftTargets(kd.temperature, kd.standardize))]
+
+
+def _decoupled_terms(key: str, dkd: DkdSection, batch: _Batch) -> list[Term]:
+    return [LogitTerm(key, batch.schedule(dkd.weight), DKD(dkd.alpha, dkd.beta, dkd.temperature))]
+
+
+def _normalized_terms(key: str, nkd: NkdSection, batch: _Batch) -> list[Term]:
+    return [LogitTerm(key, batch.schedule(nkd.weight), NKD(nkd.temperature, nkd.gamma))]
 
 
 def _custom_terms(key: str, section: CustomLossSection, batch: _Batch) -> list[Term]:
@@ -269,5 +281,7 @@ TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], list[Term]]] = {
     RkdSection: _relations_terms,
     DistSection: _dist_terms,
     SoftTargetsSection: _logit_terms,
+    DkdSection: _decoupled_terms,
+    NkdSection: _normalized_terms,
     CustomLossSection: _custom_terms,
 }

@@ -62,10 +62,13 @@ def loss_weight(weight: float | WeightSchedule, steps_per_epoch: int, total_step
         return lambda step: (
             schedule.start * schedule.factor ** sum(step >= m * steps_per_epoch for m in schedule.milestones)
         )
+    rise = schedule.end - schedule.start
+    if (epochs := schedule.warmup_epochs) is not None:
+        return lambda step: schedule.start + rise * min(1.0, (step // steps_per_epoch + 1) / epochs)
     last = max(1, total_steps - 1)
     if schedule.schedule == "cosine":
         return lambda step: _cosine(schedule.start, schedule.end, step / last)
-    return lambda step: schedule.start + (schedule.end - schedule.start) * min(1.0, step / last)
+    return lambda step: schedule.start + rise * min(1.0, step / last)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dkd.config.losses import OneClassSection
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 
@@ -11,7 +12,7 @@ from dkd.config.schema import Recipe
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
-    checks = (*models, _check_batch, _check_data, _check_evaluation)
+    checks = (*models, _check_mixing, _check_batch, _check_data, _check_evaluation)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -68,6 +69,16 @@ def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
     weights = None if ce is None else ce.class_weights
     if isinstance(weights, list) and classes is not None and len(weights) != classes:
         yield Problem("losses.ce.class_weights", f"{len(weights)} weights for data.classes={classes}")
+
+
+def _check_mixing(recipe: Recipe) -> Iterator[Problem]:
+    mixing = [key for key in ("mixup", "cutmix") if getattr(recipe.data, key) > 0]
+    for key, section in recipe.losses.named():
+        if mixing and isinstance(section, OneClassSection):
+            yield Problem(
+                f"losses.{key}",
+                f"needs one class for each image, and data.{mixing[0]} mixes images of two; set data.{mixing[0]}=0",
+            )
 
 
 def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:

@@ -94,6 +94,17 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
         )
 
 
+def check_classes(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Check that these are classes (b,) for logits (b, K), one a sample.
+
+    Raises:
+        ValueError: anything else, such as the class weights (b, K) of mixed images.
+    """
+    check_labels(labels, logits)
+    if labels.is_floating_point():
+        raise ValueError("this loss needs the class (b,) of each sample, and got class weights (b, K) of mixed images")
+
+
 def _check_real(tensor: torch.Tensor, what: str) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{what} must be real floating-point numbers, not {str(tensor.dtype).removeprefix('torch.')}")

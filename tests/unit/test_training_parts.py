@@ -66,6 +66,8 @@ def test_loss_weights_over_the_run():
     assert [at(linear, s) for s in (0, 50, 100)] == [2, 1.5, 1]
     cosine = WeightSchedule(start=2, end=0, schedule="cosine")
     assert [at(cosine, s) for s in (0, 50, 100)] == pytest.approx([2, 1, 0])
+    warmup = WeightSchedule(start=0, end=8, schedule="warmup", warmup_epochs=4)
+    assert [at(warmup, s) for s in (0, 9, 10, 29, 30, 99)] == [2, 2, 4, 6, 8, 8]
     step = WeightSchedule(start=2, schedule="step", milestones=[5], factor=0.5)
     assert [at(step, s) for s in (49, 50)] == [2, 1]
 

@@ -101,6 +101,12 @@ WRONG = [
     ("losses.sp={preset: paper, grid: exchange, strategy: gather, pairs: [[layer3, block3]]}", ["losses.sp: grid exchange and strategy gather contradict each other; remove strategy"]),
     ("losses.rkd={distance: 0, angle: 0, pairs: [[layer3, block3]]}", ["losses.rkd: distance and angle are both 0; remove the loss, or give one of the two a weight"]),
     ("losses.pkt={preset: paper, weight: 1, reference_batch: 1, pairs: [[layer3, block3]]}", ["losses.pkt.preset: 'paper' is not allowed; allowed: repdistiller"]),
+    ("losses.dkd={beta: 2, temperature: 0}", ["losses.dkd.temperature: must be greater than 0, not 0"]),
+    ("losses.dkd={}", ["losses.dkd.beta: is required and missing"]),
+    ("losses.dkd={beta: 1, weight: {start: 0, end: 1, schedule: warmup}}", ["losses.dkd.weight: schedule: warmup needs warmup_epochs"]),
+    ("losses.at.beta={start: 0, end: 1, warmup_epochs: 5}", ["losses.at.beta: schedule: warmup needs warmup_epochs, and no other schedule has them"]),
+    ("losses.nkd={gamma: -1}", ["losses.nkd.gamma: must be greater than or equal to 0, not -1"]),
+    ("losses.kd.standardize=2", ["losses.kd.standardize: must be true or false, not 2"]),
     ("losses.dist={weight: 1, tau: 0}", ["losses.dist.tau: must be greater than 0, not 0"]),
     ("train.links=no/such.json", ["train.links: 'no/such.json' cannot be read: No such file or directory"]),
     ("losses.sp.scope=rack", ["losses.sp.scope: must be global, node, local or a number of ranks, not 'rack'"]),
@@ -306,7 +312,7 @@ def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
     assert main(["train", str(recipe_file), "losses.kd=null"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[:-1] == [
-        "dkd: losses.kd: {alpha: 2.0, temperature: 4.0} before, null now",
+        "dkd: losses.kd: {alpha: 2.0, temperature: 4.0, standardize: False} before, null now",
         "dkd: train.epochs: 7 before, 1 now",
     ]
     assert "give --allow-recipe-change to resume it with the new one, --overwrite to replace" in lines[-1]

@@ -3,7 +3,7 @@
 from dkd.config.losses.all_losses import LOSSES, CustomLossSection, LossesSection, with_constant_weights
 from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
 from dkd.config.losses.labels import CrossEntropySection
-from dkd.config.losses.logits import DistSection, SoftTargetsSection
+from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, OneClassSection, SoftTargetsSection
 from dkd.config.losses.relations import (
     CkaSection,
     CorrelationCongruenceSection,
@@ -23,9 +23,12 @@ __all__ = [
     "CrossEntropySection",
     "CustomLossSection",
     "DistSection",
+    "DkdSection",
     "GradientAttentionSection",
     "LossSection",
     "LossesSection",
+    "NkdSection",
+    "OneClassSection",
     "PktSection",
     "RelationsSection",
     "RkdSection",

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from dkd.config.key_types import Section, allow, matches
 from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
 from dkd.config.losses.labels import CrossEntropySection
-from dkd.config.losses.logits import DistSection, SoftTargetsSection
+from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, SoftTargetsSection
 from dkd.config.losses.relations import (
     CkaSection,
     CorrelationCongruenceSection,
@@ -120,6 +120,10 @@ class LossesSection(Section):
     """DIST; null: not used."""
     kd: SoftTargetsSection | None = None
     """Soft targets; null: not used."""
+    dkd: DkdSection | None = None
+    """Decoupled Knowledge Distillation; null: not used."""
+    nkd: NkdSection | None = None
+    """Normalised Knowledge Distillation; null: not used."""
     custom: list[CustomLossSection] = []
     """Losses of your own."""
 
@@ -176,6 +180,8 @@ LOSSES: dict[str, type[LossSection]] = {
     "dist": DistSection,
     "gradient_at": GradientAttentionSection,
     "kd": SoftTargetsSection,
+    "dkd": DkdSection,
+    "nkd": NkdSection,
 }
 """The recipe's own losses, in the order in which their terms are summed: key -> section."""
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from dkd.config.key_types import NonNegative, Positive
+from dkd.config.key_types import NonNegative, Positive, Switch
 from dkd.config.losses.section import ComparingSection, LossSection, Weight, describe_weight, fill_from_preset
 
 DIST_PRESETS: dict[str, dict[str, Any]] = {
@@ -51,6 +51,8 @@ class SoftTargetsSection(LossSection):
     """α, the weight of the loss."""
     temperature: Positive = 4.0
     """T, which divides the logits."""
+    standardize: Switch = False
+    """Whether each sample's logits are standardised first, to mean 0 and standard deviation 1 over the classes."""
 
     @property
     def needs_teacher_logits(self) -> bool:
@@ -59,4 +61,60 @@ class SoftTargetsSection(LossSection):
 
     def describe(self) -> str:
         """Return the loss with its weight and temperature."""
-        return f"KD α {describe_weight(self.alpha)}, T {self.temperature:g}"
+        standardized = ", standardised" if self.standardize else ""
+        return f"KD α {describe_weight(self.alpha)}, T {self.temperature:g}{standardized}"
+
+
+class OneClassSection(LossSection):
+    """Be the base of losses of logits that tell the label's class from the others."""
+
+    weight: Weight
+    """Weight of the loss."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Return True."""
+        return True
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Return True."""
+        return True
+
+
+class DkdSection(OneClassSection):
+    """Set Decoupled Knowledge Distillation; docs/reference/losses.md has its formula. It needs one class for each
+    sample, and so no mixup or CutMix."""
+
+    title: ClassVar = "DKD"
+    weight: Weight = 1.0
+    """Weight of the loss."""
+    alpha: NonNegative = 1.0
+    """α, the weight of the part of the label against all other classes."""
+    beta: NonNegative
+    """β, the weight of the part between the other classes."""
+    temperature: Positive = 4.0
+    """T, which divides the logits."""
+
+    def describe(self) -> str:
+        """Return the loss with its weights and temperature."""
+        weight = "" if self.weight == 1 else f" {describe_weight(self.weight)},"
+        return f"DKD{weight} α {self.alpha:g}, β {self.beta:g}, T {self.temperature:g}"
+
+
+class NkdSection(OneClassSection):
+    """Set Normalised Knowledge Distillation; docs/reference/losses.md has its formula. It needs one class for each
+    sample, and so no mixup or CutMix."""
+
+    title: ClassVar = "NKD"
+    weight: Weight = 1.0
+    """Weight of the loss."""
+    gamma: NonNegative = 1.5
+    """γ, the weight of the part between the classes that are not the label's."""
+    temperature: Positive = 1.0
+    """T, which divides the logits of these classes."""
+
+    def describe(self) -> str:
+        """Return the loss with its weights and temperature."""
+        weight = "" if self.weight == 1 else f" {describe_weight(self.weight)},"
+        return f"NKD{weight} γ {self.gamma:g}, T {self.temperature:g}"

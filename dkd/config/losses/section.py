@@ -18,12 +18,15 @@ class WeightSchedule(Section):
     """First weight."""
     end: NonNegative = 0.0
     """Last weight."""
-    schedule: Literal["linear", "cosine", "step"] = "linear"
-    """How the weight changes."""
+    schedule: Literal["linear", "cosine", "step", "warmup"] = "linear"
+    """How the weight changes. warmup: it rises from epoch to epoch, and is `end` from epoch number `warmup_epochs`
+    on."""
     milestones: list[Count] = []
     """`step` only: epochs at which the weight is multiplied by `factor`; `end` is not used."""
     factor: Positive = 0.1
     """`step` only: factor of the weight at each milestone."""
+    warmup_epochs: Count | None = None
+    """`warmup` only: the weight of epoch e, from 1, is start + (end − start) · min(1, e / warmup_epochs)."""
 
     @model_validator(mode="after")
     def _keys_fit_the_schedule(self) -> WeightSchedule:
@@ -31,6 +34,8 @@ class WeightSchedule(Section):
             raise ValueError("schedule: step needs milestones (and a factor), and no end")
         if self.schedule != "step" and (self.milestones or self.factor != 0.1):
             raise ValueError("milestones and factor belong to schedule: step")
+        if (self.schedule == "warmup") != (self.warmup_epochs is not None):
+            raise ValueError("schedule: warmup needs warmup_epochs, and no other schedule has them")
         return self
 
 
