@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
 from dkd.models import (
     AS_BUILT,
+    Adapter,
     Fingerprint,
     Head,
     ModelSpec,
@@ -74,25 +75,30 @@ def student_parameters(recipe: Recipe) -> int:
 
 
 def build_models(
-    recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
+    recipe: Recipe,
+    launch: Launch,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> tuple[TappedModel, FrozenTeacher | None, list[str]]:
     """Return the student on the CPU, the teacher on its device, with their weights, which may have to be downloaded,
-    and lines that report what of the student does not come from its weights, or is not trained.
+    and lines that report what of the student does not come from its weights, or is not trained. `adapters` are what
+    losses train with the student.
 
     Raises:
         RecipeError: the weights of one cannot be had or do not fit.
     """
     role = "student"
     try:
-        (student, notes), role = build_student(recipe), "teacher"
+        (student, notes), role = build_student(recipe, adapters), "teacher"
         return student, build_teacher(recipe, launch, arithmetic, device), notes
     except WeightsError as error:
         raise RecipeError.at(f"{role}.weights", error) from error
 
 
-def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
+def build_student(recipe: Recipe, adapters: Mapping[str, Adapter] | None = None) -> tuple[TappedModel, list[str]]:
     """Return the student, on the CPU, its initial weights drawn from the run's seed: the same on every rank; and lines
-    that report what does not come from its weights, or is not trained.
+    that report what does not come from its weights, or is not trained. `adapters` are what losses train with it.
 
     Raises:
         WeightsError: the weights cannot be had or do not fit.
@@ -107,6 +113,10 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
         notes += _note_new_head(recipe, new)
     if recipe.train.sync_batch_norm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        adapters = {
+            name: adapter._replace(module=nn.SyncBatchNorm.convert_sync_batchnorm(adapter.module))
+            for name, adapter in (adapters or {}).items()
+        }
     frozen = freeze(model, section.freeze)
     untrained = names_untrained(recipe)
     freeze(model, untrained)
@@ -115,7 +125,7 @@ def build_student(recipe: Recipe) -> tuple[TappedModel, list[str]]:
     # float16's autocast comes with Accelerate's loss scaling.
     autocast = torch.bfloat16 if recipe.train.precision == "bf16" else None
     taps = [student for student, _ in pairs(recipe)]
-    return TappedModel(model, taps, autocast=autocast, eval_modules=still), notes
+    return TappedModel(model, taps, autocast=autocast, eval_modules=still, adapters=adapters), notes
 
 
 def expected_notes(recipe: Recipe) -> list[str]:

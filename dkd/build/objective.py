@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from dkd.build.feature_losses import Given, make_adapter, make_loss, tapped_shapes
 from dkd.build.schedules import Schedule, loss_weight
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import classes
@@ -18,18 +20,27 @@ from dkd.config.losses import (
     CkaSection,
     ComparingSection,
     CorrelationCongruenceSection,
+    CrdSection,
     CrossEntropySection,
     CustomLossSection,
     DistSection,
     DkdSection,
+    FeatureSection,
+    FitNetSection,
+    FormSection,
     GradientAttentionSection,
     LossSection,
     NkdSection,
     PktSection,
+    QueueSection,
     RelationsSection,
+    ReviewSection,
     RkdSection,
     SimilarityPreservingSection,
     SoftTargetsSection,
+    SrdSection,
+    VidSection,
+    VkdSection,
     WeightSchedule,
 )
 from dkd.data import GlobalBatchSampler, ImageSource
@@ -52,6 +63,7 @@ from dkd.losses import (
     SimilarityPreserving,
     SoftTargets,
 )
+from dkd.losses.feature_forms import Shape
 from dkd.losses.relational import scaled_weight
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
@@ -105,11 +117,20 @@ def relational_losses(
     return {}
 
 
-def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
-    """Return the user's own loss. Raises UserCodeError."""
+def custom_loss(section: CustomLossSection, shapes: Sequence[tuple[Shape, Shape]] = ()) -> Callable[..., torch.Tensor]:
+    """Return the user's own loss.
+
+    Args:
+        section: of the recipe.
+        shapes: (student, teacher) of each pair, without the batch, for a callable that has a parameter `shapes`.
+
+    Raises:
+        UserCodeError: it cannot be made, or cannot be trained.
+    """
     make = load_callable(section.loss)
+    wanted = {"shapes": list(shapes)} if "shapes" in _parameters_of(make) and "shapes" not in section.options else {}
     try:
-        loss = make(**section.options)
+        loss = make(**wanted, **section.options)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         reason = describe_error(error)
         if isinstance(error, TypeError) and "required positional argument" in reason:
@@ -119,16 +140,43 @@ def custom_loss(section: CustomLossSection) -> Callable[..., torch.Tensor]:
         raise UserCodeError(f"{section.loss!r} cannot be made with options {section.options}: {reason}") from error
     if not callable(loss):
         raise UserCodeError(f"{section.loss!r} returned {type(loss).__name__}, which cannot be called")
-    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
-        raise UserCodeError(
-            f"{section.loss!r} has parameters of its own, which nothing would train; put them into the student"
-        )
+    _check_parameters(section, loss)
     if getattr(loss, "relational", False) and section.of == "labels":
         raise UserCodeError(
             f"{section.loss!r} is relational: it compares samples, and so takes features (with pairs) or logits, not "
             f"{section.of}"
         )
     return loss
+
+
+def _parameters_of(make: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(make).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+
+
+def _check_parameters(section: CustomLossSection, loss: Callable[..., torch.Tensor]) -> None:
+    """Check that what a loss trains can be trained with the student. Raises UserCodeError."""
+    adapter = getattr(loss, "adapter", None)
+    if adapter is not None and (section.of != "features" or not isinstance(adapter, nn.Module)):
+        raise UserCodeError(
+            f"{section.loss!r} has an attribute `adapter`, which is a torch.nn.Module of a loss of features"
+        )
+    if not isinstance(loss, nn.Module):
+        return
+    within = set() if adapter is None else {id(parameter) for parameter in adapter.parameters()}
+    apart = [name for name, parameter in loss.named_parameters() if id(parameter) not in within]
+    if apart and adapter is not None:
+        raise UserCodeError(
+            f"{section.loss!r} has {', '.join(apart[:3])} beside its adapter: a loss with an adapter has all of its "
+            "parameters there"
+        )
+    if apart and getattr(loss, "relational", False):
+        raise UserCodeError(
+            f"{section.loss!r} is relational and has parameters ({', '.join(apart[:3])}): put them into a module "
+            "`adapter`, which is called with the features of each micro-step"
+        )
 
 
 def class_weights(recipe: Recipe, training: ImageSource) -> list[float] | None:
@@ -164,6 +212,8 @@ def build_objective(
     device: torch.device,
     weights: Sequence[float] | None = None,
     links: Links | None = None,
+    dtype: torch.dtype = torch.float32,
+    labels: np.ndarray | None = None,
 ) -> Objective:
     """Return the recipe's losses, on the batches of `sampler`.
 
@@ -172,12 +222,21 @@ def build_objective(
         device: a loss of the user's own may have buffers, which are moved there.
         weights: of the classes, as `class_weights` returns them.
         links: the measured speeds of the launch, by which losses of relations choose their grid.
+        dtype: of weights and features; what losses keep is of this type where it is float64.
+        labels: of the training samples; None: they have none.
+
+    Raises:
+        RecipeError: an adapter of a loss cannot be built.
+        UserCodeError: a loss of the user's own cannot.
     """
-    batch = _Batch(sampler, total_steps, weights, links, recipe.train.channels_last is True)
+    needs_shapes = any(isinstance(section, FormSection | CustomLossSection) for _, section in recipe.losses.named())
+    student, teacher = tapped_shapes(recipe) if needs_shapes else ({}, {})
+    given = Given(student, teacher, sampler.samples, recipe.run.seed, labels)
+    batch = _Batch(sampler, total_steps, weights, links, recipe.train.channels_last is True, given)
     terms = [term for key, section in recipe.losses.named() for term in TERMS[type(section)](key, section, batch)]
     for term in terms:
         if isinstance(loss := getattr(term, "loss", None), nn.Module):
-            loss.to(device)
+            loss.to(device, torch.float64) if dtype == torch.float64 else loss.to(device)
     return Objective(terms)
 
 
@@ -190,6 +249,7 @@ class _Batch:
     class_weights: Sequence[float] | None = None
     links: Links | None = None
     channels_last: bool = False
+    given: Given = field(default_factory=lambda: Given({}, {}))
 
     def schedule(self, value: float | WeightSchedule, factor: float = 1.0) -> Schedule:
         """Return the weight of each step, times a factor."""
@@ -233,6 +293,15 @@ def _weight_of(section: RelationsSection) -> float | WeightSchedule:
     return section.weight
 
 
+def _form_terms(key: str, section: FormSection, batch: _Batch) -> list[Term]:
+    try:
+        loss, adapter = make_loss(key, section, batch.given), make_adapter(key, section, batch.given)
+    except ValueError as error:
+        raise RecipeError.at(f"losses.{key}", error) from error
+    weight = batch.schedule(section.weight)
+    return [FeatureTerm(key, weight, loss, section.paths, relational=section.whole_batch, adapter=adapter)]
+
+
 def _dist_terms(key: str, dist: DistSection, batch: _Batch) -> list[Term]:
     loss = DIST(dist.beta, dist.gamma, dist.tau, dist.scope)
     return [LogitTerm(key, batch.schedule(dist.weight), loss, relational=dist.batch == "step")]
@@ -256,14 +325,18 @@ def _normalized_terms(key: str, nkd: NkdSection, batch: _Batch) -> list[Term]:
 
 
 def _custom_terms(key: str, section: CustomLossSection, batch: _Batch) -> list[Term]:
-    return [custom_term(section, batch.schedule(section.weight))]
+    return [custom_term(section, batch.schedule(section.weight), batch.given)]
 
 
-def custom_term(section: CustomLossSection, weight: Schedule) -> Term:
-    """Return the term of a user's own loss. Raises UserCodeError."""
-    loss = custom_loss(section)
+def custom_term(section: CustomLossSection, weight: Schedule, given: Given | None = None) -> Term:
+    """Return the term of a user's own loss, drawn from the seed in `given`. Raises UserCodeError."""
+    given = given or Given({}, {})
+    shapes = [(given.student[s], given.teacher[t]) for s, t in section.paths if s in given.student]
+    with given.seeded(section.name):
+        loss = custom_loss(section, shapes)
     if section.of == "features":
-        return FeatureTerm(section.name, weight, loss, section.paths, getattr(loss, "relational", False))
+        relational, adapter = getattr(loss, "relational", False), getattr(loss, "adapter", None)
+        return FeatureTerm(section.name, weight, loss, section.paths, relational, adapter)
     if section.of == "logits":
         return LogitTerm(section.name, weight, loss, getattr(loss, "relational", False))
     return LabelTerm(section.name, weight, loss)
@@ -283,5 +356,13 @@ TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], list[Term]]] = {
     SoftTargetsSection: _logit_terms,
     DkdSection: _decoupled_terms,
     NkdSection: _normalized_terms,
+    FitNetSection: _form_terms,
+    FeatureSection: _form_terms,
+    VkdSection: _form_terms,
+    SrdSection: _form_terms,
+    VidSection: _form_terms,
+    ReviewSection: _form_terms,
+    CrdSection: _form_terms,
+    QueueSection: _form_terms,
     CustomLossSection: _custom_terms,
 }

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from dkd.config.schema import AdamWSection, SgdSection
+from dkd.models import TappedModel
 
 
 def build_optimizer(section: SgdSection | AdamWSection, model: nn.Module) -> torch.optim.Optimizer:
     """Return SGD or AdamW over the parameters of `model` that are trained. `decay_norm_and_bias: false` keeps weight
-    decay off everything of one dimension or less: biases, and the scales of normalisation layers."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": trained, "weight_decay": section.weight_decay}]
-    if not section.decay_norm_and_bias:
-        decayed = [p for p in trained if p.dim() > 1]
-        others = [p for p in trained if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    decay off everything of one dimension or less: biases, and the scales of normalisation layers. Adapters of losses
+    have groups of their own where the section asks for other settings."""
+    own = section.adapters
+    adapters = list(model.adapters.parameters()) if isinstance(model, TappedModel) else []
+    if own.lr is None and own.weight_decay is None:
+        adapters = []
+    apart = {id(parameter) for parameter in adapters}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    groups = _groups(trained, section.weight_decay, section.decay_norm_and_bias)
+    if adapters:
+        decay = section.weight_decay if own.weight_decay is None else own.weight_decay
+        # The trainer sets the learning rate of each step, times this factor.
+        scale = 1.0 if own.lr is None else own.lr / section.lr
+        of_adapters = _groups([p for p in adapters if p.requires_grad], decay, section.decay_norm_and_bias)
+        groups += [{**group, "lr": section.lr * scale, "lr_scale": scale} for group in of_adapters]
     if isinstance(section, SgdSection):
         return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
     return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps)
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float, everything_decays: bool) -> list[dict[str, Any]]:
+    """Return the parameters in groups of one weight decay."""
+    if everything_decays:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    decayed, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def state_keys(section: SgdSection | AdamWSection) -> list[str]:

@@ -330,6 +330,15 @@ class EvaluationSection(Section):
     evaluation of the run, where there is a teacher. true: in each."""
 
 
+class AdapterOptimizerSection(Section):
+    """Set the optimizer of what losses train beside the student, where that is not the student's."""
+
+    lr: Positive | None = None
+    """Learning rate, before the schedule's factor; null: `optimizer.lr`."""
+    weight_decay: NonNegative | None = None
+    """Weight decay; null: `optimizer.weight_decay`."""
+
+
 class SgdSection(Section):
     """Set torch.optim.SGD."""
 
@@ -345,6 +354,8 @@ class SgdSection(Section):
     """Weight decay."""
     decay_norm_and_bias: Switch = True
     """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
+    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
+    """Of what losses train beside the student."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> SgdSection:
@@ -368,6 +379,8 @@ class AdamWSection(Section):
     """Weight decay."""
     decay_norm_and_bias: Switch = True
     """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
+    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
+    """Of what losses train beside the student."""
 
 
 class _ScheduleSection(Section):

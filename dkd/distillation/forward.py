@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,6 +13,7 @@ from dkd.data import Normalize
 from dkd.distillation.objective import InputGradientTerm, Objective, Outputs
 from dkd.distillation.teacher import FrozenTeacher
 from dkd.global_batch import full_precision
+from dkd.models import ADAPTERS
 
 
 class Forward:
@@ -68,18 +70,23 @@ class Forward:
         parts = [self.teacher(*part) for part in zip(pixels.split(rows), images.split(rows), strict=True)]
         return Outputs(logits, features), join_outputs([part for part in parts if part is not None])
 
-    def student(self, images: torch.Tensor) -> Outputs:
-        """Return what the student yields for its input."""
-        with self._twice_differentiable():
-            return self._run_student(images)
+    def student(self, images: torch.Tensor, given: Mapping[str, Any] | None = None) -> Outputs:
+        """Return what the student yields for its input.
 
-    def _run_student(self, images: torch.Tensor) -> Outputs:
+        Args:
+            images: the student's input (b, 3, H, W).
+            given: what the adapters of losses read, as `given_to_adapters`; None: there are none.
+        """
+        with self._twice_differentiable():
+            return self._run_student(images, () if given is None else (given,))
+
+    def _run_student(self, images: torch.Tensor, given: tuple[Mapping[str, Any], ...]) -> Outputs:
         mirrored = None
         if self._mirrors:
             # Images and their mirror images in one forward: engines expect one for each backward.
-            (logits, mirrored), features = _halve(*self._student(torch.cat([images, images.flip(-1)])))
+            (logits, mirrored), features = _halve(*self._student(torch.cat([images, images.flip(-1)]), *given))
         else:
-            logits, features = self._student(images)
+            logits, features = self._student(images, *given)
         # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
         # once.
         promoted = {path: full_precision(feature) for path, feature in features.items()}
@@ -136,4 +143,6 @@ def _halve(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the logits of the first and of the second half of the rows, and the features of the first half."""
     rows = len(logits) // 2
-    return (logits[:rows], logits[rows:]), {path: feature[:rows] for path, feature in features.items()}
+    # What adapters yield is of the first half already, and may be the value of a loss.
+    halves = {k: f if k.startswith(ADAPTERS) else f[:rows] for k, f in features.items()}
+    return (logits[:rows], logits[rows:]), halves

@@ -27,7 +27,7 @@ LOGITS = ""
 
 def compared_tensors(objective: Objective, student: Outputs) -> dict[str, torch.Tensor]:
     """Return what the terms of a relational objective read of a student: features by path, and logits under LOGITS."""
-    found = {path: student.features[path] for path in objective.student_taps}
+    found = {key: student.features[key] for key in objective.keys(student.features)}
     if objective.compares_logits:
         assert student.logits is not None
         found[LOGITS] = student.logits

@@ -12,9 +12,12 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from dkd.global_batch import BatchLayout
+from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses import RelationalLoss
+from dkd.losses.feature_pairs import no_autocast
+from dkd.models import Adapter, adapted_key, adapted_keys
 
 Weight = Callable[[int], float]
 """The weight of a term at a global step."""
@@ -78,9 +81,59 @@ def asked_parameters(loss: Callable[..., object]) -> tuple[str, ...]:
     return tuple(name for name in ASKED if name in parameters[2:])
 
 
+class LossInside(nn.Module):
+    """Calls a loss with parameters inside the student's forward, where engines have these parameters whole: FSDP2 and
+    ZeRO-3 keep shards of them elsewhere. The loss computes as other losses do, in the precision of `full_precision` and
+    outside of any autocast.
+
+    Args:
+        loss: called with two lists of features, two tensors of logits, or logits and labels.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, first: Any, second: Any, more: Mapping[str, Any]) -> torch.Tensor:
+        device = (first[0] if isinstance(first, list) else first).device
+        with no_autocast(device):
+            value: torch.Tensor = self.loss(_promote(first), _promote(second), **more)
+        return value
+
+
+def _promote(tensors: Any) -> Any:
+    if isinstance(tensors, list):
+        return [_promote(tensor) for tensor in tensors]
+    return full_precision(tensors) if tensors.is_floating_point() else tensors
+
+
+def given_to_adapters(
+    objective: Objective,
+    teacher: Outputs | None,
+    labels: torch.Tensor,
+    layout: BatchLayout,
+    indices: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Return what the adapters of an objective's terms may read beside the student's own outputs; those of other terms
+    do not run."""
+    return {
+        "adapters": objective.names,
+        "features": {} if teacher is None else dict(teacher.features),
+        "logits": None if teacher is None else teacher.logits,
+        "labels": labels,
+        "layout": layout,
+        "indices": indices,
+        "rows": len(labels),
+    }
+
+
 @dataclass(frozen=True)
 class _Asked:
-    """Passes a loss the labels and indices that it asks for, and its layout."""
+    """Passes a loss the labels and indices that it asks for, and its layout.
+
+    A loss with parameters, a module, is called inside the student's forward, as LossInside: `trained` is what the
+    student is to be given for that.
+    """
 
     name: str
     weight: Weight
@@ -91,16 +144,56 @@ class _Asked:
         """Return the parameters of ASKED that the loss has."""
         return asked_parameters(self.loss)
 
+    @cached_property
+    def is_inside(self) -> bool:
+        """Return whether the loss has parameters, and so is called inside the student's forward."""
+        return isinstance(self.loss, nn.Module) and any(True for _ in self.loss.parameters())
+
+    @cached_property
+    def trained(self) -> Adapter | None:
+        """Return the module that is to be trained with the student, and what it is called with; None: there is none."""
+        if not self.is_inside:
+            return None
+        assert isinstance(self.loss, nn.Module)
+        return Adapter(LossInside(self.loss), self._read_inside)
+
+    def _read_inside(
+        self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        """Return the arguments of a loss with parameters."""
+        more = self._more(given["labels"], given["layout"], given["indices"])
+        return (*self._arguments(logits, features, given), more)
+
+    def _arguments(
+        self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """Return the first two arguments of the loss, of the student's outputs and what adapters are given."""
+        raise NotImplementedError
+
     def _more(self, labels: torch.Tensor, layout: BatchLayout, indices: torch.Tensor | None) -> dict[str, object]:
         if "indices" in self.asked and indices is None:
             raise ValueError(f"the loss {self.name!r} asks for indices: give them to DistillationStep.begin")
         given = {"labels": labels, "indices": indices}
         return {"layout": layout, **{name: given[name] for name in self.asked}}
 
+    def _value_inside(self, student: Outputs) -> torch.Tensor:
+        """Return the value that the student's forward has yielded. Raises ValueError: it has yielded none."""
+        try:
+            return student.features[adapted_key(self.name)]
+        except KeyError as error:
+            raise ValueError(
+                f"the loss {self.name!r} has parameters: give TappedModel the adapters of the objective"
+            ) from error
+
 
 @dataclass(frozen=True)
 class LabelTerm(_Asked):
     """A loss of the student's logits and the labels."""
+
+    def _arguments(
+        self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        return logits, given["labels"]
 
     def value(
         self,
@@ -110,6 +203,8 @@ class LabelTerm(_Asked):
         layout: BatchLayout,
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.is_inside:
+            return self._value_inside(student)
         return self.loss(student.logits, labels, **self._more(labels, layout, indices))
 
 
@@ -120,6 +215,11 @@ class LogitTerm(_Asked):
     relational: bool = False
     """Whether the loss compares samples with each other, as of a FeatureTerm."""
 
+    def _arguments(
+        self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        return logits, given["logits"]
+
     def value(
         self,
         student: Outputs,
@@ -129,6 +229,8 @@ class LogitTerm(_Asked):
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert teacher is not None
+        if self.is_inside:
+            return self._value_inside(student)
         return self.loss(student.logits, teacher.logits, **self._more(labels, layout, indices))
 
 
@@ -141,6 +243,26 @@ class FeatureTerm(_Asked):
     relational: bool = False
     """Compares samples with each other, so that it is no mean over samples: its value on a batch is not that of its
     parts."""
+    adapter: nn.Module | None = None
+    """Trained with the student: called with the features of student and teacher, two lists, in the student's forward;
+    the loss then gets what the adapter returns in the place of the student's features. None: the loss gets these."""
+
+    @cached_property
+    def is_inside(self) -> bool:
+        return self.adapter is None and super().is_inside
+
+    @cached_property
+    def trained(self) -> Adapter | None:
+        return super().trained if self.adapter is None else Adapter(self.adapter, self._arguments)
+
+    def _arguments(
+        self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        return [features[s] for s, _ in self.pairs], [given["features"][t] for _, t in self.pairs]
+
+    def keys(self, features: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return the keys of what the loss reads of the student's features."""
+        return [s for s, _ in self.pairs] if self.adapter is None else adapted_keys(features, self.name)
 
     def value(
         self,
@@ -151,11 +273,15 @@ class FeatureTerm(_Asked):
         indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert teacher is not None
-        more = self._more(labels, layout, indices)
-        if self._takes_types and all(s in student.types for s, _ in self.pairs):
-            more["sent_as"] = [student.types[s] for s, _ in self.pairs]
+        if self.is_inside:
+            return self._value_inside(student)
+        more, keys = self._more(labels, layout, indices), self.keys(student.features)
+        if not keys:
+            raise ValueError(f"the loss {self.name!r} has an adapter: give TappedModel the adapters of the objective")
+        if self._takes_types and all(key in student.types for key in keys):
+            more["sent_as"] = [student.types[key] for key in keys]
         features = [teacher.features[t] for _, t in self.pairs]
-        return self.loss([student.features[s] for s, _ in self.pairs], teacher.begun.get(self.name, features), **more)
+        return self.loss([student.features[key] for key in keys], teacher.begun.get(self.name, features), **more)
 
     def begin(self, teacher: Outputs, layout: BatchLayout) -> Any:
         """Begin what of the loss needs no student; None where there is nothing to begin. A collective."""
@@ -216,6 +342,34 @@ class Objective:
     def student_taps(self) -> list[str]:
         """Paths of the student's features that the terms read."""
         return list(dict.fromkeys(student for term in self.terms for student, _ in getattr(term, "pairs", [])))
+
+    def keys(self, features: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return the keys of what the terms read of the student's features: taps, and outputs of adapters."""
+        terms = [term for term in self.terms if isinstance(term, FeatureTerm)]
+        return list(dict.fromkeys(key for term in terms for key in term.keys(features)))
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Return, by the names of their terms, what losses train beside the student: give it to TappedModel."""
+        trained = {term.name: getattr(term, "trained", None) for term in self.terms}
+        return {name: each for name, each in trained.items() if each is not None}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what losses keep from step to step beside parameters, as NAME/BUFFER: a queue, a memory bank, measured
+        statistics. They are equal on all ranks, or DTensors. A loss with a method `state_tensors` names them; of other
+        modules they are the persistent buffers. Those of adapters are the student's."""
+        found: dict[str, torch.Tensor] = {}
+        for term in self.terms:
+            loss = getattr(term, "loss", None)
+            own = getattr(loss, "state_tensors", None)
+            if own is not None:
+                kept = own()
+            elif isinstance(loss, nn.Module) and not getattr(term, "is_inside", False):
+                kept = {k: v for k, v in loss.state_dict(keep_vars=True).items() if not k.startswith("adapter.")}
+            else:
+                continue
+            found |= {f"{term.name}/{name}": tensor for name, tensor in kept.items()}
+        return found
 
     @property
     def compares_logits(self) -> bool:

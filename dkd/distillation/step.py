@@ -25,9 +25,10 @@ from dkd.data import Normalize
 from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
 from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
-from dkd.distillation.objective import Objective, Outputs
+from dkd.distillation.objective import Objective, Outputs, given_to_adapters
 from dkd.distillation.teacher import FrozenTeacher
 from dkd.global_batch import BatchLayout
+from dkd.models import ADAPTERS
 from dkd.rng import derive_seed, seed_device
 
 STEPS_THAT_JUDGE_THE_TEACHER = 20
@@ -76,8 +77,9 @@ class DistillationStep:
     methods together.
 
     Args:
-        student: returns (logits, {path: feature}), as TappedModel does, wrapped by whatever averages its gradients over
-            ranks (DistributedDataParallel, FSDP2, DeepSpeed); without a process group, the model itself.
+        student: returns (logits, {path: feature}), as TappedModel with the adapters of the objective does, wrapped by
+            whatever averages its gradients over ranks (DistributedDataParallel, FSDP2, DeepSpeed); without a process
+            group, the model itself.
         teacher: or None, where no term reads it.
         objective: the weighted losses.
         micro_steps: A, the micro-batches of each step on this rank.
@@ -111,6 +113,8 @@ class DistillationStep:
         self.separable, self.relational = objective.split()
         losses = [getattr(term, "loss", None) for term in objective.terms]
         self._of_whole_steps: list[Any] = [loss for loss in losses if getattr(loss, "of_whole_steps", False)]
+        self._keeping: list[Any] = [loss for loss in losses if hasattr(loss, "end_step")]
+        self._has_adapters = bool(objective.adapters)
         self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
         self.needs_indices = objective.needs_indices
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
@@ -163,10 +167,10 @@ class DistillationStep:
         objective = self.objective if cached is None else self.separable
         if teacher is not None:
             teacher = objective.begin(teacher, layout)
-        student = self._run_student(micro_step, images)
+        indices = None if self._indices is None else self._indices[micro_step]
+        student = self._run_student(micro_step, images, teacher, labels, indices, self.objective)
         self._unfinished = True
         self._agree(student, teacher, labels)
-        indices = None if self._indices is None else self._indices[micro_step]
         total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
         judged = self._judge_teacher(student, teacher, labels)
         if cached is None:
@@ -194,8 +198,12 @@ class DistillationStep:
 
         Args:
             skipped: the optimizer's update was left out, on every rank: the statistics are left as they were, too.
+                What losses keep from step to step, such as a queue of the teacher's embeddings, is a function of the
+                steps and changes nevertheless.
         """
         self._finish_micro_batch()
+        for loss in self._keeping:
+            loss.end_step()
         if skipped:
             self._statistics.forget_step()
         else:
@@ -230,16 +238,17 @@ class DistillationStep:
             teacher = self.forward.teacher(pixels, images)
             assert teacher is not None
             teachers.append(teacher)
-            outputs = self._run_student(micro_step, images)
-            relational = {path: outputs.features[path] for path in self.relational.student_taps}
+            indices = None if self._indices is None else self._indices[micro_step]
+            outputs = self._run_student(micro_step, images, teacher, targets, indices, self.relational)
+            relational = {key: outputs.features[key] for key in self.relational.keys(outputs.features)}
             logits = outputs.logits if self.relational.compares_logits else None
             if micro_step == 0:
                 self._agree(Outputs(logits, relational), teacher, targets, again=True)
             students.append(Outputs(logits, relational, types=outputs.types))
             self._statistics.forget_micro_batch()
-        indices = None if self._indices is None else torch.cat(self._indices)
+        every = None if self._indices is None else torch.cat(self._indices)
         with torch.enable_grad():
-            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step, indices)
+            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step, every)
 
     def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
         """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""
@@ -248,7 +257,12 @@ class DistillationStep:
         self._agreed = not again
         theirs = [teacher] if teacher else []
         logits = [outputs.logits for outputs in (student, *theirs) if outputs.logits is not None]
-        features = [feature for outputs in (student, *theirs) for feature in outputs.features.values()]
+        features = [
+            feature
+            for outputs in (student, *theirs)
+            for key, feature in outputs.features.items()
+            if not key.startswith(ADAPTERS)
+        ]
         BatchLayout.agree([*features, *logits, labels])
 
     def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,9 +273,20 @@ class DistillationStep:
             images, labels = self._mixing(images, labels, mixing_seed(self._seed, self._step, self._place(micro_step)))
         return images, labels
 
-    def _run_student(self, micro_step: int, images: torch.Tensor) -> Outputs:
+    def _run_student(
+        self,
+        micro_step: int,
+        images: torch.Tensor,
+        teacher: Outputs | None,
+        labels: torch.Tensor,
+        indices: torch.Tensor | None,
+        objective: Objective,
+    ) -> Outputs:
         seed_device(self._device, derive_seed(self._seed, self._step, self._place(micro_step), _FORWARD))
-        return self.forward.student(images)
+        if not self._has_adapters:
+            return self.forward.student(images)
+        given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
+        return self.forward.student(images, given)
 
     def _place(self, micro_step: int) -> int:
         """Return the place of a micro-batch in the global batch. Seeds depend on the place and not on who computes it,

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from dkd.library_internals.deepspeed import release_whole_weights, shard_of, whole_numel
 from dkd.library_internals.torch import COMPILED_PREFIX
+from dkd.models import ADAPTERS
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -44,15 +45,19 @@ def release_gathered(wrapped: nn.Module) -> None:
 
 def plain_name(name: str) -> str:
     """Return the name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and
-    TappedModel."""
-    return name.removeprefix("module.").removeprefix(COMPILED_PREFIX).removeprefix("model.")
+    TappedModel. The names of adapters, which are no part of the model, begin with ADAPTERS."""
+    name = name.removeprefix("module.").removeprefix(COMPILED_PREFIX)
+    if name.startswith("adapters."):
+        return ADAPTERS + name.removeprefix("adapters.")
+    return name.removeprefix("model.")
 
 
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the whole state of the student's model, on the CPU of the main process; the others, which write none of
-    it, get nothing and copy nothing. A collective under sharding: all ranks call it."""
+    """Return the whole state of the student's model, without adapters, on the CPU of the main process; the others,
+    which write none of it, get nothing and copy nothing. A collective under sharding: all ranks call it."""
     state = accelerator.get_state_dict(wrapped) or {}
     if not accelerator.is_main_process:
         return {}
     # Copies on CPUs too: the weights may be swapped before they are written.
-    return {plain_name(name): value.detach().to("cpu", copy=True) for name, value in state.items()}
+    named = {plain_name(name): value for name, value in state.items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in named.items() if not name.startswith(ADAPTERS)}

@@ -10,7 +10,7 @@ from dkd.global_batch.gram import full_precision
 from dkd.global_batch.grid import STRATEGIES, Grid, all_grids, corner
 from dkd.global_batch.groups import GramScope, ranks_per_group
 from dkd.global_batch.layout import AbsentRankError, BatchLayout, BatchMismatchError
-from dkd.global_batch.rows import gather_rows
+from dkd.global_batch.rows import add_over_ranks, gather_rows
 
 __all__ = [
     "STRATEGIES",
@@ -25,6 +25,7 @@ __all__ = [
     "Links",
     "LossSums",
     "Work",
+    "add_over_ranks",
     "all_grids",
     "corner",
     "full_precision",

@@ -1,4 +1,4 @@
-"""Bring rows of all ranks together, with the exact gradient."""
+"""Bring rows of all ranks together, or add numbers of all ranks, with the exact gradient."""
 
 from __future__ import annotations
 
@@ -34,6 +34,35 @@ def gather_rows(rows: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
     # Also where nothing is to be differentiated, so that ranks communicate alike.
     gathered: torch.Tensor = _GatheredRows.apply(rows, layout)
     return gathered
+
+
+def add_over_ranks(numbers: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    """Return the sums over ranks of a few numbers, with their gradient. Every rank computes the same loss of the sums,
+    with the same weight in what it back-propagates.
+
+    Args:
+        numbers: of this rank, of the same shape on all ranks.
+        layout: names the ranks.
+    """
+    if layout.world_size == 1:
+        return numbers
+    added: torch.Tensor = _SumOverRanks.apply(numbers, layout)
+    return added
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Add numbers over ranks. Every rank computes the same loss of the sums, with the same weight, so the gradient of
+    the sum of their losses is W times that of one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        ctx.world_size = layout.world_size
+        return layout.sum(numbers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient * ctx.world_size, None
 
 
 class _GatheredRows(torch.autograd.Function):

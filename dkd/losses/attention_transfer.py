@@ -175,7 +175,7 @@ def token_grid(shape: tuple[int, ...], class_tokens: int | None, square: bool = 
         return (shape[2], *shape[:2]) if channels_last else shape
     if len(shape) != 2 or class_tokens is None:
         raise ValueError(
-            f"attention maps need features of shape (C, H, W), not {shape}"
+            f"a map needs a feature of shape (C, H, W), not {shape}"
             + ("; for tokens (N, C) set class_tokens, the number of them at the front" if len(shape) == 2 else "")
         )
     tokens = shape[0] - class_tokens

@@ -11,13 +11,10 @@ float64, since a variance is a small difference of two of them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from dkd.global_batch import BatchLayout, GramScope, full_precision
+from dkd.global_batch import BatchLayout, GramScope, add_over_ranks, full_precision
 from dkd.losses.feature_pairs import as_list, check_logit_pair, no_autocast
 
 _LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
@@ -62,8 +59,7 @@ class DIST(nn.Module):
             s, t = ((logits.double() / self.tau).softmax(1) for logits in (student, teacher.detach()))
             s_centered, t_centered = (p - p.mean(1, keepdim=True) for p in (s, t))
             inter = layout.mean(1 - _correlate(_sums(s_centered, t_centered, dim=1), s.shape[1]))
-            sums = _sums(s, t, dim=0)
-            sums = _SumOverRanks.apply(sums, layout) if layout.world_size > 1 else sums
+            sums = add_over_ranks(_sums(s, t, dim=0), layout)
             intra = 1 - _correlate(sums, layout.total).mean()
             value = self.tau**2 * (self.beta * inter + self.gamma * intra)
             return value.to(full_precision(student[:0]).dtype)
@@ -82,18 +78,3 @@ def _correlate(sums: torch.Tensor, count: int) -> torch.Tensor:
     varies = (s_variance > _LEAST * ss) & (t_variance > _LEAST * tt)
     variances = torch.where(varies, s_variance, 1.0) * torch.where(varies, t_variance, 1.0)
     return torch.where(varies, (st - s * t / count) * variances.rsqrt(), 0.0)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Add numbers over ranks. Every rank computes the same loss of the sums, with the same weight, so the gradient of
-    the sum of their losses is W times that of one of them."""
-
-    @staticmethod
-    def forward(ctx: Any, numbers: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-        ctx.world_size = layout.world_size
-        return layout.sum(numbers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient * ctx.world_size, None

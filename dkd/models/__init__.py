@@ -19,7 +19,7 @@ from dkd.models.inspection import (
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
 from dkd.models.student_file import load_student, read_description, save_student, student_spec
-from dkd.models.tapped import LogitsOnly, TapError, TappedModel
+from dkd.models.tapped import ADAPTERS, Adapter, LogitsOnly, TapError, TappedModel, adapted_key, adapted_keys
 from dkd.models.weights import (
     AS_BUILT,
     PRETRAINED,
@@ -34,8 +34,10 @@ from dkd.models.weights import (
 )
 
 __all__ = [
+    "ADAPTERS",
     "AS_BUILT",
     "PRETRAINED",
+    "Adapter",
     "Fingerprint",
     "FreezingError",
     "Head",
@@ -49,6 +51,8 @@ __all__ = [
     "TappedModel",
     "UnknownModelError",
     "WeightsError",
+    "adapted_key",
+    "adapted_keys",
     "batch_norms",
     "block_classes",
     "blocks",

@@ -2,12 +2,16 @@
 
 Taps are dotted module paths. Features are returned as outputs, so that every engine that wraps the model (DDP, FSDP2,
 ZeRO) sees them.
+
+Adapters are modules beside the model that read what it yields, such as the regressor of a loss. They are trained with
+the model, by the same engine, and are no part of it: `model` is the plain student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +29,29 @@ class _LastTapReached(Exception):
     """Stop a forward whose logits are not needed. Never leaves this module."""
 
 
+class Adapter(NamedTuple):
+    """Hold a module that is trained with the model, and what it is called with."""
+
+    module: nn.Module
+    """Returns one tensor, or a sequence of tensors."""
+    read: Callable[[torch.Tensor | None, Mapping[str, torch.Tensor], Mapping[str, Any]], Sequence[Any]]
+    """(logits, features, what the forward was given) -> the arguments of the module."""
+
+
+ADAPTERS = "losses/"
+"""The beginning of the names of adapters and of what they yield: no path of a module has a slash."""
+
+
+def adapted_key(name: str, number: int = 0) -> str:
+    """Return the key among a model's features of an adapter's output."""
+    return f"{ADAPTERS}{name}/{number}"
+
+
+def adapted_keys(features: Mapping[str, torch.Tensor], name: str) -> list[str]:
+    """Return the keys of all that an adapter has yielded, in order."""
+    return [key for key in features if key.startswith(f"{ADAPTERS}{name}/")]
+
+
 class TappedModel(nn.Module):
     """Wrap `model`, so that forward(images) returns (logits, {path: feature}).
 
@@ -37,6 +64,7 @@ class TappedModel(nn.Module):
         autocast: the type that the forward computes in where torch.autocast allows; None: the model's own. Autocast is
             inside the module, so that it is the same under every engine.
         eval_modules: modules of `model` that stay in eval mode while the rest trains, such as frozen BatchNorm.
+        adapters: by name. Their outputs are among the features, by `adapted_key`, in forwards that are given something.
 
     Raises:
         TapError: on construction, for a path that does not exist, with the nearest names; in forward, for a tap that
@@ -50,11 +78,14 @@ class TappedModel(nn.Module):
         needs_logits: bool = True,
         autocast: torch.dtype | None = None,
         eval_modules: Sequence[nn.Module] = (),
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
         super().__init__()
         self.autocast = autocast
         self.model = model
         self._eval_modules = tuple(eval_modules)
+        self.adapters = nn.ModuleDict({name: adapter.module for name, adapter in (adapters or {}).items()})
+        self._read = {name: adapter.read for name, adapter in (adapters or {}).items()}
         self.taps = tuple(dict.fromkeys(taps))
         self.needs_logits = needs_logits or not taps
         self._fired: dict[str, list[tuple[torch.Tensor, int]]] = {}
@@ -86,16 +117,25 @@ class TappedModel(nn.Module):
             module.eval()
         return self
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Return logits (b, K) or None, and the feature of each tap, for images (b, 3, H, W). Raises TapError."""
+    def forward(
+        self, images: torch.Tensor, given: Mapping[str, Any] | None = None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Return logits (b, K) or None, and the feature of each tap, for images (b, 3, H, W).
+
+        Args:
+            images: of a batch.
+            given: what adapters read beside logits and features, such as the teacher's features; `rows`, where there,
+                is the number of images that they are for, from the first one on, and `adapters` the names of those that
+                run. None: none does, as in an evaluation.
+
+        Raises:
+            TapError: as the class states.
+        """
         self._fired = {}
         logits = None
         try:
-            if self.autocast is None:
+            with self._autocast(images):
                 logits = self.model(images)
-            else:
-                with torch.autocast(images.device.type, dtype=self.autocast):
-                    logits = self.model(images)
         except _LastTapReached:
             # Hooks after the last tap did not run; FSDP2's hook would have freed the weights gathered for that block.
             for module in self.model.modules():
@@ -117,7 +157,31 @@ class TappedModel(nn.Module):
                     "module after it"
                 )
             features[tap] = feature
+        if given is not None and self._read:
+            features |= self._adapt(images, logits, features, given)
         return (logits if self.needs_logits else None), features
+
+    def _adapt(
+        self,
+        images: torch.Tensor,
+        logits: torch.Tensor | None,
+        features: Mapping[str, torch.Tensor],
+        given: Mapping[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """Return what the adapters yield, each tensor by its key."""
+        rows = given.get("rows", len(images))
+        logits = None if logits is None else logits[:rows]
+        features = {path: feature[:rows] for path, feature in features.items()}
+        found: dict[str, torch.Tensor] = {}
+        with self._autocast(images):
+            for name in filter(self._read.__contains__, given.get("adapters", self._read)):
+                outputs = self.adapters[name](*self._read[name](logits, features, given))
+                outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+                found |= {adapted_key(name, number): output for number, output in enumerate(outputs)}
+        return found
+
+    def _autocast(self, images: torch.Tensor) -> AbstractContextManager[Any]:
+        return nullcontext() if self.autocast is None else torch.autocast(images.device.type, dtype=self.autocast)
 
 
 class LogitsOnly(nn.Module):

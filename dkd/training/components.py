@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dkd.build.data import DataParts, build_data, data_facts, describe_input
 from dkd.build.links import read_links
 from dkd.build.models import build_models, student_parameters
@@ -24,7 +26,9 @@ from dkd.distributed.process_group import open_process_group
 from dkd.distributed.stop_signals import StopRequests
 from dkd.engines.accelerated import AcceleratedEngine
 from dkd.engines.arithmetic import Arithmetic, device_type
+from dkd.engines.base import TrainingTensors
 from dkd.engines.ema import WeightAverage
+from dkd.engines.loss_state import WithLossState
 from dkd.engines.opening import open_engine
 from dkd.launch import Launch
 from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
@@ -87,10 +91,14 @@ class Components:
             self.facts,
             self.schedule.total_steps,
         )
-        point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average)
+        point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average, self.step.objective.state())
         self.engine.load_scaler_state(point.scaler)
         self.stopping = EarlyStopping.resumed(self.recipe.train.stop_when, point.stopping)
         self.state = TrainState(point.step, point.step, point.seconds, point.replaced_images, point.notes)
+
+    def training_tensors(self) -> TrainingTensors:
+        """Return what a checkpoint holds of student, optimizer, moving average and losses."""
+        return training_tensors(self.engine, self.average, self.step)
 
     def open_log(self) -> None:
         """Build what reports and saves the run, now that its directory is claimed. A collective."""
@@ -133,6 +141,13 @@ class Components:
         lines = summarize(self.recipe, self.launch, self.data, training, self.schedule, self.engine, self.step.teacher)
         for line in (*self.state.notes, *lines, *self.notes):
             self.log.say(line)
+
+
+def training_tensors(
+    engine: AcceleratedEngine, average: WeightAverage | None, step: DistillationStep
+) -> TrainingTensors:
+    """Return what a checkpoint holds of student, optimizer, moving average and losses."""
+    return WithLossState(engine.training_tensors(average), step.objective.state())
 
 
 def build_components(
@@ -215,13 +230,13 @@ def _build(opened: _Opened) -> Components:
     check_same_data(named, {} if validation is None else data_facts(validation))
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
     step, average, notes = build_step(
-        recipe, engine, arithmetic, data, schedule, launch, class_weights(recipe, training)
+        recipe, engine, arithmetic, data, schedule, launch, class_weights(recipe, training), training.labels
     )
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
         run_dir.checkpoints,
-        engine.training_tensors(average),
+        training_tensors(engine, average, step),
         launch.rank,
         launch.world_size,
         recipe.run.start_timeout,
@@ -250,17 +265,29 @@ def build_step(
     schedule: RunSchedule,
     launch: Launch,
     weights: Sequence[float] | None,
+    labels: np.ndarray | None,
 ) -> tuple[DistillationStep, WeightAverage | None, list[str]]:
     """Build student, teacher and objective, and give the student to the engine. A collective.
 
     Args:
         weights: of the classes in the cross-entropy, or None.
+        labels: of the training images, or None.
 
     Returns:
         What a step computes, the moving average of the student's weights, and lines to report.
     """
     train = recipe.train
-    student, teacher, notes = build_models(recipe, launch, arithmetic, engine.device)
+    objective = build_objective(
+        recipe,
+        data.sampler,
+        schedule.planned_steps,
+        engine.device,
+        weights,
+        read_links(recipe, engine.device.type)[0],
+        arithmetic.dtype,
+        labels,
+    )
+    student, teacher, notes = build_models(recipe, launch, arithmetic, engine.device, objective.adapters)
     check_same_teacher(teacher.fingerprint if teacher is not None else "")
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
     if teacher is not None and train.compile.teacher:
@@ -272,14 +299,7 @@ def build_step(
     step = DistillationStep(
         engine.student,
         teacher,
-        build_objective(
-            recipe,
-            data.sampler,
-            schedule.planned_steps,
-            engine.device,
-            weights,
-            read_links(recipe, engine.device.type)[0],
-        ),
+        objective,
         micro_steps=data.sampler.micro_steps,
         model=engine.model,
         normalize=data.pipeline.normalize,

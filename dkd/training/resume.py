@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from dkd.atomic_files import LOOK_AGAIN_SECONDS, look_again
@@ -18,6 +19,7 @@ from dkd.checkpoints.facts import read_facts
 from dkd.config import Recipe, RecipeError
 from dkd.distributed.main_process import run_on_main
 from dkd.engines.ema import WeightAverage
+from dkd.engines.loss_state import loss_differences
 from dkd.engines.state import differences, optimizer_keys
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.launch import Launch, Start
@@ -66,7 +68,11 @@ class Resuming:
 
 
 def resume_or_start(
-    asked: Resuming, checkpointer: Checkpointer, model: nn.Module, average: WeightAverage | None
+    asked: Resuming,
+    checkpointer: Checkpointer,
+    model: nn.Module,
+    average: WeightAverage | None,
+    losses: Mapping[str, torch.Tensor],
 ) -> ResumePoint:
     """Claim the run directory, load the newest intact checkpoint in it, if there is one, and write what describes this
     start.
@@ -75,6 +81,7 @@ def resume_or_start(
     Args:
         model: the student, prepared; its state is replaced, through `checkpointer`.
         average: the moving average of its weights, or None.
+        losses: what losses keep, as `Objective.state`.
 
     Raises:
         RecipeError: on every rank: the directory cannot be used, a rank does not see it, no checkpoint in it is intact,
@@ -98,7 +105,7 @@ def resume_or_start(
         facts, notes = found
         point = ResumePoint(notes=[*(f"warning: {warning}" for warning in warnings), *notes])
         if facts is not None:
-            point = _load(asked, facts, point.notes, checkpointer, model, average)
+            point = _load(asked, facts, point.notes, checkpointer, model, average, losses)
 
         def write() -> list[str]:
             for step in run_dir.checkpoints.steps():
@@ -123,11 +130,12 @@ def _load(
     checkpointer: Checkpointer,
     model: nn.Module,
     average: WeightAverage | None,
+    losses: Mapping[str, torch.Tensor],
 ) -> ResumePoint:
     """Load a checkpoint, on all ranks. Raises RecipeError on every rank."""
     step, ranks = facts["step"], facts["world_size"]
     try:
-        checkpointer.restore(step, ranks, lambda saved: _list_misfits(saved, asked.recipe, model, average))
+        checkpointer.restore(step, ranks, lambda saved: _list_misfits(saved, asked.recipe, model, average, losses))
     except CheckpointError as error:
         raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
     written = f"written by {ranks} process{'es' if ranks > 1 else ''} of {facts['engine']}"
@@ -195,11 +203,15 @@ def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _list_misfits(
-    saved: Mapping[str, SavedTensor], recipe: Recipe, model: nn.Module, average: WeightAverage | None
+    saved: Mapping[str, SavedTensor],
+    recipe: Recipe,
+    model: nn.Module,
+    average: WeightAverage | None,
+    losses: Mapping[str, torch.Tensor],
 ) -> list[str]:
     """Return why a checkpoint's tensors cannot be those of this student and optimizer."""
     kept, needed = optimizer_keys(saved), state_keys(recipe.optimizer)
-    found = differences(saved, model, average)
+    found = [*differences(saved, model, average), *loss_differences(saved, losses)]
     if kept and kept != needed:  # nothing is kept before a first update, which a gradient scaler may put off
         names = [", ".join(keys) or "nothing" for keys in (kept, needed)]
         found.append(

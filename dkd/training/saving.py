@@ -144,7 +144,7 @@ class RunSaver:
                 "steps": steps,
                 **({} if result is None else {"evaluation": result.facts()}),
                 **({} if early is None else {"stopped_early": early}),
-                "parameters": parameter_counts(self.engine.model)[1],
+                "parameters": parameter_counts(self.engine.model.model)[1],
                 "seconds": round(seconds, 1),
                 "global_batch": self.recipe.train.global_batch,
                 "world_size": self.launch.world_size,

@@ -38,11 +38,10 @@ def summarize(
     batch = f"{train.global_batch} = {sampler.micro_batch} × {ranks}"
     steps = f"{schedule.steps_per_epoch} steps an epoch, {schedule.total_steps} in all"
     yield (
-        f"{recipe.run.name}: {_count(parameter_counts(engine.model))}, {processes} of {launch.engine} on "
+        f"{recipe.run.name}: {_count(parameter_counts(engine.model.model))}, {processes} of {launch.engine} on "
         f"{engine.device.type}, {train.precision}; global batch {batch}; {steps}"
     )
-    if teacher is not None and recipe.teacher is not None:
-        yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
+    yield from _list_other_parameters(recipe, engine, teacher)
     left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
     if left_out:
         yield (
@@ -67,6 +66,13 @@ def summarize(
     if isinstance(sampler, StreamedBatchSampler) and isinstance(training, RowGroups):
         yield from summarize_streaming(sampler, training, workers, local)
     yield from _warn(recipe, sampler)
+
+
+def _list_other_parameters(recipe: Recipe, engine: Engine, teacher: FrozenTeacher | None) -> Iterator[str]:
+    for name, module in engine.model.adapters.items():
+        yield f"the loss {name} trains {_count(parameter_counts(module))} of its own, which are no part of the student"
+    if teacher is not None and recipe.teacher is not None:
+        yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
 
 
 def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:

@@ -135,7 +135,7 @@ class Trainer:
         self._reach(0, 0)
         learning_rate = parts.learning_rate(step)
         for group in parts.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         micro_batches, values = self._load(step)
         self._reach(0, 1)
         parts.step.begin(micro_batches, step, self._read_indices())
@@ -296,7 +296,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores of this rank: progress, and named tensors on the CPU. A collective."""
-        return {**self.state.state_dict(), "tensors": self.parts.engine.training_tensors(self.parts.average).collect()}
+        return {**self.state.state_dict(), "tensors": self.parts.training_tensors().collect()}
 
     def close(self) -> None:
         """Let other trainings into the run directory, and stop this rank's heartbeat."""

@@ -84,7 +84,7 @@ WRONG = [
     ("losses.at.pairs=[[layer1, blok1]]", ["losses.at.pairs.0: 'blok1' is not a module of WideResNet; did you mean block1"]),
     ("losses.at.pairs=[[layer1, block1], [layer2]]", ["losses.at: pair 1 is ['layer2']: must be [student path, teacher path]"]),
     ("losses.at.pairs=[[layer1, block3]]", ["losses.at.pairs.0: resolutions differ: 'layer1' yields (16, 16, 16), 'block3' yields (64, 4, 4)"]),
-    ("losses.at.pairs=[[fc, fc]]", ["losses.at.pairs.0: attention maps need features of shape (C, H, W), not (10,)"]),
+    ("losses.at.pairs=[[fc, fc]]", ["losses.at.pairs.0: a map needs a feature of shape (C, H, W), not (10,)"]),
     # files
     ("teacher.weights=no/such/file.safetensors", ["teacher.weights: no such file: 'no/such/file.safetensors'"]),
     ("teacher.weights=IMAGENET1K_V1", ["teacher.weights: no such file: 'IMAGENET1K_V1'"]),

@@ -153,7 +153,7 @@ class Plan:
         """Return whether every image passes through the student's forward twice, as a relational loss over micro-steps
         needs."""
         losses = self.recipe.losses
-        relational = any(section.batch == "step" for _, section in losses.compared) or any(
+        relational = any(section.whole_batch for _, section in losses.named()) or any(
             getattr(custom_loss(custom), "relational", False) for custom in losses.custom
         )
         return relational and self.micro_steps > 1

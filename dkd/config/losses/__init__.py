@@ -2,6 +2,18 @@
 
 from dkd.config.losses.all_losses import LOSSES, CustomLossSection, LossesSection, with_constant_weights
 from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
+from dkd.config.losses.features import (
+    AdaptedSection,
+    CrdSection,
+    FeatureSection,
+    FitNetSection,
+    FormSection,
+    QueueSection,
+    ReviewSection,
+    SrdSection,
+    VidSection,
+    VkdSection,
+)
 from dkd.config.losses.labels import CrossEntropySection
 from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, OneClassSection, SoftTargetsSection
 from dkd.config.losses.relations import (
@@ -16,24 +28,34 @@ from dkd.config.losses.section import ComparingSection, LossSection, WeightSched
 
 __all__ = [
     "LOSSES",
+    "AdaptedSection",
     "AttentionTransferSection",
     "CkaSection",
     "ComparingSection",
     "CorrelationCongruenceSection",
+    "CrdSection",
     "CrossEntropySection",
     "CustomLossSection",
     "DistSection",
     "DkdSection",
+    "FeatureSection",
+    "FitNetSection",
+    "FormSection",
     "GradientAttentionSection",
     "LossSection",
     "LossesSection",
     "NkdSection",
     "OneClassSection",
     "PktSection",
+    "QueueSection",
     "RelationsSection",
+    "ReviewSection",
     "RkdSection",
     "SimilarityPreservingSection",
     "SoftTargetsSection",
+    "SrdSection",
+    "VidSection",
+    "VkdSection",
     "WeightSchedule",
     "with_constant_weights",
 ]

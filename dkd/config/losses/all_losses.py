@@ -8,6 +8,16 @@ from pydantic import model_validator
 
 from dkd.config.key_types import Section, allow, matches
 from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
+from dkd.config.losses.features import (
+    CrdSection,
+    FeatureSection,
+    FitNetSection,
+    QueueSection,
+    ReviewSection,
+    SrdSection,
+    VidSection,
+    VkdSection,
+)
 from dkd.config.losses.labels import CrossEntropySection
 from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, SoftTargetsSection
 from dkd.config.losses.relations import (
@@ -116,6 +126,22 @@ class LossesSection(Section):
     """Centred kernel alignment; null: not used."""
     rkd: RkdSection | None = None
     """Relational Knowledge Distillation; null: not used."""
+    fitnet: FitNetSection | None = None
+    """FitNet; null: not used."""
+    feature: FeatureSection | None = None
+    """A distance of features; null: not used."""
+    vkd: VkdSection | None = None
+    """VkD; null: not used."""
+    srd: SrdSection | None = None
+    """SRD; null: not used."""
+    vid: VidSection | None = None
+    """VID; null: not used."""
+    review: ReviewSection | None = None
+    """ReviewKD; null: not used."""
+    crd: CrdSection | None = None
+    """CRD; null: not used."""
+    queue: QueueSection | None = None
+    """Similarities to a queue of the teacher's vectors; null: not used."""
     dist: DistSection | None = None
     """DIST; null: not used."""
     kd: SoftTargetsSection | None = None
@@ -177,6 +203,14 @@ LOSSES: dict[str, type[LossSection]] = {
     "cc": CorrelationCongruenceSection,
     "cka": CkaSection,
     "rkd": RkdSection,
+    "fitnet": FitNetSection,
+    "feature": FeatureSection,
+    "vkd": VkdSection,
+    "srd": SrdSection,
+    "vid": VidSection,
+    "review": ReviewSection,
+    "crd": CrdSection,
+    "queue": QueueSection,
     "dist": DistSection,
     "gradient_at": GradientAttentionSection,
     "kd": SoftTargetsSection,

@@ -68,6 +68,12 @@ class LossSection(Section):
         return False
 
     @property
+    def whole_batch(self) -> bool:
+        """Return whether the loss is one of the whole global batch: under accumulation, a step then has two
+        forwards."""
+        return False
+
+    @property
     def reads_logits(self) -> bool:
         """Return whether the loss reads the student's logits, so that its gradient reaches the student's head."""
         return self.needs_teacher_logits
@@ -154,6 +160,11 @@ class ComparingSection(LossSection):
     batch: Literal["step", "micro"] = "step"
     """Under accumulation. step: the whole global batch is compared, by two forwards a step. micro: each micro-step's
     samples are, and the losses averaged, which depends on the number of ranks."""
+
+    @property
+    def whole_batch(self) -> bool:
+        """Return whether the whole global batch is compared, and not each micro-step's samples."""
+        return self.batch == "step"
 
     def _describe_scope(self) -> str:
         return "" if self.scope == "global" else f", {self.scope}"
