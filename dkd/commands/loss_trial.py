@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dkd.build.objective import custom_loss, custom_term
+from dkd.build.feature_losses import Given
+from dkd.build.objective import custom_term
 from dkd.config.losses import CustomLossSection
-from dkd.distillation.objective import Outputs
+from dkd.distillation.objective import Outputs, Term, evaluate_alone
 from dkd.errors import InputError
 from dkd.global_batch import BatchLayout
 from dkd.losses import RelationalLoss
@@ -97,7 +98,17 @@ class Verdict:
 
 def is_relational(trial: LossTrial) -> bool:
     """Return whether the loss states that it compares samples. Raises UserCodeError where it cannot be made."""
-    return bool(getattr(custom_term(trial.section(), lambda step: 1.0), "relational", False))
+    return bool(getattr(_build_term(trial), "relational", False))
+
+
+def _build_term(trial: LossTrial) -> Term:
+    """Return the loss as a term, its parameters in float64 and drawn from one seed, the same on all processes."""
+    student, teacher = ({str(i): shape for i, shape in enumerate(side)} for side in (trial.student, trial.teacher))
+    term = custom_term(trial.section(), lambda step: 1.0, Given(student, teacher))
+    loss = getattr(term, "loss", None)
+    if isinstance(loss, torch.nn.Module):
+        loss.double()
+    return term
 
 
 def measure(trial: LossTrial, rows: slice, layout: BatchLayout) -> Measured:
@@ -106,14 +117,15 @@ def measure(trial: LossTrial, rows: slice, layout: BatchLayout) -> Measured:
     Raises:
         UserCodeError: the loss cannot be made or computed, or has no gradient.
     """
-    term = custom_term(trial.section(), lambda step: 1.0)
+    term = _build_term(trial)
     students, teachers, labels = _batch(trial)
     inputs = [feature[rows].clone().requires_grad_() for feature in students]
     targets = [feature[rows] for feature in teachers]
     indices = torch.arange(trial.batch)[rows]
     torch.manual_seed(_SEED)
     try:
-        value = term.value(_outputs(trial, inputs), _outputs(trial, targets), labels[rows], layout, indices)
+        outputs = _outputs(trial, inputs), _outputs(trial, targets)
+        value = evaluate_alone(term, *outputs, labels[rows], layout, indices)
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value)
             raise ValueError(f"it returned {what}, not a scalar tensor")
@@ -129,7 +141,7 @@ def measure(trial: LossTrial, rows: slice, layout: BatchLayout) -> Measured:
 def slope_error(trial: LossTrial) -> float | None:
     """Return how far the `slope` of a loss of relations is from the derivative of its `value`, relative to the gradient
     of both on one process; None: the loss is of another kind. Raises UserCodeError."""
-    loss = custom_loss(trial.section())
+    loss = getattr(_build_term(trial), "loss", None)
     if not isinstance(loss, RelationalLoss):
         return None
     students, teachers, _ = _batch(trial)

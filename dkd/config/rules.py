@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dkd.config.losses import OneClassSection
+from dkd.config.losses import CrdSection, OneClassSection
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 
@@ -12,7 +12,7 @@ from dkd.config.schema import Recipe
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
-    checks = (*models, _check_mixing, _check_batch, _check_data, _check_evaluation)
+    checks = (*models, _check_mixing, _check_adapters, _check_batch, _check_data, _check_evaluation)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -74,11 +74,23 @@ def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
 def _check_mixing(recipe: Recipe) -> Iterator[Problem]:
     mixing = [key for key in ("mixup", "cutmix") if getattr(recipe.data, key) > 0]
     for key, section in recipe.losses.named():
-        if mixing and isinstance(section, OneClassSection):
+        if mixing and isinstance(section, OneClassSection | CrdSection):
             yield Problem(
                 f"losses.{key}",
-                f"needs one class for each image, and data.{mixing[0]} mixes images of two; set data.{mixing[0]}=0",
+                f"needs one image for each sample, and data.{mixing[0]} mixes images of two; set data.{mixing[0]}=0",
             )
+
+
+def _check_adapters(recipe: Recipe) -> Iterator[Problem]:
+    losses, batch = recipe.losses, recipe.train.global_batch
+    if losses.queue is not None and losses.queue.size < batch:
+        yield Problem(
+            "losses.queue.size", f"{losses.queue.size} is less than train.global_batch={batch}, which a step adds"
+        )
+    own = recipe.optimizer.adapters
+    trains = any(getattr(section, "trains", False) for _, section in losses.named()) or bool(losses.custom)
+    if (own.lr is not None or own.weight_decay is not None) and not trains:
+        yield Problem("optimizer.adapters", "no loss trains anything beside the student; remove this section")
 
 
 def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses import RelationalLoss
 from dkd.losses.feature_pairs import no_autocast
-from dkd.models import Adapter, adapted_key, adapted_keys
+from dkd.models import Adapter, adapted_key, adapted_keys, run_adapter
 
 Weight = Callable[[int], float]
 """The weight of a term at a global step."""
@@ -125,6 +125,24 @@ def given_to_adapters(
         "indices": indices,
         "rows": len(labels),
     }
+
+
+def evaluate_alone(
+    term: Term,
+    student: Outputs,
+    teacher: Outputs,
+    labels: torch.Tensor,
+    layout: BatchLayout,
+    indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the value of a term on outputs that no TappedModel has yielded; its adapter, where it has one, runs
+    here."""
+    adapter = getattr(term, "trained", None)
+    if adapter is not None:
+        given = given_to_adapters(Objective([term]), teacher, labels, layout, indices)
+        found = run_adapter(term.name, adapter, student.logits, student.features, given)
+        student = replace(student, features={**student.features, **found})
+    return term.value(student, teacher, labels, layout, indices)
 
 
 @dataclass(frozen=True)

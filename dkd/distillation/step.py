@@ -14,7 +14,7 @@ It knows no engine, no recipe and no file. The trainer calls it, and so can a tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from dkd.data import Normalize
 from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
 from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
-from dkd.distillation.objective import Objective, Outputs, given_to_adapters
+from dkd.distillation.objective import FeatureTerm, Objective, Outputs, given_to_adapters
 from dkd.distillation.teacher import FrozenTeacher
 from dkd.global_batch import BatchLayout
 from dkd.models import ADAPTERS
@@ -149,6 +149,29 @@ class DistillationStep:
             for loss in self._of_whole_steps:
                 loss.begin_step(labels)
         self._cached = self._run_first_pass() if self.has_two_passes else None
+
+    @torch.no_grad()
+    def measure(self, micro_batches: Iterable[MicroBatch]) -> int:
+        """Measure the teacher over images, for losses that standardise its features. Call it before the first step of a
+        training, and not after a resume: checkpoints keep what was measured. A collective: ranks bring equally many
+        images.
+
+        Returns:
+            The images of this rank.
+        """
+        terms = [t for t in self.objective.terms if isinstance(t, FeatureTerm) and getattr(t.loss, "measures", False)]
+        losses: list[Any] = [term.loss for term in terms]
+        count = 0
+        for pixels, *_ in micro_batches:
+            pixels = pixels.to(self._device, non_blocking=True)
+            teacher = self.forward.teacher(pixels, self.forward.images(pixels))
+            assert teacher is not None
+            for term, loss in zip(terms, losses, strict=True):
+                loss.measure([teacher.features[path] for _, path in term.pairs])
+            count += len(pixels)
+        for loss in losses:
+            loss.finish_measuring()
+        return count
 
     def loss(self, micro_step: int) -> MicroLoss:
         """Run teacher and student on one micro-batch, in order; back-propagate `total` before the next. A

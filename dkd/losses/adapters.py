@@ -93,7 +93,9 @@ class Orthogonal(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.projection = parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))
+        # Made orthonormal in float64: what rounding leaves of the number of threads is gone in float32.
+        linear = nn.Linear(inputs, outputs, bias=False, dtype=torch.float64)
+        self.projection = parametrizations.orthogonal(linear).to(torch.get_default_dtype())
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         # The exponential of a matrix keeps no digits in half precision.

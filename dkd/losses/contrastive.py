@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dkd.global_batch import BatchLayout, full_precision, gather_rows
+from dkd.global_batch import BatchLayout, collectives, full_precision, gather_rows
 from dkd.losses.feature_forms import FeatureForm, Shape
 from dkd.losses.feature_pairs import Features, as_list, no_autocast
 from dkd.rng import derive_seed
@@ -71,6 +71,7 @@ class CRD(nn.Module):
         seed: of the banks' first content, and of what is drawn.
         labels: (N,) classes of the training samples: what is drawn for a sample is of other classes; None: any other
             samples.
+        group: the ranks that share the banks; None: all ranks. A `layout` names the same ranks.
 
     The module is called with what ContrastiveAdapter yields, the teacher's features, which are not read, and `indices`,
     the places (b,) of the samples in the training data. It returns a scalar whose mean over ranks is L_CRD of the
@@ -96,13 +97,13 @@ class CRD(nn.Module):
         momentum: float = 0.5,
         seed: int = 0,
         labels: Sequence[int] | np.ndarray | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.samples, self.width, self.negatives = samples, width, negatives
         self.temperature, self.momentum, self.seed = temperature, momentum, seed
         self._others = _OtherSamples(samples, labels)
-        is_distributed = dist.is_available() and dist.is_initialized()
-        self._world_size, rank = (dist.get_world_size(), dist.get_rank()) if is_distributed else (1, 0)
+        self._world_size, rank = collectives.world_size(group), collectives.rank(group)
         share = -(-samples // self._world_size)  # as DTensor cuts rows
         self._first, end = min(samples, rank * share), min(samples, (rank + 1) * share)
         for number, name in enumerate(("student_bank", "teacher_bank")):
@@ -160,7 +161,8 @@ class CRD(nn.Module):
         """Return (B, K) other samples for each sample of the global batch: the same on all ranks."""
         generator = torch.Generator(places.device).manual_seed(derive_seed(self.seed, int(self._steps), _DRAWS))
         numbers = torch.randint(2**62, (len(places), self.negatives), generator=generator, device=places.device)
-        return self._others.of(places, numbers)
+        # In the order of the samples' places: the order of rows depends on the ranks, under accumulation.
+        return self._others.of(places, numbers[places.argsort().argsort()])
 
     def _score(self, rows: torch.Tensor, bank: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return exp(u·v / τ) of each row with the rows of the bank that were drawn for it; of those that another rank

@@ -75,6 +75,19 @@ class FeatureDistance(nn.Module):
             values = [w * layout.mean(self._compare(s, t)) for (s, _, w), t in zip(formed, normalized, strict=True)]
             return torch.stack(values).sum()
 
+    @property
+    def measures(self) -> bool:
+        """Return whether statistics of the teacher have to be measured before the first call."""
+        return self.teacher_norm.kind == "standardize"
+
+    def measure(self, teacher: Features) -> None:
+        """Add features of this rank to the statistics, at the teacher's own resolution."""
+        self.teacher_norm.measure([self.form.teacher(full_precision(t.detach()), t) for t in as_list(teacher)])
+
+    def finish_measuring(self) -> None:
+        """Set the statistics from what all ranks have measured. A collective of all ranks."""
+        self.teacher_norm.finish_measuring()
+
     def _compare(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         """Return (b,), the distance of each sample."""
         if student.shape != teacher.shape:

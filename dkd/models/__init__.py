@@ -19,7 +19,16 @@ from dkd.models.inspection import (
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
 from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
 from dkd.models.student_file import load_student, read_description, save_student, student_spec
-from dkd.models.tapped import ADAPTERS, Adapter, LogitsOnly, TapError, TappedModel, adapted_key, adapted_keys
+from dkd.models.tapped import (
+    ADAPTERS,
+    Adapter,
+    LogitsOnly,
+    TapError,
+    TappedModel,
+    adapted_key,
+    adapted_keys,
+    run_adapter,
+)
 from dkd.models.weights import (
     AS_BUILT,
     PRETRAINED,
@@ -69,6 +78,7 @@ __all__ = [
     "module_rows",
     "output_shapes",
     "read_description",
+    "run_adapter",
     "save_student",
     "stated_classes",
     "stated_input",

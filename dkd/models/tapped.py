@@ -52,6 +52,19 @@ def adapted_keys(features: Mapping[str, torch.Tensor], name: str) -> list[str]:
     return [key for key in features if key.startswith(f"{ADAPTERS}{name}/")]
 
 
+def run_adapter(
+    name: str,
+    adapter: Adapter,
+    logits: torch.Tensor | None,
+    features: Mapping[str, torch.Tensor],
+    given: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """Return what an adapter yields, each tensor by its key."""
+    outputs = adapter.module(*adapter.read(logits, features, given))
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    return {adapted_key(name, number): output for number, output in enumerate(outputs)}
+
+
 class TappedModel(nn.Module):
     """Wrap `model`, so that forward(images) returns (logits, {path: feature}).
 
@@ -175,9 +188,8 @@ class TappedModel(nn.Module):
         found: dict[str, torch.Tensor] = {}
         with self._autocast(images):
             for name in filter(self._read.__contains__, given.get("adapters", self._read)):
-                outputs = self.adapters[name](*self._read[name](logits, features, given))
-                outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-                found |= {adapted_key(name, number): output for number, output in enumerate(outputs)}
+                adapter = Adapter(self.adapters[name], self._read[name])
+                found |= run_adapter(name, adapter, logits, features, given)
         return found
 
     def _autocast(self, images: torch.Tensor) -> AbstractContextManager[Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
+from dkd.build.feature_losses import Given, adapter_problem, find_unused
 from dkd.build.models import student_head, student_spec, teacher_spec
-from dkd.build.objective import custom_loss
+from dkd.build.objective import custom_term
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.losses import CustomLossSection, FormSection
+from dkd.distillation.objective import Outputs, evaluate_alone
+from dkd.global_batch import BatchLayout
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
     AS_BUILT,
@@ -21,6 +27,7 @@ from dkd.models import (
     unreached_parameters,
 )
 from dkd.preflight.collecting import collect, input_errors_at
+from dkd.user_code import UserCodeError, describe_error
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,10 +49,34 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
         )
     for i, custom in enumerate(recipe.losses.custom):
         with collect(problems, f"losses.custom.{i}.loss"):
-            custom_loss(custom)
+            _check_custom(recipe, custom, student, teacher)
     if student is not None and teacher is not None:
         problems += _pair_problems(recipe, student, teacher)
     return problems
+
+
+def _check_custom(recipe: Recipe, custom: CustomLossSection, student: Shapes | None, teacher: Shapes | None) -> None:
+    """Check that a loss of the user's own can be made, and where it has parameters that it computes two random samples
+    and reaches all of its parameters. Raises UserCodeError."""
+    known = all(s in (student or {}) and t in (teacher or {}) for s, t in custom.paths)
+    given = Given(student or {}, teacher or {}, seed=recipe.run.seed)
+    term = custom_term(custom, lambda step: 1.0, given)
+    adapter = getattr(term, "trained", None)
+    if adapter is None or not known:
+        return
+    count = recipe.data.classes or 2
+    labels, indices, layout = torch.zeros(2, dtype=torch.int64), torch.arange(2), BatchLayout((2,))
+    outputs = [
+        Outputs(torch.randn(2, count), {path: torch.randn(2, *shape) for path, shape in (shapes or {}).items()})
+        for shapes in (student, teacher)
+    ]
+    try:
+        value = evaluate_alone(term, outputs[0], outputs[1], labels, layout, indices)
+        unused = find_unused(adapter.module, [value])
+    except Exception as error:  # the user's code may raise anything
+        raise UserCodeError(f"{custom.loss!r} fails on two samples: {describe_error(error)}") from error
+    if unused:
+        raise UserCodeError(f"{custom.loss!r}: no gradient reaches its parameters {', '.join(unused[:3])}; remove them")
 
 
 def _shapes(
@@ -207,6 +238,11 @@ def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Pro
     """Return what is wrong with the shapes of pairs: one block for each loss that has rules of shapes. A block calls
     what the loss itself raises, as `token_grid`, so that there is one text."""
     problems = []
+    given = Given(student, teacher, seed=recipe.run.seed)
+    for key, section in recipe.losses.named():
+        if isinstance(section, FormSection) and all(s in student and t in teacher for s, t in section.paths):
+            problem = adapter_problem(key, section, given)
+            problems += [] if problem is None else [Problem(f"losses.{key}", problem)]
     at = recipe.losses.at
     for i, (s, t) in enumerate(at.paths if at is not None else []):
         if s not in student or t not in teacher:

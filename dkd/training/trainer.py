@@ -122,12 +122,26 @@ class Trainer:
         return result
 
     def load_images(self, last_step: int) -> None:
-        """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked
-        now."""
+        """Begin to load the images of the steps from the present one to `last_step`. Worker processes are forked now.
+        At the first step of a run, what losses need to know of the teacher is measured before."""
+        if self.state.step == 0:
+            self._measure_teacher()
         self._batches = self.parts.data.train_loader.steps(self.state.step, last_step)
         if self.parts.step.needs_indices:
             self._keys = self.parts.data.sampler.micro_batches(self.state.step, last_step)
         self._clock = time.monotonic()
+
+    def _measure_teacher(self) -> None:
+        """Measure the teacher over the images of the first steps, where a loss standardises its features. A
+        collective."""
+        parts = self.parts
+        images = max((getattr(loss, "images_to_measure", 0) for _, loss in parts.recipe.losses.named()), default=0)
+        if not images:
+            return
+        steps = min(-(-images // parts.recipe.train.global_batch), parts.data.sampler.steps_per_epoch)
+        parts.step.measure(parts.data.train_loader.steps(0, steps))
+        count = steps * parts.recipe.train.global_batch
+        parts.log.say(f"measured the teacher's features over {count} training images, to standardise them")
 
     def train_step(self) -> StepValues[Number]:
         """Take one optimizer step over the global batch. Returns this rank's share of its numbers. A collective."""

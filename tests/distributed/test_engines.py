@@ -6,13 +6,18 @@ Here is a part of the matrix; `make test-matrix` runs all of it.
 
 import pytest
 import shared_launches
-from engines import ENGINES, assert_same_training, case, launch, matrix, name_of, references, returned
+from engines import ENGINES, References, assert_same_training, case, launch, matrix, name_of, returned
 from launched import LONG, STEPS
 from measured import as_measured
 from shared_launches import SharedLaunches, noted_uses
 
 PARITY = {
-    1: [case("fsdp2", 16, "fsdp2"), case("zero3", 16, "zero3", strategy="exchange"), case("zero1", 32, "fsdp2")],
+    1: [
+        case("fsdp2", 16, "fsdp2"),
+        case("zero3", 16, "zero3", strategy="exchange"),
+        case("zero1", 32, "fsdp2"),
+        case("ddp", 16, model="trained"),
+    ],
     2: [
         case("ddp", 8, "fsdp2"),
         case("fsdp2", 8, "replicated", strategy="exchange"),
@@ -22,8 +27,15 @@ PARITY = {
         case("zero2", 8, "replicated", "regularized"),
         case("zero3", 8, "zero3", strategy="exchange"),
         case("zero3", 8, "replicated", "regularized"),
+        *(case(engine, 16 if engine == "zero1" else 8, model="trained") for engine in ENGINES),
     ],
-    4: [case("fsdp2", 4, "fsdp2", strategy="exchange"), case("zero3", 8, "replicated"), case("zero1", 4, "fsdp2")],
+    4: [
+        case("fsdp2", 4, "fsdp2", strategy="exchange"),
+        case("zero3", 8, "replicated"),
+        case("zero1", 4, "fsdp2"),
+        case("fsdp2", 8, model="trained"),
+        case("zero3", 4, model="trained"),
+    ],
 }
 # Three epochs of 3 steps: training resumes after evaluations on the average, with no checkpoint between that would put
 # things right.
@@ -98,7 +110,7 @@ def results(request, folders):
 
 @pytest.fixture(scope="module")
 def reference():
-    return references()
+    return References()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ process."""
 import pytest
 import shared_launches
 import torch
-from engines import ENGINES, assert_same_training, case, launch, name_of, references, returned
+from engines import ENGINES, References, assert_same_training, case, launch, name_of, returned
 from shared_launches import SharedLaunches, noted_uses
 
 pytestmark = [
@@ -61,7 +61,7 @@ def results(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference():
-    return references()
+    return References()
 
 
 @pytest.mark.parametrize("tried", PARITY, ids=name_of)

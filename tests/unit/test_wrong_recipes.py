@@ -101,6 +101,34 @@ WRONG = [
     ("losses.sp={preset: paper, grid: exchange, strategy: gather, pairs: [[layer3, block3]]}", ["losses.sp: grid exchange and strategy gather contradict each other; remove strategy"]),
     ("losses.rkd={distance: 0, angle: 0, pairs: [[layer3, block3]]}", ["losses.rkd: distance and angle are both 0; remove the loss, or give one of the two a weight"]),
     ("losses.pkt={preset: paper, weight: 1, reference_batch: 1, pairs: [[layer3, block3]]}", ["losses.pkt.preset: 'paper' is not allowed; allowed: repdistiller"]),
+    # losses that train something
+    ("losses.sp.adapter=linear", ["losses.sp.adapter: unknown key"]),
+    ("losses.fitnet={pairs: [[layer2, block2]]}", ["losses.fitnet.weight: is required and missing"]),
+    ("losses.fitnet={weight: 1, adapter: conv3x3, pairs: [[layer2, block2]]}", ["losses.fitnet.adapter: must be linear, linear_bn, conv1x1, conv1x1_bn, conv1x1_bn_relu, mlp, orthogonal or module:callable, not 'conv3x3'"]),
+    ("losses.fitnet={weight: 1, adapter: 'nowhere:build', pairs: [[layer2, block2]]}", ["losses.fitnet: 'nowhere:build': cannot import 'nowhere'"]),
+    ("losses.fitnet={weight: 1, adapter: 'collections:OrderedDict', pairs: [[layer2, block2]]}", ["losses.fitnet: 'collections:OrderedDict', called with (32, 8, 8), (32, 8, 8) and {}: TypeError"]),
+    ("losses.fitnet={weight: 1, adapter_options: {width: 3}, pairs: [[layer2, block2]]}", ["losses.fitnet: adapter_options belong to an adapter that is module:callable, not to conv1x1_bn_relu"]),
+    ("losses.fitnet={weight: 1, pairs: [[layer1, block2]]}", ["losses.fitnet: resolutions differ: student (16, 16), teacher (8, 8); ask for resize='pool' or resize='interpolate'"]),
+    ("losses.fitnet={weight: 1, resize: crop, pairs: [[layer1, block2]]}", ["losses.fitnet.resize: 'crop' is not allowed; allowed: error, pool, interpolate"]),
+    ("losses.fitnet={weight: 1, teacher_norm: instance, pairs: [[layer2, block2]]}", ["losses.fitnet.teacher_norm: 'instance' is not allowed; allowed: none, layer, batch, standardize"]),
+    ("losses.fitnet={weight: 1, preset: mdistiller, pairs: [[layer2, block2]]}", ["losses.fitnet.preset: 'mdistiller' is not allowed; allowed: repdistiller"]),
+    ("losses.feature={weight: 1, of: vectors, adapter: conv1x1, pairs: [[layer3, block3]]}", ["losses.feature: adapter='conv1x1' is for maps (C, H, W), not for vectors (64,); take linear or mlp"]),
+    ("losses.feature={weight: 1, adapter: null, pairs: [[layer2, block3]], resize: pool}", ["losses.feature: features of shape (32, 4, 4) and (64, 4, 4) cannot be compared; name an adapter"]),
+    ("losses.feature={weight: 1, distance: l3, pairs: [[layer3, block3]]}", ["losses.feature.distance: 'l3' is not allowed; allowed: mse, smooth_l1, cosine"]),
+    ("losses.feature={weight: 1, adapter: 'torch.nn:Identity', pairs: [[layer2, block3]], resize: pool}", ["losses.feature: features of shape (32, 4, 4) and (64, 4, 4) cannot be compared; the adapter has to yield the teacher's shape"]),
+    ("losses.vkd={weight: 1, pairs: [[layer3, block2]]}", ["losses.vkd: adapter='orthogonal' cannot map 64 numbers to 32: columns that are orthonormal need a teacher's feature at least as wide"]),
+    ("losses.vkd={weight: 1, pairs: [[layer9, block2]]}", ["losses.vkd.pairs.0: 'layer9' is not a module of CifarResNet"]),
+    ("losses.srd={weight: 1, alpha: 0.5, pairs: [[layer3, block3]]}", ["losses.srd.alpha: must be greater than or equal to 1, not 0.5"]),
+    ("losses.srd={weight: 1, scope: node, pairs: [[layer3, block3]]}", ["losses.srd.scope: unknown key"]),
+    ("losses.vid={preset: repdistiller, pairs: []}", ["losses.vid.pairs: must have at least 1"]),
+    ("losses.review={weight: 1, width: 0, pairs: [[layer3, block3]]}", ["losses.review.width: must be greater than 0, not 0"]),
+    ("losses.crd={preset: repdistiller, pairs: [[layer3, block3], [layer2, block2]]}", ["losses.crd: 2 pairs: this loss has one"]),
+    ("losses.crd={preset: repdistiller, momentum: 1, pairs: [[layer3, block3]]}", ["losses.crd.momentum: must be less than 1, not 1"]),
+    ("losses.queue={weight: 1, size: 32, pairs: [[layer3, block3]]}", ["losses.queue.size: 32 is less than train.global_batch=64, which a step adds"]),
+    ("losses.queue={weight: 1, adapter: null, pairs: [[layer2, block3]]}", ["losses.queue: features of shape (32,) and (64,) cannot be compared; name an adapter"]),
+    ("losses.queue={weight: 1, temperature: 0, pairs: [[layer3, block3]]}", ["losses.queue.temperature: must be greater than 0, not 0"]),
+    ("optimizer.adapters={lr: 0.1}", ["optimizer.adapters: no loss trains anything beside the student; remove this section"]),
+    ("optimizer.adapters={momentum: 0.1}", ["optimizer.adapters.momentum: unknown key"]),
     ("losses.dkd={beta: 2, temperature: 0}", ["losses.dkd.temperature: must be greater than 0, not 0"]),
     ("losses.dkd={}", ["losses.dkd.beta: is required and missing"]),
     ("losses.dkd={beta: 1, weight: {start: 0, end: 1, schedule: warmup}}", ["losses.dkd.weight: schedule: warmup needs warmup_epochs"]),
@@ -260,6 +288,14 @@ def test_files_that_are_no_recipe(tmp_path, capsys, text, message):
 def test_a_missing_recipe_names_the_nearest(recipe_file, capsys):
     assert main(["train", str(recipe_file.with_name("recpe.yaml"))]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["dkd={beta: 2}", "nkd={}", "crd={preset: repdistiller, pairs: [[layer3, block3]]}"])
+def test_losses_of_one_image_for_each_sample_do_not_go_with_mixing(recipe_file, capsys, loss):
+    assert main(["train", str(recipe_file), "--dry-run", f"losses.{loss}", "data.cutmix=1"]) == 2
+    name = loss.partition("=")[0]
+    wanted = f"losses.{name}: needs one image for each sample, and data.cutmix mixes images of two; set data.cutmix=0"
+    assert wanted in capsys.readouterr().err
 
 
 def test_a_student_with_parameters_that_no_loss_reaches(recipe_file, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 from contextlib import contextmanager
 
+import plain_trained
 import torch
 import torch.distributed as dist
 import trainer_cases
@@ -46,8 +47,8 @@ def launched_as(engine):
 
 
 def train(folder, case):
-    """Train as a case says: engine, micro_batch, teacher (placement), model (plain or regularized), and keys of the
-    recipe."""
+    """Train as a case says: engine, micro_batch, teacher (placement), model (plain, regularized, or trained, with
+    losses that train something), and keys of the recipe."""
     model = trainer_cases.REGULARIZED if case["model"] == "regularized" else {}
     changes = {**model, "losses": trainer_cases.with_strategy(case["strategy"])}
     changes["train"] = {
@@ -57,6 +58,8 @@ def train(folder, case):
         "channels_last": False,
     }
     changes["train"] |= case.get("train", {})
+    if case["model"] == "trained":
+        changes["losses"] = plain_trained.LOSSES
     if case["model"] == "vit":
         # A vision transformer; its 7×7 tokens of 32 pixels are the resolution of a ResNet's layer4.
         changes |= {
