@@ -6,6 +6,7 @@ An interruption here ends the trainer between two steps; test_crash.py kills pro
 
 import math
 
+import plain_trained
 import pytest
 import shared_launches
 from engines import ENGINES
@@ -56,6 +57,7 @@ def variants(world):
             "interruptions": [7, None],
         }
         found[f"{engine}, tied and frozen weights"] = {"engine": engine, "model": "awkward", "interruptions": [7, None]}
+        found[f"{engine}, losses that train"] = {"engine": engine, "model": "trained", "optimizer": SGD}
     found["any step"] = {"engine": "ddp", "interruptions": EVERY_STEP, "checkpoint": {"every_steps": 1}}
     found["bf16, checkpoints not in the background"] = {
         "engine": "ddp", "precision": "bf16", "checkpoint": {"background": False}, "interruptions": [7, None],
@@ -74,7 +76,17 @@ def variants(world):
 # for what one shows.
 SHORTENED = {
     1: ("fsdp2, ", "zero1, ", "zero2, ", "zero3, ", "ddp, worker", "ddp, tied", "full disk", "streaming"),
-    2: ("zero1, worker", "zero1, tied", "zero2, accumulated", "zero2, tied", "fsdp2, worker", "any step", "bf16"),
+    2: (
+        "zero1, losses",
+        "zero2, losses",
+        "zero1, worker",
+        "zero1, tied",
+        "zero2, accumulated",
+        "zero2, tied",
+        "fsdp2, worker",
+        "any step",
+        "bf16",
+    ),
 }
 
 
@@ -133,6 +145,8 @@ def test_an_interrupted_training_is_the_uninterrupted_one_bit_for_bit(results, w
     assert interrupted["evaluations"] == whole["evaluations"]
     assert interrupted["images"] == whole["images"]
     assert interrupted["sha256"] == whole["sha256"]
+    assert interrupted["kept"] == whole["kept"]
+    assert ("loss/crd/teacher_bank" in whole["kept"]) == (variants(world)[name].get("model") == "trained")
 
 
 @pytest.mark.parametrize(("world", "rank"), [*([(1, 0)] if LONG else []), (2, 0), (2, 1)])
@@ -167,6 +181,8 @@ MOVES = {
     "fsdp2": ("fsdp2", "fsdp2", "fsdp2"),
     "zero3": ("zero3", "zero3", "zero3"),
     "between engines": ("zero3", "fsdp2", "zero1"),
+    "losses that train, ddp": ("ddp", "ddp", "ddp"),
+    "losses that train, between engines": ("zero3", "fsdp2", "zero1"),
     **({"zero1": ("zero1", "zero1", "zero1"), "zero2": ("zero2", "zero2", "zero2")} if LONG else {}),
 }
 
@@ -174,9 +190,9 @@ MOVES = {
 def moved(name, engine, until):
     precision = "fp64" if all(e in ("ddp", "fsdp2") for e in MOVES[name]) else "fp32"
     streaming = name in ("fsdp2", "zero2")
-    return case(
-        f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=2 if streaming else 0
-    )
+    more = {"model": "trained", "optimizer": SGD} if name.startswith("losses") else {}
+    workers = 2 if streaming else 0
+    return case(f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=workers, **more)
 
 
 def by_default_batch(streaming, until):
@@ -185,15 +201,17 @@ def by_default_batch(streaming, until):
     return case(f"default batch {streaming}", "ddp", [until], micro_batch=None, streaming=streaming, model="plain")
 
 
-def undisturbed(precision, streaming):
-    return case(f"whole {precision} {streaming}", "ddp", [None], precision=precision, streaming=streaming)
+def undisturbed(precision, streaming, model="regularized"):
+    more = {"model": model, "optimizer": SGD} if model == "trained" else {}
+    name = f"whole {precision} {streaming} {model}"
+    return case(name, "ddp", [None], precision=precision, streaming=streaming, **more)
 
 
 def move(name):
     """Return the cases of one move: for each of LAUNCHES, and undisturbed on one process."""
     whole = moved(name, "ddp", None)
     legs = [moved(name, engine, until) for engine, (_, until) in zip(MOVES[name], LAUNCHES, strict=True)]
-    return {f"moved {name}": [undisturbed(whole["precision"], whole["streaming"]), *legs]}
+    return {f"moved {name}": [undisturbed(whole["precision"], whole["streaming"], whole["model"]), *legs]}
 
 
 def move_by_default_batch(streaming):
@@ -226,28 +244,30 @@ def test_a_training_goes_on_with_another_number_of_processes(moves, name):
     """
     ours = returned(moves, f"moved {name}")
     first = moved(name, "ddp", None)
-    whole = returned(moves, f"whole {first['precision']} {first['streaming']}")
+    whole = returned(moves, f"whole {first['precision']} {first['streaming']} {first['model']}")
     assert ours["finished"]
     assert ours["starts"] == [0, 3, 9]
     assert ours["images"] == whole["images"]
     exact = first["precision"] == "fp64"
     assert len(ours["steps"]) == len(whole["steps"]) == 12
     for line, wanted in zip(ours["steps"], whole["steps"], strict=True):
-        for key in ("loss", "ce", "at", "sp", "kd"):
+        for key in {"loss", "ce", "at", "sp", "kd", *plain_trained.LOSSES} & set(wanted):
             assert math.isclose(line[key], wanted[key], rel_tol=1e-9 if exact else 2e-4), (
                 line["step"],
                 key,
                 line[key],
                 wanted[key],
             )
-    for key, values in whole["state"].items():
-        largest = max(map(abs, values))
-        assert ours["state"][key] == pytest.approx(values, rel=0, abs=(1e-9 if exact else 1e-3) * largest + 1e-12), key
+    assert set(ours["kept"]) == set(whole["kept"])
+    for key, values in [*whole["state"].items(), *whole["kept"].items()]:
+        found, largest = ours["kept" if key in whole["kept"] else "state"][key], max(map(abs, values))
+        assert found == pytest.approx(values, rel=0, abs=(1e-9 if exact else 1e-3) * largest + 1e-12), key
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @shared_launches.uses(lambda streaming: [("moves", move_by_default_batch(streaming))])
 def test_which_images_are_seen_depends_on_neither_processes_nor_micro_batches(moves, streaming):
     assert (
-        returned(moves, f"default batch {streaming}")["images"] == returned(moves, f"whole fp32 {streaming}")["images"]
+        returned(moves, f"default batch {streaming}")["images"]
+        == returned(moves, f"whole fp32 {streaming} regularized")["images"]
     )

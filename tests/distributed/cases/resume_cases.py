@@ -7,6 +7,7 @@ import resource
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
+import plain_trained
 import torch
 import torch.distributed as dist
 import trainer_cases
@@ -14,6 +15,7 @@ from engine_cases import launched_as
 from launched import pause
 
 from dkd.checkpoints import CheckpointError, checkpointer
+from dkd.checkpoints.tensors import load_tensors, saved_tensors
 from dkd.engines.sharded_weights import local_part
 from dkd.launch import Launch
 from dkd.models.weights import read_file
@@ -30,6 +32,14 @@ MODELS = {
         "student": {"name": "small_models:Regularized", "norm": None},
         "data": MIXED,
         "train": {"ema": {"decay": 0.9}},
+    },
+    # Adapters, one of them with BatchNorm, banks, a queue, and measured statistics of the teacher.
+    "trained": {
+        "train": {"ema": {"decay": 0.9}},
+        "losses": {
+            **plain_trained.LOSSES,
+            "fitnet": {**plain_trained.LOSSES["fitnet"], "teacher_norm": "standardize", "measured_images": 40},
+        },
     },
 }
 
@@ -169,6 +179,18 @@ def log_images(trainer, path):
     loader.steps = logged
 
 
+def kept_by_losses(run):
+    """Adapters, banks, queue and statistics in the newest checkpoint, by name, whole."""
+    folder = max((run / "checkpoints").glob("step_*")) / "training"
+    names = {
+        name: torch.zeros(saved.shape, dtype=saved.dtype)
+        for name, saved in saved_tensors(folder).items()
+        if name.startswith(("loss/", "model/losses/"))
+    }
+    load_tensors(folder, names, None)
+    return names
+
+
 def described(folder, case, finished):
     run = folder / case["run"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -197,4 +219,5 @@ def described(folder, case, finished):
         state = read_file(run / "student.safetensors")
         values["sha256"] = hashlib.sha256((run / "student.safetensors").read_bytes()).hexdigest()
         values["state"] = {key: value.double().flatten().tolist() for key, value in state.items()}
+        values["kept"] = {key: value.double().flatten().tolist() for key, value in kept_by_losses(run).items()}
     return values
