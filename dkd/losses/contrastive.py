@@ -146,7 +146,7 @@ class CRD(nn.Module):
             places = gather_rows(indices, layout)
             if torch.is_grad_enabled():
                 self._seen.append((places, s.detach(), t.detach()))
-            drawn = torch.cat([places[:, None], self._draw(places)], 1)
+            drawn = torch.cat([places[:, None], self.draw(places)], 1)
             own = drawn - self._first
             held = (own >= 0) & (own < len(self.student_bank))
             scores = [self._score(rows, bank, own) for rows, bank in ((s, self.teacher_bank), (t, self.student_bank))]
@@ -157,8 +157,9 @@ class CRD(nn.Module):
             ]
             return -torch.stack(sums).sum() * (layout.world_size / len(places))
 
-    def _draw(self, places: torch.Tensor) -> torch.Tensor:
-        """Return (B, K) other samples for each sample of the global batch: the same on all ranks."""
+    def draw(self, places: torch.Tensor) -> torch.Tensor:
+        """Return (B, K) other samples, with which each sample of the global batch is compared in this step: the same on
+        all ranks."""
         generator = torch.Generator(places.device).manual_seed(derive_seed(self.seed, int(self._steps), _DRAWS))
         numbers = torch.randint(2**62, (len(places), self.negatives), generator=generator, device=places.device)
         # In the order of the samples' places: the order of rows depends on the ranks, under accumulation.

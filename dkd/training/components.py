@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from dkd.build.data import DataParts, build_data, data_facts, describe_input
 from dkd.build.links import read_links
@@ -20,6 +18,7 @@ from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
 from dkd.config.losses import with_constant_weights
 from dkd.data import ImageSource
+from dkd.distillation import Objective
 from dkd.distillation.step import DistillationStep
 from dkd.distributed.heartbeat import Heartbeat
 from dkd.distributed.process_group import open_process_group
@@ -43,7 +42,7 @@ from dkd.runs.logger import RunLogger
 from dkd.runs.progress import Progress
 from dkd.training.early_stopping import EarlyStopping
 from dkd.training.metrics import StepMetrics
-from dkd.training.resume import Resuming, resume_or_start
+from dkd.training.resume import Restored, Resuming, resume_or_start
 from dkd.training.saving import RunSaver
 from dkd.training.schedule import RunSchedule
 from dkd.training.state import TrainState
@@ -91,7 +90,8 @@ class Components:
             self.facts,
             self.schedule.total_steps,
         )
-        point = resume_or_start(asked, self.checkpointer, self.engine.model, self.average, self.step.objective.state())
+        restored = Restored(self.engine.model, self.average, self.step.objective.state())
+        point = resume_or_start(asked, self.checkpointer, restored)
         self.engine.load_scaler_state(point.scaler)
         self.stopping = EarlyStopping.resumed(self.recipe.train.stop_when, point.stopping)
         self.state = TrainState(point.step, point.step, point.seconds, point.replaced_images, point.notes)
@@ -229,9 +229,17 @@ def _build(opened: _Opened) -> Components:
     named = {**data.facts, "class_names": data.class_names}
     check_same_data(named, {} if validation is None else data_facts(validation))
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
-    step, average, notes = build_step(
-        recipe, engine, arithmetic, data, schedule, launch, class_weights(recipe, training), training.labels
+    objective = build_objective(
+        recipe,
+        data.sampler,
+        schedule.planned_steps,
+        engine.device,
+        class_weights(recipe, training),
+        read_links(recipe, engine.device.type)[0],
+        arithmetic.dtype,
+        training.labels,
     )
+    step, average, notes = build_step(recipe, engine, arithmetic, data, launch, objective)
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -262,31 +270,15 @@ def build_step(
     engine: AcceleratedEngine,
     arithmetic: Arithmetic,
     data: DataParts,
-    schedule: RunSchedule,
     launch: Launch,
-    weights: Sequence[float] | None,
-    labels: np.ndarray | None,
+    objective: Objective,
 ) -> tuple[DistillationStep, WeightAverage | None, list[str]]:
-    """Build student, teacher and objective, and give the student to the engine. A collective.
-
-    Args:
-        weights: of the classes in the cross-entropy, or None.
-        labels: of the training images, or None.
+    """Build student and teacher, and give the student, with what losses train beside it, to the engine. A collective.
 
     Returns:
         What a step computes, the moving average of the student's weights, and lines to report.
     """
     train = recipe.train
-    objective = build_objective(
-        recipe,
-        data.sampler,
-        schedule.planned_steps,
-        engine.device,
-        weights,
-        read_links(recipe, engine.device.type)[0],
-        arithmetic.dtype,
-        labels,
-    )
     student, teacher, notes = build_models(recipe, launch, arithmetic, engine.device, objective.adapters)
     check_same_teacher(teacher.fingerprint if teacher is not None else "")
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)

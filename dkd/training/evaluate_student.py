@@ -297,7 +297,7 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
     fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics
     if not teacher:
-        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}"])
+        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}", "optimizer.adapters={}"])
     section = load_recipe(path, [*overrides, *fitting]).teacher
     if section is None:
         raise RecipeError.at("teacher", "the run has no teacher to compare with; leave --teacher out")

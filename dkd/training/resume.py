@@ -67,21 +67,28 @@ class Resuming:
     total_steps: int
 
 
-def resume_or_start(
-    asked: Resuming,
-    checkpointer: Checkpointer,
-    model: nn.Module,
-    average: WeightAverage | None,
-    losses: Mapping[str, torch.Tensor],
-) -> ResumePoint:
+@dataclass(frozen=True)
+class Restored:
+    """Holds what a checkpoint's tensors have to be those of.
+
+    Args:
+        model: the student, prepared; its state is replaced, through the checkpointer.
+        average: the moving average of its weights, or None.
+        losses: what losses keep, as `Objective.state`.
+    """
+
+    model: nn.Module
+    average: WeightAverage | None
+    losses: Mapping[str, torch.Tensor]
+
+
+def resume_or_start(asked: Resuming, checkpointer: Checkpointer, restored: Restored) -> ResumePoint:
     """Claim the run directory, load the newest intact checkpoint in it, if there is one, and write what describes this
     start.
     A collective: the main process decides, all follow.
 
     Args:
-        model: the student, prepared; its state is replaced, through `checkpointer`.
-        average: the moving average of its weights, or None.
-        losses: what losses keep, as `Objective.state`.
+        restored: what the checkpoint's tensors replace.
 
     Raises:
         RecipeError: on every rank: the directory cannot be used, a rank does not see it, no checkpoint in it is intact,
@@ -105,7 +112,7 @@ def resume_or_start(
         facts, notes = found
         point = ResumePoint(notes=[*(f"warning: {warning}" for warning in warnings), *notes])
         if facts is not None:
-            point = _load(asked, facts, point.notes, checkpointer, model, average, losses)
+            point = _load(asked, facts, point.notes, checkpointer, restored)
 
         def write() -> list[str]:
             for step in run_dir.checkpoints.steps():
@@ -128,14 +135,12 @@ def _load(
     facts: Mapping[str, Any],
     notes: list[str],
     checkpointer: Checkpointer,
-    model: nn.Module,
-    average: WeightAverage | None,
-    losses: Mapping[str, torch.Tensor],
+    restored: Restored,
 ) -> ResumePoint:
     """Load a checkpoint, on all ranks. Raises RecipeError on every rank."""
     step, ranks = facts["step"], facts["world_size"]
     try:
-        checkpointer.restore(step, ranks, lambda saved: _list_misfits(saved, asked.recipe, model, average, losses))
+        checkpointer.restore(step, ranks, lambda saved: _list_misfits(saved, asked.recipe, restored))
     except CheckpointError as error:
         raise RecipeError.at("run.dir", f"the checkpoint after step {step} cannot be loaded: {error}") from error
     written = f"written by {ranks} process{'es' if ranks > 1 else ''} of {facts['engine']}"
@@ -202,16 +207,10 @@ def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _list_misfits(
-    saved: Mapping[str, SavedTensor],
-    recipe: Recipe,
-    model: nn.Module,
-    average: WeightAverage | None,
-    losses: Mapping[str, torch.Tensor],
-) -> list[str]:
+def _list_misfits(saved: Mapping[str, SavedTensor], recipe: Recipe, restored: Restored) -> list[str]:
     """Return why a checkpoint's tensors cannot be those of this student and optimizer."""
     kept, needed = optimizer_keys(saved), state_keys(recipe.optimizer)
-    found = [*differences(saved, model, average), *loss_differences(saved, losses)]
+    found = [*differences(saved, restored.model, restored.average), *loss_differences(saved, restored.losses)]
     if kept and kept != needed:  # nothing is kept before a first update, which a gradient scaler may put off
         names = [", ".join(keys) or "nothing" for keys in (kept, needed)]
         found.append(
