@@ -12,7 +12,7 @@ import torch
 
 from dkd import machine
 from dkd.config import Recipe
-from dkd.config.derived import classes, micro_batch
+from dkd.config.derived import classes, micro_batch, teacher_views
 from dkd.config.schema import DataSection
 from dkd.data import (
     DataError,
@@ -62,10 +62,12 @@ def describe_input(pipeline: ImagePipeline, class_names: list[str] | None, facts
     }
 
 
-def teacher_normalize(recipe: Recipe, student: Normalize) -> Normalize:
-    """Return the teacher's own normalisation, or the student's."""
-    own = None if recipe.teacher is None else _normalize(recipe.teacher.normalization)
-    return own or student
+def teacher_normalize(recipe: Recipe, student: Normalize) -> dict[str, Normalize]:
+    """Return each teacher's own normalisation, or the student's, by name."""
+    return {
+        name: _normalize(view.teacher.normalization if view.teacher is not None else None) or student
+        for name, view in teacher_views(recipe)
+    }
 
 
 def _normalize(section: object) -> Normalize | None:
@@ -158,7 +160,7 @@ class DataParts:
 
     Args:
         pipeline: transforms and the student's normalisation.
-        teacher_normalize: of the teacher's input.
+        teacher_normalize: of each teacher's input, by name.
         mixing: mixup and CutMix of micro-batches, or None.
         workers: worker processes of this rank that load training images.
         validation: None: nothing is evaluated.
@@ -170,7 +172,7 @@ class DataParts:
     train_loader: TrainLoader
     validation: EvaluationLoader | None
     pipeline: ImagePipeline
-    teacher_normalize: Normalize
+    teacher_normalize: Mapping[str, Normalize]
     mixing: MixupCutmix | None
     workers: int
     facts: Mapping[str, Any]

@@ -15,6 +15,7 @@ from torch import nn
 from dkd.build.data import build_image_pipeline
 from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
+from dkd.config.derived import teacher_views
 from dkd.config.losses import (
     AdaptedSection,
     CrdSection,
@@ -47,21 +48,23 @@ class Given:
     """Holds what losses of features need to know beside their section.
 
     Args:
-        student, teacher: shapes of all tapped features.
+        student: shapes of all tapped features.
+        teachers: those of each teacher by name; of one alone, the name is empty.
         samples: N, the training samples.
         seed: of the run.
         labels: of the training samples, where they have some.
     """
 
     student: Shapes
-    teacher: Shapes
+    teachers: Mapping[str, Shapes]
     samples: int = 0
     seed: int = 0
     labels: np.ndarray | None = field(default=None, compare=False)
 
     def pair_shapes(self, section: FormSection) -> list[tuple[Shape, Shape]]:
         """Return the shapes of each pair of a loss."""
-        return [(self.student[s], self.teacher[t]) for s, t in section.paths]
+        teacher = self.teachers[section.teacher or ""]
+        return [(self.student[s], teacher[t]) for s, t in section.paths]
 
     @contextmanager
     def seeded(self, name: str) -> Iterator[None]:
@@ -72,18 +75,18 @@ class Given:
             yield
 
 
-def tapped_shapes(recipe: Recipe) -> tuple[Shapes, Shapes]:
-    """Return the shapes of the features that losses read of student and teacher, on meta tensors. Raises
-    UnknownModelError, TapError."""
+def tapped_shapes(recipe: Recipe) -> tuple[Shapes, dict[str, Shapes]]:
+    """Return the shapes of the features that losses read of the student, and of each teacher by name, on meta tensors.
+    Raises UnknownModelError, TapError."""
     size = build_image_pipeline(recipe).image_size
-    students = list(dict.fromkeys(s for s, _ in pairs(recipe)))
-    if recipe.teacher is None or not students:
-        return output_shapes(student_spec(recipe), students, size)[1] if students else {}, {}
-    teachers = list(dict.fromkeys(t for _, t in pairs(recipe)))
-    return (
-        output_shapes(student_spec(recipe), students, size)[1],
-        output_shapes(teacher_spec(recipe), teachers, recipe.teacher.input_size or size)[1],
-    )
+    taps = list(dict.fromkeys(s for s, _ in pairs(recipe)))
+    teachers: dict[str, Shapes] = {}
+    for name, view in teacher_views(recipe):
+        assert view.teacher is not None
+        theirs = list(dict.fromkeys(t for _, t in pairs(view)))
+        side = view.teacher.input_size or size
+        teachers[name] = output_shapes(teacher_spec(view), theirs, side)[1] if theirs else {}
+    return output_shapes(student_spec(recipe), taps, size)[1] if taps else {}, teachers
 
 
 def form_of(section: FormSection) -> FeatureForm:

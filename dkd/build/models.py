@@ -9,9 +9,9 @@ from torch import nn
 
 from dkd.build.data import build_image_pipeline
 from dkd.config import Recipe, RecipeError
-from dkd.config.derived import classes
+from dkd.config.derived import classes, teacher_key, teacher_views
 from dkd.config.schema import StudentSection, TeacherSection
-from dkd.distillation import FrozenTeacher, fill, halve_weights, shard, shard_mesh
+from dkd.distillation import FrozenTeacher, TeacherGroup, fill, halve_weights, shard, shard_mesh
 from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
@@ -80,20 +80,19 @@ def build_models(
     arithmetic: Arithmetic,
     device: torch.device,
     adapters: Mapping[str, Adapter] | None = None,
-) -> tuple[TappedModel, FrozenTeacher | None, list[str]]:
-    """Return the student on the CPU, the teacher on its device, with their weights, which may have to be downloaded,
+) -> tuple[TappedModel, FrozenTeacher | TeacherGroup | None, list[str]]:
+    """Return the student on the CPU, each teacher on its device, with their weights, which may have to be downloaded,
     and lines that report what of the student does not come from its weights, or is not trained. `adapters` are what
     losses train with the student.
 
     Raises:
         RecipeError: the weights of one cannot be had or do not fit.
     """
-    role = "student"
     try:
-        (student, notes), role = build_student(recipe, adapters), "teacher"
-        return student, build_teacher(recipe, launch, arithmetic, device), notes
+        student, notes = build_student(recipe, adapters)
     except WeightsError as error:
-        raise RecipeError.at(f"{role}.weights", error) from error
+        raise RecipeError.at("student.weights", error) from error
+    return student, build_teachers(recipe, launch, arithmetic, device), notes
 
 
 def build_student(recipe: Recipe, adapters: Mapping[str, Adapter] | None = None) -> tuple[TappedModel, list[str]]:
@@ -174,6 +173,21 @@ def _note_frozen(recipe: Recipe, model: nn.Module, untrained: Sequence[str]) -> 
         frozen = ", ".join(recipe.student.freeze)
         notes.append(f"student: {trained:,} parameters are trained, those of {frozen} are frozen")
     return notes
+
+
+def build_teachers(
+    recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
+) -> FrozenTeacher | TeacherGroup | None:
+    """Return the teacher, several as a group, or None for a recipe without one. As `build_teacher`."""
+    found = {}
+    for name, view in teacher_views(recipe):
+        try:
+            teacher = build_teacher(view, launch, arithmetic, device)
+        except WeightsError as error:
+            raise RecipeError.at(f"{teacher_key(name)}.weights", error) from error
+        assert teacher is not None
+        found[name] = teacher
+    return found.get("", TeacherGroup(found) if found else None)
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -230,14 +230,22 @@ def build_objective(
         UserCodeError: a loss of the user's own cannot.
     """
     needs_shapes = any(isinstance(section, FormSection | CustomLossSection) for _, section in recipe.losses.named())
-    student, teacher = tapped_shapes(recipe) if needs_shapes else ({}, {})
-    given = Given(student, teacher, sampler.samples, recipe.run.seed, labels)
+    student, teachers = tapped_shapes(recipe) if needs_shapes else ({}, {})
+    given = Given(student, teachers, sampler.samples, recipe.run.seed, labels)
     batch = _Batch(sampler, total_steps, weights, links, recipe.train.channels_last is True, given)
-    terms = [term for key, section in recipe.losses.named() for term in TERMS[type(section)](key, section, batch)]
+    terms = [term for key, section in recipe.losses.named() for term in _terms_of(key, section, batch)]
     for term in terms:
         if isinstance(loss := getattr(term, "loss", None), nn.Module):
             loss.to(device, torch.float64) if dtype == torch.float64 else loss.to(device)
     return Objective(terms)
+
+
+def _terms_of(key: str, section: LossSection, batch: _Batch) -> list[Term]:
+    """Return the terms of a loss, with the name of its teacher, where there are several."""
+    terms = TERMS[type(section)](key, section, batch)
+    if section.teacher is None:
+        return terms
+    return [replace(term, teacher=section.teacher) for term in terms]  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -331,14 +339,16 @@ def _custom_terms(key: str, section: CustomLossSection, batch: _Batch) -> list[T
 def custom_term(section: CustomLossSection, weight: Schedule, given: Given | None = None) -> Term:
     """Return the term of a user's own loss, drawn from the seed in `given`. Raises UserCodeError."""
     given = given or Given({}, {})
-    shapes = [(given.student[s], given.teacher[t]) for s, t in section.paths if s in given.student]
+    theirs = given.teachers.get(section.teacher or "", {})
+    shapes = [(given.student[s], theirs[t]) for s, t in section.paths if s in given.student and t in theirs]
     with given.seeded(section.name):
         loss = custom_loss(section, shapes)
+    teacher = section.teacher or ""
     if section.of == "features":
         relational, adapter = getattr(loss, "relational", False), getattr(loss, "adapter", None)
-        return FeatureTerm(section.name, weight, loss, section.paths, relational, adapter)
+        return FeatureTerm(section.name, weight, loss, section.paths, relational, adapter, teacher=teacher)
     if section.of == "logits":
-        return LogitTerm(section.name, weight, loss, getattr(loss, "relational", False))
+        return LogitTerm(section.name, weight, loss, getattr(loss, "relational", False), teacher=teacher)
     return LabelTerm(section.name, weight, loss)
 
 

@@ -12,7 +12,7 @@ from dkd.build.objective import build_objective, class_weights, compared_samples
 from dkd.commands.batch_picture import draw_first_batch
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
-from dkd.config.derived import run_length
+from dkd.config.derived import run_length, teacher_views
 from dkd.data import ImageSource
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
@@ -50,11 +50,12 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
         *(f"hardware    {line}" for line in chosen),
         f"student     {recipe.student.name}, {_parameters(student_spec(recipe)):,} parameters",
     ]
-    if recipe.teacher is not None:
-        teacher = recipe.teacher
-        lines.append(
-            f"teacher     {teacher.name}, {_parameters(teacher_spec(recipe)):,} parameters, weights {teacher.weights}"
-        )
+    for name, view in teacher_views(recipe):
+        assert view.teacher is not None
+        what = f"{name}: {view.teacher.name}" if name else view.teacher.name
+        count = f"{_parameters(teacher_spec(view)):,} parameters"
+        lines.append(f"teacher     {what}, {count}, weights {view.teacher.weights}")
+    if teacher_views(recipe):
         table = tap_table(recipe, size, lambda section: compared_samples(section, sampler))
         lines += [f"{name:<11} {text}" for name, text in table]
     lines += [f"note        {note.removeprefix('note: ')}" for note in notes]

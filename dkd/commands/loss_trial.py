@@ -104,7 +104,7 @@ def is_relational(trial: LossTrial) -> bool:
 def _build_term(trial: LossTrial) -> Term:
     """Return the loss as a term, its parameters in float64 and drawn from one seed, the same on all processes."""
     student, teacher = ({str(i): shape for i, shape in enumerate(side)} for side in (trial.student, trial.teacher))
-    term = custom_term(trial.section(), lambda step: 1.0, Given(student, teacher))
+    term = custom_term(trial.section(), lambda step: 1.0, Given(student, {"": teacher}))
     loss = getattr(term, "loss", None)
     if isinstance(loss, torch.nn.Module):
         loss.double()

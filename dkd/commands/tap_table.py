@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
+from dkd.config.derived import teacher_views
 from dkd.config.losses import (
     AttentionTransferSection,
     ComparingSection,
@@ -34,6 +35,10 @@ def tap_table(recipe: Recipe, image_size: int, samples: Samples) -> list[tuple[s
         image_size: pixels, the side of the student's input.
         samples: returns how many samples a loss compares with each other.
     """
+    return [line for _, view in teacher_views(recipe) for line in _tap_lines(view, image_size, samples)]
+
+
+def _tap_lines(recipe: Recipe, image_size: int, samples: Samples) -> list[tuple[str, str]]:
     losses = recipe.losses
     if recipe.teacher is None or not pairs(recipe):
         return []

@@ -21,12 +21,16 @@ _WHERE_NOT_WHAT = {"run.dir", "train.links", "losses.at.preset", "losses.sp.stra
 _LEFT_TO_HARDWARE = {"train.precision", "train.channels_last", "teacher.weights_dtype"}
 
 
+def _is_left_to_hardware(path: str) -> bool:
+    return path in _LEFT_TO_HARDWARE or (path.startswith("teachers.") and path.endswith(".weights_dtype"))
+
+
 def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
     """Return one entry for each key that differs, with both values. The run's own directory is left out."""
     return [
         Problem(path, f"{_show(old)} before, {_show(new)} now")
         for path, old, new in _find_differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
-        if path not in _WHERE_NOT_WHAT and not (path in _LEFT_TO_HARDWARE and new == "auto")
+        if path not in _WHERE_NOT_WHAT and not (_is_left_to_hardware(path) and new == "auto")
     ]
 
 

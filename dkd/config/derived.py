@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
-from dkd.config.schema import Recipe
+from dkd.config.losses import LossSection
+from dkd.config.schema import Recipe, TeacherSection
 
 
 def classes(recipe: Recipe) -> int:
     """Return K, the number of classes, of a recipe that `dkd.preflight.completion` has completed."""
     assert recipe.data.classes is not None, "the recipe has to be completed first"
     return recipe.data.classes
+
+
+def teacher_views(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Return, for each teacher, its name and the recipe as if it were the only one, with the losses that read it. One
+    teacher alone has no name, and its view is the recipe itself."""
+    if not recipe.teachers:
+        return [] if recipe.teacher is None else [("", recipe)]
+    return [
+        (
+            name,
+            recipe.model_copy(update={"teacher": section, "teachers": {}, "losses": recipe.losses.taught_by(name)}),
+        )
+        for name, section in recipe.teachers.items()
+    ]
+
+
+def teacher_key(name: str) -> str:
+    """Return the key of a teacher's section: of one alone, whose name is empty, or of one of several."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def with_teacher(recipe: Recipe, name: str, section: TeacherSection) -> Recipe:
+    """Return the recipe with another section of a teacher."""
+    if not name:
+        return recipe.model_copy(update={"teacher": section})
+    return recipe.model_copy(update={"teachers": {**recipe.teachers, name: section}})
+
+
+def view_of(recipe: Recipe, section: LossSection) -> Recipe:
+    """Return the recipe as the view of the teacher that a loss compares with."""
+    return dict(teacher_views(recipe)).get(section.teacher or "", recipe)
 
 
 def micro_batch(recipe: Recipe, world_size: int) -> int:

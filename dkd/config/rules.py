@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dkd.config.losses import CrdSection, OneClassSection
+from dkd.config.derived import teacher_key, teacher_views
+from dkd.config.losses import ENSEMBLE, CrdSection, OneClassSection
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
+from dkd.text import did_you_mean
 
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
@@ -18,6 +20,14 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
 
 def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
     losses, teacher = recipe.losses, recipe.teacher
+    if recipe.teachers:
+        yield from _check_teachers(recipe)
+        return
+    for key, section in losses.named():
+        if section.teacher is not None:
+            yield Problem(
+                f"losses.{key}.teacher", f"{section.teacher!r} is one of several teachers, and there are no `teachers`"
+            )
     if teacher is None:
         for name in losses.needs_teacher:
             removed = "" if "." in name else f", or remove it with losses.{name}=null"
@@ -38,9 +48,40 @@ def _check_teacher(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _check_teachers(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with several teachers and the losses that name them."""
+    losses, names = recipe.losses, list(recipe.teachers)
+    if recipe.teacher is not None:
+        yield Problem("teacher", "there are `teachers`, too; move this one there, under a name")
+    for key, section in losses.named():
+        path, name = f"losses.{key}.teacher", section.teacher
+        if not section.needs_teacher:
+            if name is not None:
+                yield Problem(path, f"{name!r}: this loss compares with no teacher; remove this key")
+        elif name is None:
+            yield Problem(path, f"is required with several teachers; take one of {', '.join(names)}")
+        elif name == ENSEMBLE:
+            if not section.needs_teacher_logits or len(names) < 2:
+                yield Problem(path, f"{ENSEMBLE} is the mean of the logits of several teachers, for losses of logits")
+        elif name not in names:
+            yield Problem(path, f"{name!r} is none of teachers: {', '.join(names)}{did_you_mean(name, names)}")
+    named = {section.teacher for _, section in losses.named() if section.needs_teacher}
+    for name, view in teacher_views(recipe):
+        if name not in named and ENSEMBLE not in named:
+            yield Problem(f"teachers.{name}", f"no loss names it; add one with `teacher: {name}`, or remove it")
+        needs, classes, own = view.losses.needs_teacher_logits, recipe.data.classes, recipe.teachers[name].classes
+        if needs and classes is not None and own not in (None, classes):
+            yield Problem(
+                f"teachers.{name}.classes", f"{own} is not data.classes={classes}, which losses.{needs[0]} needs"
+            )
+
+
 def _check_agreement(recipe: Recipe) -> Iterator[Problem]:
     teacher, classes = recipe.teacher, recipe.data.classes
     if recipe.evaluation.agreement is not True:
+        return
+    if recipe.teachers:
+        yield Problem("evaluation.agreement", "is measured with one `teacher`, and there are several; remove this key")
         return
     if teacher is None:
         yield Problem("evaluation.agreement", "there is no teacher to compare with; add `teacher`, or remove this key")
@@ -111,8 +152,13 @@ def _check_gradient_attention(recipe: Recipe) -> Iterator[Problem]:
             "train.precision",
             "losses.gradient_at: gradients of images vanish in fp16, without its loss scaling; use bf16 or fp32",
         )
-    if transfers and recipe.teacher is not None and recipe.teacher.placement != "replicated":
-        yield Problem("teacher.placement", "losses.gradient_at needs a whole teacher on every rank: replicated")
+    if not transfers:
+        return
+    for name, view in teacher_views(recipe):
+        if view.losses.gradient_at is not None and view.teacher is not None and view.teacher.placement != "replicated":
+            yield Problem(
+                f"{teacher_key(name)}.placement", "losses.gradient_at needs a whole teacher on every rank: replicated"
+            )
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:

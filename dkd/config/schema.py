@@ -20,9 +20,10 @@ from dkd.config.key_types import (
     allow,
     fits_file_system,
     is_one_line,
+    matches,
     one_line,
 )
-from dkd.config.losses import LossesSection
+from dkd.config.losses import ENSEMBLE, LossesSection
 
 
 def _is_file_name(value: Any) -> bool:
@@ -243,6 +244,13 @@ class TeacherSection(Section):
     one fixed size that size."""
 
 
+def _is_teacher_name(value: Any) -> bool:
+    return matches(r"[a-z][a-z0-9_]*", value) and value != ENSEMBLE
+
+
+TeacherName = Annotated[str, allow(_is_teacher_name, "a word of small letters, digits and _, and not ensemble")]
+
+
 class CompileSection(Section):
     """Set which models are compiled by torch.compile."""
 
@@ -457,6 +465,8 @@ class Recipe(Section):
     """The model that is trained."""
     teacher: TeacherSection | None = None
     """The frozen model that the student learns from; null: none."""
+    teachers: dict[TeacherName, TeacherSection] = {}
+    """Several frozen models by name, in the place of `teacher`; each loss names its own (`teacher: NAME`)."""
     losses: LossesSection = LossesSection()
     """The losses and their weights."""
     train: TrainSection

@@ -7,6 +7,7 @@ from dkd.distillation.objective import FeatureTerm, InputGradientTerm, LabelTerm
 from dkd.distillation.sharded_teacher import fill, halve_weights, shard, shard_mesh
 from dkd.distillation.step import DistillationStep, MicroLoss
 from dkd.distillation.teacher import FrozenTeacher
+from dkd.distillation.teacher_group import TeacherGroup
 
 __all__ = [
     "DistillationStep",
@@ -18,6 +19,7 @@ __all__ = [
     "MicroLoss",
     "Objective",
     "Outputs",
+    "TeacherGroup",
     "fill",
     "halve_weights",
     "shard",

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dkd.data import Normalize
 from dkd.distillation.objective import InputGradientTerm, Objective, Outputs
 from dkd.distillation.teacher import FrozenTeacher
+from dkd.distillation.teacher_group import TeacherGroup, members_of
 from dkd.global_batch import full_precision
 from dkd.models import ADAPTERS
 
@@ -24,23 +25,24 @@ class Forward:
         teacher: or None.
         objective: its terms state whether images need a gradient, and whether mirror images need a forward.
         normalize: of the student's input; None: images arrive as the student takes them.
-        teacher_normalize: of the teacher's input; None: the same input as the student's.
+        teacher_normalize: of the teacher's input; None: the same input as the student's. Of several teachers: by name.
         dtype, memory_format: of both models' inputs.
     """
 
     def __init__(
         self,
         student: torch.nn.Module,
-        teacher: FrozenTeacher | None,
+        teacher: FrozenTeacher | TeacherGroup | None,
         objective: Objective,
         normalize: Normalize | None = None,
-        teacher_normalize: Normalize | None = None,
+        teacher_normalize: Normalize | Mapping[str, Normalize] | None = None,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self._student, self._teacher = student, teacher
+        self._student, self._teachers = student, members_of(teacher)
         self._normalize = normalize
-        self._teacher_normalize = teacher_normalize if teacher_normalize != normalize else None
+        theirs = teacher_normalize if isinstance(teacher_normalize, Mapping) else {"": teacher_normalize}
+        self._teacher_normalize = {name: each for name, each in theirs.items() if each not in (None, normalize)}
         self._dtype, self._memory_format = dtype, memory_format
         by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
         self._differentiates_images = bool(by_images)
@@ -101,27 +103,31 @@ class Forward:
             images: the student's input, which is also the teacher's where both are normalised alike, or where gradients
                 are to reach it.
         """
-        if self._teacher is None:
+        if not self._teachers:
             return None
         if not self._teacher_differentiates:
             images = images.detach()
-        if self._teacher_normalize is not None:
+        found = {name: self._run_teacher(name, pixels, images) for name in self._teachers}
+        return found[""] if "" in found else Outputs(None, {}, members=found)
+
+    def _run_teacher(self, name: str, pixels: torch.Tensor, images: torch.Tensor) -> Outputs:
+        normalize = self._teacher_normalize.get(name)
+        if normalize is not None:
             # From the pixels, whether gradients are to reach the student's input or not: the same features to the last
             # bit. What is added is 0, and its derivative is that of one normalisation by the other.
-            own = self._as_input(self._teacher_normalize, pixels)
-            images = own + (images - images.detach()) * self._slope(images) if images.requires_grad else own
+            own = self._as_input(normalize, pixels)
+            images = own + (images - images.detach()) * self._slope(images, normalize) if images.requires_grad else own
         with self._twice_differentiable():
-            return Outputs(*self._teacher(images))
+            return Outputs(*self._teachers[name](images))
 
     def _twice_differentiable(self) -> AbstractContextManager[None]:
         """Choose attention that has a second derivative where one is needed: fused attention has none."""
         return sdpa_kernel(SDPBackend.MATH) if self._differentiates_images else nullcontext()
 
-    def _slope(self, images: torch.Tensor) -> torch.Tensor:
+    def _slope(self, images: torch.Tensor, normalize: Normalize) -> torch.Tensor:
         """Return (1, 3, 1, 1): the derivative of the teacher's input by the student's, std_S / std_T."""
-        assert self._teacher_normalize is not None
         std = (1.0, 1.0, 1.0) if self._normalize is None else self._normalize.std
-        ratios = [s / t for s, t in zip(std, self._teacher_normalize.std, strict=True)]
+        ratios = [s / t for s, t in zip(std, normalize.std, strict=True)]
         return torch.tensor(ratios, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
 
     def _as_input(self, normalize: Normalize | None, pixels: torch.Tensor) -> torch.Tensor:
@@ -135,7 +141,9 @@ def join_outputs(parts: Sequence[Outputs]) -> Outputs | None:
         return parts[0] if parts else None
     logits = [part.logits for part in parts if part.logits is not None]
     features = {path: torch.cat([part.features[path] for part in parts]) for path in parts[0].features}
-    return Outputs(torch.cat(logits) if logits else None, features)
+    members = {name: join_outputs([part.members[name] for part in parts]) for name in parts[0].members}
+    several = {name: joined for name, joined in members.items() if joined is not None}
+    return Outputs(torch.cat(logits) if logits else None, features, members=several)
 
 
 def _halve(

@@ -13,7 +13,7 @@ at once. So a step has two passes over the images, as in GradCache (Gao et al., 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,21 @@ class CachedGradient:
         return torch.stack([(now - seen).norm() / seen.norm().clamp_min(1e-12) for now, seen in pairs]).max()
 
 
+def _join_teachers(teachers: Sequence[Outputs], paths: Collection[str], with_logits: bool) -> Outputs:
+    """Return the teacher's outputs of all micro-steps as one, as far as relational terms read them."""
+    members = {
+        name: _join_teachers([outputs.members[name] for outputs in teachers], paths, with_logits)
+        for name in teachers[0].members
+    }
+    logits = [outputs.logits for outputs in teachers if outputs.logits is not None and with_logits]
+    features = {
+        path: torch.cat([outputs.features[path] for outputs in teachers])
+        for path in teachers[0].features
+        if path in paths
+    }
+    return Outputs(torch.cat(logits) if logits else None, features, members=members)
+
+
 def cache_gradient(
     objective: Objective,
     students: Sequence[Outputs],
@@ -88,11 +103,7 @@ def cache_gradient(
     keys = list(kept[0])
     joined = {key: torch.cat([tensors[key] for tensors in kept]).requires_grad_() for key in keys}
     teacher_paths = {teacher for term in objective.terms for _, teacher in getattr(term, "pairs", [])}
-    logits = [outputs.logits for outputs in teachers if outputs.logits is not None and LOGITS in joined]
-    teacher = Outputs(
-        torch.cat(logits) if logits else None,
-        {path: torch.cat([outputs.features[path] for outputs in teachers]) for path in teacher_paths},
-    )
+    teacher = _join_teachers(teachers, teacher_paths, LOGITS in joined)
     features = {key: tensor for key, tensor in joined.items() if key != LOGITS}
     student = Outputs(joined.get(LOGITS), features, types=students[0].types)
     layout = BatchLayout.even(len(labels))

@@ -19,6 +19,9 @@ from dkd.losses import RelationalLoss
 from dkd.losses.feature_pairs import no_autocast
 from dkd.models import Adapter, adapted_key, adapted_keys, run_adapter
 
+ENSEMBLE = "ensemble"
+"""In the place of a teacher's name: the mean of the logits of all teachers."""
+
 Weight = Callable[[int], float]
 """The weight of a term at a global step."""
 
@@ -39,6 +42,21 @@ class Outputs:
     sent in that type."""
     begun: Mapping[str, Any] = field(default_factory=dict)
     """By the name of a term, what `Objective.begin` returned of this teacher."""
+    members: Mapping[str, Outputs] = field(default_factory=dict)
+    """By name, what each of several teachers yields; this object holds nothing else of them then."""
+
+    def of(self, teacher: str) -> Outputs:
+        """Return what one of several teachers yields, or for ENSEMBLE the mean of the logits of all of them; of one
+        teacher alone, whose name is empty, this object."""
+        if teacher == ENSEMBLE:
+            logits = [full_precision(each.logits) for each in self.members.values() if each.logits is not None]
+            return Outputs(torch.stack(logits).mean(0), {})
+        return self.members[teacher] if teacher else self
+
+    @property
+    def all_members(self) -> list[Outputs]:
+        """Return what each teacher yields, also where there is one alone."""
+        return list(self.members.values()) or [self]
 
 
 class Term(Protocol):
@@ -118,8 +136,7 @@ def given_to_adapters(
     do not run."""
     return {
         "adapters": objective.names,
-        "features": {} if teacher is None else dict(teacher.features),
-        "logits": None if teacher is None else teacher.logits,
+        "teacher": teacher,
         "labels": labels,
         "layout": layout,
         "indices": indices,
@@ -156,6 +173,8 @@ class _Asked:
     name: str
     weight: Weight
     loss: Callable[..., torch.Tensor]
+    teacher: str = field(default="", kw_only=True)
+    """Name of the teacher, of several, or ENSEMBLE."""
 
     @cached_property
     def asked(self) -> tuple[str, ...]:
@@ -236,7 +255,7 @@ class LogitTerm(_Asked):
     def _arguments(
         self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
     ) -> tuple[Any, Any]:
-        return logits, given["logits"]
+        return logits, given["teacher"].of(self.teacher).logits
 
     def value(
         self,
@@ -249,7 +268,7 @@ class LogitTerm(_Asked):
         assert teacher is not None
         if self.is_inside:
             return self._value_inside(student)
-        return self.loss(student.logits, teacher.logits, **self._more(labels, layout, indices))
+        return self.loss(student.logits, teacher.of(self.teacher).logits, **self._more(labels, layout, indices))
 
 
 @dataclass(frozen=True)
@@ -276,7 +295,8 @@ class FeatureTerm(_Asked):
     def _arguments(
         self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
     ) -> tuple[Any, Any]:
-        return [features[s] for s, _ in self.pairs], [given["features"][t] for _, t in self.pairs]
+        wanted = given["teacher"].of(self.teacher).features
+        return [features[s] for s, _ in self.pairs], [wanted[t] for _, t in self.pairs]
 
     def keys(self, features: Mapping[str, torch.Tensor]) -> list[str]:
         """Return the keys of what the loss reads of the student's features."""
@@ -298,14 +318,16 @@ class FeatureTerm(_Asked):
             raise ValueError(f"the loss {self.name!r} has an adapter: give TappedModel the adapters of the objective")
         if self._takes_types and all(key in student.types for key in keys):
             more["sent_as"] = [student.types[key] for key in keys]
-        features = [teacher.features[t] for _, t in self.pairs]
+        wanted = teacher.of(self.teacher).features
+        features = [wanted[t] for _, t in self.pairs]
         return self.loss([student.features[key] for key in keys], teacher.begun.get(self.name, features), **more)
 
     def begin(self, teacher: Outputs, layout: BatchLayout) -> Any:
         """Begin what of the loss needs no student; None where there is nothing to begin. A collective."""
         if not isinstance(self.loss, RelationalLoss):
             return None
-        return self.loss.begin([teacher.features[t] for _, t in self.pairs], layout)
+        features = teacher.of(self.teacher).features
+        return self.loss.begin([features[t] for _, t in self.pairs], layout)
 
     @cached_property
     def _takes_types(self) -> bool:
@@ -321,6 +343,8 @@ class InputGradientTerm:
     weight: Weight
     loss: Callable[..., torch.Tensor]
     mirrored: bool = False
+    teacher: str = ""
+    """Name of the teacher, of several."""
 
     def value(
         self,
@@ -333,7 +357,7 @@ class InputGradientTerm:
         if self.mirrored:
             return self.loss(student.logits, student.mirrored_logits, student.images, labels, layout=layout)
         assert teacher is not None
-        return self.loss(student.logits, teacher.logits, student.images, labels, layout=layout)
+        return self.loss(student.logits, teacher.of(self.teacher).logits, student.images, labels, layout=layout)
 
 
 class Objective:

@@ -14,7 +14,7 @@ It knows no engine, no recipe and no file. The trainer calls it, and so can a tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from dkd.distillation.forward import Forward
 from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
 from dkd.distillation.objective import FeatureTerm, Objective, Outputs, given_to_adapters
 from dkd.distillation.teacher import FrozenTeacher
+from dkd.distillation.teacher_group import TeacherGroup
 from dkd.global_batch import BatchLayout
 from dkd.models import ADAPTERS
 from dkd.rng import derive_seed, seed_device
@@ -93,13 +94,13 @@ class DistillationStep:
     def __init__(
         self,
         student: torch.nn.Module,
-        teacher: FrozenTeacher | None,
+        teacher: FrozenTeacher | TeacherGroup | None,
         objective: Objective,
         *,
         micro_steps: int = 1,
         model: torch.nn.Module | None = None,
         normalize: Normalize | None = None,
-        teacher_normalize: Normalize | None = None,
+        teacher_normalize: Normalize | Mapping[str, Normalize] | None = None,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
         mixing: Mixing | None = None,
@@ -167,7 +168,8 @@ class DistillationStep:
             teacher = self.forward.teacher(pixels, self.forward.images(pixels))
             assert teacher is not None
             for term, loss in zip(terms, losses, strict=True):
-                loss.measure([teacher.features[path] for _, path in term.pairs])
+                features = teacher.of(term.teacher).features
+                loss.measure([features[path] for _, path in term.pairs])
             count += len(pixels)
         for loss in losses:
             loss.finish_measuring()
@@ -278,7 +280,7 @@ class DistillationStep:
         if self._agreed or self._begun > 1:
             return
         self._agreed = not again
-        theirs = [teacher] if teacher else []
+        theirs = teacher.all_members if teacher else []
         logits = [outputs.logits for outputs in (student, *theirs) if outputs.logits is not None]
         features = [
             feature

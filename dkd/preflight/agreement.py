@@ -22,10 +22,14 @@ _MAY_DIFFER = {
 }
 
 
+def _may_differ(key: str) -> bool:
+    return key in _MAY_DIFFER or (key.startswith("teachers.") and key.endswith(".weights"))
+
+
 def check_same_recipe(recipe: Recipe) -> None:
     """Check that all ranks have the same recipe, but for places of files: a machine with an older copy would train
     another thing. A collective. Raises RecipeError on every rank."""
-    own = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if key not in _MAY_DIFFER}
+    own = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if not _may_differ(key)}
     if len(set(all_gather_objects(hashlib.sha256(repr(own).encode()).hexdigest()))) == 1:
         return
     first, *others = all_gather_objects(own)

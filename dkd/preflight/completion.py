@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dkd.build.data import build_image_pipeline
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.derived import teacher_key, teacher_views, with_teacher
 from dkd.config.rules import broken_rules
 from dkd.config.schema import Normalization, StudentSection, TeacherSection
 from dkd.errors import InputError
@@ -31,8 +32,12 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
     wrong: list[Problem] = []
     if image_pipeline(recipe, wrong) is None:
         return recipe, lines  # `check` reports these problems, with the others
-    recipe, about_teacher = _complete_teacher(recipe)
-    return recipe, [*lines, *about_teacher]
+    for name, view in teacher_views(recipe):
+        completed, about_teacher = _complete_teacher(view)
+        assert completed.teacher is not None
+        recipe = with_teacher(recipe, name, completed.teacher)
+        lines += [line.replace("teacher.", f"{teacher_key(name)}.") if name else line for line in about_teacher]
+    return recipe, lines
 
 
 def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from dkd.config import Recipe, RecipeError, load_recipe
+from dkd.config.derived import teacher_views, with_teacher
 from dkd.engines.arithmetic import device_type
 from dkd.engines.rules import rules_of
 from dkd.global_batch.collectives import all_gather_objects
@@ -201,7 +202,7 @@ def settled(
         stored: what the run that is resumed was begun with: key -> value. None: this is a first start.
         fp16_works: as for `choose`.
     """
-    train, teacher, lines = recipe.train, recipe.teacher, []
+    train, lines = recipe.train, []
     choice = choose(ranks, fp16_works and recipe.losses.gradient_at is None)
     precision: Any = train.precision
     channels_last = train.channels_last
@@ -221,12 +222,17 @@ def settled(
         kept = (stored or {}).get("train.channels_last", "auto")
         channels_last = kept == "auto" or kept
     train = train.model_copy(update={"precision": precision, "channels_last": channels_last})
-    if teacher is not None and teacher.weights_dtype == "auto":
-        kept = (stored or {}).get("teacher.weights_dtype", "auto")
-        # Under bf16 autocast a forward rounds them anyway. DeepSpeed keeps a sharded teacher's in float32.
-        chosen = "bf16" if precision == "bf16" and teacher.placement != "zero3" else "fp32"
-        teacher = teacher.model_copy(update={"weights_dtype": chosen if kept == "auto" else kept})
-    return recipe.model_copy(update={"train": train, "teacher": teacher}), lines
+    recipe = recipe.model_copy(update={"train": train})
+    for name, view in teacher_views(recipe):
+        teacher = view.teacher
+        if teacher is not None and teacher.weights_dtype == "auto":
+            # Of several teachers it follows from the precision, which is kept.
+            kept = "auto" if name else (stored or {}).get("teacher.weights_dtype", "auto")
+            # Under bf16 autocast a forward rounds them anyway. DeepSpeed keeps a sharded teacher's in float32.
+            chosen: Any = "bf16" if precision == "bf16" and teacher.placement != "zero3" else "fp32"
+            update = {"weights_dtype": chosen if kept == "auto" else kept}
+            recipe = with_teacher(recipe, name, teacher.model_copy(update=update))
+    return recipe, lines
 
 
 def _emulation_warning(ranks: Sequence[Hardware]) -> list[str]:

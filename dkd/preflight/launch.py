@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dkd.build.links import read_links
 from dkd.config import Problem, Recipe, RecipeError
-from dkd.config.derived import micro_batch, micro_steps
+from dkd.config.derived import micro_batch, micro_steps, teacher_key, teacher_views
 from dkd.config.losses import ComparingSection, RelationsSection, RkdSection
 from dkd.engines.arithmetic import device_type, has_gpu
 from dkd.engines.rules import EngineRules, rules_of
@@ -82,9 +82,16 @@ def _comparison_problems(
 
 
 def _teacher_problems(recipe: Recipe, launch: Launch, rules: EngineRules) -> list[Problem]:
+    return [
+        Problem(problem.path.replace("teacher.", f"{teacher_key(name)}."), problem.message)
+        for name, view in teacher_views(recipe)
+        for problem in _problems_of_one_teacher(view, launch, rules)
+    ]
+
+
+def _problems_of_one_teacher(recipe: Recipe, launch: Launch, rules: EngineRules) -> list[Problem]:
     teacher, found = recipe.teacher, []
-    if teacher is None:
-        return []
+    assert teacher is not None
     if teacher.placement == "zero3" and not rules.uses_deepspeed:
         files = "launch/accelerate/{zero1,zero2,zero3}.yaml"
         found.append(

@@ -8,6 +8,7 @@ from dkd.build.feature_losses import Given, adapter_problem, find_unused
 from dkd.build.models import student_head, student_spec, teacher_spec
 from dkd.build.objective import custom_term
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.config.derived import teacher_key, teacher_views
 from dkd.config.losses import CustomLossSection, FormSection
 from dkd.distillation.objective import Outputs, evaluate_alone
 from dkd.global_batch import BatchLayout
@@ -42,24 +43,38 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
     """
     problems: list[Problem] = []
     student = _shapes(recipe, "student", image_size, micro_batch, with_weights, problems)
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = _shapes(
-            recipe, "teacher", recipe.teacher.input_size or image_size, micro_batch, with_weights, problems
-        )
+    teachers: dict[str, Shapes | None] = {}
+    for name, view in teacher_views(recipe):
+        assert view.teacher is not None
+        found: list[Problem] = []
+        size = view.teacher.input_size or image_size
+        teachers[name] = teacher = _shapes(view, "teacher", size, micro_batch, with_weights, found)
+        if student is not None and teacher is not None:
+            found += _pair_problems(view, student, teacher, name)
+        problems += [_renamed(problem, name, recipe, view) for problem in found]
     for i, custom in enumerate(recipe.losses.custom):
         with collect(problems, f"losses.custom.{i}.loss"):
-            _check_custom(recipe, custom, student, teacher)
-    if student is not None and teacher is not None:
-        problems += _pair_problems(recipe, student, teacher)
+            _check_custom(recipe, custom, student, teachers.get(custom.teacher or ""))
     return problems
+
+
+def _renamed(problem: Problem, name: str, recipe: Recipe, view: Recipe) -> Problem:
+    """Return a problem of the view of one teacher with the paths of the whole recipe."""
+    path = problem.path
+    if path.split(".")[0] == "teacher":
+        path = teacher_key(name) + path.removeprefix("teacher")
+    for number, custom in enumerate(view.losses.custom):
+        if path.startswith(f"losses.custom.{number}."):
+            rest = path.removeprefix(f"losses.custom.{number}.")
+            return Problem(f"losses.custom.{recipe.losses.custom.index(custom)}.{rest}", problem.message)
+    return Problem(path, problem.message)
 
 
 def _check_custom(recipe: Recipe, custom: CustomLossSection, student: Shapes | None, teacher: Shapes | None) -> None:
     """Check that a loss of the user's own can be made, and where it has parameters that it computes two random samples
     and reaches all of its parameters. Raises UserCodeError."""
     known = all(s in (student or {}) and t in (teacher or {}) for s, t in custom.paths)
-    given = Given(student or {}, teacher or {}, seed=recipe.run.seed)
+    given = Given(student or {}, {custom.teacher or "": teacher or {}}, seed=recipe.run.seed)
     term = custom_term(custom, lambda step: 1.0, given)
     adapter = getattr(term, "trained", None)
     if adapter is None or not known:
@@ -71,7 +86,8 @@ def _check_custom(recipe: Recipe, custom: CustomLossSection, student: Shapes | N
         for shapes in (student, teacher)
     ]
     try:
-        value = evaluate_alone(term, outputs[0], outputs[1], labels, layout, indices)
+        named = Outputs(None, {}, members={custom.teacher: outputs[1]}) if custom.teacher else outputs[1]
+        value = evaluate_alone(term, outputs[0], named, labels, layout, indices)
         unused = find_unused(adapter.module, [value])
     except Exception as error:  # the user's code may raise anything
         raise UserCodeError(f"{custom.loss!r} fails on two samples: {describe_error(error)}") from error
@@ -150,17 +166,25 @@ def _check_reached(recipe: Recipe, micro_batch: int, image_size: int, taps: list
 
 
 def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str]:
-    """Compare the classes that the teacher's weights state with those of the data, where a loss learns from its logits.
+    """Compare the classes that each teacher's weights state with those of the data, where a loss learns from its
+    logits.
 
     Args:
         class_names: of the data; None: they name none.
 
     Returns:
-        A line to report where the two cannot be compared.
+        A line to report for each teacher where the two cannot be compared.
 
     Raises:
         RecipeError: they are other classes, or in another order.
     """
+    lines = []
+    for name, view in teacher_views(recipe):
+        lines += _check_class_order(view, class_names, f"{teacher_key(name)}.weights")
+    return lines
+
+
+def _check_class_order(recipe: Recipe, class_names: list[str] | None, path: str) -> list[str]:
     teacher = recipe.teacher
     if (
         teacher is None
@@ -169,7 +193,7 @@ def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str
         or not teacher.check_class_names
     ):
         return []
-    with input_errors_at("teacher.weights"):
+    with input_errors_at(path):
         stated = stated_classes(teacher.name, teacher.weights)
     if stated is None:
         if teacher.weights == "random":
@@ -180,7 +204,7 @@ def check_class_order(recipe: Recipe, class_names: list[str] | None) -> list[str
     problem, note = compare_classes(stated, class_names)
     if problem is not None:
         raise RecipeError.at(
-            "teacher.weights",
+            path,
             f"{problem}, and losses.{recipe.losses.needs_teacher_logits[0]} compares logits by place; take a teacher "
             "of these classes, or give teacher.check_class_names=false where only the names differ",
         )
@@ -234,11 +258,11 @@ def _begin(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Problem]:
+def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes, name: str) -> list[Problem]:
     """Return what is wrong with the shapes of pairs: one block for each loss that has rules of shapes. A block calls
     what the loss itself raises, as `token_grid`, so that there is one text."""
     problems = []
-    given = Given(student, teacher, seed=recipe.run.seed)
+    given = Given(student, {name: teacher}, seed=recipe.run.seed)
     for key, section in recipe.losses.named():
         if isinstance(section, FormSection) and all(s in student and t in teacher for s, t in section.paths):
             problem = adapter_problem(key, section, given)

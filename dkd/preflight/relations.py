@@ -13,7 +13,7 @@ from dkd.build.links import read_links
 from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import relational_losses
 from dkd.config import Problem, Recipe, RecipeError
-from dkd.config.derived import micro_batch, micro_steps
+from dkd.config.derived import micro_batch, micro_steps, view_of
 from dkd.config.losses import RelationsSection
 from dkd.engines.arithmetic import Arithmetic
 from dkd.errors import InputError
@@ -74,7 +74,9 @@ def memory_problems(recipe: Recipe, world_size: int, local_world_size: int, imag
     """Return where a loss does not fit into the memory that the recipe allows it on that many processes."""
     found: list[Problem] = []
     for key, section in recipe.losses.compared:
-        if not isinstance(section, RelationsSection) or section.memory is None or recipe.teacher is None:
+        if not isinstance(section, RelationsSection) or section.memory is None:
+            continue
+        if view_of(recipe, section).teacher is None:
             continue
         try:
             links, _ = read_links(recipe, "cpu")
@@ -86,6 +88,7 @@ def memory_problems(recipe: Recipe, world_size: int, local_world_size: int, imag
 
 def _compared_tensors(recipe: Recipe, section: RelationsSection, image_size: int, device_type: str) -> list[GramTensor]:
     """Return the sizes and types of the features that a loss compares: the student's, then the teacher's."""
+    recipe = view_of(recipe, section)
     assert recipe.teacher is not None
     spec, taps = student_spec(recipe), [s for s, _ in section.paths]
     of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in section.paths]

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from dkd.config.changes import differing_keys
+from dkd.config.derived import teacher_views
 from dkd.report.run_files import RunFiles
 from dkd.runs.directory import read_provenance
 from dkd.runs.status import FINISHED_STATE, read_status
@@ -74,7 +75,7 @@ def facts_of(run: RunFiles) -> RunFacts:
         step=status.step,
         total_steps=status.total_steps,
         student=recipe.student.name,
-        teacher=recipe.teacher.name if recipe.teacher is not None else None,
+        teacher=" + ".join(view.teacher.name for _, view in teacher_views(recipe) if view.teacher is not None) or None,
         losses={key: section.describe() for key, section in recipe.losses.named()},
         global_batch=recipe.train.global_batch,
         epochs=recipe.train.epochs,

@@ -184,7 +184,7 @@ def _view_teacher(recipe: Recipe, taps: list[str], images: _Images, trust_code: 
     if section.weights == "random":
         raise WeightsError("the teacher's weights were random")
     load_teacher_weights(model, section)
-    normalize = teacher_normalize(recipe, images.pipeline.normalize)
+    normalize = teacher_normalize(recipe, images.pipeline.normalize)[""]
     return _view_model(spec, model, taps, images, normalize, section.input_size, recipe, notes)
 
 

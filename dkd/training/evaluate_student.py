@@ -282,6 +282,10 @@ def _recipe_of(weights: Path) -> Path:
     return path
 
 
+_ALONE = ("teachers={}", "losses={}", "optimizer.adapters={}")
+"""Overrides that leave the student alone."""
+
+
 def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool) -> tuple[Path, Recipe]:
     """Return the student's file and the recipe of its run, with its teacher where that is asked for. Raises
     RecipeError."""
@@ -297,8 +301,10 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
     fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics
     if not teacher:
-        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}", "optimizer.adapters={}"])
+        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", *_ALONE])
     section = load_recipe(path, [*overrides, *fitting]).teacher
+    if load_recipe(path).teachers:
+        raise RecipeError.at("teachers", "--teacher compares with one teacher, and the run has several; leave it out")
     if section is None:
         raise RecipeError.at("teacher", "the run has no teacher to compare with; leave --teacher out")
     # Cut into shards, a teacher needs the student's engine under ZeRO-3 alone.

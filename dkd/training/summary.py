@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dkd import machine
 from dkd.build.data import DataParts
 from dkd.config import Recipe
+from dkd.config.derived import teacher_views
 from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
 from dkd.data.jpeg import jpeg_decoder
 from dkd.data.sampler import TURNS
-from dkd.distillation import FrozenTeacher
+from dkd.distillation import FrozenTeacher, TeacherGroup
+from dkd.distillation.teacher_group import members_of
 from dkd.engines.base import Engine
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
@@ -24,7 +26,7 @@ def summarize(
     training: ImageSource,
     schedule: RunSchedule,
     engine: Engine,
-    teacher: FrozenTeacher | None,
+    teacher: FrozenTeacher | TeacherGroup | None,
 ) -> Iterator[str]:
     """Yield lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
 
@@ -68,11 +70,16 @@ def summarize(
     yield from _warn(recipe, sampler)
 
 
-def _list_other_parameters(recipe: Recipe, engine: Engine, teacher: FrozenTeacher | None) -> Iterator[str]:
+def _list_other_parameters(
+    recipe: Recipe, engine: Engine, teacher: FrozenTeacher | TeacherGroup | None
+) -> Iterator[str]:
     for name, module in engine.model.adapters.items():
         yield f"the loss {name} trains {_count(parameter_counts(module))} of its own, which are no part of the student"
-    if teacher is not None and recipe.teacher is not None:
-        yield f"teacher {recipe.teacher.name}: {_count(parameter_counts(teacher))}, {recipe.teacher.placement}"
+    members = members_of(teacher)
+    for name, view in teacher_views(recipe):
+        assert view.teacher is not None
+        what = f"teacher {name}, {view.teacher.name}" if name else f"teacher {view.teacher.name}"
+        yield f"{what}: {_count(parameter_counts(members[name]))}, {view.teacher.placement}"
 
 
 def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
@@ -82,8 +89,10 @@ def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
                 f"note: {section.title} with scope {section.scope} and batch {section.batch} sees part of the global "
                 "batch: it depends on the number of ranks"
             )
-    if recipe.teacher is not None and recipe.teacher.weights == "random":
-        yield "warning: the teacher's weights are random, as the recipe states; it teaches nothing"
+    for name, view in teacher_views(recipe):
+        if view.teacher is not None and view.teacher.weights == "random":
+            whose = f" ({name})" if name else ""
+            yield f"warning: the teacher's weights are random, as the recipe states; it teaches nothing{whose}"
 
 
 def summarize_streaming(

@@ -285,7 +285,8 @@ class Trainer:
         """Return what measures the student's agreement with the teacher; None where this evaluation does not."""
         parts = self.parts
         recipe = parts.recipe
-        if parts.step.teacher is None or not parts.schedule.measures_agreement(self.state.step, parts.stopping.may_end):
+        # Several teachers are not compared with: one number would not tell with which.
+        if recipe.teacher is None or not parts.schedule.measures_agreement(self.state.step, parts.stopping.may_end):
             return None
         same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
         taps = list(dict.fromkeys(pairs(recipe)))

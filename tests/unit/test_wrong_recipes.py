@@ -348,7 +348,7 @@ def test_a_changed_recipe_is_shown_key_by_key_and_refused(recipe_file, capsys):
     assert main(["train", str(recipe_file), "losses.kd=null"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[:-1] == [
-        "dkd: losses.kd: {alpha: 2.0, temperature: 4.0, standardize: False} before, null now",
+        "dkd: losses.kd: {teacher: null, alpha: 2.0, temperature: 4.0, standardize: False} before, null now",
         "dkd: train.epochs: 7 before, 1 now",
     ]
     assert "give --allow-recipe-change to resume it with the new one, --overwrite to replace" in lines[-1]

@@ -5,6 +5,7 @@ Models are built on meta tensors: a plan needs no data, no weights, no process g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dkd.build.links import read_links
@@ -12,7 +13,7 @@ from dkd.build.models import pairs as loss_pairs
 from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import custom_loss
 from dkd.config import Recipe, RecipeError
-from dkd.config.derived import micro_batch, micro_steps
+from dkd.config.derived import micro_batch, micro_steps, teacher_views
 from dkd.config.losses import ComparingSection, RelationsSection
 from dkd.global_batch import Grid, Links, Work, ranks_per_group
 from dkd.global_batch.cost import (
@@ -112,7 +113,8 @@ class Plan:
         nodes: number of machines.
         gpus_per_node: GPUs of each machine, with one process for each GPU.
         image_size: pixels, the side of the student's input.
-        student, teacher: parameters, bytes and floating-point operations of each model.
+        student: parameters, bytes and floating-point operations of the student.
+        teachers: those of each teacher by name; of one alone, the name is empty.
         relations: the losses of relations between samples.
     """
 
@@ -121,7 +123,7 @@ class Plan:
     gpus_per_node: int
     image_size: int
     student: ModelCost
-    teacher: ModelCost | None
+    teachers: Mapping[str, ModelCost]
     relations: tuple[PlannedRelations, ...]
     links: str
     """Where the speeds of links are from, in words."""
@@ -186,16 +188,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
     size = pipeline.image_size
     pairs = loss_pairs(recipe)
     student = model_cost(student_spec(recipe), [s for s, _ in pairs], size)
-    teacher = None
-    if recipe.teacher is not None:
-        needs_logits = bool(recipe.losses.needs_teacher_logits)
-        teacher = model_cost(
-            teacher_spec(recipe),
-            [t for _, t in pairs],
-            recipe.teacher.input_size or size,
-            needs_logits,
-            training=False,
-        )
+    teachers = {name: _teacher_cost(view, size) for name, view in teacher_views(recipe)}
     links, where = read_links(recipe, device_type)
     cluster = Cluster(world_size, gpus_per_node, device_type, links)
     relations = [
@@ -204,7 +197,15 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         if isinstance(section, RelationsSection)
         for planned in _plan_relations(recipe, key, section, cluster, size)
     ]
-    return Plan(recipe, nodes, gpus_per_node, size, student, teacher, tuple(relations), where, assumed)
+    return Plan(recipe, nodes, gpus_per_node, size, student, teachers, tuple(relations), where, assumed)
+
+
+def _teacher_cost(recipe: Recipe, image_size: int) -> ModelCost:
+    """Return the cost of the teacher of a view."""
+    assert recipe.teacher is not None
+    taps, needs_logits = [t for _, t in loss_pairs(recipe)], bool(recipe.losses.needs_teacher_logits)
+    size = recipe.teacher.input_size or image_size
+    return model_cost(teacher_spec(recipe), taps, size, needs_logits, training=False)
 
 
 def _plan_relations(

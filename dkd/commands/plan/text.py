@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dkd.commands.plan.plan import Plan, PlannedRelations
 from dkd.commands.tap_table import tap_table
+from dkd.config.derived import teacher_views
 from dkd.config.losses import DistSection, RkdSection
 from dkd.global_batch import STRATEGIES, Grid, Link, corner
 from dkd.models import ModelCost
@@ -21,10 +22,12 @@ def describe(planned: Plan) -> str:
         ("batch", f"{recipe.train.global_batch:,} = {planned.micro_batch} × {world} ranks × {steps}"),
         ("student", f"{recipe.student.name}, {student}"),
     ]
-    if recipe.teacher is not None and planned.teacher is not None:
-        teacher = f"{planned.teacher.parameters:,} parameters, {_model_work(planned.teacher, training=False)}"
-        lines.append(("teacher", f"{recipe.teacher.name}, {teacher}"))
-        lines.append(("", _teacher_memory(planned, planned.teacher, number, number_bytes)))
+    for name, view in teacher_views(recipe):
+        cost = planned.teachers[name]
+        assert view.teacher is not None
+        work = f"{cost.parameters:,} parameters, {_model_work(cost, training=False)}"
+        lines.append(("teacher", f"{f'{name}: ' if name else ''}{view.teacher.name}, {work}"))
+        lines.append(("", _teacher_memory(planned, cost, number, number_bytes)))
     gradients = 2 * (world - 1) * planned.student.parameters * number_bytes // world
     lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
     shares = [name for name, section in recipe.losses.named() if section.of_samples]
@@ -137,7 +140,7 @@ def _step_work(planned: Plan) -> dict[str, int]:
     images = planned.micro_batch * planned.micro_steps
     return {
         "relations": sum(relations.operations for relations in planned.relations),
-        "teacher": images * planned.teacher.forward if planned.teacher else 0,
+        "teacher": images * sum(cost.forward for cost in planned.teachers.values()),
         "forward": images * planned.student.forward * (2 if planned.two_passes else 1),
         "backward": images * planned.student.backward,
     }

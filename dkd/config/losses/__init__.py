@@ -1,6 +1,6 @@
 """Define the `losses` of a recipe: every key, its type, default and meaning."""
 
-from dkd.config.losses.all_losses import LOSSES, CustomLossSection, LossesSection, with_constant_weights
+from dkd.config.losses.all_losses import ENSEMBLE, LOSSES, CustomLossSection, LossesSection, with_constant_weights
 from dkd.config.losses.attention import AttentionTransferSection, GradientAttentionSection
 from dkd.config.losses.features import (
     AdaptedSection,
@@ -27,6 +27,7 @@ from dkd.config.losses.relations import (
 from dkd.config.losses.section import ComparingSection, LossSection, WeightSchedule
 
 __all__ = [
+    "ENSEMBLE",
     "LOSSES",
     "AdaptedSection",
     "AttentionTransferSection",

@@ -99,6 +99,9 @@ class CustomLossSection(LossSection):
         return f"{self.name} {describe_weight(self.weight)}"
 
 
+ENSEMBLE = "ensemble"
+"""In the place of a teacher's name: the mean of all teachers' logits."""
+
 # Further keys of a line of metrics.jsonl with loss terms, and keys that distinguish the other lines from it.
 _LOGGED = (
     "rkd_distance", "rkd_angle",
@@ -162,6 +165,11 @@ class LossesSection(Section):
             raise ValueError("ce is null, and there is no other loss: nothing would be learned")
         return self
 
+    def taught_by(self, name: str) -> LossesSection:
+        """Return the losses that compare with one of several teachers, or with the mean of all of them."""
+        kept = {key: None for key, section in self.named() if "." not in key and not _reads(section, name)}
+        return self.model_copy(update={**kept, "custom": [each for each in self.custom if _reads(each, name)]})
+
     @property
     def compared(self) -> list[tuple[str, ComparingSection]]:
         """Return the losses that compare samples, each with its key."""
@@ -193,6 +201,10 @@ class LossesSection(Section):
     def needs_teacher_logits(self) -> list[str]:
         """Return the keys of the losses that read the teacher's logits."""
         return [key for key, section in self.named() if section.needs_teacher_logits]
+
+
+def _reads(section: LossSection, teacher: str) -> bool:
+    return section.needs_teacher and section.teacher in (teacher, ENSEMBLE)
 
 
 LOSSES: dict[str, type[LossSection]] = {

@@ -56,6 +56,9 @@ class LossSection(Section):
     """Name of the loss in reports."""
     of_samples: ClassVar[bool] = True
     """The loss is a mean over samples: nothing moves between ranks for it."""
+    teacher: Annotated[str, Field(min_length=1)] | None = None
+    """Name of one of `teachers`, with which the loss compares, or for losses of logits `ensemble`, the mean of all
+    teachers' logits; null: the recipe has one `teacher`."""
 
     @property
     def needs_teacher(self) -> bool:
