@@ -32,7 +32,7 @@ from dkd.data import (
     open_source,
 )
 from dkd.data.sampler import TURNS
-from dkd.data.sources import set_aside, split_spec
+from dkd.data.sources import has_labels, set_aside, split_spec
 from dkd.launch import Launch
 
 MOST_WORKERS = 16
@@ -76,11 +76,13 @@ def open_part(data: DataSection, part: str) -> ImageSource:
     """Open data.train, or a data.validation that is a name. Raises DataError."""
     spec = data.train if part == "train" else data.validation
     assert isinstance(spec, str), "validation images that have no place of their own"
-    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    image, label, labels = data.image_column, data.label_column, data.labels
     # The validation data may be of another kind.
     if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
-        return open_row_groups(spec, training=part == "train", **columns)
-    return open_source(spec, training=part == "train", root=data.root, **columns)
+        return open_row_groups(spec, training=part == "train", image_column=image, label_column=label, labels=labels)
+    return open_source(
+        spec, training=part == "train", root=data.root, image_column=image, label_column=label, labels=labels
+    )
 
 
 def open_parts(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
@@ -221,13 +223,17 @@ def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCut
         dtype: of the weights that mixed images have of each class.
     """
     data = recipe.data
-    return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
+    if not data.mixup and not data.cutmix:
+        return None
+    return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype, data.labels)
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:
-    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, and row groups
-    where they count."""
+    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, or for images
+    without labels their places, and row groups where they count."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    if not has_labels(source):
+        digest.update(source.places)
     if isinstance(source, RowGroups):
         digest.update(source.sizes.tobytes())
     return {"images": len(source), "sha256": digest.hexdigest()}

@@ -17,7 +17,7 @@ from dkd.models.inspection import (
     unreached_parameters,
 )
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
-from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
+from dkd.models.stated import StatedClasses, StatedInput, stated_class_count, stated_classes, stated_input
 from dkd.models.student_file import load_student, read_description, save_student, student_spec
 from dkd.models.tapped import LogitsOnly, TapError, TappedModel
 from dkd.models.weights import (
@@ -66,6 +66,7 @@ __all__ = [
     "output_shapes",
     "read_description",
     "save_student",
+    "stated_class_count",
     "stated_classes",
     "stated_input",
     "stream_weights",

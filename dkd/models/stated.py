@@ -143,6 +143,37 @@ def stated_classes(name: str, weights: str | None) -> StatedClasses | None:
     return None
 
 
+def stated_class_count(name: str, weights: str | None) -> int | None:
+    """Return the number of classes that a model's weights state, by names or by a number; None where they state none.
+
+    Args:
+        name, weights: as in a recipe.
+    """
+    named = stated_classes(name, weights)
+    if named is not None:
+        return len(named.names)
+    if weights in (None, "random"):
+        return None
+    count: Any = None
+    if weights not in (AS_BUILT, PRETRAINED) and is_file_name(str(weights)):
+        architecture = _describe_file(Path(str(weights))).get("architecture")
+        count = architecture.get("classes") if isinstance(architecture, Mapping) else None
+    elif name.startswith(TIMM):
+        count = _count_by_timm(name.removeprefix(TIMM))
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else None
+
+
+def _count_by_timm(name: str) -> int | None:
+    """Return the number of classes of timm's weights; 0 for a model that was trained without labels."""
+    try:
+        from timm.models import get_pretrained_cfg
+
+        found = get_pretrained_cfg(name)
+    except (ImportError, RuntimeError):  # building the model reports these
+        return None
+    return None if found is None else int(found.num_classes)
+
+
 def _describe_file(path: Path) -> dict[str, Any]:
     """Return what is stored of a student in the JSON beside its weights, or in their metadata; empty where the file is
     no student of dkd."""

@@ -10,7 +10,8 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.rules import broken_rules
 from dkd.config.schema import Normalization, StudentSection, TeacherSection
 from dkd.errors import InputError
-from dkd.models import StatedInput, stated_input
+from dkd.models import StatedInput, stated_class_count, stated_input
+from dkd.preflight.collecting import collect
 from dkd.preflight.data import count_classes_of, image_pipeline
 
 
@@ -23,9 +24,11 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     lines: list[str] = []
     if recipe.data.classes is None:
-        counted = count_classes_of(recipe)
+        counted, where = (
+            (count_classes_of(recipe), "counted in data.train") if recipe.data.labels else _teachers_classes(recipe)
+        )
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": counted})})
-        lines.append(f"{counted} classes, counted in data.train")
+        lines.append(f"{counted} classes, {where}")
         if problems := broken_rules(recipe):
             raise RecipeError(problems)
     wrong: list[Problem] = []
@@ -33,6 +36,30 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
         return recipe, lines  # `check` reports these problems, with the others
     recipe, about_teacher = _complete_teacher(recipe)
     return recipe, [*lines, *about_teacher]
+
+
+def _teachers_classes(recipe: Recipe) -> tuple[int, str]:
+    """Return the number of classes of the teacher, and where it is stated, for images without labels. Raises
+    RecipeError."""
+    teacher = recipe.teacher
+    assert teacher is not None  # without labels, each loss needs one
+    if teacher.classes is not None:
+        return teacher.classes, "as teacher.classes states"
+    wrong: list[Problem] = []
+    with collect(wrong, "teacher.weights"):
+        if (found := stated_class_count(teacher.name, teacher.weights)) is not None:
+            return found, "as the teacher's weights state"
+    raise RecipeError(
+        wrong
+        or [
+            Problem(
+                "data.classes",
+                "the images have no labels to count, and the teacher's weights state no classes; write "
+                "teacher.classes, the outputs of the teacher's head, or data.classes, those of the student's (any "
+                "number, where no loss reads logits)",
+            )
+        ]
+    )
 
 
 def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:

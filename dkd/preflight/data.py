@@ -73,7 +73,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     with collect(problems, "data.train", ValueError):  # pyarrow's errors are some
         training = open_part(data, "train")
         texts = getattr(training, "has_text_labels", False)
-        check_labels(training, classes(recipe))
+        _check_labels(recipe, training, classes(recipe))
         if isinstance(data.validation, float):
             with collect(problems, "data.validation"):
                 training, validation = set_aside(training, data.validation, recipe.run.seed)
@@ -86,7 +86,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
             validation = open_part(data, "validation")
             if training is not None:
                 match_classes(training.class_names, validation, texts)
-            check_labels(validation, classes(recipe))
+            _check_labels(recipe, validation, classes(recipe))
     if validation is not None:
         key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"
         with collect(problems, "data.validation", ValueError):
@@ -101,6 +101,14 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     if problems or training is None:
         raise RecipeError(problems)
     return training, validation
+
+
+def _check_labels(recipe: Recipe, source: ImageSource, classes: int) -> None:
+    """Check the labels of a source, or that it has images where they have no labels. Raises DataError."""
+    if recipe.data.labels:
+        check_labels(source, classes)
+    elif len(source) == 0:
+        raise DataError("the data set is empty")
 
 
 def _check_first(recipe: Recipe, source: ImageSource, transform: Callable, key: str, problems: list[Problem]) -> None:
@@ -128,7 +136,7 @@ def open_validation(recipe: Recipe, classes: int, class_names: list[str] | None 
         if source is None:
             raise DataError("is null: name the images to evaluate, such as data.validation=folder:PATH")
         match_classes(class_names, source)
-        check_labels(source, classes)
+        _check_labels(recipe, source, classes)
         if pipeline is not None:
             image = _first_image(source, recipe.data.on_error == "skip")
             _check_transformed(image, pipeline.validation, pipeline.image_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dkd.build.models import student_head, student_spec, teacher_spec
 from dkd.build.objective import custom_loss
 from dkd.config import Problem, Recipe, RecipeError
+from dkd.distillation.objective import asked_parameters
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
     AS_BUILT,
@@ -42,7 +43,12 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
         )
     for i, custom in enumerate(recipe.losses.custom):
         with collect(problems, f"losses.custom.{i}.loss"):
-            custom_loss(custom)
+            loss = custom_loss(custom)
+            if custom.of != "labels" and not recipe.data.labels and "labels" in asked_parameters(loss):
+                raise UnknownModelError(
+                    f"{custom.loss!r} has a parameter labels, but data.labels is false; remove the parameter, or the "
+                    "loss"
+                )
     if student is not None and teacher is not None:
         problems += _pair_problems(recipe, student, teacher)
     return problems

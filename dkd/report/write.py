@@ -155,6 +155,8 @@ def _add_agreement(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
 
 def _add_classes(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
     """Add what evaluation.json states of each class: the worst classes, and what they were taken for."""
+    if not run.recipe.data.labels:
+        return
     found, reason = read_evaluation(run.path / EVALUATION_FILE)
     page = gallery.page
     if reason is not None:

@@ -36,7 +36,7 @@ class Agreement:
     Args:
         top1: share of samples for which both name the same class first.
         kl: mean KL(teacher ‖ student) of the class probabilities at temperature 1, in nats.
-        teacher_top1: share of samples for which the teacher is right.
+        teacher_top1: share of samples for which the teacher is right; None for samples without labels, too.
         cka: (student path, teacher path) -> linear CKA.
     """
 
@@ -70,11 +70,14 @@ class AgreementMeter:
         pairs: (student path, teacher path) of tapped modules.
         classes: whether both models have the same classes.
         device: where both models' outputs are.
+        labels: whether the samples have labels.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], classes: bool, device: torch.device) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], classes: bool, device: torch.device, labels: bool = True
+    ) -> None:
         self._products: dict[tuple[str, str], _Products | None] = dict.fromkeys(pairs)
-        self._classes, self._device = classes, device
+        self._classes, self._device, self._labels = classes, device, labels
         self._numbers = torch.zeros(4, dtype=torch.float64, device=device)  # samples, same class, KL, teacher right
 
     @torch.no_grad()
@@ -99,7 +102,8 @@ class AgreementMeter:
         if not samples:
             return Agreement(None, None, None, cka)
         mean_kl = kl / samples
-        return Agreement(same / samples, mean_kl if math.isfinite(mean_kl) else None, right / samples, cka)
+        teacher_right = right / samples if self._labels else None
+        return Agreement(same / samples, mean_kl if math.isfinite(mean_kl) else None, teacher_right, cka)
 
 
 def _compare(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,8 @@ class _Models:
             raise RecipeError.at("teacher.weights" if isinstance(error, WeightsError) else "", error) from error
         if self._teacher is not None:
             check_same_teacher(self._teacher.fingerprint)
-            self._meter = AgreementMeter(taps, teacher_spec(recipe).classes == classes, device)
+            same_classes = teacher_spec(recipe).classes == classes
+            self._meter = AgreementMeter(taps, same_classes, device, recipe.data.labels)
         normalize = build_image_pipeline(recipe).normalize
         self._forward = Forward(
             arithmetic.place(tapped, device),
@@ -220,7 +221,8 @@ class _Models:
                 inside.enter_context(self._teacher.with_logits())
             if self.predictions is not None:
                 inside.callback(self.predictions.close)
-            result = evaluate(self._logits, batches, self._device, self._recipe.data.on_error == "skip")
+            data = self._recipe.data
+            result = evaluate(self._logits, batches, self._device, data.on_error == "skip", labels=data.labels)
             assert result is not None  # nobody asks it to stop
             if self._meter is not None:
                 result = replace(result, agreement=self._meter.over_ranks())
@@ -295,8 +297,16 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     path = _recipe_of(weights)
     # What is evaluated is the student, in batches of its own: these fit any launch.
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
-    fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics
+    # An evaluation uses running statistics, and decides nothing.
+    fitting += ["train.sync_batch_norm=false", "train.stop_when=null", "checkpoint.keep_best=0"]
     if not teacher:
+        asked = [value for keys, value in parse_overrides(overrides) if ".".join(keys) == "data.labels"]
+        if [load_recipe(path).data.labels, *asked][-1] is False:
+            raise RecipeError.at(
+                "data.labels",
+                "the run's images have no labels: compare the student with its teacher by --teacher, or name images "
+                "with labels, data.labels=true data.validation=folder:PATH",
+            )
         return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", "losses={}"])
     section = load_recipe(path, [*overrides, *fitting]).teacher
     if section is None:

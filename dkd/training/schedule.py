@@ -52,6 +52,11 @@ class RunSchedule:
         self._evaluates_every, self._log_every = recipe.evaluation.every_epochs, recipe.run.log_every
         self._has_validation = recipe.data.validation is not None
         self._agreement = recipe.evaluation.agreement
+        stop_when = recipe.train.stop_when
+        # Where nothing else can be measured, or something is decided by it.
+        needed = not recipe.data.labels or (stop_when is not None and stop_when.metric == "agreement")
+        if needed and self._agreement == "auto":
+            self._agreement = True
         self._checkpoints = CheckpointSchedule(recipe.checkpoint, steps_per_epoch, self.total_steps)
 
     def decide(self, steps_done: int, wishes: Wishes) -> Decision:
@@ -69,7 +74,7 @@ class RunSchedule:
 
     def measures_agreement(self, steps_done: int, may_end: bool = False) -> bool:
         """Return whether the evaluation after so many steps compares the student with its teacher: each one, none, or
-        by default the run's last.
+        by default the run's last, or each one where nothing else can be measured.
 
         Args:
             may_end: whether the run may end early by this evaluation.

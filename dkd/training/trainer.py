@@ -253,7 +253,8 @@ class Trainer:
                 if meter is not None and parts.step.teacher is not None:
                     inside.enter_context(parts.step.teacher.with_logits())
                 logits = partial(self._evaluated_logits, meter)
-                result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop)
+                labels = parts.recipe.data.labels
+                result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop, labels)
                 if result is not None and meter is not None:
                     result = replace(result, agreement=meter.over_ranks())
         except DataError as error:
@@ -261,7 +262,8 @@ class Trainer:
         finally:
             parts.step.student.train()
         if result is not None:
-            parts.checkpointer.evaluations[step] = result.top1
+            if result.rank is not None:
+                parts.checkpointer.evaluations[step] = result.rank
             seconds, names = time.monotonic() - begun, parts.data.class_names
             parts.stopping.judge(step, result)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
@@ -275,7 +277,9 @@ class Trainer:
             return None
         same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
         taps = list(dict.fromkeys(pairs(recipe)))
-        return AgreementMeter(taps, same_classes, parts.engine.device) if same_classes or taps else None
+        if not same_classes and not taps:
+            return None
+        return AgreementMeter(taps, same_classes, parts.engine.device, recipe.data.labels)
 
     def _evaluated_logits(self, meter: AgreementMeter | None, batch: Batch) -> torch.Tensor:
         """Return the student's logits (b, K), and let the meter see both models' outputs where there is one."""
