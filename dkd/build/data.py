@@ -85,6 +85,20 @@ def open_part(data: DataSection, part: str) -> ImageSource:
     )
 
 
+def open_labelled(recipe: Recipe, spec: str, training: bool) -> ImageSource:
+    """Open images that `evaluation.knn` names, with their labels. Raises DataError.
+
+    Args:
+        training: which part to take where a data set has two.
+    """
+    data, knn = recipe.data, recipe.evaluation.knn
+    label = data.label_column if knn is None or knn.label_column is None else knn.label_column
+    image = data.image_column
+    if data.streaming and split_spec(spec)[0] in ("parquet", "hub"):
+        return open_row_groups(spec, training=training, image_column=image, label_column=label)
+    return open_source(spec, training=training, root=data.root, image_column=image, label_column=label)
+
+
 def open_parts(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     """Open the training images, and those of the validation: named, or drawn from the training images, or None where
     nothing is evaluated. Raises DataError."""
@@ -155,6 +169,30 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
 
 
 @dataclass(frozen=True)
+class KnnSources:
+    """Holds the images that the k-NN accuracy is measured on.
+
+    Args:
+        bank: among which neighbours are looked for.
+        queries: whose classes are voted for; their labels are the bank's classes.
+        classes: number of classes.
+    """
+
+    bank: ImageSource
+    queries: ImageSource
+    classes: int
+
+
+@dataclass(frozen=True)
+class KnnLoaders:
+    """Holds this rank's batches of the images that the k-NN accuracy is measured on. Fields as KnnSources."""
+
+    bank: EvaluationLoader
+    queries: EvaluationLoader
+    classes: int
+
+
+@dataclass(frozen=True)
 class DataParts:
     """Holds the images of a training, on one rank.
 
@@ -166,6 +204,7 @@ class DataParts:
         validation: None: nothing is evaluated.
         facts: number and fingerprint of the training images.
         class_names: in the order of the labels; None: the data do not name them.
+        knn: None: the k-NN accuracy is not measured.
     """
 
     sampler: GlobalBatchSampler
@@ -177,10 +216,17 @@ class DataParts:
     workers: int
     facts: Mapping[str, Any]
     class_names: list[str] | None = None
+    knn: KnnLoaders | None = None
 
 
 def build_data(
-    recipe: Recipe, training: ImageSource, validation: ImageSource | None, launch: Launch, dtype: torch.dtype, pin: bool
+    recipe: Recipe,
+    training: ImageSource,
+    validation: ImageSource | None,
+    launch: Launch,
+    dtype: torch.dtype,
+    pin: bool,
+    knn: KnnSources | None = None,
 ) -> DataParts:
     """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
 
@@ -188,31 +234,28 @@ def build_data(
         training, validation: opened; no validation: nothing is evaluated.
         dtype: of the models' inputs.
         pin: load into page-locked memory, for a faster copy to a GPU.
+        knn: opened, where the recipe asks for it.
     """
     pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
     sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
     replaces = data.on_error == "skip"
+
+    def evaluation_loader(source: ImageSource) -> EvaluationLoader:
+        size, own_workers = pipeline.image_size, loader_workers(data, source, local)
+        batch, rank, world = recipe.evaluation.batch, launch.rank, launch.world_size
+        return EvaluationLoader(source, pipeline.validation, batch, rank, world, own_workers, pin, size)
+
     return DataParts(
         sampler,
         TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
-        None
-        if validation is None
-        else EvaluationLoader(
-            validation,
-            pipeline.validation,
-            recipe.evaluation.batch,
-            launch.rank,
-            launch.world_size,
-            loader_workers(data, validation, local),
-            pin,
-            pipeline.image_size,
-        ),
+        None if validation is None else evaluation_loader(validation),
         pipeline,
         teacher_normalize(recipe, pipeline.normalize),
         build_mixing(recipe, dtype),
         workers,
         data_facts(training),
         training.class_names,
+        None if knn is None else KnnLoaders(evaluation_loader(knn.bank), evaluation_loader(knn.queries), knn.classes),
     )
 
 

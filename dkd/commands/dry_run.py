@@ -17,7 +17,7 @@ from dkd.data import ImageSource
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
 from dkd.preflight.completion import compare_student
-from dkd.preflight.data import open_sources
+from dkd.preflight.data import open_knn, open_sources
 from dkd.preflight.hardware import settled_here
 from dkd.preflight.models import check_class_order
 from dkd.text import shorten
@@ -34,6 +34,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     """
     recipe, chosen = settled_here(recipe, launch)
     training, validation = open_sources(recipe, launch)
+    open_knn(recipe, training, validation)
     notes = [*compare_student(recipe), *check_class_order(recipe, training.class_names), *expected_notes(recipe)]
     size = build_image_pipeline(recipe).image_size
     train, without = recipe.train, "" if recipe.data.labels else " without labels"

@@ -11,7 +11,15 @@ from dkd.config.schema import Recipe
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
-    checks = (*models, _check_batch, _check_data, _check_labels, _check_evaluation, _check_evaluation_without_labels)
+    checks = (
+        *models,
+        _check_batch,
+        _check_data,
+        _check_labels,
+        _check_evaluation,
+        _check_evaluation_without_labels,
+        _check_knn,
+    )
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -121,6 +129,7 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
         ("train.stop_when", stop_when is not None),
         ("checkpoint.keep_best", recipe.checkpoint.keep_best > 0),
         ("evaluation.agreement", recipe.evaluation.agreement is True),
+        ("evaluation.knn", recipe.evaluation.knn is not None),
     ):
         if asked:
             yield Problem(key, "needs evaluations, but data.validation is null; name validation images, or remove it")
@@ -165,6 +174,25 @@ def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
             "data.validation",
             f"has no labels, the teacher has {teacher.classes} classes, not data.classes={data.classes}, and no loss "
             "taps features: there is nothing to measure; set it to null",
+        )
+
+
+def _check_knn(recipe: Recipe) -> Iterator[Problem]:
+    knn, every = recipe.evaluation.knn, recipe.evaluation.every_epochs
+    if knn is None:
+        return
+    for key in ("train", "validation"):
+        if not recipe.data.labels and getattr(knn, key) is None:
+            yield Problem(f"evaluation.knn.{key}", "is needed, since data.labels is false; name images with labels")
+    if knn.label_column is not None and knn.train is None and knn.validation is None:
+        yield Problem(
+            "evaluation.knn.label_column",
+            "belongs to evaluation.knn.train or evaluation.knn.validation, which name no images; use data.label_column",
+        )
+    if knn.every_epochs is not None and knn.every_epochs % every:
+        yield Problem(
+            "evaluation.knn.every_epochs",
+            f"{knn.every_epochs} is no multiple of evaluation.every_epochs={every}, after which evaluations are",
         )
 
 

@@ -323,6 +323,30 @@ class TrainSection(Section):
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""
 
 
+class KnnSection(Section):
+    """Set the k-NN accuracy of the student's features, which needs labels of other images than those it is trained on,
+    and no head: an image's class is voted by the images with the most similar features."""
+
+    train: Text | None = None
+    """The images with labels among which neighbours are looked for, named as `data.train` is; default: data.train,
+    where it has labels."""
+    validation: Text | None = None
+    """The images with labels whose classes are voted for, named likewise; default: data.validation, where it has
+    labels."""
+    label_column: Text | None = None
+    """Column of the labels in parquet and hub data that are named here; default: data.label_column."""
+    tap: Text | None = None
+    """Dotted path of the module whose output is the feature, averaged over the positions of a map, or over all tokens;
+    default: the input of the student's head."""
+    k: Count = 20
+    """Number of neighbours that vote."""
+    temperature: Positive = 0.07
+    """T; a neighbour of cosine similarity s votes with weight exp(s/T)."""
+    every_epochs: Count | None = None
+    """Epochs between measurements, which belong to evaluations; default: evaluation.every_epochs. The run's last
+    evaluation always measures it."""
+
+
 class EvaluationSection(Section):
     """Set when and how the student is evaluated."""
 
@@ -335,6 +359,8 @@ class EvaluationSection(Section):
     linear CKA of tapped pairs. It costs a forward of the teacher for each validation image. auto: in the last
     evaluation of the run, where there is a teacher; in each evaluation of images without labels, of which nothing else
     can be measured. true: in each."""
+    knn: KnnSection | None = None
+    """k-NN accuracy of the student's features; null: not measured."""
 
 
 class SgdSection(Section):

@@ -21,6 +21,7 @@ from dkd.models import (
     stated_classes,
     unreached_parameters,
 )
+from dkd.models.feature_reader import feature_width
 from dkd.preflight.collecting import collect, input_errors_at
 
 Shapes = dict[str, tuple[int, ...]]
@@ -49,6 +50,9 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
                     f"{custom.loss!r} has a parameter labels, but data.labels is false; remove the parameter, or the "
                     "loss"
                 )
+    if student is not None and recipe.evaluation.knn is not None:
+        with collect(problems, "evaluation.knn.tap"):
+            feature_width(student_spec(recipe), recipe.evaluation.knn.tap, image_size)
     if student is not None and teacher is not None:
         problems += _pair_problems(recipe, student, teacher)
     return problems

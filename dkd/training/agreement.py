@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from dkd.data.samples import Batch
 from dkd.distillation import Outputs
+from dkd.models.feature_reader import pool
 
 MOST_CHANNELS = 4096
 """Channels up to which CKA is measured: a pair takes 8·(p² + q² + p·q) bytes on each rank."""
@@ -88,7 +89,9 @@ class AgreementMeter:
             labels = batch.labels[:valid].to(self._device, non_blocking=True)
             self._numbers += _compare(student.logits[:valid].double(), teacher.logits[:valid].double(), labels)
         for pair in self._products:
-            x, y = (_pool(side.features[path][:valid]) for side, path in zip((student, teacher), pair, strict=True))
+            x, y = (
+                pool(side.features[path][:valid].double()) for side, path in zip((student, teacher), pair, strict=True)
+            )
             if max(x.shape[1], y.shape[1]) > MOST_CHANNELS:
                 continue
             products = self._products[pair] or _Products.zeros(x.shape[1], y.shape[1], self._device)
@@ -115,14 +118,6 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor)
     first = teacher.argmax(1)
     same, right = (first == student.argmax(1)).sum(), (first == labels).sum()
     return torch.stack([kl.new_full((), len(labels)), same.double(), kl, right.double()])
-
-
-def _pool(feature: torch.Tensor) -> torch.Tensor:
-    """Return (b, C): features averaged over positions. Maps are (b, C, h, w), and tokens (b, N, C)."""
-    feature = feature.double()
-    if feature.dim() == 3:
-        return feature.mean(1)
-    return feature if feature.dim() == 2 else feature.flatten(2).mean(2)
 
 
 def _sum(numbers: torch.Tensor) -> torch.Tensor:

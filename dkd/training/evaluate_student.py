@@ -298,7 +298,7 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     # What is evaluated is the student, in batches of its own: these fit any launch.
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
     # An evaluation uses running statistics, and decides nothing.
-    fitting += ["train.sync_batch_norm=false", "train.stop_when=null", "checkpoint.keep_best=0"]
+    fitting += ["train.sync_batch_norm=false", "train.stop_when=null", "checkpoint.keep_best=0", "evaluation.knn=null"]
     if not teacher:
         asked = [value for keys, value in parse_overrides(overrides) if ".".join(keys) == "data.labels"]
         if [load_recipe(path).data.labels, *asked][-1] is False:

@@ -15,7 +15,7 @@ then needs none: `folder:PATH` is all images under PATH, a column of labels may 
 
 from dkd.data.sources.base import NO_LABEL, DataError, ImageSource, has_labels
 from dkd.data.sources.decoding import decode_pixels, to_rgb_tensor
-from dkd.data.sources.labels import check_labels, check_names, count_classes, match_classes
+from dkd.data.sources.labels import check_labels, check_names, count_classes, count_places, match_classes
 from dkd.data.sources.memory import in_memory, is_in_memory, pixels_in_memory
 from dkd.data.sources.names import check_spec, open_source, runs_user_code, same_images, split_spec
 from dkd.data.sources.parts import PartOfSource, set_aside
@@ -29,6 +29,7 @@ __all__ = [
     "check_names",
     "check_spec",
     "count_classes",
+    "count_places",
     "decode_pixels",
     "has_labels",
     "in_memory",
