@@ -135,11 +135,11 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     return training, validation
 
 
-def open_knn(recipe: Recipe, training: ImageSource, validation: ImageSource | None) -> KnnSources | None:
+def open_knn(recipe: Recipe, training: ImageSource | None, validation: ImageSource | None) -> KnnSources | None:
     """Return the images that the k-NN accuracy is measured on, opened and checked; None where the recipe asks for none.
 
     Args:
-        training, validation: as `open_sources` returns them.
+        training, validation: as `open_sources` returns them; None: not used, since the recipe names others.
 
     Raises:
         RecipeError: with every problem found.

@@ -254,3 +254,33 @@ def test_a_compiled_student_is_read_without_its_compiled_forward(tmp_path):
     train = {"max_steps": 2, "compile": {"student": True}}
     result = dkd.train(recipe_in(tmp_path / "run", train=train, evaluation={"knn": {}}))
     assert result.evaluation.knn.samples == 449
+
+
+def test_the_command_measures_a_finished_student_where_it_is_asked_to(tmp_path, capsys):
+    from dkd.cli import main
+
+    values = recipe_in(tmp_path / "run", evaluation={"knn": {"k": 15}, "batch": 100})
+    result = dkd.train(values)
+    run = str(result.run_dir)
+    assert "knn_top1" not in dkd.evaluate(run, ["evaluation.batch=100"]).facts()
+    again = dkd.evaluate(run, ["evaluation.knn.k=15", "evaluation.batch=100"]).result
+    assert again.knn == result.evaluation.knn
+    assert main(["evaluate", run, "evaluation.knn={k: 3, tap: layer2}"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["knn_top1"] == pytest.approx(1, abs=1)
+    assert "k-NN of 3 among 1348 images: top-1" in printed.err
+    assert main(["evaluate", run, "evaluation.knn={tap: layer9}"]) == 2
+    assert "evaluation.knn.tap: 'layer9' is not a module" in capsys.readouterr().err
+    # A student of images without labels, without its teacher.
+    other = recipe_in(
+        tmp_path / "other",
+        data={"labels": False},
+        teacher={"name": "wrn_16_1", "weights": "random"},
+        losses={"ce": None, "kd": {"alpha": 1}},
+    )
+    run = str(dkd.train(other).run_dir)
+    found = dkd.evaluate(run, ["evaluation.knn={train: digits, validation: digits}"]).result
+    assert (found.top1, found.agreement) == (None, None)
+    assert found.knn.samples == 449
+    assert main(["evaluate", run, "evaluation.knn={train: 'python:a:b', validation: digits}"]) == 2
+    assert "evaluation.knn.train: 'python:a:b' is code to be imported and run" in capsys.readouterr().err
