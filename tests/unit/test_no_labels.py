@@ -301,3 +301,37 @@ def test_the_dry_run_and_its_picture_need_no_labels(tmp_path, capsys):
     assert "1348 training images without labels, 449 for validation, 10 classes" in capsys.readouterr().out
     assert (tmp_path / "batch.png").exists()
     assert main(["plan", str(path), "--gpus-per-node", "2", "data.mixup=0.2"]) == 0
+
+
+# --- A recipe of one's own
+
+
+def test_dkd_new_writes_a_recipe_for_images_without_labels(tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    values = recipe_of(tmp_path, run={"dir": str(teacher)}, data={"labels": True}, train={"max_steps": 1})
+    dkd.train({**values, "teacher": None, "losses": {}})
+    write_unlabelled_folder(tmp_path / "photos", 64, pixels=32)
+    path = tmp_path / "recipe.yaml"
+    asked = ["new", "--student", "resnet8", "--data", str(tmp_path / "photos"), "-o", str(path)]
+    taught = [*asked, "--teacher", str(teacher), "--no-labels"]
+    assert main(taught) == 0
+    said = capsys.readouterr().out
+    assert "64 images without labels" in said
+    assert "losses       at, sp, kd" in said
+    recipe = dkd.load_recipe(path)
+    assert (recipe.data.labels, recipe.data.classes, recipe.losses.ce) == (False, 10, None)
+    assert "# the student's outputs, as many as the teacher has" in path.read_text()
+    run = [f"run.dir={tmp_path / 'run'}", "run.trackers=[]", "train.max_steps=1", "train.precision=fp32"]
+    assert dkd.train(path, run).evaluation.agreement.top1 is not None
+    # Weights that state no classes: features alone are compared.
+    random = [*asked, "--teacher", "resnet8=random", "--no-labels", "--force"]
+    assert main(random) == 0
+    assert "no kd: the teacher's weights state no classes" in capsys.readouterr().out
+    assert dkd.load_recipe(path).data.classes == 1000
+    assert main([*asked, "--no-labels", "--force"]) == 2
+    assert "--no-labels needs --teacher" in capsys.readouterr().err
+    assert main([*taught, "--label-column", "y", "--force"]) == 2
+    assert "leave one of the two out" in capsys.readouterr().err
+    flat = write_unlabelled_folder(tmp_path / "flat", 1)
+    assert main(["new", "--student", "resnet8", "--data", str(flat), "-o", str(tmp_path / "b.yaml")]) == 2
+    assert "for images without labels, add --no-labels" in capsys.readouterr().err

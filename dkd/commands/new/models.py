@@ -16,12 +16,14 @@ from dkd.models import (
     head_keys,
     head_size,
     read_description,
+    stated_class_count,
     stated_classes,
     stated_input,
     student_spec,
 )
 from dkd.models.registry import runs_user_code
 
+_NO_HEAD = 1  # a head of one class would say nothing of images
 LIBRARIES = ("torchvision/", "timm/", "hf/")
 
 
@@ -75,6 +77,17 @@ class NamedModel:
             return len(stated.names)
         spec = self.spec(classes)
         return head_size(build_on_meta(spec), self.name, self.weights, head_keys(spec)) or classes
+
+    def known_classes(self) -> int | None:
+        """Return the number of outputs of the model's head in its weights; None where the weights do not show it.
+        Errors as `count_classes`."""
+        if self.weights in (None, "random", "as_built"):
+            return None
+        stated = stated_class_count(self.name, self.weights)
+        if stated is not None:
+            return stated
+        found = self.count_classes(_NO_HEAD)
+        return None if found == _NO_HEAD else found
 
 
 def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = None) -> NamedModel:
