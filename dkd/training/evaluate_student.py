@@ -131,7 +131,6 @@ def evaluate_student(
     validation = open_validation(recipe, spec.classes, description.get("class_names"))
 
     knn = _open_knn(recipe, validation, spec)
-
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
     recipe, notes = settle(recipe, launch)
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
@@ -139,16 +138,15 @@ def evaluate_student(
     batches = _open_batches(recipe, validation, launch)
     models = _Models(recipe, launch, student, spec.classes, device)
     if predictions is not None:
-        models.predictions = Predictions(
-            Path(predictions), validation, batches, spec.classes, device, launch.is_main, overwrite
-        )
+        place, main = Path(predictions), launch.is_main
+        models.predictions = Predictions(place, validation, batches, spec.classes, device, main, overwrite)
     names = description.get("class_names") or validation.class_names
     result, problem = models.evaluate(batches, names)
     if knn is not None:
         result = replace(result, knn=models.measure_knn(knn, spec))
     written = None if predictions is None else Path(predictions)
-    data, precision = str(recipe.data.validation), recipe.train.precision
-    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, precision)
+    data, how = str(recipe.data.validation), recipe.train.precision
+    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, how)
 
 
 def _check_fraction(weights: Path, recipe: Recipe, description: Mapping[str, Any]) -> None:

@@ -180,8 +180,13 @@ def evaluate(
     counts = None if counts is None else counts.over_ranks()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
-    samples, loss = int(sums[0]), sums[1].item()
-    missing = count_missing(samples, batches.total, failures, unreadable, skip_unreadable)
+    samples, loss = sums.tolist()
+    missing = count_missing(int(samples), batches.total, failures, unreadable, skip_unreadable)
+    return _conclude(int(samples), counts, loss, missing)
+
+
+def _conclude(samples: int, counts: ClassCounts | None, loss: float, missing: int) -> Evaluation:
+    """Return the result, from what all ranks have counted; no counts: the samples have no labels."""
     if counts is None:
         return Evaluation(samples, None, None, None, missing)
     _, top1, top5 = counts.totals

@@ -116,7 +116,9 @@ def test_the_head_of_models_is_found_and_its_input_read():
         features = whole.take()
         assert torch.allclose(model.fc(features), logits, atol=1e-6)
         assert torch.allclose(tapped.take(), features, atol=1e-6)
-    assert not model.fc._forward_pre_hooks
+    model(images)  # read by nobody
+    with whole.reading(), pytest.raises(TapError, match="fired 0 times in one forward"):
+        whole.take()
     with pytest.raises(TapError, match=r"'layer9' is not a module of CifarResNet; did you mean layer"):
         FeatureReader(model, spec, "layer9")
     with whole.reading():

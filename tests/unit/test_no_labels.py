@@ -269,6 +269,10 @@ def test_a_teacher_with_weights_is_compared_again_by_the_command(tmp_path, capsy
     assert main(["evaluate", str(run.run_dir), "--teacher"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["agreement"]["top1"] == run.evaluation.agreement.top1
+    dkd.evaluate(run.run_dir, teacher=True, predictions=tmp_path / "predictions.parquet")
+    rows = parquet.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert rows["label"] == [None] * 449
+    assert all(0 <= each < 10 for each in rows["prediction"])
     assert "agreement with the teacher: same class first" in printed.err
     with_labels = dkd.evaluate(run.run_dir, ["data.labels=true"], teacher=True).result
     assert with_labels.agreement.teacher_top1 is not None
