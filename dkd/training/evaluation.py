@@ -53,7 +53,7 @@ class Evaluation:
         return None if self.top5_correct is None else self.top5_correct / self.samples
 
     @property
-    def rank(self) -> float | None:
+    def score(self) -> float | None:
         """Return the number by which the best checkpoints are kept: top-1, or without labels the agreement with the
         teacher; None where neither was measured."""
         return self.value("agreement" if self.top1_correct is None else "top1")

@@ -125,9 +125,8 @@ def _read(
         places += [index for _, index in batches.keys[number] if index >= 0][: batch.valid]
     samples = sum(collectives.all_gather_objects(len(places)))
     missing = count_missing(samples, batches.total, failures, unreadable, skip_unreadable)
-    return Features(
-        torch.cat(rows), torch.cat(labels).to(device), torch.tensor(places, device=device), batches.total, missing
-    )
+    where = torch.tensor(places, dtype=torch.int64, device=device)
+    return Features(torch.cat(rows), torch.cat(labels).to(device), where, batches.total, missing)
 
 
 def _labels_of_all(bank: Features) -> torch.Tensor:

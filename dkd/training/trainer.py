@@ -268,8 +268,8 @@ class Trainer:
         finally:
             parts.step.student.train()
         if result is not None:
-            if result.rank is not None:
-                parts.checkpointer.evaluations[step] = result.rank
+            if result.score is not None:
+                parts.checkpointer.evaluations[step] = result.score
             seconds, names = time.monotonic() - begun, parts.data.class_names
             parts.stopping.judge(step, result)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)

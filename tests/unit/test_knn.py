@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from few_images import write_images
 from test_evaluation import recipe_in
 from threaded_ranks import on_ranks
 
@@ -181,6 +182,9 @@ def test_a_run_measures_its_average_on_its_own_data(tmp_path, capsys):
 
     assert main(["compare", str(result.run_dir)]) == 0
     assert "k-NN top-1" in capsys.readouterr().out
+    assert main(["report", str(result.run_dir), "--images", "20"]) == 0
+    page = (result.run_dir / "report.html").read_text()
+    assert f"<td>{100 * knn.top1:.2f}" in page.split("k-NN accuracy of the student")[1]
 
 
 def test_images_without_labels_are_judged_by_others_with_labels(tmp_path):
@@ -286,3 +290,19 @@ def test_the_command_measures_a_finished_student_where_it_is_asked_to(tmp_path, 
     assert found.knn.samples == 449
     assert main(["evaluate", run, "evaluation.knn={train: 'python:a:b', validation: digits}"]) == 2
     assert "evaluation.knn.train: 'python:a:b' is code to be imported and run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_cannot_be_read_do_not_vote_and_are_not_asked(tmp_path, streaming):
+    """In parquet files, read by worker processes where they are streamed."""
+    write_images(tmp_path / "bank.parquet", 60, pixels=8, row_group=8, seed=1, broken=[(5, "truncated")])
+    write_images(tmp_path / "queries.parquet", 21, pixels=8, row_group=8, seed=2, broken=[(3, "no image")])
+    data = {"streaming": streaming, "on_error": "skip", "train": str(tmp_path / "train.parquet")}
+    write_images(tmp_path / "train.parquet", 64, pixels=8, row_group=8)
+    knn = {"train": str(tmp_path / "bank.parquet"), "validation": str(tmp_path / "queries.parquet"), "k": 100}
+    values = recipe_in(tmp_path / "run", data=data, train={"global_batch": 16, "max_steps": 1}, evaluation={"knn": knn})
+    found = dkd.train(values).evaluation.knn
+    assert (found.samples, found.bank, found.k, found.unreadable) == (20, 59, 59, 2)
+    values["data"]["on_error"] = "raise"
+    with pytest.raises(dkd.TrainingError, match=r"evaluation after step 1: .*image 5"):
+        dkd.train({**values, "run": {**values["run"], "dir": str(tmp_path / "other")}})

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -15,6 +17,7 @@ from PIL import Image
 import dkd
 from dkd.build.data import data_facts
 from dkd.cli import main
+from dkd.config.loading import validate
 from dkd.data import DataError, MixupCutmix, in_memory, open_row_groups, open_source
 from dkd.data.sources import NO_LABEL, has_labels, set_aside
 
@@ -211,7 +214,7 @@ def test_a_run_measures_agreement_alone_and_repeats_from_a_checkpoint(tmp_path, 
     result = whole.evaluation
     assert (result.samples, result.top1, result.top5, result.loss, result.classes) == (18, None, None, None, None)
     assert result.problem is None
-    assert result.rank == result.agreement.top1
+    assert result.score == result.agreement.top1
     assert result.agreement.teacher_top1 is None
     found = evaluations(whole.run_dir)
     assert [each["steps"] for each in found] == [2, 4, 6]  # each evaluation, not the last alone
@@ -339,3 +342,21 @@ def test_dkd_new_writes_a_recipe_for_images_without_labels(tmp_path, capsys):
     flat = write_unlabelled_folder(tmp_path / "flat", 1)
     assert main(["new", "--student", "resnet8", "--data", str(flat), "-o", str(tmp_path / "b.yaml")]) == 2
     assert "for images without labels, add --no-labels" in capsys.readouterr().err
+
+
+def test_the_recipe_of_the_guide_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "no_labels.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    recipe = validate(yaml.safe_load(text))
+    assert recipe.losses.reads_labels == []
+    # Its models and pairs are there; its images are this test's.
+    write_unlabelled_folder(tmp_path / "photos", 40, pixels=32)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            write_unlabelled_folder(tmp_path / "probe" / part / name, 3, pixels=32)
+    values = yaml.safe_load(text.replace("folder:probe", f"folder:{tmp_path / 'probe'}"))
+    values["data"] |= {"train": f"folder:{tmp_path / 'photos'}", "validation": 0.25}
+    values["teacher"]["weights"] = "random"
+    values["train"] = {**values["train"], "global_batch": 8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "run": {"dir": str(tmp_path / "run")}}))
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0

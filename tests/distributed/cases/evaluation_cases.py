@@ -84,20 +84,22 @@ def plain_confusion(samples):
 
 
 def knn_counts(folder):
-    """Of 41 queries among 150 images, in batches that do not fill the ranks evenly; the features are whole numbers, of
+    """Of few queries among few images, in batches that do not fill the ranks evenly; the features are whole numbers, of
     which many are alike, so that all that ranks could do differently is to break ties."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     results = {}
-    for batch in (1, 7, 64):
-        loaders = [
-            EvaluationLoader(RandomImages(samples), lambda image: image, batch, rank, size) for samples in (150, 41)
-        ]
-        for k, temperature in ((1, 0.07), (20, 0.07), (200, 1.0)):
-            section = KnnSection(k=k, temperature=temperature)
-            found = measure_knn(coarse_features, *loaders, 10, section, torch.device("cpu"))
-            results[f"batch {batch}, k {k}"] = [
-                found.samples, found.bank, found.k, found.top1_correct, found.top5_correct,
-            ]  # fmt: skip
+    for images, asked in ((150, 41), (5, 3)):  # 4 ranks have 2, 2, 1 and 0 of 5 images
+        for batch in (1, 7, 64):
+            loaders = [
+                EvaluationLoader(RandomImages(samples), lambda image: image, batch, rank, size)
+                for samples in (images, asked)
+            ]
+            for k in (1, 20, 200):
+                section = KnnSection(k=k, temperature=0.07 if k < 200 else 1.0)
+                found = measure_knn(coarse_features, *loaders, 10, section, torch.device("cpu"))
+                results[f"batch {batch}, {images} {asked} {k}"] = [
+                    found.samples, found.bank, found.k, found.top1_correct, found.top5_correct,
+                ]  # fmt: skip
     return results
 
 
@@ -105,25 +107,25 @@ def coarse_features(batch):
     return (batch.images[:, :, 3, :2].flatten(1).float() / 100).round() - 1
 
 
-def plain_knn(k, temperature):
+def plain_knn(images, asked, k):
     """Samples, bank, k, top-1 and top-5, by sorting all similarities of each query."""
-    bank, queries = RandomImages(150), RandomImages(41)
-    rows, asked = (
+    bank, queries, temperature = RandomImages(images), RandomImages(asked), 0.07 if k < 200 else 1.0
+    rows, columns = (
         torch.nn.functional.normalize(
             coarse_features(Batch(source.pixels, torch.empty(0), len(source))).double(), dim=1
         ).float()
         for source in (bank, queries)
     )
     top1 = top5 = 0
-    for similarities, label in zip((asked.double() @ rows.double().T).float().tolist(), queries.labels, strict=True):
-        nearest = sorted(range(150), key=lambda i, s=similarities: (-s[i], i))[:k]
+    for similarities, label in zip((columns.double() @ rows.double().T).float().tolist(), queries.labels, strict=True):
+        nearest = sorted(range(images), key=lambda i, s=similarities: (-s[i], i))[:k]
         votes = [0.0] * 10
         for place in nearest:
             votes[bank.labels[place]] += math.exp((similarities[place] - similarities[nearest[0]]) / temperature)
         ranked = [c for c in sorted(range(10), key=lambda c, votes=votes: (-votes[c], c)) if votes[c] > 0]
         top1 += ranked[0] == label
         top5 += label in ranked[:5]
-    return [41, 150, min(k, 150), int(top1), int(top5)]
+    return [asked, images, min(k, images), int(top1), int(top5)]
 
 
 CASES = [evaluation_counts, class_counts_of_an_evaluation, knn_counts]
