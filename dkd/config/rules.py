@@ -163,13 +163,13 @@ def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
             )
     if data.labels or data.validation is None or teacher is None or by_agreement:
         return
-    if agreement is False:
+    if agreement is False and recipe.evaluation.knn is None:
         yield Problem(
             "evaluation.agreement",
             "false leaves nothing to measure on images without labels (data.labels is false); remove it, or evaluate "
             "nothing with data.validation=null",
         )
-    elif not _names_same_classes(recipe) and not _is_anything_tapped(recipe):
+    elif not _names_same_classes(recipe) and not _is_anything_tapped(recipe) and recipe.evaluation.knn is None:
         yield Problem(
             "data.validation",
             f"has no labels, the teacher has {teacher.classes} classes, not data.classes={data.classes}, and no loss "

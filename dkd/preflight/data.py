@@ -23,6 +23,7 @@ from dkd.data.sources import (
     ImageSource,
     PartOfSource,
     check_labels,
+    check_names,
     check_spec,
     count_classes,
     count_places,
@@ -147,8 +148,8 @@ def open_knn(recipe: Recipe, training: ImageSource | None, validation: ImageSour
     section, problems = recipe.evaluation.knn, list[Problem]()
     if section is None:
         return None
-    pipeline = build_image_pipeline(recipe)
-    opened: list[ImageSource] = []
+    pipeline, opened = build_image_pipeline(recipe), list[ImageSource]()
+    transforms = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
     for key, own, spec in (("train", training, section.train), ("validation", validation, section.validation)):
         path = f"evaluation.knn.{key}"
         with collect(problems, path, ValueError):
@@ -160,15 +161,29 @@ def open_knn(recipe: Recipe, training: ImageSource | None, validation: ImageSour
             else:
                 assert spec is not None  # rules.py asks for one
                 source = open_labelled(recipe, spec, training=key == "train")
-                _check_first(recipe, source, pipeline.validation, "transforms", problems)
+                _check_first(recipe, source, pipeline.validation, transforms, problems)
             if opened and (section.train is not None or spec is not None):
                 match_classes(opened[0].class_names, source, getattr(opened[0], "has_text_labels", False))
-            check_labels(source, count_places(opened[0] if opened else source))
+            _check_voted(source, opened[0] if opened else source)
             opened.append(source)
     if problems:
         raise RecipeError(problems)
     bank, queries = opened
     return KnnSources(bank, queries, count_places(bank))
+
+
+def _check_voted(source: ImageSource, bank: ImageSource) -> None:
+    """Check that the labels of a source are classes of the images that vote. Raises DataError."""
+    if len(source) == 0:
+        raise DataError("the data set is empty")
+    check_names(source.class_names or [])
+    classes, low, high = count_places(bank), int(source.labels.min()), int(source.labels.max())
+    if low < 0:
+        raise DataError(f"labels go from {low} to {high}; a label is the index of a class, counted from 0")
+    if classes < 2:
+        raise DataError("all images are of one class: name the folder that holds the folders of the classes")
+    if high >= classes:
+        raise DataError(f"labels go up to {high}, but the images that vote have the classes 0 … {classes - 1}")
 
 
 def _check_labels(recipe: Recipe, source: ImageSource, classes: int) -> None:

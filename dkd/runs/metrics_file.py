@@ -115,9 +115,14 @@ def agreement_with_teacher(evaluation: Mapping[str, Any]) -> float | None:
 
 
 def describe_accuracy(evaluation: Mapping[str, Any]) -> str:
-    """Return the top-1 of an evaluation's line in words, or without labels the agreement with the teacher; empty where
-    neither was measured."""
-    for name, value in (("top-1", evaluation.get("top1")), ("agreement", agreement_with_teacher(evaluation))):
+    """Return the top-1 of an evaluation's line in words, or without labels the agreement with the teacher, or the k-NN
+    accuracy; empty where none was measured."""
+    named = {
+        "top-1": evaluation.get("top1"),
+        "agreement": agreement_with_teacher(evaluation),
+        "k-NN top-1": evaluation.get("knn_top1"),
+    }
+    for name, value in named.items():
         if value is not None:
             return f"{name} {value:.4f}"
     return ""

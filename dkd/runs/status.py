@@ -143,7 +143,7 @@ def describe(status: RunStatus) -> list[str]:
         terms = " ".join(f"{k} {v:.4g}" for k, v in status.logged.items() if k not in ("step", "epoch"))
         lines.append(f"last logged  step {status.logged['step']}, epoch {status.logged['epoch']}: {terms}")
     if status.evaluation:
-        found = describe_accuracy(status.evaluation) or "no labels"
+        found = describe_accuracy(status.evaluation) or "images without labels"
         lines.append(f"evaluation   after step {status.evaluation['steps']}: {found}")
     if status.damaged_lines:
         lines.append(f"damaged      {status.damaged_lines} lines of metrics.jsonl, which do not count")

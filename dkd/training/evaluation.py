@@ -68,6 +68,12 @@ class Evaluation:
     @property
     def problem(self) -> str | None:
         """Return why the numbers mean nothing; None where they are sound."""
+        agreement = self.agreement
+        if self.loss is None and agreement is not None and agreement.top1 is not None and agreement.kl is None:
+            return (
+                "KL(teacher ‖ student) is not finite: for some images the logits of one of the two are not, and their "
+                "agreement means nothing"
+            )
         if self.loss is None or math.isfinite(self.loss):
             return None
         return (

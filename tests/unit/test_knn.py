@@ -306,3 +306,34 @@ def test_images_that_cannot_be_read_do_not_vote_and_are_not_asked(tmp_path, stre
     values["data"]["on_error"] = "raise"
     with pytest.raises(dkd.TrainingError, match=r"evaluation after step 1: .*image 5"):
         dkd.train({**values, "run": {**values["run"], "dir": str(tmp_path / "other")}})
+
+
+def test_labels_that_the_bank_does_not_have_are_refused(tmp_path):
+    from test_own_images import write_rows
+
+    bank = write_rows(tmp_path / "bank.parquet", [0, 1, 2] * 4)
+    for labels, message in (
+        ([0, 3], r"evaluation\.knn\.validation: labels go up to 3, but the images that vote have the classes 0 … 2"),
+        ([-1, 0], r"evaluation\.knn\.validation: labels go from -1 to 0; a label is the index of a class"),
+    ):
+        queries = write_rows(tmp_path / f"queries{labels[1]}.parquet", labels)
+        with pytest.raises(dkd.InputError, match=message):
+            dkd.train(recipe_in(tmp_path / "run", evaluation={"knn": {"train": bank, "validation": queries}}))
+    one = write_rows(tmp_path / "one.parquet", [0, 0])
+    with pytest.raises(dkd.InputError, match=r"evaluation\.knn\.train: all images are of one class"):
+        dkd.train(recipe_in(tmp_path / "run", evaluation={"knn": {"train": one, "validation": bank}}))
+    found = dkd.train(recipe_in(tmp_path / "other", evaluation={"knn": {"train": bank, "validation": one}}))
+    assert found.evaluation.knn.samples == 2
+
+
+def test_neighbours_may_be_all_that_is_measured(tmp_path):
+    values = recipe_in(
+        tmp_path / "run",
+        data={"labels": False},
+        teacher={"name": "wrn_16_1", "weights": "random"},
+        losses={"ce": None, "kd": {"alpha": 1}},
+        evaluation={"agreement": False, "knn": {"train": "digits", "validation": "digits"}},
+    )
+    found = dkd.train(values).evaluation
+    assert (found.top1, found.agreement, found.score) == (None, None, None)
+    assert found.knn.samples == 449

@@ -20,6 +20,8 @@ from dkd.cli import main
 from dkd.config.loading import validate
 from dkd.data import DataError, MixupCutmix, in_memory, open_row_groups, open_source
 from dkd.data.sources import NO_LABEL, has_labels, set_aside
+from dkd.training.agreement import Agreement
+from dkd.training.evaluation import Evaluation
 
 
 def write_unlabelled_folder(path, count=24, pixels=8):
@@ -360,3 +362,18 @@ def test_the_recipe_of_the_guide_is_one(tmp_path):
     values["train"] = {**values["train"], "global_batch": 8}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "run": {"dir": str(tmp_path / "run")}}))
     assert main(["train", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
+
+
+def test_numbers_of_broken_logits_are_reported_as_a_problem():
+    for kl, problem in ((0.5, False), (None, True)):
+        found = Evaluation(9, None, None, None, agreement=Agreement(0.3, kl, None)).problem
+        assert (found is not None) == problem
+        assert found is None or "KL(teacher ‖ student) is not finite" in found
+    assert Evaluation(9, None, None, None, agreement=Agreement(None, None, None)).problem is None
+
+
+def test_a_run_with_labels_that_stops_by_agreement_measures_it_each_time(tmp_path):
+    train = {"stop_when": {"metric": "agreement", "patience": 9}, "max_steps": None, "global_batch": 448}
+    values = recipe_of(tmp_path, data={"labels": True}, losses={"ce": {}}, train=train)
+    run = dkd.train(values).run_dir
+    assert [each["agreement"]["top1"] is not None for each in evaluations(run)] == [True, True]
