@@ -12,12 +12,13 @@ from test_evaluation import recipe_in
 from threaded_ranks import on_ranks
 
 import dkd
-from dkd.data import build_pipeline, open_source
+from dkd.config.schema import KnnSection
+from dkd.data import EvaluationLoader, build_pipeline, open_source
 from dkd.global_batch import neighbours
 from dkd.global_batch.neighbours import nearest
-from dkd.models import ModelSpec, TapError, build_model
+from dkd.models import ModelSpec, TapError, build_model, stated_class_count
 from dkd.models.feature_reader import FeatureReader, feature_width, find_head, pool
-from dkd.training.knn import rank_classes
+from dkd.training.knn import measure_knn, rank_classes
 
 
 def plain_neighbours(queries, bank, k):
@@ -337,3 +338,34 @@ def test_neighbours_may_be_all_that_is_measured(tmp_path):
     found = dkd.train(values).evaluation
     assert (found.top1, found.agreement, found.score) == (None, None, None)
     assert found.knn.samples == 449
+
+
+@pytest.mark.parametrize("stop_at", [0, 8])
+def test_a_measurement_ends_where_it_is_asked_to(stop_at):
+    sources = [open_source("digits", training=training) for training in (True, False)]
+    bank, queries = (EvaluationLoader(source, lambda image: image, 100) for source in sources)
+    read = []
+
+    def features(batch):
+        read.append(batch.valid)
+        return batch.images.flatten(1).float()
+
+    cpu, asked = torch.device("cpu"), []
+    assert (
+        measure_knn(features, bank, queries, 10, KnnSection(), cpu, False, lambda n: asked.append(n) or n >= stop_at)
+        is None
+    )
+    assert len(read) == stop_at
+    found = measure_knn(features, bank, queries, 10, KnnSection(), cpu, False, lambda n: asked.append(n))
+    assert found.top1 > 0.95  # pixels are features of digits
+    assert asked[stop_at + 1 :] == list(range(len(bank) + len(queries) + 1))  # and one turn
+
+
+def test_teachers_state_their_number_of_classes():
+    assert stated_class_count("torchvision/resnet18", "IMAGENET1K_V1") == 1000
+    assert stated_class_count("torchvision/resnet18", "random") is None
+    pytest.importorskip("timm")
+    assert stated_class_count("timm/vit_tiny_patch16_224", "pretrained") == 1000
+    assert stated_class_count("timm/vit_small_patch14_dinov2.lvd142m", "pretrained") is None  # it has no head
+    with pytest.raises(TapError, match="no single module is the head of 'timm/deit_tiny_distilled"):
+        find_head(ModelSpec("timm/deit_tiny_distilled_patch16_224", 10))
