@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from dkd.atomic_files import read_json
 from dkd.models import hugging_face
+from dkd.models.heads import head_keys
+from dkd.models.inspection import build_on_meta
+from dkd.models.registry import ModelSpec
 from dkd.models.student_file import find_wrong
-from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, is_file_name
+from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, head_size, is_file_name
 
 TORCHVISION, TIMM = "torchvision/", "timm/"
 
@@ -143,35 +146,25 @@ def stated_classes(name: str, weights: str | None) -> StatedClasses | None:
     return None
 
 
-def stated_class_count(name: str, weights: str | None) -> int | None:
-    """Return the number of classes that a model's weights state, by names or by a number; None where they state none.
+def stated_class_count(spec: ModelSpec, weights: str | None) -> int | None:
+    """Return the number of classes that a model's weights state, by names or by the size of the head; None where they
+    state none.
 
     Args:
-        name, weights: as in a recipe.
+        spec: of the model, with any number of classes.
+        weights: as in a recipe.
+
+    Raises:
+        WeightsError: there are no such weights.
+        UnknownModelError: there is no such model.
     """
-    named = stated_classes(name, weights)
+    if weights in (None, "random", AS_BUILT):
+        return None
+    named = stated_classes(spec.name, weights)
     if named is not None:
         return len(named.names)
-    if weights in (None, "random"):
-        return None
-    count: Any = None
-    if weights not in (AS_BUILT, PRETRAINED) and is_file_name(str(weights)):
-        architecture = _describe_file(Path(str(weights))).get("architecture")
-        count = architecture.get("classes") if isinstance(architecture, Mapping) else None
-    elif name.startswith(TIMM):
-        count = _count_by_timm(name.removeprefix(TIMM))
-    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else None
-
-
-def _count_by_timm(name: str) -> int | None:
-    """Return the number of classes of timm's weights; 0 for a model that was trained without labels."""
-    try:
-        from timm.models import get_pretrained_cfg
-
-        found = get_pretrained_cfg(name)
-    except (ImportError, RuntimeError):  # building the model reports these
-        return None
-    return None if found is None else int(found.num_classes)
+    # A model that was trained without labels may have a head of 0 classes.
+    return head_size(build_on_meta(spec), spec.name, str(weights), head_keys(spec)) or None
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

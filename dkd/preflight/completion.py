@@ -10,8 +10,7 @@ from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.rules import broken_rules
 from dkd.config.schema import Normalization, StudentSection, TeacherSection
 from dkd.errors import InputError
-from dkd.models import StatedInput, stated_class_count, stated_input
-from dkd.preflight.collecting import collect
+from dkd.models import ModelSpec, StatedInput, UnknownModelError, stated_class_count, stated_input
 from dkd.preflight.data import count_classes_of, image_pipeline
 
 
@@ -45,21 +44,21 @@ def _teachers_classes(recipe: Recipe) -> tuple[int, str]:
     assert teacher is not None  # without labels, each loss needs one
     if teacher.classes is not None:
         return teacher.classes, "as teacher.classes states"
-    wrong: list[Problem] = []
-    with collect(wrong, "teacher.weights"):
-        if (found := stated_class_count(teacher.name, teacher.weights)) is not None:
-            return found, "as the teacher's weights state"
-    raise RecipeError(
-        wrong
-        or [
-            Problem(
-                "data.classes",
-                "the images have no labels to count, and the teacher's weights state no classes; write "
-                "teacher.classes, the outputs of the teacher's head, or data.classes, those of the student's (any "
-                "number, where no loss reads logits)",
-            )
-        ]
-    )
+    spec = ModelSpec(teacher.name, 2, teacher.norm, teacher.options)
+    try:
+        found = stated_class_count(spec, teacher.weights)
+    except UnknownModelError as error:
+        raise RecipeError.at("teacher.name", error) from error
+    except InputError as error:
+        raise RecipeError.at("teacher.weights", error) from error
+    if found is None:
+        raise RecipeError.at(
+            "data.classes",
+            "the images have no labels to count, and the teacher's weights state no classes; write teacher.classes, "
+            "the outputs of the teacher's head, or data.classes, those of the student's (any number, where no loss "
+            "reads logits)",
+        )
+    return found, "as the teacher's weights state"
 
 
 def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -43,7 +43,7 @@ def place_problems(recipe: Recipe) -> list[Problem]:
         if isinstance(spec := getattr(data, key), str):
             with collect(problems, f"data.{key}"):
                 check_spec(spec)
-    problems += _knn_place_problems(recipe)
+    problems += knn_place_problems(recipe)
     if isinstance(data.validation, str) and not problems and not data.allow_same_images:
         how = same_images(data.train, data.validation)
         if how is not None:
@@ -57,7 +57,7 @@ def place_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _knn_place_problems(recipe: Recipe) -> list[Problem]:
+def knn_place_problems(recipe: Recipe) -> list[Problem]:
     """Return what is wrong with the names of the images of `evaluation.knn`."""
     section, data, problems = recipe.evaluation.knn, recipe.data, list[Problem]()
     if section is None:

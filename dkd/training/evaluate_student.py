@@ -48,7 +48,7 @@ from dkd.models.feature_reader import FeatureReader, feature_width
 from dkd.models.registry import runs_user_code as names_user_code
 from dkd.preflight.agreement import check_same_teacher
 from dkd.preflight.collecting import input_errors_at
-from dkd.preflight.data import open_knn, open_validation, place_problems
+from dkd.preflight.data import knn_place_problems, open_knn, open_validation
 from dkd.preflight.hardware import settle
 from dkd.training.agreement import AgreementMeter
 from dkd.training.evaluation import Evaluation, evaluate
@@ -175,7 +175,7 @@ def _open_knn(recipe: Recipe, validation: ImageSource, spec: ModelSpec) -> KnnSo
         return None
     with input_errors_at("evaluation.knn.tap"):
         feature_width(spec, section.tap, build_image_pipeline(recipe).image_size)
-    if problems := place_problems(recipe):
+    if problems := knn_place_problems(recipe):
         raise RecipeError(problems)
     with input_errors_at("data.train"):
         training = open_parts(recipe)[0] if section.train is None else None

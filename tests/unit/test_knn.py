@@ -362,10 +362,12 @@ def test_a_measurement_ends_where_it_is_asked_to(stop_at):
 
 
 def test_teachers_state_their_number_of_classes():
-    assert stated_class_count("torchvision/resnet18", "IMAGENET1K_V1") == 1000
-    assert stated_class_count("torchvision/resnet18", "random") is None
+    assert stated_class_count(ModelSpec("torchvision/resnet18", 2), "IMAGENET1K_V1") == 1000
+    assert stated_class_count(ModelSpec("torchvision/resnet18", 2), "random") is None
     pytest.importorskip("timm")
-    assert stated_class_count("timm/vit_tiny_patch16_224", "pretrained") == 1000
-    assert stated_class_count("timm/vit_small_patch14_dinov2.lvd142m", "pretrained") is None  # it has no head
+    assert stated_class_count(ModelSpec("timm/vit_tiny_patch16_224", 2), "pretrained") == 1000
+    assert (
+        stated_class_count(ModelSpec("timm/vit_small_patch14_dinov2.lvd142m", 2), "pretrained") is None
+    )  # it has no head
     with pytest.raises(TapError, match="no single module is the head of 'timm/deit_tiny_distilled"):
         find_head(ModelSpec("timm/deit_tiny_distilled_patch16_224", 10))

@@ -268,6 +268,14 @@ def test_a_teacher_with_weights_is_compared_again_by_the_command(tmp_path, capsy
     run = dkd.train(values)
     assert "10 classes, as the teacher's weights state" in capsys.readouterr().err
     assert yaml.safe_load((run.run_dir / "recipe.yaml").read_text())["data"]["classes"] == 10
+    # Of a plain file, the head of the weights does.
+    torch.save(dkd.load_student(teacher).state_dict(), tmp_path / "teacher.pth")
+    plain = {
+        **values,
+        "run": {"dir": str(tmp_path / "plain")},
+        "teacher": {"name": "resnet8", "weights": str(tmp_path / "teacher.pth")},
+    }
+    assert dkd.train(plain).evaluation == run.evaluation
     found = dkd.evaluate(run.run_dir, teacher=True).result
     assert found == run.evaluation
     assert found.agreement.top1 == run.evaluation.agreement.top1

@@ -132,6 +132,8 @@ WRONG = [
     (("data.labels=false", "losses.ce=null", "evaluation.agreement=false", "checkpoint.keep_best=2"), ["checkpoint.keep_best: needs the agreement with the teacher; remove evaluation.agreement=false"]),
     (("data.labels=false", "losses={ce: null, at: {beta: 1, pairs: [[layer1, block1]]}}", "teacher.classes=7", "train.stop_when={metric: agreement}"), ["train.stop_when.metric: needs a teacher of the student's classes, but it has 7, and data.classes is 10"]),
     (("data.labels=false", "losses.ce=null", "data.classes=null"), ["data.classes: the images have no labels to count, and the teacher's weights state no classes; write teacher.classes"]),
+    (("data.labels=false", "losses.ce=null", "data.classes=null", "teacher.weights=no/such.pth"), ["teacher.weights: no such file: 'no/such.pth'"]),
+    (("data.labels=false", "losses.ce=null", "data.classes=null", "teacher.weights=a.pth", "teacher.name=resnet9"), ["teacher.name: 'resnet9' is not a known model"]),
     (("train.stop_when={metric: agreement}", "teacher=null", "losses={}"), ["train.stop_when.metric: agreement is that with a teacher; add `teacher`, or choose by another number"]),
     ("train.stop_when={metric: accuracy}", ["train.stop_when.metric: 'accuracy' is not allowed; allowed: top1, top5, loss, agreement"]),
     # neighbours

@@ -23,7 +23,6 @@ from dkd.models import (
 )
 from dkd.models.registry import runs_user_code
 
-_NO_HEAD = 1  # a head of one class would say nothing of images
 LIBRARIES = ("torchvision/", "timm/", "hf/")
 
 
@@ -81,13 +80,7 @@ class NamedModel:
     def known_classes(self) -> int | None:
         """Return the number of outputs of the model's head in its weights; None where the weights do not show it.
         Errors as `count_classes`."""
-        if self.weights in (None, "random", "as_built"):
-            return None
-        stated = stated_class_count(self.name, self.weights)
-        if stated is not None:
-            return stated
-        found = self.count_classes(_NO_HEAD)
-        return None if found == _NO_HEAD else found
+        return stated_class_count(self.spec(2), self.weights)
 
 
 def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = None) -> NamedModel:
