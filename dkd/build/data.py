@@ -32,7 +32,7 @@ from dkd.data import (
     open_source,
 )
 from dkd.data.sampler import TURNS
-from dkd.data.sources import set_aside, split_spec
+from dkd.data.sources import has_labels, set_aside, split_spec
 from dkd.launch import Launch
 
 MOST_WORKERS = 16
@@ -78,11 +78,27 @@ def open_part(data: DataSection, part: str) -> ImageSource:
     """Open data.train, or a data.validation that is a name. Raises DataError."""
     spec = data.train if part == "train" else data.validation
     assert isinstance(spec, str), "validation images that have no place of their own"
-    columns = {"image_column": data.image_column, "label_column": data.label_column}
+    image, label, labels = data.image_column, data.label_column, data.labels
     # The validation data may be of another kind.
     if data.streaming and (part == "train" or split_spec(spec)[0] in ("parquet", "hub")):
-        return open_row_groups(spec, training=part == "train", **columns)
-    return open_source(spec, training=part == "train", root=data.root, **columns)
+        return open_row_groups(spec, training=part == "train", image_column=image, label_column=label, labels=labels)
+    return open_source(
+        spec, training=part == "train", root=data.root, image_column=image, label_column=label, labels=labels
+    )
+
+
+def open_labelled(recipe: Recipe, spec: str, training: bool) -> ImageSource:
+    """Open images that `evaluation.knn` names, with their labels. Raises DataError.
+
+    Args:
+        training: which part to take where a data set has two.
+    """
+    data, knn = recipe.data, recipe.evaluation.knn
+    label = data.label_column if knn is None or knn.label_column is None else knn.label_column
+    image = data.image_column
+    if data.streaming and split_spec(spec)[0] in ("parquet", "hub"):
+        return open_row_groups(spec, training=training, image_column=image, label_column=label)
+    return open_source(spec, training=training, root=data.root, image_column=image, label_column=label)
 
 
 def open_parts(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
@@ -155,6 +171,30 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
 
 
 @dataclass(frozen=True)
+class KnnSources:
+    """Holds the images that the k-NN accuracy is measured on.
+
+    Args:
+        bank: among which neighbours are looked for.
+        queries: whose classes are voted for; their labels are the bank's classes.
+        classes: number of classes.
+    """
+
+    bank: ImageSource
+    queries: ImageSource
+    classes: int
+
+
+@dataclass(frozen=True)
+class KnnLoaders:
+    """Holds this rank's batches of the images that the k-NN accuracy is measured on. Fields as KnnSources."""
+
+    bank: EvaluationLoader
+    queries: EvaluationLoader
+    classes: int
+
+
+@dataclass(frozen=True)
 class DataParts:
     """Holds the images of a training, on one rank.
 
@@ -166,6 +206,7 @@ class DataParts:
         validation: None: nothing is evaluated.
         facts: number and fingerprint of the training images.
         class_names: in the order of the labels; None: the data do not name them.
+        knn: None: the k-NN accuracy is not measured.
     """
 
     sampler: GlobalBatchSampler
@@ -177,10 +218,17 @@ class DataParts:
     workers: int
     facts: Mapping[str, Any]
     class_names: list[str] | None = None
+    knn: KnnLoaders | None = None
 
 
 def build_data(
-    recipe: Recipe, training: ImageSource, validation: ImageSource | None, launch: Launch, dtype: torch.dtype, pin: bool
+    recipe: Recipe,
+    training: ImageSource,
+    validation: ImageSource | None,
+    launch: Launch,
+    dtype: torch.dtype,
+    pin: bool,
+    knn: KnnSources | None = None,
 ) -> DataParts:
     """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
 
@@ -188,31 +236,28 @@ def build_data(
         training, validation: opened; no validation: nothing is evaluated.
         dtype: of the models' inputs.
         pin: load into page-locked memory, for a faster copy to a GPU.
+        knn: opened, where the recipe asks for it.
     """
     pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
     sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
     replaces = data.on_error == "skip"
+
+    def evaluation_loader(source: ImageSource) -> EvaluationLoader:
+        size, own_workers = pipeline.image_size, loader_workers(data, source, local)
+        batch, rank, world = recipe.evaluation.batch, launch.rank, launch.world_size
+        return EvaluationLoader(source, pipeline.validation, batch, rank, world, own_workers, pin, size)
+
     return DataParts(
         sampler,
         TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
-        None
-        if validation is None
-        else EvaluationLoader(
-            validation,
-            pipeline.validation,
-            recipe.evaluation.batch,
-            launch.rank,
-            launch.world_size,
-            loader_workers(data, validation, local),
-            pin,
-            pipeline.image_size,
-        ),
+        None if validation is None else evaluation_loader(validation),
         pipeline,
         teacher_normalize(recipe, pipeline.normalize),
         build_mixing(recipe, dtype),
         workers,
         data_facts(training),
         training.class_names,
+        None if knn is None else KnnLoaders(evaluation_loader(knn.bank), evaluation_loader(knn.queries), knn.classes),
     )
 
 
@@ -223,13 +268,17 @@ def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCut
         dtype: of the weights that mixed images have of each class.
     """
     data = recipe.data
-    return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype) if data.mixup or data.cutmix else None
+    if not data.mixup and not data.cutmix:
+        return None
+    return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype, data.labels)
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:
-    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, and row groups
-    where they count."""
+    """Return the number of images, and a fingerprint of what the order of samples rests on: labels, or for images
+    without labels their places, and row groups where they count."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    if not has_labels(source):
+        digest.update(source.places)
     if isinstance(source, RowGroups):
         digest.update(source.sizes.tobytes())
     return {"images": len(source), "sha256": digest.hexdigest()}

@@ -112,7 +112,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._results: deque[SaveResult] = deque()
         self.evaluations: dict[int, float] = {}
-        """Top-1 by number of steps, for `keep_best`; used on the main process only."""
+        """Top-1, or without labels the agreement with the teacher, by number of steps, for `keep_best`; used on the
+        main process only."""
 
     def save(self, step: int, files: Callable[[Path], None], begun: float) -> None:
         """Begin to write the checkpoint of a step, after an earlier one has been written. All ranks call it.

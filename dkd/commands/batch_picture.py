@@ -80,7 +80,9 @@ def draw_first_batch(
     side = recipe.teacher.input_size if recipe.teacher is not None else None
     if side is not None and side != views[0].shape[-1]:
         views.append(F.interpolate(views[0].float(), (side, side), mode="bilinear", antialias=True))
-    captions = [describe_label(label, training.class_names) for label in batch.labels[:shown]]
+    captions: list[list[str]] = [[]] * shown
+    if recipe.data.labels:
+        captions = [describe_label(label, training.class_names) for label in batch.labels[:shown]]
     picture = _draw([[_as_picture(image) for image in view] for view in views], captions)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")

@@ -17,7 +17,7 @@ from dkd.data import ImageSource
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
 from dkd.preflight.completion import compare_student
-from dkd.preflight.data import open_sources
+from dkd.preflight.data import open_knn, open_sources
 from dkd.preflight.hardware import settled_here
 from dkd.preflight.models import check_class_order
 from dkd.text import shorten
@@ -34,16 +34,17 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     """
     recipe, chosen = settled_here(recipe, launch)
     training, validation = open_sources(recipe, launch)
+    open_knn(recipe, training, validation)
     notes = [*compare_student(recipe), *check_class_order(recipe, training.class_names), *expected_notes(recipe)]
     size = build_image_pipeline(recipe).image_size
-    train = recipe.train
+    train, without = recipe.train, "" if recipe.data.labels else " without labels"
     sampler = build_sampler(recipe, training, launch)
     steps = sampler.steps_per_epoch
     planned, total = run_length(recipe, steps)
     lines = [
         f"run         {recipe.run.dir}",
-        f"data        {len(training)} training images, {_count_validation(validation)}, {recipe.data.classes} classes"
-        f"{_name_classes(training.class_names)}, {size}×{size}",
+        f"data        {len(training)} training images{without}, {_count_validation(validation)}, "
+        f"{recipe.data.classes} classes{_name_classes(training.class_names)}, {size}×{size}",
         f"batch       {train.global_batch} = {sampler.micro_batch} × {launch.world_size} processes × "
         f"{sampler.micro_steps} micro-steps",
         f"steps       {steps} an epoch, {total} in all",

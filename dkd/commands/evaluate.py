@@ -25,6 +25,7 @@ examples:
   dkd evaluate runs/quickstart --teacher                  and how alike student and teacher are
   dkd evaluate runs/quickstart --predictions out.parquet  and what the student predicts for each image
   dkd evaluate runs/quickstart data.validation='other-*.parquet' evaluation.batch=64
+  dkd evaluate runs/quickstart evaluation.knn='{}'        and the k-NN accuracy of its features
   dkd launch -n 8 evaluate runs/quickstart                on 8 processes
 """
 
@@ -101,10 +102,14 @@ def _tabulate(evaluation: StudentEvaluation) -> Iterator[str]:
     """Yield the lines that a person reads: the numbers, and the worst classes."""
     result = evaluation.result
     yield f"{evaluation.weights} on {evaluation.validation}: {result.samples:,} images, in {evaluation.precision}"
-    yield f"  top-1  {result.top1:.4f}  {result.top1_correct:,} right"
+    if result.top1 is not None:
+        yield f"  top-1  {result.top1:.4f}  {result.top1_correct:,} right"
     if result.top5 is not None:
         yield f"  top-5  {result.top5:.4f}  {result.top5_correct:,} right"
-    yield f"  loss   {result.loss:.4f}"
+    if result.loss is not None:
+        yield f"  loss   {result.loss:.4f}"
+    if result.knn is not None:
+        yield f"  {result.knn.describe()}"
     if result.agreement is not None:
         yield f"  agreement with the teacher: {result.agreement.describe()}"
     if evaluation.predictions is not None and evaluation.predictions_problem is None:

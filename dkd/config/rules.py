@@ -14,7 +14,17 @@ from dkd.text import did_you_mean
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
-    checks = (*models, _check_mixing, _check_adapters, _check_batch, _check_data, _check_evaluation)
+    checks = (
+        *models,
+        _check_mixing,
+        _check_adapters,
+        _check_batch,
+        _check_data,
+        _check_labels,
+        _check_evaluation,
+        _check_evaluation_without_labels,
+        _check_knn,
+    )
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -76,6 +86,29 @@ def _check_teachers(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def _check_labels(recipe: Recipe) -> Iterator[Problem]:
+    data, losses = recipe.data, recipe.losses
+    if data.labels:
+        return
+    for name in losses.reads_labels:
+        cure = "remove it from losses.custom" if "." in name else f"remove it with losses.{name}=null"
+        yield Problem(f"losses.{name}", f"reads labels, but data.labels is false; {cure}")
+    if data.label_column is not None:
+        yield Problem(
+            "data.label_column", "belongs to images with labels, but data.labels is false; remove one of the two"
+        )
+
+
+def _names_same_classes(recipe: Recipe) -> bool:
+    """Return whether student and teacher have the same classes, as far as the recipe shows."""
+    teacher, classes = recipe.teacher, recipe.data.classes
+    return teacher is not None and (classes is None or teacher.classes in (None, classes))
+
+
+def _is_anything_tapped(recipe: Recipe) -> bool:
+    return any(section.paths for _, section in recipe.losses.named())
+
+
 def _check_agreement(recipe: Recipe) -> Iterator[Problem]:
     teacher, classes = recipe.teacher, recipe.data.classes
     if recipe.evaluation.agreement is not True:
@@ -85,11 +118,7 @@ def _check_agreement(recipe: Recipe) -> Iterator[Problem]:
         return
     if teacher is None:
         yield Problem("evaluation.agreement", "there is no teacher to compare with; add `teacher`, or remove this key")
-    elif (
-        classes is not None
-        and teacher.classes not in (None, classes)
-        and not any(section.paths for _, section in recipe.losses.named())
-    ):
+    elif not _names_same_classes(recipe) and not _is_anything_tapped(recipe):
         yield Problem(
             "evaluation.agreement",
             f"the teacher has {teacher.classes} classes, not data.classes={classes}, and no loss taps features: there "
@@ -171,9 +200,77 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
         ("train.stop_when", stop_when is not None),
         ("checkpoint.keep_best", recipe.checkpoint.keep_best > 0),
         ("evaluation.agreement", recipe.evaluation.agreement is True),
+        ("evaluation.knn", recipe.evaluation.knn is not None),
     ):
         if asked:
             yield Problem(key, "needs evaluations, but data.validation is null; name validation images, or remove it")
+
+
+def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
+    """Check what evaluations of images without labels can measure, and what is decided by the agreement with the
+    teacher."""
+    data, teacher, agreement = recipe.data, recipe.teacher, recipe.evaluation.agreement
+    stop_when = recipe.train.stop_when
+    if recipe.teachers and not data.labels and data.validation is not None and recipe.evaluation.knn is None:
+        yield Problem(
+            "data.validation",
+            "has no labels, and the agreement with several teachers is not measured: set it to null, or measure "
+            "neighbours with evaluation.knn",
+        )
+    by_agreement = []
+    if stop_when is not None and stop_when.metric == "agreement":
+        by_agreement.append("train.stop_when.metric")
+    elif stop_when is not None and not data.labels:
+        yield Problem(
+            "train.stop_when.metric",
+            f"{stop_when.metric} needs labels, but data.labels is false; take agreement",
+        )
+    if not data.labels and recipe.checkpoint.keep_best > 0:
+        by_agreement.append("checkpoint.keep_best")
+    for key in by_agreement:
+        if teacher is None:
+            yield Problem(key, "agreement is that with a teacher; add `teacher`, or choose by another number")
+        elif agreement is False:
+            yield Problem(key, "needs the agreement with the teacher; remove evaluation.agreement=false")
+        elif not _names_same_classes(recipe):
+            yield Problem(
+                key,
+                f"needs a teacher of the student's classes, but it has {teacher.classes}, and data.classes is "
+                f"{data.classes}",
+            )
+    if data.labels or data.validation is None or teacher is None or by_agreement:
+        return
+    if agreement is False and recipe.evaluation.knn is None:
+        yield Problem(
+            "evaluation.agreement",
+            "false leaves nothing to measure on images without labels (data.labels is false); remove it, or evaluate "
+            "nothing with data.validation=null",
+        )
+    elif not _names_same_classes(recipe) and not _is_anything_tapped(recipe) and recipe.evaluation.knn is None:
+        yield Problem(
+            "data.validation",
+            f"has no labels, the teacher has {teacher.classes} classes, not data.classes={data.classes}, and no loss "
+            "taps features: there is nothing to measure; set it to null",
+        )
+
+
+def _check_knn(recipe: Recipe) -> Iterator[Problem]:
+    knn, every = recipe.evaluation.knn, recipe.evaluation.every_epochs
+    if knn is None:
+        return
+    for key in ("train", "validation"):
+        if not recipe.data.labels and getattr(knn, key) is None:
+            yield Problem(f"evaluation.knn.{key}", "is needed, since data.labels is false; name images with labels")
+    if knn.label_column is not None and knn.train is None and knn.validation is None:
+        yield Problem(
+            "evaluation.knn.label_column",
+            "belongs to evaluation.knn.train or evaluation.knn.validation, which name no images; use data.label_column",
+        )
+    if knn.every_epochs is not None and knn.every_epochs % every:
+        yield Problem(
+            "evaluation.knn.every_epochs",
+            f"{knn.every_epochs} is no multiple of evaluation.every_epochs={every}, after which evaluations are",
+        )
 
 
 def _check_batch(recipe: Recipe) -> Iterator[Problem]:

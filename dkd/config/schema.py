@@ -146,8 +146,12 @@ class DataSection(Section):
     validation: Validation
     """The validation images, named as for `train`; or a fraction such as 0.1 of the training images, drawn by
     `run.seed`, the same fraction of each class; null: nothing is evaluated."""
+    labels: Switch = True
+    """Whether the images have labels. false: none is read, so that a folder needs no folders of classes, and parquet
+    and hub data no column of labels; the losses have to be of the teacher alone (`losses.ce: null`)."""
     classes: Count | None = None
-    """Number of classes; default: as many as the training data name or show."""
+    """Number of classes, the student's outputs; default: as many as the training data name or show. Without labels: as
+    many as the teacher has, where `teacher.classes` or the teacher's weights state it."""
     allow_same_images: Switch = False
     """Whether training and validation may be the same images. Such an evaluation measures memory; false refuses it."""
     transforms: Transforms
@@ -271,8 +275,10 @@ class StopWhenSection(Section):
     """Set when training ends before its last step, because the student no longer improves. The numbers are those of
     the evaluations, and so are the steps at which a run can end."""
 
-    metric: Literal["top1", "top5", "loss"] = "top1"
-    """The number of an evaluation that has to improve: top1 and top5 have to rise, loss has to fall."""
+    metric: Literal["top1", "top5", "loss", "agreement"] = "top1"
+    """The number of an evaluation that has to improve: top1 and top5 have to rise, loss has to fall. agreement, the
+    share of images for which student and teacher name the same class first, has to rise; every evaluation then measures
+    it."""
     patience: Count = 5
     """Number of consecutive evaluations without an improvement after which training ends."""
     min_delta: NonNegative = 0.0
@@ -325,6 +331,30 @@ class TrainSection(Section):
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""
 
 
+class KnnSection(Section):
+    """Set the k-NN accuracy of the student's features, which needs labels of other images than those it is trained on,
+    and no head: an image's class is voted by the images with the most similar features."""
+
+    train: Text | None = None
+    """The images with labels among which neighbours are looked for, named as `data.train` is; default: data.train,
+    where it has labels."""
+    validation: Text | None = None
+    """The images with labels whose classes are voted for, named likewise; default: data.validation, where it has
+    labels."""
+    label_column: Text | None = None
+    """Column of the labels in parquet and hub data that are named here; default: data.label_column."""
+    tap: Text | None = None
+    """Dotted path of the module whose output is the feature, averaged over the positions of a map, or over all tokens;
+    default: the input of the student's head."""
+    k: Count = 20
+    """Number of neighbours that vote."""
+    temperature: Positive = 0.07
+    """T; a neighbour of cosine similarity s votes with weight exp(s/T)."""
+    every_epochs: Count | None = None
+    """Epochs between measurements, which belong to evaluations; default: evaluation.every_epochs. The run's last
+    evaluation always measures it."""
+
+
 class EvaluationSection(Section):
     """Set when and how the student is evaluated."""
 
@@ -335,7 +365,10 @@ class EvaluationSection(Section):
     agreement: AutoSwitch = "auto"
     """Whether evaluations compare the student with its teacher: how often both name the same class first, KL, and
     linear CKA of tapped pairs. It costs a forward of the teacher for each validation image. auto: in the last
-    evaluation of the run, where there is a teacher. true: in each."""
+    evaluation of the run, where there is a teacher; in each evaluation of images without labels, of which nothing else
+    can be measured. true: in each."""
+    knn: KnnSection | None = None
+    """k-NN accuracy of the student's features; null: not measured."""
 
 
 class AdapterOptimizerSection(Section):
@@ -449,7 +482,8 @@ class CheckpointSection(Section):
     keep_last: Count = 2
     """Number of the newest checkpoints that are kept."""
     keep_best: CountFromZero = 0
-    """Number of further checkpoints that are kept: those with the highest top-1."""
+    """Number of further checkpoints that are kept: those with the highest top-1, or for images without labels those
+    that agree with the teacher most."""
     background: Switch = True
     """Whether training continues while a copy of its state is written; false: training waits."""
 

@@ -16,13 +16,19 @@ class MixupCutmix:
         mixup: α of the Beta(α, α) that mixup's proportion is drawn from; 0: no mixup.
         cutmix: the same for CutMix. With both, one of them is drawn for each micro-batch, at equal odds.
         dtype: the type of the mixed images and probabilities, and of the arithmetic.
+        labels: whether images have labels; else images are mixed alone, in the same way.
 
     Raises:
         ValueError: neither mixup nor cutmix is above 0.
     """
 
     def __init__(
-        self, classes: int, mixup: float = 0.0, cutmix: float = 0.0, dtype: torch.dtype = torch.float32
+        self,
+        classes: int,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        labels: bool = True,
     ) -> None:
         ways = [
             way(alpha=alpha, num_classes=classes)
@@ -31,11 +37,12 @@ class MixupCutmix:
         ]
         if not ways:
             raise ValueError("neither mixup nor cutmix is above 0")
-        self._classes, self._dtype = classes, dtype
+        self._classes, self._dtype, self._labels = classes, dtype, labels
         self._mix = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mixed images (b, 3, H, W) and the probabilities (b, K) of the classes.
+        """Return mixed images (b, 3, H, W) and the probabilities (b, K) of the classes; without labels, `labels` as
+        they are.
 
         Args:
             images: uint8 or float (b, 3, H, W).
@@ -52,7 +59,9 @@ class MixupCutmix:
         before = generator.get_state()
         generator.manual_seed(seed)
         try:
-            mixed, probabilities = self._mix(images.to(self._dtype), F.one_hot(labels, self._classes).to(self._dtype))
+            # torchvision mixes images only together with labels: those of images without labels stand for no class.
+            known = labels if self._labels else torch.zeros_like(labels)
+            mixed, probabilities = self._mix(images.to(self._dtype), F.one_hot(known, self._classes).to(self._dtype))
         finally:
             generator.set_state(before)
-        return mixed, probabilities
+        return mixed, probabilities if self._labels else labels

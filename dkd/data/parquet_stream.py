@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dkd.data.sources.base import DataError
+from dkd.data.sources.base import DataError, no_labels
 from dkd.data.sources.data_files import common_folder, matching_files
 from dkd.data.sources.decoding import decode_cell
 from dkd.data.sources.hugging_face import (
     check_text_labels,
+    find_image_column,
+    find_label_column,
     hub_name,
-    image_and_label_columns,
     loading_from_hub,
 )
 from dkd.data.sources.labels import encode_labels
@@ -35,10 +36,15 @@ class _File(NamedTuple):
     path: str
     footer: Any
     image_column: str
-    label_column: str
+    label_column: str | None
     class_names: list[str] | None
     labels: Any
-    """The Arrow column."""
+    """The Arrow column; None where labels are not read."""
+
+    @property
+    def rows(self) -> int:
+        """Number of images."""
+        return int(self.footer.num_rows)
 
 
 class RowGroups:
@@ -50,6 +56,7 @@ class RowGroups:
         name: what messages call the data set.
         image_column, label_column: None: the only columns that fit.
         folder: the only place where a cell that holds a path instead of bytes may lead; None: nowhere.
+        labels: whether labels are read; else a column of labels may be missing.
 
     Raises:
         DataError: a file cannot be read or has no such columns, or files differ in columns or class names.
@@ -62,13 +69,12 @@ class RowGroups:
         image_column: str | None = None,
         label_column: str | None = None,
         folder: str | None = None,
+        labels: bool = True,
     ) -> None:
-        import pyarrow as pa
-
-        self.name, self._folder = name, folder
+        self.name, self._folder, self.places = name, folder, b""
         with ThreadPoolExecutor(_FILES_AT_ONCE if any(map(_is_remote, files)) else 1) as pool:
-            opened = list(pool.map(lambda path: _read_labels(path, image_column, label_column), files))
-        opened = [file for file in opened if len(file.labels)]
+            opened = list(pool.map(lambda path: _read_file(path, image_column, label_column, labels), files))
+        opened = [file for file in opened if file.rows]
         if not opened:
             raise DataError(f"{name}: no file has any row")
         first = opened[0]
@@ -78,15 +84,13 @@ class RowGroups:
                     message = f"{name}: {file.path} has another {what.replace('_', ' ')} than {first.path}"
                     raise DataError(f"{message}: {getattr(file, what)}, not {getattr(first, what)}")
         self.image_column, self.label_column = first.image_column, first.label_column
-        columns = [chunk for file in opened for chunk in file.labels.chunks]
-        kinds = {chunk.type for chunk in columns}  # files may count their labels in numbers of several sizes
-        if len(kinds) > 1:
-            columns = [chunk.cast(_common_type(name, kinds)) for chunk in columns]
-        self.labels, self.class_names = encode_labels(
-            pa.chunked_array(columns), name, first.label_column, first.class_names
-        )
-        self.has_text_labels = first.class_names is None and self.class_names is not None
-        check_text_labels(len(self.labels), self.class_names, name, first.label_column, asked=label_column is not None)
+        self.labels, self.class_names = no_labels(sum(file.rows for file in opened)), first.class_names
+        self.has_text_labels = False
+        if first.label_column is not None:
+            self.labels, self.class_names = _join_labels(name, opened, first.label_column)
+            self.has_text_labels = first.class_names is None and self.class_names is not None
+            asked = label_column is not None
+            check_text_labels(len(self.labels), self.class_names, name, first.label_column, asked=asked)
         self._footers = {file.path: file.footer for file in opened}
         groups = [
             (file, number, file.footer.row_group(number))
@@ -99,7 +103,7 @@ class RowGroups:
         """Rows of each row group."""
         self.bytes_per_group = sum(group.total_byte_size for _, _, group in groups) / len(groups)
         self._ends = np.cumsum(self.sizes)
-        rows = np.cumsum([0, *(len(file.labels) for file in opened)])
+        rows = np.cumsum([0, *(file.rows for file in opened)])
         self._first_rows = {file.path: int(row) for file, row in zip(opened, rows, strict=False)}
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._unread: dict[int, int] = {}
@@ -183,14 +187,19 @@ class RowGroups:
 
 
 def open_row_groups(
-    spec: str, *, training: bool, image_column: str | None = None, label_column: str | None = None
+    spec: str,
+    *,
+    training: bool,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labels: bool = True,
 ) -> RowGroups:
     """Open the parquet files that `spec` names: files or globs, or a data set of the hub that is stored as parquet.
-    Raises DataError."""
+    Arguments as `open_source`. Raises DataError."""
     kind, rest = split_spec(spec)
     if kind == "parquet":
         files = matching_files(rest)
-        return RowGroups(files, rest, image_column, label_column, common_folder(files))
+        return RowGroups(files, rest, image_column, label_column, common_folder(files), labels)
     if kind != "hub":
         raise DataError(
             f"data.streaming reads parquet files and hub:NAME, not {spec!r}; leave it out, or convert the data to "
@@ -207,10 +216,11 @@ def open_row_groups(
             raise DataError(
                 f"hub:{name} is not stored as parquet, which data.streaming needs; leave it out, and it is downloaded"
             )
-        return RowGroups(files, f"hub:{name}:{split}", image_column, label_column)
+        return RowGroups(files, f"hub:{name}:{split}", image_column, label_column, labels=labels)
 
 
-def _read_labels(path: str, image_column: str | None, label_column: str | None) -> _File:
+def _read_file(path: str, image_column: str | None, label_column: str | None, with_labels: bool) -> _File:
+    """Read a file's footer, and its labels where they are asked for. Raises DataError."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
     from datasets import Features
@@ -219,13 +229,27 @@ def _read_labels(path: str, image_column: str | None, label_column: str | None) 
         with _open(path) as raw:
             file = parquet.ParquetFile(raw, pre_buffer=True)
             features = Features.from_arrow_schema(file.schema_arrow)
-            image, label = image_and_label_columns(features, path, image_column, label_column)
+            image = find_image_column(features, path, image_column)
+            if not with_labels:
+                return _File(path, file.metadata, image, None, None, None)
+            label = find_label_column(features, path, label_column)
             labels = file.read(columns=[label], use_threads=False)[label]
             if labels.null_count:
                 raise DataError(f"{path}: {labels.null_count} labels of column {label!r} are null")
             return _File(path, file.metadata, image, label, getattr(features[label], "names", None), labels)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _join_labels(name: str, files: list[_File], column: str) -> tuple[np.ndarray, list[str] | None]:
+    """Return the labels of all files, int64 (N,), and the names of the classes, or None. Raises DataError."""
+    import pyarrow as pa
+
+    columns = [chunk for file in files for chunk in file.labels.chunks]
+    kinds = {chunk.type for chunk in columns}  # files may count their labels in numbers of several sizes
+    if len(kinds) > 1:
+        columns = [chunk.cast(_common_type(name, kinds)) for chunk in columns]
+    return encode_labels(pa.chunked_array(columns), name, column, files[0].class_names)
 
 
 def _common_type(name: str, kinds: set[Any]) -> Any:

@@ -121,7 +121,7 @@ class DistillationStep:
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._mixing, self._seed = mixing, seed
-        self._step, self._begun, self._agreed = 0, 0, False
+        self._step, self._begun, self._agreed, self._has_labels = 0, 0, False, True
         self._micro_batches: Sequence[MicroBatch] = ()
         self._indices: list[torch.Tensor] | None = None
         self._cached: CachedGradient | None = None
@@ -145,6 +145,8 @@ class DistillationStep:
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
         self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
+        if self._begun <= STEPS_THAT_JUDGE_THE_TEACHER:  # images without labels have the label -1
+            self._has_labels = not bool((micro_batches[0][1] < 0).any())
         if self._of_whole_steps and self._mixing is None:
             labels = [labels.to(self._device, non_blocking=True) for _, labels, *_ in micro_batches]
             for loss in self._of_whole_steps:
@@ -211,7 +213,9 @@ class DistillationStep:
     ) -> dict[str, torch.Tensor]:
         """Return the share of this micro-batch for which the teacher's first class is right, in the first steps of a
         start, where the teacher's logits are those of the student's classes. Costs no forward."""
-        if self._begun > STEPS_THAT_JUDGE_THE_TEACHER or teacher is None or teacher.logits is None:
+        if self._begun > STEPS_THAT_JUDGE_THE_TEACHER or not self._has_labels:
+            return {}
+        if teacher is None or teacher.logits is None:
             return {}
         if student.logits is None or teacher.logits.shape != student.logits.shape:
             return {}

@@ -17,7 +17,7 @@ from dkd.models.inspection import (
     unreached_parameters,
 )
 from dkd.models.registry import ModelSpec, UnknownModelError, build_model, known_names
-from dkd.models.stated import StatedClasses, StatedInput, stated_classes, stated_input
+from dkd.models.stated import StatedClasses, StatedInput, stated_class_count, stated_classes, stated_input
 from dkd.models.student_file import load_student, read_description, save_student, student_spec
 from dkd.models.tapped import (
     ADAPTERS,
@@ -80,6 +80,7 @@ __all__ = [
     "read_description",
     "run_adapter",
     "save_student",
+    "stated_class_count",
     "stated_classes",
     "stated_input",
     "stream_weights",

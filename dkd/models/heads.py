@@ -21,3 +21,13 @@ def head_keys(spec: ModelSpec) -> tuple[str, ...]:
     except UnknownModelError:
         return ()
     return tuple(key for key, tensor in own.items() if key in other and other[key].shape != tensor.shape)
+
+
+def head_module(spec: ModelSpec) -> str | None:
+    """Return the path of the module that holds all tensors of the head; None where several modules or none do.
+
+    Raises:
+        UnknownModelError: the model itself cannot be built.
+    """
+    paths = {key.rpartition(".")[0] for key in head_keys(spec)}
+    return paths.pop() if len(paths) == 1 else None

@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from dkd.atomic_files import read_json
 from dkd.models import hugging_face
+from dkd.models.heads import head_keys
+from dkd.models.inspection import build_on_meta
+from dkd.models.registry import ModelSpec
 from dkd.models.student_file import find_wrong
-from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, is_file_name
+from dkd.models.weights import AS_BUILT, PRETRAINED, find_weight_set, head_size, is_file_name
 
 TORCHVISION, TIMM = "torchvision/", "timm/"
 
@@ -141,6 +144,27 @@ def stated_classes(name: str, weights: str | None) -> StatedClasses | None:
         names = hugging_face.class_names(name)
         return StatedClasses(names, by_dkd=False) if names else None
     return None
+
+
+def stated_class_count(spec: ModelSpec, weights: str | None) -> int | None:
+    """Return the number of classes that a model's weights state, by names or by the size of the head; None where they
+    state none.
+
+    Args:
+        spec: of the model, with any number of classes.
+        weights: as in a recipe.
+
+    Raises:
+        WeightsError: there are no such weights.
+        UnknownModelError: there is no such model.
+    """
+    if weights in (None, "random", AS_BUILT):
+        return None
+    named = stated_classes(spec.name, weights)
+    if named is not None:
+        return len(named.names)
+    # A model that was trained without labels may have a head of 0 classes.
+    return head_size(build_on_meta(spec), spec.name, str(weights), head_keys(spec)) or None
 
 
 def _describe_file(path: Path) -> dict[str, Any]:

@@ -16,6 +16,8 @@ _MAY_DIFFER = {
     "data.train",
     "data.validation",
     "data.root",
+    "evaluation.knn.train",
+    "evaluation.knn.validation",
     "data.workers",
     "student.weights",
     "teacher.weights",
@@ -57,14 +59,15 @@ def check_same_teacher(fingerprint: str) -> None:
         )
 
 
-def check_same_data(training: Mapping[str, Any], validation: Mapping[str, Any]) -> None:
-    """Check that all ranks have opened the same data. A collective; the facts are those of `build.data.data_facts`.
-    Raises RecipeError on every rank."""
-    for part, facts in (("train", training), ("validation", validation)):
+def check_same_data(facts_of: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that all ranks have opened the same data. A collective. Raises RecipeError on every rank.
+
+    Args:
+        facts_of: key of the recipe -> what `build.data.data_facts` returns of the images that it names.
+    """
+    for key, facts in facts_of.items():
         ranks = all_gather_objects(dict(facts))
         other = next((rank for rank, theirs in enumerate(ranks) if theirs != ranks[0]), None)
         if other is not None:
             counts = f"{ranks[0]['images']} images there, {ranks[other]['images']} here"
-            raise RecipeError.at(
-                f"data.{part}", f"rank {other} has opened other data than rank 0 ({counts}, or other labels)"
-            )
+            raise RecipeError.at(key, f"rank {other} has opened other data than rank 0 ({counts}, or other labels)")

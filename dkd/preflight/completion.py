@@ -11,7 +11,7 @@ from dkd.config.derived import teacher_key, teacher_views, with_teacher
 from dkd.config.rules import broken_rules
 from dkd.config.schema import Normalization, StudentSection, TeacherSection
 from dkd.errors import InputError
-from dkd.models import StatedInput, stated_input
+from dkd.models import ModelSpec, StatedInput, UnknownModelError, stated_class_count, stated_input
 from dkd.preflight.data import count_classes_of, image_pipeline
 
 
@@ -24,9 +24,11 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     lines: list[str] = []
     if recipe.data.classes is None:
-        counted = count_classes_of(recipe)
+        counted, where = (
+            (count_classes_of(recipe), "counted in data.train") if recipe.data.labels else _teachers_classes(recipe)
+        )
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": counted})})
-        lines.append(f"{counted} classes, counted in data.train")
+        lines.append(f"{counted} classes, {where}")
         if problems := broken_rules(recipe):
             raise RecipeError(problems)
     wrong: list[Problem] = []
@@ -38,6 +40,30 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
         recipe = with_teacher(recipe, name, completed.teacher)
         lines += [line.replace("teacher.", f"{teacher_key(name)}.") if name else line for line in about_teacher]
     return recipe, lines
+
+
+def _teachers_classes(recipe: Recipe) -> tuple[int, str]:
+    """Return the number of classes of the teacher, and where it is stated, for images without labels. Raises
+    RecipeError."""
+    teacher = recipe.teacher
+    assert teacher is not None  # without labels, each loss needs one
+    if teacher.classes is not None:
+        return teacher.classes, "as teacher.classes states"
+    spec = ModelSpec(teacher.name, 2, teacher.norm, teacher.options)
+    try:
+        found = stated_class_count(spec, teacher.weights)
+    except UnknownModelError as error:
+        raise RecipeError.at("teacher.name", error) from error
+    except InputError as error:
+        raise RecipeError.at("teacher.weights", error) from error
+    if found is None:
+        raise RecipeError.at(
+            "data.classes",
+            "the images have no labels to count, and the teacher's weights state no classes; write teacher.classes, "
+            "the outputs of the teacher's head, or data.classes, those of the student's (any number, where no loss "
+            "reads logits)",
+        )
+    return found, "as the teacher's weights state"
 
 
 def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from dkd.build.data import build_image_pipeline, decode_into_memory, open_part, open_validation_part
+from dkd.build.data import (
+    KnnSources,
+    build_image_pipeline,
+    decode_into_memory,
+    open_labelled,
+    open_part,
+    open_validation_part,
+)
 from dkd.build.objective import class_weights
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import (
     ImageSource,
+    PartOfSource,
     check_labels,
+    check_names,
     check_spec,
     count_classes,
+    count_places,
     match_classes,
     same_images,
     set_aside,
@@ -32,6 +43,7 @@ def place_problems(recipe: Recipe) -> list[Problem]:
         if isinstance(spec := getattr(data, key), str):
             with collect(problems, f"data.{key}"):
                 check_spec(spec)
+    problems += knn_place_problems(recipe)
     if isinstance(data.validation, str) and not problems and not data.allow_same_images:
         how = same_images(data.train, data.validation)
         if how is not None:
@@ -42,6 +54,27 @@ def place_problems(recipe: Recipe) -> list[Problem]:
                     "data.validation=0.1, or allow it with data.allow_same_images=true",
                 )
             )
+    return problems
+
+
+def knn_place_problems(recipe: Recipe) -> list[Problem]:
+    """Return what is wrong with the names of the images of `evaluation.knn`."""
+    section, data, problems = recipe.evaluation.knn, recipe.data, list[Problem]()
+    if section is None:
+        return []
+    named = {"train": section.train, "validation": section.validation}
+    for key, spec in named.items():
+        if spec is not None:
+            with collect(problems, f"evaluation.knn.{key}"):
+                check_spec(spec)
+    bank, queries = section.train or data.train, section.validation or data.validation
+    if not problems and any(named.values()) and isinstance(queries, str) and not data.allow_same_images:
+        with collect(problems, "evaluation.knn.validation"):
+            if (how := same_images(bank, queries)) is not None:
+                raise DataError(
+                    f"its images are those among which neighbours are looked for: {how}; name other images, or allow "
+                    "it with data.allow_same_images=true"
+                )
     return problems
 
 
@@ -73,7 +106,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     with collect(problems, "data.train", ValueError):  # pyarrow's errors are some
         training = open_part(data, "train")
         texts = getattr(training, "has_text_labels", False)
-        check_labels(training, classes(recipe))
+        _check_labels(recipe, training, classes(recipe))
         if isinstance(data.validation, float):
             with collect(problems, "data.validation"):
                 training, validation = set_aside(training, data.validation, recipe.run.seed)
@@ -86,7 +119,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
             validation = open_part(data, "validation")
             if training is not None:
                 match_classes(training.class_names, validation, texts)
-            check_labels(validation, classes(recipe))
+            _check_labels(recipe, validation, classes(recipe))
     if validation is not None:
         key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"
         with collect(problems, "data.validation", ValueError):
@@ -101,6 +134,64 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     if problems or training is None:
         raise RecipeError(problems)
     return training, validation
+
+
+def open_knn(recipe: Recipe, training: ImageSource | None, validation: ImageSource | None) -> KnnSources | None:
+    """Return the images that the k-NN accuracy is measured on, opened and checked; None where the recipe asks for none.
+
+    Args:
+        training, validation: as `open_sources` returns them; None: not used, since the recipe names others.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    section, problems = recipe.evaluation.knn, list[Problem]()
+    if section is None:
+        return None
+    pipeline, opened = build_image_pipeline(recipe), list[ImageSource]()
+    transforms = "transforms" if isinstance(recipe.data.transforms, str) else "validation_transforms"
+    for key, own, spec in (("train", training, section.train), ("validation", validation, section.validation)):
+        path = f"evaluation.knn.{key}"
+        with collect(problems, path, ValueError):
+            if spec is None and own is not None:
+                source = own
+                if key == "validation" and section.train is not None:
+                    # Its labels become those of the bank, while evaluations keep those of the training data.
+                    source = PartOfSource(own, np.arange(len(own)))
+            else:
+                assert spec is not None  # rules.py asks for one
+                source = open_labelled(recipe, spec, training=key == "train")
+                _check_first(recipe, source, pipeline.validation, transforms, problems)
+            if opened and (section.train is not None or spec is not None):
+                match_classes(opened[0].class_names, source, getattr(opened[0], "has_text_labels", False))
+            _check_voted(source, opened[0] if opened else source)
+            opened.append(source)
+    if problems:
+        raise RecipeError(problems)
+    bank, queries = opened
+    return KnnSources(bank, queries, count_places(bank))
+
+
+def _check_voted(source: ImageSource, bank: ImageSource) -> None:
+    """Check that the labels of a source are classes of the images that vote. Raises DataError."""
+    if len(source) == 0:
+        raise DataError("the data set is empty")
+    check_names(source.class_names or [])
+    classes, low, high = count_places(bank), int(source.labels.min()), int(source.labels.max())
+    if low < 0:
+        raise DataError(f"labels go from {low} to {high}; a label is the index of a class, counted from 0")
+    if classes < 2:
+        raise DataError("all images are of one class: name the folder that holds the folders of the classes")
+    if high >= classes:
+        raise DataError(f"labels go up to {high}, but the images that vote have the classes 0 … {classes - 1}")
+
+
+def _check_labels(recipe: Recipe, source: ImageSource, classes: int) -> None:
+    """Check the labels of a source, or that it has images where they have no labels. Raises DataError."""
+    if recipe.data.labels:
+        check_labels(source, classes)
+    elif len(source) == 0:
+        raise DataError("the data set is empty")
 
 
 def _check_first(recipe: Recipe, source: ImageSource, transform: Callable, key: str, problems: list[Problem]) -> None:
@@ -128,7 +219,7 @@ def open_validation(recipe: Recipe, classes: int, class_names: list[str] | None 
         if source is None:
             raise DataError("is null: name the images to evaluate, such as data.validation=folder:PATH")
         match_classes(class_names, source)
-        check_labels(source, classes)
+        _check_labels(recipe, source, classes)
         if pipeline is not None:
             image = _first_image(source, recipe.data.on_error == "skip")
             _check_transformed(image, pipeline.validation, pipeline.image_size)

@@ -10,7 +10,7 @@ from dkd.build.objective import custom_term
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import teacher_key, teacher_views
 from dkd.config.losses import CustomLossSection, FormSection
-from dkd.distillation.objective import Outputs, evaluate_alone
+from dkd.distillation.objective import Outputs, asked_parameters, evaluate_alone
 from dkd.global_batch import BatchLayout
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
@@ -27,6 +27,7 @@ from dkd.models import (
     stated_classes,
     unreached_parameters,
 )
+from dkd.models.feature_reader import feature_width
 from dkd.preflight.collecting import collect, input_errors_at
 from dkd.user_code import UserCodeError, describe_error
 
@@ -55,6 +56,9 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
     for i, custom in enumerate(recipe.losses.custom):
         with collect(problems, f"losses.custom.{i}.loss"):
             _check_custom(recipe, custom, student, teachers.get(custom.teacher or ""))
+    if student is not None and recipe.evaluation.knn is not None:
+        with collect(problems, "evaluation.knn.tap"):
+            feature_width(student_spec(recipe), recipe.evaluation.knn.tap, image_size)
     return problems
 
 
@@ -76,6 +80,10 @@ def _check_custom(recipe: Recipe, custom: CustomLossSection, student: Shapes | N
     known = all(s in (student or {}) and t in (teacher or {}) for s, t in custom.paths)
     given = Given(student or {}, {custom.teacher or "": teacher or {}}, seed=recipe.run.seed)
     term = custom_term(custom, lambda step: 1.0, given)
+    if custom.of != "labels" and not recipe.data.labels and "labels" in asked_parameters(term.loss):  # type: ignore[attr-defined]
+        raise UserCodeError(
+            f"{custom.loss!r} has a parameter labels, but data.labels is false; remove the parameter, or the loss"
+        )
     adapter = getattr(term, "trained", None)
     if adapter is None or not known:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from dkd.config.changes import differing_keys
 from dkd.config.derived import teacher_views
 from dkd.report.run_files import RunFiles
 from dkd.runs.directory import read_provenance
+from dkd.runs.metrics_file import agreement_with_teacher
 from dkd.runs.status import FINISHED_STATE, read_status
 
 _LONGEST = 40  # characters of a cell in a terminal
@@ -33,6 +34,9 @@ class RunFacts:
         images_per_second: the median over all logged steps.
         top1, top5, loss: of the last evaluation.
         best_top1, best_step: the highest top-1 of all evaluations, and the steps after which it was measured.
+        agreement: share of images for which student and teacher name the same class first, in the last evaluation that
+            measured it.
+        knn_top1: in the last evaluation that measured it.
     """
 
     label: str
@@ -54,6 +58,8 @@ class RunFacts:
     loss: float | None
     best_top1: float | None
     best_step: int | None
+    agreement: float | None = None
+    knn_top1: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -65,7 +71,10 @@ def facts_of(run: RunFiles) -> RunFacts:
     """Return what a run is compared by. Raises RecipeError where its files cannot be read."""
     recipe, description, status = run.recipe, run.description, read_status(run.path)
     last = run.evaluations[-1] if run.evaluations else {}
-    best = max(run.evaluations, key=lambda evaluation: evaluation["top1"], default={})
+    labelled = [line for line in run.evaluations if line.get("top1") is not None]
+    best = max(labelled, key=lambda evaluation: evaluation["top1"], default={})
+    agreements = [value for line in run.evaluations if (value := agreement_with_teacher(line)) is not None]
+    neighbours = [line["knn_top1"] for line in run.evaluations if line.get("knn_top1") is not None]
     speeds = [line["images_per_second"] for line in run.steps if line.get("images_per_second")]
     starts, _ = read_provenance(run.path)
     loss = last.get("loss")
@@ -89,6 +98,8 @@ def facts_of(run: RunFiles) -> RunFacts:
         loss=loss if loss is None or math.isfinite(loss) else None,
         best_top1=best.get("top1"),
         best_step=best.get("steps"),
+        agreement=agreements[-1] if agreements else None,
+        knn_top1=neighbours[-1] if neighbours else None,
     )
 
 
@@ -125,7 +136,16 @@ def _fact_rows(facts: Sequence[RunFacts]) -> list[list[str]]:
         row("top-5", [percent(each.top5) for each in facts]),
         row("loss", [None if each.loss is None else f"{each.loss:.4f}" for each in facts]),
         row("best top-1", [_best(each) for each in facts]),
+        *_measured_by_some("agreement", [each.agreement for each in facts], row),
+        *_measured_by_some("k-NN top-1", [each.knn_top1 for each in facts], row),
     ]
+
+
+def _measured_by_some(
+    name: str, values: Sequence[float | None], row: Callable[[str, Sequence[str | None]], list[str]]
+) -> list[list[str]]:
+    """Return the row of a number that few runs have; none where no run has it."""
+    return [row(name, [percent(value) for value in values])] if any(value is not None for value in values) else []
 
 
 def percent(fraction: float | None) -> str | None:

@@ -60,15 +60,15 @@ def loss_terms(run: RunFiles) -> Figure | None:
 
 def accuracy(runs: Sequence[RunFiles]) -> Figure | None:
     """Draw the top-1 accuracy of all runs over epochs."""
-    if not any(run.evaluations for run in runs):
+    measured = {run.label: [line for line in run.evaluations if line.get("top1") is not None] for run in runs}
+    if not any(measured.values()):
         return None
     figure, (axis,) = new_grid(1, 1, 7.5, 3.6)
     lines = {}
     for number, run in enumerate(runs):
-        epochs = [line["epoch"] for line in run.evaluations]
-        (lines[run.label],) = axis.plot(
-            epochs, [100 * line["top1"] for line in run.evaluations], marker="o", markersize=3, **_line_style(number)
-        )
+        epochs = [line["epoch"] for line in measured[run.label]]
+        shares = [100 * line["top1"] for line in measured[run.label]]
+        (lines[run.label],) = axis.plot(epochs, shares, marker="o", markersize=3, **_line_style(number))
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1, % of validation images")
     axis.set_title("Accuracy of the student")
@@ -185,7 +185,7 @@ def attention(seen: Observation) -> Figure | None:
     pairs = [(s, t) for s, t in seen.pairs if s in seen.student.attention]
     if not pairs:
         return None
-    chosen = _one_of_each_class(seen.shown_labels)
+    chosen = _one_of_each_class(seen.shown_labels) if seen.labels is not None else _spread(len(seen.shown_labels))
     views = [(view, role) for view, role in ((seen.teacher, "teacher"), (seen.student, "student")) if view is not None]
     rows = [
         (view, role, tap)
@@ -207,7 +207,7 @@ def attention(seen: Observation) -> Figure | None:
         axis.text(
             column * _PITCH + 0.5,
             -0.05,
-            _short(seen.class_names[seen.shown_labels[index]]),
+            "" if seen.labels is None else _short(seen.class_names[seen.shown_labels[index]]),
             ha="center",
             va="bottom",
             fontsize=8,
@@ -290,7 +290,7 @@ def class_accuracies(observed: Mapping[str, Observation]) -> Figure | None:
     series: dict[str, np.ndarray] = {}
     names: Sequence[str] = ()
     for label, seen in observed.items():
-        if seen.student is None:
+        if seen.student is None or seen.labels is None:
             continue
         names = seen.class_names
         series[label] = accuracy_by_class(seen, seen.student)
@@ -442,6 +442,11 @@ def _line_style(number: int) -> dict[str, Any]:
 def _one_of_each_class(labels: np.ndarray) -> list[int]:
     first = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
     return first[:_IMAGES_SHOWN]
+
+
+def _spread(count: int) -> list[int]:
+    """Return the places of a few of so many images, spread over all of them."""
+    return np.unique(np.linspace(0, count - 1, min(_IMAGES_SHOWN, count)).round().astype(int)).tolist()
 
 
 def _class_ticks(seen: Observation) -> tuple[list[str], list[float], list[float]]:

@@ -16,7 +16,7 @@ from dkd.build.models import pairs as loss_pairs
 from dkd.config import Recipe
 from dkd.config.derived import classes
 from dkd.data import DataError, ImagePipeline, ImageSource, Normalize
-from dkd.data.sources import match_classes, runs_user_code
+from dkd.data.sources import has_labels, match_classes, runs_user_code
 from dkd.data.transforms import BatchTransform
 from dkd.losses.attention_transfer import attention_map, token_grid, tokens_of_both
 from dkd.models import (
@@ -35,6 +35,8 @@ from dkd.user_code import describe_error
 
 CLASSES_SHOWN = 10
 IMAGES_OF_A_CLASS = 20
+UNLABELLED = "all images"
+"""What images without labels are called in place of a class."""
 _BATCH = 50
 _GRAM_BYTES = 2**29  # a tap whose float32 features take more bytes gets no Gram matrix
 
@@ -69,8 +71,8 @@ class Observation:
         pairs: (student path, teacher path), shown one after the other.
         images: (s, 3, H, W) uint8, the shown images, sorted by class.
         shown_labels: (s,) classes of the shown images.
-        labels: (n,) classes of the classified images.
-        class_names: the name of each class.
+        labels: (n,) classes of the classified images; None where these have no labels.
+        class_names: the name of each class. Images without labels are shown as those of one class.
         notes: one sentence for each thing that could not be observed, and why.
     """
 
@@ -123,9 +125,12 @@ def observe(
         notes.append(f"pictures are missing: {error} (paths of a recipe are relative to where the command is started)")
         if own is None:
             return Observation(notes=notes)
+    shown = np.concatenate([batch.numpy() for batch in images.read(images.shown)])
+    if not recipe.data.labels:
+        of_one_class = np.zeros(len(images.shown), dtype=np.int64)
+        return Observation(pairs, shown, of_one_class, None, [UNLABELLED], own, teacher, notes)
     labels = images.source.labels
     names = images.source.class_names or [str(label) for label in range(classes(recipe))]
-    shown = np.concatenate([batch.numpy() for batch in images.read(images.shown)])
     return Observation(pairs, shown, labels[images.shown], labels[images.classified], names, own, teacher, notes)
 
 
@@ -249,9 +254,17 @@ def _choose(source: ImageSource, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the images to show (a few of each of several classes, sorted by class), and of those to
     classify."""
     present = np.unique(source.labels)
+    if not has_labels(source):
+        most = CLASSES_SHOWN * IMAGES_OF_A_CLASS
+        return _spread(source, most), _spread(source, count)
     classes = present[np.linspace(0, len(present) - 1, min(CLASSES_SHOWN, len(present))).round().astype(int)]
     shown = np.concatenate([np.flatnonzero(source.labels == label)[:IMAGES_OF_A_CLASS] for label in classes])
-    return shown, np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
+    return shown, _spread(source, count)
+
+
+def _spread(source: ImageSource, count: int) -> np.ndarray:
+    """Return the indices of at most so many images, spread over a source."""
+    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
 
 
 def _select_readable(source: ImageSource, indices: np.ndarray, recipe: Recipe, notes: list[str]) -> np.ndarray:

@@ -112,6 +112,7 @@ def _pictures_of_run(gallery: _Gallery, run: RunFiles, seen: Observation, severa
     )
     gallery.add(figures.schedules(run), f"{prefix}schedules", "As functions of the step.")
     _add_agreement(gallery, run, prefix)
+    _add_neighbours(gallery.page, run)
     _add_classes(gallery, run, prefix)
     if seen.student is None:
         return
@@ -153,8 +154,23 @@ def _add_agreement(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
     )
 
 
+def _add_neighbours(page: Page, run: RunFiles) -> None:
+    """Add the k-NN accuracy of each evaluation that measured it."""
+    measured = [line for line in run.evaluations if line.get("knn_top1") is not None]
+    if not measured:
+        return
+    page.text("k-NN accuracy of the student's features: the votes of the most similar images with labels.")
+    rows = [
+        [f"{line['epoch']:g}", percent(line["knn_top1"]) or "", percent(line.get("knn_top5")) or ""]
+        for line in measured
+    ]
+    page.table(["epoch", "top-1", "top-5"], rows)
+
+
 def _add_classes(gallery: _Gallery, run: RunFiles, prefix: str) -> None:
     """Add what evaluation.json states of each class: the worst classes, and what they were taken for."""
+    if not run.recipe.data.labels:
+        return
     found, reason = read_evaluation(run.path / EVALUATION_FILE)
     page = gallery.page
     if reason is not None:

@@ -44,7 +44,7 @@ from dkd.launch import Launch, Start
 from dkd.provenance import provenance
 from dkd.runs import launches
 from dkd.runs.launches import LAUNCHES_FILE, IfRunExists
-from dkd.runs.metrics_file import kind_of, parse_line, read_metrics
+from dkd.runs.metrics_file import agreement_with_teacher, kind_of, parse_line, read_metrics
 from dkd.runs.place import LOCK_FILE, OWNER_FILE, RunPlace
 
 FINISHED, PREEMPTED, STOPPED = MARKERS = "FINISHED", "PREEMPTED", "STOPPED"
@@ -280,9 +280,13 @@ class RunDirectory:
             )
 
     def evaluations(self) -> dict[int, float]:
-        """Return steps -> top-1 of what metrics.jsonl holds."""
+        """Return steps -> top-1 of what metrics.jsonl holds, or without labels the agreement with the teacher."""
         metrics, _ = read_metrics(self.path / _METRICS)
-        return {line["steps"]: line["top1"] for line in metrics.evaluations}
+        found = {
+            line["steps"]: agreement_with_teacher(line) if line.get("top1") is None else line["top1"]
+            for line in metrics.evaluations
+        }
+        return {steps: value for steps, value in found.items() if value is not None}
 
     def identity(self) -> tuple[str, bool]:
         """Return a name that all starts of this run share and no other run has; and whether this is not the first of

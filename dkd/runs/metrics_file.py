@@ -25,7 +25,8 @@ class Metrics:
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Logged steps with their loss terms, in order."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """`steps`, `epoch`, `top1` and more of each evaluation, in order; `seconds` is the time that it took."""
+    """`steps`, `epoch`, `top1` and more of each evaluation, in order; `seconds` is the time that it took. The top-1 of
+    images without labels is None."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     """`step`, `bytes`, `seconds`, `stall` and more of each checkpoint, in order."""
     damaged: int = 0
@@ -76,7 +77,7 @@ def kind_of(line: Mapping[str, Any]) -> str | None:
     Only values that are computed with are checked: lines may hold more than this version of dkd knows.
     """
     for kind, step, needed, optional in (
-        ("evaluation", "steps", ("epoch", "top1"), ("top5", "loss", "samples")),
+        ("evaluation", "steps", ("epoch",), ("top1", "top5", "loss", "samples", "knn_top1", "knn_top5")),
         ("checkpoint", "step", (), ("bytes", "seconds", "stall")),
     ):
         if kind in line:
@@ -103,6 +104,28 @@ def kind_of(line: Mapping[str, Any]) -> str | None:
         *(f"weight/{term}" for term in terms),
     } & set(line)
     return "step" if all(_is_number(line[key]) for key in computed) else None
+
+
+def agreement_with_teacher(evaluation: Mapping[str, Any]) -> float | None:
+    """Return the share of images for which student and teacher name the same class first, of an evaluation's line; None
+    where it was not measured."""
+    found = evaluation.get("agreement")
+    value = found.get("top1") if isinstance(found, dict) else None
+    return float(value) if value is not None and _is_number(value) else None
+
+
+def describe_accuracy(evaluation: Mapping[str, Any]) -> str:
+    """Return the top-1 of an evaluation's line in words, or without labels the agreement with the teacher, or the k-NN
+    accuracy; empty where none was measured."""
+    named = {
+        "top-1": evaluation.get("top1"),
+        "agreement": agreement_with_teacher(evaluation),
+        "k-NN top-1": evaluation.get("knn_top1"),
+    }
+    for name, value in named.items():
+        if value is not None:
+            return f"{name} {value:.4f}"
+    return ""
 
 
 def _is_step(value: object) -> bool:

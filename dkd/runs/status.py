@@ -20,7 +20,7 @@ from dkd.config import RecipeError
 from dkd.config.yaml_text import YamlTextError
 from dkd.config.yaml_text import read as read_yaml
 from dkd.runs.directory import FINISHED, LOG_FILE, PREEMPTED, STOPPED, is_run, read_provenance
-from dkd.runs.metrics_file import Metrics, read_metrics
+from dkd.runs.metrics_file import Metrics, describe_accuracy, read_metrics
 from dkd.runs.place import is_locked, read_owner
 from dkd.runs.progress import clock
 
@@ -143,7 +143,8 @@ def describe(status: RunStatus) -> list[str]:
         terms = " ".join(f"{k} {v:.4g}" for k, v in status.logged.items() if k not in ("step", "epoch"))
         lines.append(f"last logged  step {status.logged['step']}, epoch {status.logged['epoch']}: {terms}")
     if status.evaluation:
-        lines.append(f"evaluation   after step {status.evaluation['steps']}: top-1 {status.evaluation['top1']:.4f}")
+        found = describe_accuracy(status.evaluation) or "images without labels"
+        lines.append(f"evaluation   after step {status.evaluation['steps']}: {found}")
     if status.damaged_lines:
         lines.append(f"damaged      {status.damaged_lines} lines of metrics.jsonl, which do not count")
     return lines
@@ -156,7 +157,7 @@ def describe_together(statuses: Sequence[RunStatus]) -> list[str]:
             Path(status.run).name,
             status.state,
             _describe_progress(status) or "no step yet",
-            f"top-1 {status.evaluation['top1']:.4f}" if status.evaluation else "",
+            describe_accuracy(status.evaluation),
         )
         for status in statuses
     ]

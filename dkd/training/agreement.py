@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from dkd.data.samples import Batch
 from dkd.distillation import Outputs
+from dkd.models.feature_reader import pool
 
 MOST_CHANNELS = 4096
 """Channels up to which CKA is measured: a pair takes 8·(p² + q² + p·q) bytes on each rank."""
@@ -36,7 +37,7 @@ class Agreement:
     Args:
         top1: share of samples for which both name the same class first.
         kl: mean KL(teacher ‖ student) of the class probabilities at temperature 1, in nats.
-        teacher_top1: share of samples for which the teacher is right.
+        teacher_top1: share of samples for which the teacher is right; None for samples without labels, too.
         cka: (student path, teacher path) -> linear CKA.
     """
 
@@ -70,11 +71,14 @@ class AgreementMeter:
         pairs: (student path, teacher path) of tapped modules.
         classes: whether both models have the same classes.
         device: where both models' outputs are.
+        labels: whether the samples have labels.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], classes: bool, device: torch.device) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[str, str]], classes: bool, device: torch.device, labels: bool = True
+    ) -> None:
         self._products: dict[tuple[str, str], _Products | None] = dict.fromkeys(pairs)
-        self._classes, self._device = classes, device
+        self._classes, self._device, self._labels = classes, device, labels
         self._numbers = torch.zeros(4, dtype=torch.float64, device=device)  # samples, same class, KL, teacher right
 
     @torch.no_grad()
@@ -85,7 +89,9 @@ class AgreementMeter:
             labels = batch.labels[:valid].to(self._device, non_blocking=True)
             self._numbers += _compare(student.logits[:valid].double(), teacher.logits[:valid].double(), labels)
         for pair in self._products:
-            x, y = (_pool(side.features[path][:valid]) for side, path in zip((student, teacher), pair, strict=True))
+            x, y = (
+                pool(side.features[path][:valid].double()) for side, path in zip((student, teacher), pair, strict=True)
+            )
             if max(x.shape[1], y.shape[1]) > MOST_CHANNELS:
                 continue
             products = self._products[pair] or _Products.zeros(x.shape[1], y.shape[1], self._device)
@@ -99,7 +105,8 @@ class AgreementMeter:
         if not samples:
             return Agreement(None, None, None, cka)
         mean_kl = kl / samples
-        return Agreement(same / samples, mean_kl if math.isfinite(mean_kl) else None, right / samples, cka)
+        teacher_right = right / samples if self._labels else None
+        return Agreement(same / samples, mean_kl if math.isfinite(mean_kl) else None, teacher_right, cka)
 
 
 def _compare(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -111,14 +118,6 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor)
     first = teacher.argmax(1)
     same, right = (first == student.argmax(1)).sum(), (first == labels).sum()
     return torch.stack([kl.new_full((), len(labels)), same.double(), kl, right.double()])
-
-
-def _pool(feature: torch.Tensor) -> torch.Tensor:
-    """Return (b, C): features averaged over positions. Maps are (b, C, h, w), and tokens (b, N, C)."""
-    feature = feature.double()
-    if feature.dim() == 3:
-        return feature.mean(1)
-    return feature if feature.dim() == 2 else feature.flatten(2).mean(2)
 
 
 def _sum(numbers: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from dkd.build.data import DataParts, build_data, data_facts, describe_input
+from dkd.build.data import DataParts, KnnSources, build_data, data_facts, describe_input
 from dkd.build.links import read_links
 from dkd.build.models import build_models, student_parameters
 from dkd.build.objective import build_objective, class_weights, gram_size
@@ -32,7 +32,7 @@ from dkd.engines.opening import open_engine
 from dkd.launch import Launch
 from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
 from dkd.preflight.completion import compare_student, complete
-from dkd.preflight.data import open_sources
+from dkd.preflight.data import open_knn, open_sources
 from dkd.preflight.hardware import settle
 from dkd.preflight.launch import launch_problems
 from dkd.preflight.models import check_class_order
@@ -195,6 +195,7 @@ class _Opened:
     run_dir: RunDirectory
     training: ImageSource
     validation: ImageSource | None
+    knn: KnnSources | None
     notes: list[str]
     """Lines to report: what was chosen for the hardware, and what data and models state."""
 
@@ -203,6 +204,7 @@ def _open(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None) -> 
     """Open data, process group and engine. A collective; `if_run_exists` as `settle`."""
     recipe, completed = complete(recipe)
     training, validation = open_sources(recipe, launch)
+    knn = open_knn(recipe, training, validation)
     completed += [*compare_student(recipe), *check_class_order(recipe, training.class_names)]
     run_dir = RunDirectory(recipe.run.dir, writes=False)
     # The first thing that the ranks of a start do together.
@@ -215,7 +217,7 @@ def _open(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None) -> 
         raise RecipeError(problems)
     engine = open_engine(recipe, launch, run_dir.path, lambda: student_parameters(recipe))
     heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
-    return _Opened(recipe, launch, engine, heartbeat, run_dir, training, validation, [*notes, *completed])
+    return _Opened(recipe, launch, engine, heartbeat, run_dir, training, validation, knn, [*notes, *completed])
 
 
 def _build(opened: _Opened) -> Components:
@@ -224,10 +226,13 @@ def _build(opened: _Opened) -> Components:
     training, validation = opened.training, opened.validation
     arithmetic = Arithmetic.of(recipe)
     pin = engine.device.type == "cuda"
-    data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin)
+    data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin, opened.knn)
     # Names are compared between ranks, and are no part of what makes a run the same one.
     named = {**data.facts, "class_names": data.class_names}
-    check_same_data(named, {} if validation is None else data_facts(validation))
+    facts = {"data.train": named, "data.validation": {} if validation is None else data_facts(validation)}
+    if (knn := opened.knn) is not None:
+        facts |= {"evaluation.knn.train": data_facts(knn.bank), "evaluation.knn.validation": data_facts(knn.queries)}
+    check_same_data(facts)
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
     objective = build_objective(
         recipe,
@@ -237,7 +242,7 @@ def _build(opened: _Opened) -> Components:
         class_weights(recipe, training),
         read_links(recipe, engine.device.type)[0],
         arithmetic.dtype,
-        training.labels,
+        training.labels if recipe.data.labels else None,
     )
     step, average, notes = build_step(recipe, engine, arithmetic, data, launch, objective)
     run_dir.writes = launch.is_main

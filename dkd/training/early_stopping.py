@@ -63,7 +63,7 @@ class EarlyStopping:
         """
         if self.section is None:
             return
-        value = all_gather_objects(getattr(evaluation, self.section.metric))[0]
+        value = all_gather_objects(evaluation.value(self.section.metric))[0]
         if step > self.step:
             self._count(step, value)
         self.reason = self._find_reason(value)

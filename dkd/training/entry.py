@@ -44,7 +44,8 @@ class TrainResult:
 
     @property
     def top1(self) -> float | None:
-        """Return the fraction of validation samples whose first class is right; None without validation images."""
+        """Return the fraction of validation samples whose first class is right; None without validation images, and
+        for images without labels."""
         return None if self.evaluation is None else self.evaluation.top1
 
     @property

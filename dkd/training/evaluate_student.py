@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dkd.build.data import build_image_pipeline, data_facts, loader_workers, open_parts, teacher_normalize
+from dkd.build.data import (
+    KnnSources,
+    build_image_pipeline,
+    data_facts,
+    loader_workers,
+    open_parts,
+    teacher_normalize,
+)
 from dkd.build.models import build_teacher, pairs, teacher_spec
 from dkd.config import Recipe, RecipeError, load_recipe, parse_overrides
 from dkd.data import EvaluationLoader, ImageSource
@@ -37,15 +44,20 @@ from dkd.models import (
     read_description,
     student_spec,
 )
+from dkd.models.feature_reader import FeatureReader, feature_width
 from dkd.models.registry import runs_user_code as names_user_code
 from dkd.preflight.agreement import check_same_teacher
-from dkd.preflight.data import open_validation
+from dkd.preflight.collecting import input_errors_at
+from dkd.preflight.data import knn_place_problems, open_knn, open_validation
 from dkd.preflight.hardware import settle
 from dkd.training.agreement import AgreementMeter
 from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.knn import measure_knn
+from dkd.training.knn_accuracy import KnnAccuracy
 from dkd.training.predictions import Predictions, check_destination
 
 ALLOWED_OVERRIDES = ("data.", "evaluation.", "train.precision", "train.channels_last")
+_KNN = "evaluation.knn"
 _WITH_TEACHER = ("teacher.weights", "teacher.placement")
 
 
@@ -118,6 +130,7 @@ def evaluate_student(
     _check_fraction(weights, recipe, description)
     validation = open_validation(recipe, spec.classes, description.get("class_names"))
 
+    knn = _open_knn(recipe, validation, spec)
     open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
     recipe, notes = settle(recipe, launch)
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
@@ -125,14 +138,15 @@ def evaluate_student(
     batches = _open_batches(recipe, validation, launch)
     models = _Models(recipe, launch, student, spec.classes, device)
     if predictions is not None:
-        models.predictions = Predictions(
-            Path(predictions), validation, batches, spec.classes, device, launch.is_main, overwrite
-        )
+        place, main = Path(predictions), launch.is_main
+        models.predictions = Predictions(place, validation, batches, spec.classes, device, main, overwrite)
     names = description.get("class_names") or validation.class_names
     result, problem = models.evaluate(batches, names)
+    if knn is not None:
+        result = replace(result, knn=models.measure_knn(knn, spec))
     written = None if predictions is None else Path(predictions)
-    data, precision = str(recipe.data.validation), recipe.train.precision
-    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, precision)
+    data, how = str(recipe.data.validation), recipe.train.precision
+    return StudentEvaluation(weights, spec.name, data, result, tuple(notes), names, written, problem, how)
 
 
 def _check_fraction(weights: Path, recipe: Recipe, description: Mapping[str, Any]) -> None:
@@ -152,6 +166,20 @@ def _check_fraction(weights: Path, recipe: Recipe, description: Mapping[str, Any
             f"{fraction:g} of data.train was set aside from other images than are there now, and would hold training "
             "images; name images, such as data.validation=folder:PATH",
         )
+
+
+def _open_knn(recipe: Recipe, validation: ImageSource, spec: ModelSpec) -> KnnSources | None:
+    """Open the images of the k-NN accuracy, where it is asked for. Raises RecipeError."""
+    section = recipe.evaluation.knn
+    if section is None:
+        return None
+    with input_errors_at("evaluation.knn.tap"):
+        feature_width(spec, section.tap, build_image_pipeline(recipe).image_size)
+    if problems := knn_place_problems(recipe):
+        raise RecipeError(problems)
+    with input_errors_at("data.train"):
+        training = open_parts(recipe)[0] if section.train is None else None
+    return open_knn(recipe, training, validation)
 
 
 def _open_batches(recipe: Recipe, validation: ImageSource, launch: Launch) -> EvaluationLoader:
@@ -183,7 +211,7 @@ class _Models:
     def __init__(self, recipe: Recipe, launch: Launch, student: nn.Module, classes: int, device: torch.device) -> None:
         arithmetic = Arithmetic.of(recipe)
         taps = list(dict.fromkeys(pairs(recipe))) if recipe.teacher is not None else []
-        self._recipe, self._device, self._launch = recipe, device, launch
+        self._recipe, self._device, self._launch, self._plain = recipe, device, launch, student
         self._teacher: FrozenTeacher | None = None
         self._meter: AgreementMeter | None = None
         self.predictions: Predictions | None = None
@@ -194,7 +222,8 @@ class _Models:
             raise RecipeError.at("teacher.weights" if isinstance(error, WeightsError) else "", error) from error
         if self._teacher is not None:
             check_same_teacher(self._teacher.fingerprint)
-            self._meter = AgreementMeter(taps, teacher_spec(recipe).classes == classes, device)
+            same_classes = teacher_spec(recipe).classes == classes
+            self._meter = AgreementMeter(taps, same_classes, device, recipe.data.labels)
         normalize = build_image_pipeline(recipe).normalize
         self._forward = Forward(
             arithmetic.place(tapped, device),
@@ -220,7 +249,8 @@ class _Models:
                 inside.enter_context(self._teacher.with_logits())
             if self.predictions is not None:
                 inside.callback(self.predictions.close)
-            result = evaluate(self._logits, batches, self._device, self._recipe.data.on_error == "skip")
+            data = self._recipe.data
+            result = evaluate(self._logits, batches, self._device, data.on_error == "skip", labels=data.labels)
             assert result is not None  # nobody asks it to stop
             if self._meter is not None:
                 result = replace(result, agreement=self._meter.over_ranks())
@@ -228,6 +258,23 @@ class _Models:
                 return result, None
             write = partial(self.predictions.write, names, result.samples)
             return result, run_on_main(self._launch.is_main, write)[1]
+
+    def measure_knn(self, sources: KnnSources, spec: ModelSpec) -> KnnAccuracy:
+        """Measure the k-NN accuracy. A collective. Raises DataError on every rank: images cannot be read."""
+        recipe, section = self._recipe, self._recipe.evaluation.knn
+        assert section is not None
+        reader = FeatureReader(self._plain, spec, section.tap)
+
+        def features(batch: Batch) -> torch.Tensor:
+            self._forward.logits(batch.images.to(self._device, non_blocking=True))
+            return reader.take()
+
+        bank, queries = (_open_batches(recipe, each, self._launch) for each in (sources.bank, sources.queries))
+        skip = recipe.data.on_error == "skip"
+        with reader.reading():
+            found = measure_knn(features, bank, queries, sources.classes, section, self._device, skip)
+        assert found is not None  # nobody asks it to stop
+        return found
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> torch.Tensor:
@@ -258,9 +305,12 @@ def _check(recipe: Recipe, trust_code: bool) -> None:
     """Check that code that the recipe names may run, and that the teacher can be had. Raises RecipeError."""
     data, teacher = recipe.data, recipe.teacher
     allow = "is code to be imported and run; allow it with --trust-code"
-    place = data.train if isinstance(data.validation, float) else str(data.validation)
-    if runs_user_code(place) and not trust_code:
-        raise RecipeError.at("data.validation", f"{place!r} {allow}")
+    places = {"data.validation": data.train if isinstance(data.validation, float) else str(data.validation)}
+    if (knn := recipe.evaluation.knn) is not None:
+        places |= {f"{_KNN}.train": knn.train or data.train, f"{_KNN}.validation": knn.validation or ""}
+    for key, place in places.items():
+        if runs_user_code(place) and not trust_code:
+            raise RecipeError.at(key, f"{place!r} {allow}")
     if teacher is None:
         return
     if names_user_code(teacher.name) and not trust_code:
@@ -292,16 +342,21 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     if not target.exists():
         raise RecipeError.at("", f"no such run, checkpoint or weights file: {str(target)!r}")
     allowed = (*ALLOWED_OVERRIDES, *_WITH_TEACHER) if teacher else ALLOWED_OVERRIDES
-    for keys, _ in parse_overrides(overrides):
-        if not ".".join(keys).startswith(allowed):
-            raise RecipeError.at(".".join(keys), f"cannot be changed in an evaluation; what can: {', '.join(allowed)}")
+    keys = [".".join(parts) for parts, _ in parse_overrides(overrides)]
+    for key in keys:
+        if not key.startswith(allowed):
+            raise RecipeError.at(key, f"cannot be changed in an evaluation; what can: {', '.join(allowed)}")
     weights = target / "student.safetensors" if target.is_dir() else target
     path = _recipe_of(weights)
     # What is evaluated is the student, in batches of its own: these fit any launch.
     fitting = [f"train.global_batch={world_size}", "train.micro_batch=null", "evaluation.agreement=auto"]
-    fitting += ["train.sync_batch_norm=false"]  # an evaluation uses running statistics
+    # An evaluation uses running statistics, and decides nothing.
+    fitting += ["train.sync_batch_norm=false", "train.stop_when=null", "checkpoint.keep_best=0"]
+    asks_for_knn = any(key.startswith(_KNN) for key in keys)
+    if not asks_for_knn:  # it costs a forward of two data sets
+        fitting.append(f"{_KNN}=null")
     if not teacher:
-        return weights, load_recipe(path, [*overrides, *fitting, "teacher=null", *_ALONE])
+        return weights, _load_without_teacher(path, overrides, fitting, asks_for_knn)
     section = load_recipe(path, [*overrides, *fitting]).teacher
     if load_recipe(path).teachers:
         raise RecipeError.at("teachers", "--teacher compares with one teacher, and the run has several; leave it out")
@@ -315,3 +370,19 @@ def _find(target: Path, overrides: Sequence[str], world_size: int, teacher: bool
     if trained is not None and not any(override.startswith("evaluation.batch=") for override in overrides):
         own.append(f"evaluation.batch={min(trained, load_recipe(path).evaluation.batch)}")
     return weights, load_recipe(path, [*overrides, *fitting, *own])
+
+
+def _load_without_teacher(path: Path, overrides: Sequence[str], fitting: Sequence[str], asks_for_knn: bool) -> Recipe:
+    """Return the recipe of a run, without its teacher. Raises RecipeError where its images have no labels, and nothing
+    else is asked for."""
+    asked = [value for keys, value in parse_overrides(overrides) if ".".join(keys) == "data.labels"]
+    if [load_recipe(path).data.labels, *asked][-1] is not False:
+        return load_recipe(path, [*overrides, *fitting, "teacher=null", *_ALONE])
+    if not asks_for_knn:
+        raise RecipeError.at(
+            "data.labels",
+            "the run's images have no labels: compare the student with its teacher by --teacher, or name images with "
+            "labels, data.labels=true data.validation=folder:PATH",
+        )
+    # A recipe without labels has to have a teacher, which is not built here.
+    return load_recipe(path, [*overrides, *fitting]).model_copy(update={"teacher": None, "teachers": {}})

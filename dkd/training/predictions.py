@@ -23,6 +23,7 @@ from dkd.atomic_files import replacing
 from dkd.config import RecipeError
 from dkd.data import DataError, EvaluationLoader, ImageSource
 from dkd.data.samples import Batch
+from dkd.data.sources import NO_LABEL
 
 _GROUP_BYTES = 2**26  # scores in a row group of the file
 _ABSENT = -1
@@ -77,7 +78,7 @@ class Predictions:
         self._open = ExitStack()
         self._scores: Any = None
         self._problem: str | None = None
-        # By image: label and prediction.
+        # By image: label and prediction. Images without labels have the label of absent ones.
         self._classified = np.full((len(source) if main else 0, 2), _ABSENT, dtype=np.int64)
         if main:
             try:
@@ -120,7 +121,7 @@ class Predictions:
                 raise OSError(self._problem)
             if not self._overwrite and self.path.exists():
                 raise OSError("the file was made meanwhile")
-            found = int((self._classified[:, 0] != _ABSENT).sum())
+            found = int((self._classified[:, 1] != _ABSENT).sum())
             if found != samples:
                 raise OSError(f"{found} of {samples} rows are known: images changed while they were read")
             with replacing(self.path) as unfinished, ExitStack() as inside:
@@ -183,7 +184,7 @@ class Predictions:
         import pyarrow as pa
 
         rows = max(1, _GROUP_BYTES // (4 * self._classes))
-        present = np.flatnonzero(self._classified[:, 0] != _ABSENT)
+        present = np.flatnonzero(self._classified[:, 1] != _ABSENT)
         for start in range(0, max(1, len(present)), rows):
             indices = present[start : start + rows]
             labels, predicted = self._classified[indices].T
@@ -191,7 +192,7 @@ class Predictions:
             offsets = np.arange(0, (len(indices) + 1) * self._classes, self._classes, dtype=np.int32)
             columns: dict[str, Any] = {
                 "path": pa.array([self._source.name_of(int(index)) for index in indices], pa.string()),
-                "label": pa.array(labels, pa.int64()),
+                "label": pa.array(labels, pa.int64(), mask=labels == NO_LABEL),
                 "prediction": pa.array(predicted, pa.int64()),
                 "scores": pa.ListArray.from_arrays(offsets, np.frombuffer(scores, dtype=np.float32)),
             }
@@ -206,5 +207,5 @@ class Predictions:
 
 
 def _name(names: Sequence[str], label: int) -> str | None:
-    """Return the name of a class; None where there are fewer names."""
-    return names[label] if label < len(names) else None
+    """Return the name of a class; None where there are fewer names, and without a label."""
+    return names[label] if 0 <= label < len(names) else None

@@ -170,7 +170,9 @@ class RunSaver:
             self.log.say(f"{replaced} images could not be read and were replaced by others")
         if early is not None:
             self.log.say(f"stopped early after step {steps} of {self.total_steps}: {early}")
-        measured = "" if result is None else f", top-1 {result.top1:.4f}"
+        named = [] if result is None else [("top-1", result.top1), ("agreement", result.value("agreement"))]
+        found = next(((name, value) for name, value in named if value is not None), None)
+        measured = "" if found is None else f", {found[0]} {found[1]:.4f}"
         self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors{measured}")
 
     def _raise_for(

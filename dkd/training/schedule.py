@@ -51,7 +51,13 @@ class RunSchedule:
         self.planned_steps, self.total_steps = run_length(recipe, steps_per_epoch)
         self._evaluates_every, self._log_every = recipe.evaluation.every_epochs, recipe.run.log_every
         self._has_validation = recipe.data.validation is not None
+        self._knn = recipe.evaluation.knn
         self._agreement = recipe.evaluation.agreement
+        stop_when = recipe.train.stop_when
+        # Where nothing else can be measured, or something is decided by it.
+        needed = not recipe.data.labels or (stop_when is not None and stop_when.metric == "agreement")
+        if needed and self._agreement == "auto":
+            self._agreement = True
         self._checkpoints = CheckpointSchedule(recipe.checkpoint, steps_per_epoch, self.total_steps)
 
     def decide(self, steps_done: int, wishes: Wishes) -> Decision:
@@ -69,12 +75,21 @@ class RunSchedule:
 
     def measures_agreement(self, steps_done: int, may_end: bool = False) -> bool:
         """Return whether the evaluation after so many steps compares the student with its teacher: each one, none, or
-        by default the run's last.
+        by default the run's last, or each one where nothing else can be measured.
 
         Args:
             may_end: whether the run may end early by this evaluation.
         """
         return (steps_done == self.total_steps or may_end) if self._agreement == "auto" else self._agreement
+
+    def measures_knn(self, steps_done: int, may_end: bool = False) -> bool:
+        """Return whether the evaluation after so many steps measures the k-NN accuracy. Arguments as
+        `measures_agreement`."""
+        if self._knn is None:
+            return False
+        epoch, rest = divmod(steps_done, self.steps_per_epoch)
+        due = rest == 0 and epoch % (self._knn.every_epochs or self._evaluates_every) == 0
+        return due or may_end or steps_done == self.total_steps
 
     def logs(self, step: int) -> bool:
         """Return whether the metrics of a step, counted from 0, are logged."""

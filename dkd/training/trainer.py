@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,13 @@ from dkd.distributed.async_mean import AsyncMean, Number, StepValues
 from dkd.distributed.process_group import set_timeouts
 from dkd.errors import RunError, TrainingError
 from dkd.launch import Launch
+from dkd.models.feature_reader import FeatureReader
 from dkd.runs.launches import IfRunExists
 from dkd.training.agreement import AgreementMeter
 from dkd.training.components import Components, build_components
 from dkd.training.evaluation import Evaluation, evaluate
+from dkd.training.knn import measure_knn
+from dkd.training.knn_accuracy import KnnAccuracy
 from dkd.training.schedule import Decision
 
 WORKERS_SHARE = 0.8
@@ -267,19 +270,54 @@ class Trainer:
                 if meter is not None and parts.step.teacher is not None:
                     inside.enter_context(parts.step.teacher.with_logits())
                 logits = partial(self._evaluated_logits, meter)
-                result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop)
+                labels = parts.recipe.data.labels
+                result = evaluate(logits, parts.data.validation, device, skip, loading, is_asked_to_stop, labels)
                 if result is not None and meter is not None:
                     result = replace(result, agreement=meter.over_ranks())
+                if result is not None and parts.schedule.measures_knn(step, parts.stopping.may_end):
+                    knn = self._measure_knn(is_asked_to_stop)
+                    result = None if knn is None else replace(result, knn=knn)
         except DataError as error:
             raise TrainingError(f"evaluation after step {step}: {error}") from error
         finally:
             parts.step.student.train()
         if result is not None:
-            parts.checkpointer.evaluations[step] = result.top1
+            if result.score is not None:
+                parts.checkpointer.evaluations[step] = result.score
             seconds, names = time.monotonic() - begun, parts.data.class_names
             parts.stopping.judge(step, result)
             result.log(parts.log, step, step / parts.schedule.steps_per_epoch, seconds, names)
         return result
+
+    def _measure_knn(self, is_asked_to_stop: Callable[[int], bool]) -> KnnAccuracy | None:
+        """Measure the k-NN accuracy of the student's features, inside an evaluation. A collective. Returns None: the
+        run was asked to stop meanwhile. Raises DataError on every rank."""
+        parts, data, section = self.parts, self.parts.data, self.parts.recipe.evaluation.knn
+        assert section is not None
+        assert data.knn is not None
+        assert data.validation is not None
+        # Worker processes are forked while no other thread runs that could hold a lock.
+        parts.checkpointer.wait()
+        before = len(data.validation)
+        reader = FeatureReader(parts.engine.model.model, student_spec(parts.recipe), section.tap)
+
+        def features(batch: Batch) -> torch.Tensor:
+            parts.step.logits(batch.images)
+            return reader.take()
+
+        # A compiled forward would not call the reader.
+        compiled = parts.recipe.train.compile.student
+        with reader.reading(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return measure_knn(
+                features,
+                data.knn.bank,
+                data.knn.queries,
+                data.knn.classes,
+                section,
+                parts.engine.device,
+                parts.recipe.data.on_error == "skip",
+                lambda number: is_asked_to_stop(before + number),
+            )
 
     def _open_meter(self) -> AgreementMeter | None:
         """Return what measures the student's agreement with the teacher; None where this evaluation does not."""
@@ -290,7 +328,9 @@ class Trainer:
             return None
         same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
         taps = list(dict.fromkeys(pairs(recipe)))
-        return AgreementMeter(taps, same_classes, parts.engine.device) if same_classes or taps else None
+        if not same_classes and not taps:
+            return None
+        return AgreementMeter(taps, same_classes, parts.engine.device, recipe.data.labels)
 
     def _evaluated_logits(self, meter: AgreementMeter | None, batch: Batch) -> torch.Tensor:
         """Return the student's logits (b, K), and let the meter see both models' outputs where there is one."""
@@ -330,6 +370,7 @@ def set_patience(parts: Components, seconds: float) -> None:
     # Of all groups: those that an engine has made for itself have a timeout of torch's.
     set_timeouts(seconds, but=parts.checkpointer.groups())
     parts.heartbeat.warn_after = parts.engine.warn_after(seconds)
-    for loader in (parts.data.train_loader, parts.data.validation):
+    knn = parts.data.knn
+    for loader in (parts.data.train_loader, parts.data.validation, *(() if knn is None else (knn.bank, knn.queries))):
         if loader is not None:
             loader.timeout = WORKERS_SHARE * seconds

@@ -90,6 +90,7 @@ GRADIENTS = {"gradients": "sharded"}
 OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
 MODES = {engine: {"modes": engine} for engine in ENGINES}
+UNLABELLED = {engine: {"unlabelled": engine} for engine in ENGINES}
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,20 @@ def test_a_sharded_vision_transformer_teaches_by_its_tokens(results):
     kept, total = sharded[0]["teacher"]
     assert total > (85_000_000 if LONG else 100_000)
     assert kept < 0.51 * total
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@uses(lambda engine: [UNLABELLED["ddp"], UNLABELLED[engine]])
+def test_images_without_labels_are_evaluated_alike_under_every_engine(results, engine):
+    ddp, ranks = (returned(results[2], UNLABELLED[each]) for each in ("ddp", engine))
+    assert all(rank == ranks[0] for rank in ranks)
+    found, wanted = ranks[0], ddp[0]
+    assert (found["samples"], found["top1"], found["loss"]) == (449, None, None)
+    few = 2.5 / 449  # engines sum gradients in another order
+    for key in ("knn_top1", "knn_top5"):
+        assert found[key] == pytest.approx(wanted[key], abs=few)
+    assert found["agreement"]["top1"] == pytest.approx(wanted["agreement"]["top1"], abs=few)
+    assert found["agreement"]["kl"] == pytest.approx(wanted["agreement"]["kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -237,6 +237,14 @@ def test_the_confusion_matrix_is_exact_on_any_number_of_ranks(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_neighbours_vote_alike_on_any_number_of_ranks(results, world):
+    for counts in returned(results, world, "knn_counts"):
+        for key, found in counts.items():
+            images, asked, k = map(int, key.split()[-3:])
+            assert found == evaluation_cases.plain_knn(images, asked, k), (world, key)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_all_ranks_stop_early_at_the_same_step_and_stay_there(results, world):
     ranks = returned(results, world, "a_run_that_stops_early")
     assert all(rank == ranks[0] for rank in ranks)

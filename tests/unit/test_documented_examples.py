@@ -11,6 +11,7 @@ import launched
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["train.epochs=1", "train.max_steps=2", "run.trackers=[]", "teacher.weights=random", "data.workers=0"]
@@ -21,8 +22,8 @@ def example(request, tmp_path):
     """Page, commands and YAML of one page; its module lies in a folder beside configs/."""
     page = (ROOT / "docs" / "guides" / f"{request.param}.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        name = re.match(r"# (\w+\.py)\n", block)[1]
-        (tmp_path / name).write_text(block)
+        if (named := re.match(r"# (\w+\.py)\n", block)) is not None:
+            (tmp_path / named[1]).write_text(block)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = [
         shlex.split(line, comments=True)
@@ -36,10 +37,24 @@ def run(folder, *arguments):
     return launched.run([*launched.DKD, *arguments], check=False, cwd=folder)
 
 
+def check_losses_that_train(folder, commands):
+    """Losses with parameters train, accumulated too, and leave none of their parameters in the student."""
+    for number, (command, name) in enumerate(zip(commands, ("my_fitnet", "my_nce"), strict=True)):
+        run_dir = folder / f"trained{number}"
+        more = ["train.micro_batch=32", "optimizer.adapters.lr=0.02"]
+        result = run(folder, *command[1:], *SHORT, *more, f"run.dir={run_dir}")
+        assert result.returncode == 0, result.stderr[-3000:]
+        first, second = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][:2]
+        assert first[name] != second[name] > 0
+        assert f"the loss {name} trains" in result.stderr
+        assert not [key for key in load_file(run_dir / "student.safetensors") if "regress" in key or "losses" in key]
+
+
 def test_the_example_trains_and_is_used(example):
     """The page's own command, shortened; and the recipe with the page's YAML in it."""
     page, folder, commands, described = example
-    (trains,) = [command for command in commands if command[:2] == ["dkd", "train"] and len(command) > 3]
+    trains, *others = [command for command in commands if command[:2] == ["dkd", "train"] and len(command) > 3]
+    assert len(others) == (2 if page == "own_loss" else 0)
     teacher = [] if page == "own_data" else SHORT
     shortened = [*trains[1:], *(teacher or [o for o in SHORT if not o.startswith("teacher")]), f"run.dir={folder}/run"]
     result = run(folder, *shortened)
@@ -50,6 +65,13 @@ def test_the_example_trains_and_is_used(example):
         assert logged[0]["positions"] > 0
         assert logged[0]["weight/positions"] == 10
         assert described["losses"]["custom"][0]["loss"] == recipe["losses"]["custom"][0]["loss"]
+        check_losses_that_train(folder, others)
+        for name, loss in (("my_projected:ProjectedInfoNCE", 4), ("my_fitnet:FitNet", 0)):
+            found = [command for command in commands if command[2:3] == [name]]
+            assert bool(found) == bool(loss)
+            for command in found:
+                checked = run(folder, *command[1:])
+                assert checked.stdout.endswith("the loss is the same on 1 and on 2 processes\n"), checked.stderr[-2000:]
         (check,) = [command for command in commands if command[2:3] == ["my_contrast:InfoNCE"]]
         checked = run(folder, *check[1:-1], "2")  # of 4 processes
         assert checked.returncode == 0, checked.stderr[-2000:]

@@ -142,6 +142,7 @@ def test_a_student_learns_from_two_teachers_and_resumes(tmp_path, capsys):
         ({"teachers": {**RECIPE["teachers"], "wide": {"name": "wrn_16_1", "weights": "no/such"}}}, "teachers.wide.weights: no such file: 'no/such'"),
         ({"teachers": {**RECIPE["teachers"], "wide": {"name": "wrn_16_1", "weights": "random", "classes": 7}}}, "teachers.wide.classes: 7 is not data.classes=10, which losses.kd needs"),
         ({"teachers": {**RECIPE["teachers"], "wide": {"name": "wrn_16_1", "weights": "random", "mesh": "node"}}}, "teachers.wide.mesh: belongs to teacher.placement=fsdp2"),
+        ({"data": {**RECIPE["data"], "labels": False, "classes": 10}, "losses": {**RECIPE["losses"], "ce": None}}, "data.validation: has no labels, and the agreement with several teachers is not measured"),
         ({"evaluation": {"agreement": True}}, "evaluation.agreement: is measured with one `teacher`, and there are several"),
         ({"teachers": {}, "teacher": {"name": "wrn_16_1", "weights": "random"}}, "losses.kd.teacher: 'ensemble' is one of several teachers, and there are no `teachers`"),
     ],

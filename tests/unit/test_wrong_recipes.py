@@ -153,6 +153,32 @@ WRONG = [
     ("run.trackers=[tensorbord]", ["run.trackers: 'tensorbord' is not a tracker of Accelerate"]),
     ("run.trackers=[mlflow]", ["run.trackers: 'mlflow' is not installed"]),
     ("student", ["'student' is not an override; write key=value"]),
+    # images without labels
+    ("data.labels=none", ["data.labels: must be true or false, not 'none'"]),
+    ("data.labels=false", ["losses.ce: reads labels, but data.labels is false; remove it with losses.ce=null"]),
+    (("data.labels=false", "losses.ce={class_weights: balanced}"), ["losses.ce: reads labels, but data.labels is false; remove it with losses.ce=null"]),
+    (("data.labels=false", "losses.ce=null", "losses.custom=[{name: a, loss: 'a:b', weight: 1, of: labels}]"), ["losses.custom.0: reads labels, but data.labels is false; remove it from losses.custom"]),
+    (("data.labels=false", "losses.ce=null", "losses.custom=[{name: a, loss: 'asking_losses:OfLabels', weight: 1, of: logits}]"), ["losses.custom.0.loss: 'asking_losses:OfLabels' has a parameter labels, but data.labels is false; remove the parameter, or the loss"]),
+    (("data.labels=false", "losses.ce=null", "data.label_column=kind"), ["data.label_column: belongs to images with labels, but data.labels is false; remove one of the two"]),
+    (("data.labels=false", "losses.ce=null", "train.stop_when={}"), ["train.stop_when.metric: top1 needs labels, but data.labels is false; take agreement"]),
+    (("data.labels=false", "losses.ce=null", "train.stop_when={metric: loss}"), ["train.stop_when.metric: loss needs labels, but data.labels is false; take agreement"]),
+    (("data.labels=false", "losses.ce=null", "evaluation.agreement=false"), ["evaluation.agreement: false leaves nothing to measure on images without labels"]),
+    (("data.labels=false", "losses.ce=null", "evaluation.agreement=false", "checkpoint.keep_best=2"), ["checkpoint.keep_best: needs the agreement with the teacher; remove evaluation.agreement=false"]),
+    (("data.labels=false", "losses={ce: null, at: {beta: 1, pairs: [[layer1, block1]]}}", "teacher.classes=7", "train.stop_when={metric: agreement}"), ["train.stop_when.metric: needs a teacher of the student's classes, but it has 7, and data.classes is 10"]),
+    (("data.labels=false", "losses.ce=null", "data.classes=null"), ["data.classes: the images have no labels to count, and the teacher's weights state no classes; write teacher.classes"]),
+    (("data.labels=false", "losses.ce=null", "data.classes=null", "teacher.weights=no/such.pth"), ["teacher.weights: no such file: 'no/such.pth'"]),
+    (("data.labels=false", "losses.ce=null", "data.classes=null", "teacher.weights=a.pth", "teacher.name=resnet9"), ["teacher.name: 'resnet9' is not a known model"]),
+    (("train.stop_when={metric: agreement}", "teacher=null", "losses={}"), ["train.stop_when.metric: agreement is that with a teacher; add `teacher`, or choose by another number"]),
+    ("train.stop_when={metric: accuracy}", ["train.stop_when.metric: 'accuracy' is not allowed; allowed: top1, top5, loss, agreement"]),
+    # neighbours
+    ("evaluation.knn={k: 0}", ["evaluation.knn.k: must be greater than 0, not 0"]),
+    ("evaluation.knn={temperature: 0}", ["evaluation.knn.temperature: must be greater than 0, not 0"]),
+    ("evaluation.knn={tap: layer9}", ["evaluation.knn.tap: 'layer9' is not a module of CifarResNet; did you mean layer"]),
+    ("evaluation.knn={train: 'no/such/*.tar'}", ["evaluation.knn.train: no file matches 'no/such/*.tar'"]),
+    ("evaluation={every_epochs: 2, knn: {every_epochs: 3}}", ["evaluation.knn.every_epochs: 3 is no multiple of evaluation.every_epochs=2, after which evaluations are"]),
+    ("evaluation.knn={label_column: kind}", ["evaluation.knn.label_column: belongs to evaluation.knn.train or evaluation.knn.validation, which name no images; use data.label_column"]),
+    (("evaluation.knn={}", "data.validation=null"), ["evaluation.knn: needs evaluations, but data.validation is null"]),
+    (("evaluation.knn={train: digits}", "data.labels=false", "losses.ce=null"), ["evaluation.knn.validation: is needed, since data.labels is false; name images with labels"]),
     # what only a closer look finds
     ("student.name=torchvision/googlenet", ["student.name: GoogLeNet returns GoogLeNetOutputs, not the logits as one tensor"]),
     ("student.name=torchvision/vit_b_16", ["student.name: 'torchvision/vit_b_16' fails on one image of 16×16: AssertionError: Wrong image height"]),
@@ -176,12 +202,18 @@ def recipe_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(("override", "messages"), WRONG, ids=[override for override, _ in WRONG])
+@pytest.mark.parametrize(
+    ("override", "messages"),
+    WRONG,
+    ids=[override if isinstance(override, str) else " ".join(override) for override, _ in WRONG],
+)
 def test_wrong_recipe_gives_one_line_a_problem_and_exit_code_2(recipe_file, capsys, override, messages):
+    overrides = [override] if isinstance(override, str) else list(override)
     if override == "losses=":
-        override = "losses=null"
-    extra = ["data.image_size=null"] if "RandomCropp" in override else []
-    assert main(["train", str(recipe_file), override, *extra]) == 2
+        overrides = ["losses=null"]
+    if "RandomCropp" in override:
+        overrides.append("data.image_size=null")
+    assert main(["train", str(recipe_file), *overrides]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(messages), lines
     for line, message in zip(lines, messages, strict=True):

@@ -220,6 +220,8 @@ def _choose_losses(
 
 def _why_no_soft_targets(images: Images, teacher: NamedModel, teacher_classes: int | None) -> str | None:
     """Return why the teacher's logits are not those of the data's classes; None: they are, as far as can be known."""
+    if not images.labels and teacher.known_classes() is None:
+        return "the teacher's weights state no classes"
     if teacher_classes != images.classes:
         return f"the teacher's head has {teacher_classes} classes, the data have {images.classes}"
     stated = stated_classes(teacher.name, teacher.weights)

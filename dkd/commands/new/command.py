@@ -13,6 +13,7 @@ from dkd.errors import InputError
 
 if TYPE_CHECKING:
     from dkd.commands.new.choices import Choices
+    from dkd.commands.new.models import NamedModel
 
 _EXAMPLES = """
 examples:
@@ -24,8 +25,15 @@ examples:
   dkd new --teacher timm/vit_small_patch16_224 --student timm/vit_tiny_patch16_224 --data hub:NAME --losses at,sp
   dkd new --teacher hf/FOLDER --student torchvision/mobilenet_v3_small --data folder:photos -o -
 
+  dkd new --teacher torchvision/resnet50 --student torchvision/resnet18 --data photos --no-labels
+                                                          all images in photos, which need no labels
+
 then: dkd train RECIPE --dry-run, dkd launch RECIPE; or at once: dkd distill with the same options
 """
+
+
+OUTPUTS = 1000
+"""Outputs of a student without labels, where the teacher's weights state no classes: no loss reads them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +65,11 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
         "--validation",
         metavar="SOURCE",
         help="likewise, or a fraction of the training images, or none (default: what lies beside them, else 0.1)",
+    )
+    parser.add_argument(
+        "--no-labels",
+        action="store_true",
+        help="the images have no labels: a folder needs no folders of classes, and the teacher alone is learned from",
     )
     parser.add_argument("--losses", metavar="LIST", help="of at, sp and kd, with commas (default: all that fit)")
     parser.add_argument("--name", metavar="NAME", help="name of the run (default: made of the models' names)")
@@ -110,13 +123,24 @@ def make_recipe(options: argparse.Namespace) -> tuple[Choices, str]:
         )
     columns = {"image_column": options.image_column, "label_column": options.label_column}
     try:
-        images = look_at(options.data, options.validation, columns)
+        unlabelled = _count_unlabelled(options, teacher) if options.no_labels else 0
+        images = look_at(options.data, options.validation, columns, unlabelled)
     except DataError as error:  # in a training, that is an image which cannot be read; here it is the argument
-        raise InputError(str(error).replace("set data.", "name it by --").replace("_column", "-column")) from error
+        said = str(error).replace("set data.labels=false", "add --no-labels")
+        raise InputError(said.replace("set data.", "name it by --").replace("_column", "-column")) from error
     chosen = choose(images, student, teacher, asked)
     text = recipe_text(chosen)
     _check(text)
     return chosen, text
+
+
+def _count_unlabelled(options: argparse.Namespace, teacher: NamedModel | None) -> int:
+    """Return the number of classes of images without labels: the teacher's. Raises InputError."""
+    if teacher is None:
+        raise InputError("--no-labels needs --teacher: without labels there is nothing else to learn from")
+    if options.label_column is not None:
+        raise InputError("--label-column names labels, and --no-labels ignores them: leave one of the two out")
+    return teacher.known_classes() or OUTPUTS
 
 
 def _read_options(text: str | None, whose: str) -> dict[str, Any]:
@@ -177,14 +201,19 @@ def describe(chosen: Choices) -> list[str]:
         else f"validation {images.validation}"
     )
     lines = [
-        ("data", f"{images.count:,} images of {images.classes} classes{names}; {validation}"),
+        (
+            "data",
+            f"{images.count:,} images of {images.classes} classes{names}; {validation}"
+            if images.labels
+            else f"{images.count:,} images without labels; {validation}",
+        ),
         ("student", f"{student.name}, {student.weights or 'random weights'}, images of {chosen.image_size} pixels"),
     ]
     if teacher is not None:
         size = chosen.teacher_size or chosen.image_size
         lines.append(("teacher", f"{teacher.name}, {teacher.weights}, images of {size} pixels"))
     if chosen.losses:
-        lines.append(("losses", ", ".join(("ce", *chosen.losses))))
+        lines.append(("losses", ", ".join((*(("ce",) if images.labels else ()), *chosen.losses))))
     if chosen.pairs is not None:
         lines += [("pairs" if number == 0 else "", line) for number, line in enumerate(chosen.pairs.table())]
     optimizer = "adamw" if chosen.adamw else "sgd"

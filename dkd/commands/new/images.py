@@ -31,6 +31,7 @@ class Images:
         class_names: None: the data do not name them.
         side: median of the shorter sides of some images, pixels.
         columns: `image_column` and `label_column` of data in columns, as they were asked for, or found.
+        labels: whether the images have labels; else `classes` is the number of the teacher's.
     """
 
     train: str
@@ -40,35 +41,40 @@ class Images:
     class_names: list[str] | None
     side: int
     columns: dict[str, str]
+    labels: bool = True
 
 
-def look_at(data: str, validation: str | None, columns: Mapping[str, str | None]) -> Images:
+def look_at(data: str, validation: str | None, columns: Mapping[str, str | None], unlabelled: int = 0) -> Images:
     """Open the images and count them.
 
     Args:
         data: a name as in a recipe, or a folder of images, of parquet files, or of a saved data set.
         validation: the same, a fraction, or `none`; None: what lies beside the training images, or a fraction of them.
         columns: `image_column` and `label_column`; None: the only ones that fit.
+        unlabelled: number of classes of images without labels; 0: the images have labels.
 
     Raises:
         DataError: the images cannot be opened.
     """
     train, beside = _find(data)
     chosen = _read_validation(validation) if validation is not None else beside
-    training = _open(train, True, columns)
-    classes = count_classes(training)
-    check_labels(training, classes)
+    labels = not unlabelled
+    training = _open(train, True, columns, labels)
+    classes = count_classes(training) if labels else unlabelled
+    if labels:
+        check_labels(training, classes)
     if validation is None and isinstance(chosen, str):
-        chosen = _working(chosen, training, columns)
+        chosen = _working(chosen, training, columns, labels)
     elif isinstance(chosen, str):
-        match_classes(training.class_names, _open(chosen, False, columns), _has_text_labels(training))
+        match_classes(training.class_names, _open(chosen, False, columns, labels), _has_text_labels(training))
     found = {key: value for key in columns if isinstance(value := getattr(training, key, None), str)}
-    return Images(train, chosen, len(training), classes, training.class_names, _median_side(training), found)
+    side = _median_side(training)
+    return Images(train, chosen, len(training), classes, training.class_names, side, found, labels)
 
 
-def _open(spec: str, training: bool, columns: Mapping[str, str | None]) -> ImageSource:
+def _open(spec: str, training: bool, columns: Mapping[str, str | None], labels: bool) -> ImageSource:
     image, label = columns["image_column"], columns["label_column"]
-    return open_source(spec, training=training, image_column=image, label_column=label)
+    return open_source(spec, training=training, image_column=image, label_column=label, labels=labels)
 
 
 def _read_validation(text: str) -> str | float | None:
@@ -136,7 +142,7 @@ def _is_part(name: str, part: str) -> bool:
     return name.endswith(".parquet") and name.startswith(part)
 
 
-def _working(validation: str, training: ImageSource, columns: Mapping[str, str | None]) -> str | float:
+def _working(validation: str, training: ImageSource, columns: Mapping[str, str | None], labels: bool) -> str | float:
     """Return the name of the validation images where they open and have the training images' classes, else a fraction
     of the training images."""
     names = [validation]
@@ -144,7 +150,8 @@ def _working(validation: str, training: ImageSource, columns: Mapping[str, str |
         names.append(f"{validation}:test")
     for name in names:
         try:
-            match_classes(training.class_names, found := _open(name, False, columns), _has_text_labels(training))
+            found = _open(name, False, columns, labels)
+            match_classes(training.class_names, found, _has_text_labels(training))
             if found.class_names is not None:
                 check_names(found.class_names)
         except DataError:

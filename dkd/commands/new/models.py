@@ -16,6 +16,7 @@ from dkd.models import (
     head_keys,
     head_size,
     read_description,
+    stated_class_count,
     stated_classes,
     stated_input,
     student_spec,
@@ -75,6 +76,11 @@ class NamedModel:
             return len(stated.names)
         spec = self.spec(classes)
         return head_size(build_on_meta(spec), self.name, self.weights, head_keys(spec)) or classes
+
+    def known_classes(self) -> int | None:
+        """Return the number of outputs of the model's head in its weights; None where the weights do not show it.
+        Errors as `count_classes`."""
+        return stated_class_count(self.spec(2), self.weights)
 
 
 def read_model(text: str, is_teacher: bool, options: dict[str, Any] | None = None) -> NamedModel:

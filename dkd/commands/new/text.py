@@ -31,12 +31,17 @@ def _data(chosen: Choices) -> Iterator[str]:
     yield "data:"
     yield f"  train: {_yaml(images.train)}  # {images.count:,} images"
     validation = {
-        float: "a fraction of the training images, drawn by run.seed, the same of each class",
+        float: "a fraction of the training images, drawn by run.seed"
+        + (", the same of each class" if images.labels else ""),
         type(None): "nothing is evaluated",
     }.get(type(images.validation), "")
     yield f"  validation: {_yaml(images.validation)}" + (f"  # {validation}" if validation else "")
     names = "" if images.class_names is None else f": {shorten(', '.join(images.class_names), 60)}"
-    yield f"  classes: {images.classes}  # counted in the training images{_comment(names)}"
+    if not images.labels:
+        yield "  labels: false  # the images have none: the teacher alone is learned from"
+        yield f"  classes: {images.classes}  # the student's outputs{_why_outputs(chosen)}"
+    else:
+        yield f"  classes: {images.classes}  # counted in the training images{_comment(names)}"
     for key, column in images.columns.items():
         yield f"  {key}: {_yaml(column)}"
     yield f"  transforms: {chosen.transforms}"
@@ -49,6 +54,10 @@ def _data(chosen: Choices) -> Iterator[str]:
     yield f"  image_size: {chosen.image_size}  # pixels; {why}"
     if chosen.mean_std is not None:
         yield from _normalization(chosen.mean_std, "  ")
+
+
+def _why_outputs(chosen: Choices) -> str:
+    return ", as many as the teacher has" if "kd" in chosen.losses else ", which no loss reads"
 
 
 def _models(chosen: Choices) -> Iterator[str]:
@@ -83,7 +92,10 @@ def _details(model: NamedModel) -> Iterator[str]:
 
 def _losses(chosen: Choices) -> Iterator[str]:
     yield "losses:"
-    yield "  ce: {weight: 1.0}  # cross-entropy with the labels"
+    if chosen.images.labels:
+        yield "  ce: {weight: 1.0}  # cross-entropy with the labels"
+    else:
+        yield "  ce: null  # cross-entropy needs labels"
     pairs = chosen.pairs
     if pairs is not None and "at" in chosen.losses:
         yield "  at:  # attention transfer; pairs of [student, teacher]: the last module of each resolution"

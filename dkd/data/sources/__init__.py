@@ -9,17 +9,19 @@
     python:MODULE:CALLABLE     what your own callable returns for training=True or False   user_data.py
     digits                     scikit-learn's 1,797 handwritten digits              digits.py
 
-Images of every source are turned by their EXIF orientation and made RGB.
+Images of every source are turned by their EXIF orientation and made RGB. Every source can be read without labels, and
+then needs none: `folder:PATH` is all images under PATH, a column of labels may be missing.
 """
 
-from dkd.data.sources.base import DataError, ImageSource
+from dkd.data.sources.base import NO_LABEL, DataError, ImageSource, has_labels
 from dkd.data.sources.decoding import decode_pixels, to_rgb_tensor
-from dkd.data.sources.labels import check_labels, check_names, count_classes, match_classes
+from dkd.data.sources.labels import check_labels, check_names, count_classes, count_places, match_classes
 from dkd.data.sources.memory import in_memory, is_in_memory, pixels_in_memory
 from dkd.data.sources.names import check_spec, open_source, runs_user_code, same_images, split_spec
 from dkd.data.sources.parts import PartOfSource, set_aside
 
 __all__ = [
+    "NO_LABEL",
     "DataError",
     "ImageSource",
     "PartOfSource",
@@ -27,7 +29,9 @@ __all__ = [
     "check_names",
     "check_spec",
     "count_classes",
+    "count_places",
     "decode_pixels",
+    "has_labels",
     "in_memory",
     "is_in_memory",
     "match_classes",

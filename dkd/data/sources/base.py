@@ -10,6 +10,9 @@ import torch
 
 from dkd.errors import InputError
 
+NO_LABEL = -1
+"""The label of every image of a source that is read without labels."""
+
 
 class DataError(InputError):
     """A data set is missing or is not what the recipe states, or an image cannot be read."""
@@ -19,9 +22,11 @@ class ImageSource(Protocol):
     """Give images with labels, by index."""
 
     labels: np.ndarray
-    """The classes of all images, int64 (N,)."""
+    """The classes of all images, int64 (N,); all of them `NO_LABEL` where the images are read without labels."""
     class_names: list[str] | None
     """The names of the classes, in the order of the labels; None where the source does not name them."""
+    places: bytes
+    """A fingerprint of where the images lie, relative to the source; empty where images have no places of their own."""
 
     def __len__(self) -> int: ...
 
@@ -47,6 +52,7 @@ class IndexedSource:
 
     labels: np.ndarray
     class_names: list[str] | None = None
+    places: bytes = b""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,3 +72,13 @@ class IndexedSource:
     def name_of(self, index: int) -> str:
         """Return the image's index, for sources whose images have no names."""
         return str(index)
+
+
+def no_labels(images: int) -> np.ndarray:
+    """Return the labels of so many images that have none, int64 (N,)."""
+    return np.full(images, NO_LABEL, dtype=np.int64)
+
+
+def has_labels(source: ImageSource) -> bool:
+    """Return whether any image of a source has a label."""
+    return bool(np.any(source.labels != NO_LABEL))

@@ -17,7 +17,9 @@ BLOCKS_IN_ALL = 4096
 """Blocks that `content_mark` reads of all large files together, at least 8 of each."""
 
 
-def open_data_files(kind: str, pattern: str, image_column: str | None, label_column: str | None) -> ImageSource:
+def open_data_files(
+    kind: str, pattern: str, image_column: str | None, label_column: str | None, labels: bool = True
+) -> ImageSource:
     """Open files by the reader of `datasets` for their kind, `parquet` or `webdataset`. Raises DataError."""
     files = matching_files(pattern)
     import pyarrow as pa
@@ -32,7 +34,7 @@ def open_data_files(kind: str, pattern: str, image_column: str | None, label_col
         raise DataError(f"{pattern!r} cannot be read as {kind}: {error.__cause__ or error}") from error
     except Exception as error:  # a .pth or .json in a tar raises what the library for such files raises
         raise DataError(f"{pattern!r} cannot be read as {kind}: {describe_error(error)}") from error
-    return HuggingFaceSource(dataset, pattern, image_column, label_column, common_folder(files))
+    return HuggingFaceSource(dataset, pattern, image_column, label_column, common_folder(files), labels)
 
 
 def content_mark(files: Sequence[str]) -> str:

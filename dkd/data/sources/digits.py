@@ -8,21 +8,21 @@ import os
 import numpy as np
 import torch
 
-from dkd.data.sources.base import DataError
+from dkd.data.sources.base import DataError, no_labels
 from dkd.data.sources.memory import InMemorySource
 from dkd.installation import command_for
 
 
 class Digits(InMemorySource):
     """Hold the digits of one part. Every fourth digit is for validation, which leaves 1,348 for training and 449 for
-    validation. Raises DataError where scikit-learn is not installed."""
+    validation. Without `labels`, they have none. Raises DataError where scikit-learn is not installed."""
 
-    def __init__(self, training: bool) -> None:
-        pixels, labels = _read_digits()
-        chosen = (np.arange(len(labels)) % 4 != 3) == training
+    def __init__(self, training: bool, labels: bool = True) -> None:
+        pixels, classes = _read_digits()
+        chosen = (np.arange(len(classes)) % 4 != 3) == training
         gray = np.round(pixels[chosen] * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 … 16
         images = torch.from_numpy(gray)[:, None].expand(-1, 3, -1, -1).contiguous()
-        super().__init__(images, labels[chosen])
+        super().__init__(images, classes[chosen] if labels else no_labels(len(images)))
 
 
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dkd.data.sources.base import DataError, ImageSource, IndexedSource
+from dkd.data.sources.base import DataError, ImageSource, IndexedSource, no_labels
 from dkd.data.sources.decoding import decode_cell
 from dkd.data.sources.labels import encode_labels, refuse_several_labels
 from dkd.user_code import describe_error
@@ -23,28 +23,41 @@ class HuggingFaceSource(IndexedSource):
         name: what messages call the data set.
         image_column, label_column: None: the only columns that fit.
         folder: the only place where a cell that holds a path instead of bytes may lead; None: nowhere.
+        labels: whether labels are read; else a column of labels may be missing.
 
     Raises:
         DataError: no column fits, several do, or a label is null.
     """
 
     def __init__(
-        self, dataset: Any, name: str, image_column: str | None, label_column: str | None, folder: str | None = None
+        self,
+        dataset: Any,
+        name: str,
+        image_column: str | None,
+        label_column: str | None,
+        folder: str | None = None,
+        labels: bool = True,
     ) -> None:
         from datasets import Image as ImageFeature
 
-        self.name, self._folder = name, folder
-        self.image_column, self.label_column = image_and_label_columns(
-            dataset.features, name, image_column, label_column
-        )
+        self.name, self._folder, self.has_text_labels = name, folder, False
+        self.image_column = find_image_column(dataset.features, name, image_column)
         # Files written without Hugging Face's metadata hold images as plain bytes, or as {bytes, path}.
         images = dataset.select_columns([self.image_column]).cast_column(self.image_column, ImageFeature())
         self.dataset = images.cast_column(self.image_column, ImageFeature(decode=False))
-        named = getattr(dataset.features[self.label_column], "names", None)
-        labels = dataset.select_columns([self.label_column]).with_format("arrow")[:][self.label_column]
-        self.labels, self.class_names = encode_labels(labels, name, self.label_column, named)
+        self.label_column: str | None = None
+        if labels:
+            self._read_labels(dataset, label_column)
+        else:
+            self.labels = no_labels(len(dataset))
+
+    def _read_labels(self, dataset: Any, asked: str | None) -> None:
+        column = self.label_column = find_label_column(dataset.features, self.name, asked)
+        named = getattr(dataset.features[column], "names", None)
+        labels = dataset.select_columns([column]).with_format("arrow")[:][column]
+        self.labels, self.class_names = encode_labels(labels, self.name, column, named)
         self.has_text_labels = named is None and self.class_names is not None
-        check_text_labels(len(self.labels), self.class_names, name, self.label_column, asked=label_column is not None)
+        check_text_labels(len(self.labels), self.class_names, self.name, column, asked=asked is not None)
 
     def image(self, index: int) -> torch.Tensor:
         return decode_cell(self.name, index, self.dataset[index][self.image_column], self._folder)
@@ -78,13 +91,14 @@ def check_text_labels(rows: int, class_names: list[str] | None, name: str, colum
         )
 
 
-def image_and_label_columns(
-    features: Mapping[str, Any], name: str, image_column: str | None, label_column: str | None
-) -> tuple[str, str]:
-    """Return the names of the image column and the label column: those asked for, or the only ones whose types fit.
-    Raises DataError."""
-    image = _select_column(features, name, "image_column", image_column, [_is_image])
-    return image, _select_column(features, name, "label_column", label_column, [_is_label, _is_text])
+def find_image_column(features: Mapping[str, Any], name: str, asked: str | None) -> str:
+    """Return the name of the image column: the one asked for, or the only one whose type fits. Raises DataError."""
+    return _select_column(features, name, "image_column", asked, [_is_image])
+
+
+def find_label_column(features: Mapping[str, Any], name: str, asked: str | None) -> str:
+    """Return the name of the label column: the one asked for, or the only one whose type fits. Raises DataError."""
+    return _select_column(features, name, "label_column", asked, [_is_label, _is_text])
 
 
 def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str | None, kinds: list[Any]) -> str:
@@ -103,8 +117,11 @@ def _select_column(features: Mapping[str, Any], name: str, key: str, asked: str 
             f"{', '.join(candidates)}"
         )
     if asked is None and len(candidates) != 1:
+        unlabelled = key == "label_column" and not candidates
+        hint = "; for images without labels, set data.labels=false" if unlabelled else ""
         raise DataError(
             f"{name}: set data.{key}; columns that fit: {', '.join(candidates) or 'none'} (of {', '.join(features)})"
+            f"{hint}"
         )
     return asked or candidates[0]
 
@@ -153,7 +170,9 @@ def saved_place(rest: str) -> tuple[str, str | None]:
     return (path, split) if colon and split and not os.path.isdir(rest) else (rest, None)
 
 
-def open_saved(rest: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+def open_saved(
+    rest: str, training: bool, image_column: str | None, label_column: str | None, labels: bool = True
+) -> ImageSource:
     """Open what `save_to_disk` of `datasets` wrote to a folder, PATH[:SPLIT]. A split that is left out is `train` or
     `validation`. Raises DataError."""
     from datasets import DatasetDict, load_from_disk
@@ -172,17 +191,19 @@ def open_saved(rest: str, training: bool, image_column: str | None, label_column
         dataset = dataset[split]
     elif asked is not None:
         raise DataError(f"disk:{path} holds one data set, without splits such as {asked!r}; write disk:{path}")
-    return HuggingFaceSource(dataset, f"disk:{path}", image_column, label_column, path)
+    return HuggingFaceSource(dataset, f"disk:{path}", image_column, label_column, path, labels)
 
 
-def open_from_hub(spec: str, training: bool, image_column: str | None, label_column: str | None) -> ImageSource:
+def open_from_hub(
+    spec: str, training: bool, image_column: str | None, label_column: str | None, labels: bool = True
+) -> ImageSource:
     """Download a data set of the Hugging Face hub, NAME[@CONFIG][:SPLIT], and open it. Raises DataError."""
     from datasets import load_dataset
 
     with loading_from_hub(spec):
         name, configuration, split = hub_name(spec, training)
         dataset = load_dataset(name, configuration, split=split)
-    return HuggingFaceSource(dataset, f"hub:{name}:{split}", image_column, label_column)
+    return HuggingFaceSource(dataset, f"hub:{name}:{split}", image_column, label_column, labels=labels)
 
 
 def hub_name(name: str, training: bool) -> tuple[str, str | None, str]:

@@ -86,6 +86,14 @@ def count_classes(source: ImageSource) -> int:
     return len(values)
 
 
+def count_places(source: ImageSource) -> int:
+    """Return the number of classes that the labels of a source need: that of their names, or the largest label and
+    one. Classes between them may have no images."""
+    if source.class_names is not None:
+        return len(source.class_names)
+    return int(source.labels.max(initial=0)) + 1
+
+
 def _check_several(names: list[str]) -> None:
     """Refuse a single class, which any model gets right: the place is too high. Raises DataError."""
     if len(names) == 1:

@@ -15,10 +15,13 @@ class InMemorySource(IndexedSource):
         pixels: uint8 (N, 3, H, W).
         labels: int64 (N,).
         class_names: in the order of the labels; None: not known.
+        places: of the source that the images were decoded from.
     """
 
-    def __init__(self, pixels: torch.Tensor, labels: np.ndarray, class_names: list[str] | None = None) -> None:
-        self.pixels, self.labels, self.class_names = pixels, labels, class_names
+    def __init__(
+        self, pixels: torch.Tensor, labels: np.ndarray, class_names: list[str] | None = None, places: bytes = b""
+    ) -> None:
+        self.pixels, self.labels, self.class_names, self.places = pixels, labels, class_names, places
 
     def image(self, index: int) -> torch.Tensor:
         return self.pixels[index]
@@ -40,7 +43,7 @@ def in_memory(source: ImageSource, limit_bytes: int | None = 2**30) -> ImageSour
         if image.shape != first.shape:
             return None
         pixels[index] = image
-    return InMemorySource(pixels, source.labels, source.class_names)
+    return InMemorySource(pixels, source.labels, source.class_names, source.places)
 
 
 def is_in_memory(source: ImageSource) -> bool:

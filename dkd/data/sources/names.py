@@ -14,7 +14,13 @@ from dkd.data.sources.user_data import UserSource
 
 
 def open_source(
-    spec: str, *, training: bool, root: str = "data", image_column: str | None = None, label_column: str | None = None
+    spec: str,
+    *,
+    training: bool,
+    root: str = "data",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    labels: bool = True,
 ) -> ImageSource:
     """Open the source that `spec` names.
 
@@ -24,6 +30,7 @@ def open_source(
         root: the folder where torchvision's data sets look for their files.
         image_column, label_column: columns of parquet and hub data; None: the first image column, and the only other
             whole-number column.
+        labels: whether labels are read; else every image has the label `NO_LABEL`, and classes have no names.
 
     Raises:
         DataError: something is missing or does not fit; the message states what, and what there is.
@@ -31,18 +38,18 @@ def open_source(
     kind, rest = split_spec(spec)
     match kind:
         case "digits":
-            return Digits(training)
+            return Digits(training, labels)
         case "folder":
-            return ImageFolder(rest)
+            return ImageFolder(rest, labels)
         case "torchvision":
-            return TorchvisionSource(rest, training, root)
+            return TorchvisionSource(rest, training, root, labels)
         case "disk":
-            return open_saved(rest, training, image_column, label_column)
+            return open_saved(rest, training, image_column, label_column, labels)
         case "python":
-            return UserSource(rest, training)
+            return UserSource(rest, training, labels)
         case "hub":
-            return open_from_hub(rest, training, image_column, label_column)
-    return open_data_files(kind, rest, image_column, label_column)
+            return open_from_hub(rest, training, image_column, label_column, labels)
+    return open_data_files(kind, rest, image_column, label_column, labels)
 
 
 def check_spec(spec: str) -> None:

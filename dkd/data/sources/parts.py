@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from dkd.data.sources.base import DataError, ImageSource
+from dkd.data.sources.base import DataError, ImageSource, has_labels
 from dkd.rng import derive_seed
 
 _SPLIT = 0x5EED_5B17
@@ -25,6 +26,7 @@ class PartOfSource:
     def __init__(self, source: ImageSource, indices: np.ndarray) -> None:
         self.source, self.indices = source, indices
         self.labels, self.class_names = source.labels[indices], source.class_names
+        self.places = hashlib.sha256(source.places + np.ascontiguousarray(indices, dtype=np.int64).tobytes()).digest()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -48,7 +50,7 @@ class PartOfSource:
 
 def set_aside(source: ImageSource, fraction: float, seed: int) -> tuple[PartOfSource, PartOfSource]:
     """Draw a fraction of the images of each class for validation: the same images for the same seed and labels, on any
-    machine and number of ranks.
+    machine and number of ranks. Images without labels are drawn from as those of one class are.
 
     Of a class of n images, n·fraction are drawn, rounded so that the sum over classes is that of the whole set (largest
     remainders first), at most n − 1: no class disappears from training.
@@ -76,9 +78,10 @@ def set_aside(source: ImageSource, fraction: float, seed: int) -> tuple[PartOfSo
             taken[place] += 1
             missing -= 1
     if not taken.any():
+        among = f" in {len(present)} classes" if has_labels(source) else ""
         raise DataError(
-            f"{fraction:g} of {len(labels)} training images in {len(present)} classes leaves none for validation: take "
-            "a larger fraction, or name validation data"
+            f"{fraction:g} of {len(labels)} training images{among} leaves none for validation: take a larger fraction, "
+            "or name validation data"
         )
     drawn = [
         np.flatnonzero(labels == label)[_permutation(int(count), derive_seed(seed, _SPLIT, int(label)))[:number]]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dkd.data.sources.base import DataError, IndexedSource
+from dkd.data.sources.base import DataError, IndexedSource, no_labels
 from dkd.data.sources.decoding import naming_errors, to_rgb_tensor
 from dkd.data.sources.labels import refuse_several_labels
 from dkd.library_internals.torchvision import LABEL_ATTRIBUTES
@@ -21,17 +21,27 @@ class TorchvisionSource(IndexedSource):
         name: a class of torchvision.datasets.
         training: whether to take the part for training, or the one for validation.
         root: the folder where the data set looks for its files; nothing is downloaded.
+        labels: whether labels are read.
 
     Raises:
         DataError: there is no such data set, its files are missing, or it has no list of labels.
     """
 
-    def __init__(self, name: str, training: bool, root: str) -> None:
-        dataset = _open_part(name, training, root)
+    def __init__(self, name: str, training: bool, root: str, labels: bool = True) -> None:
+        self.dataset, self.name = _open_part(name, training, root), f"torchvision:{name}"
+        if labels:
+            self._read_labels(name)
+        else:
+            self.labels = no_labels(len(self.dataset))
+
+    def _read_labels(self, name: str) -> None:
+        dataset = self.dataset
         labels = next((getattr(dataset, key) for key in LABEL_ATTRIBUTES if hasattr(dataset, key)), None)
         if labels is None:
-            raise DataError(f"torchvision:{name} has no list of labels; is it a classification data set?")
-        self.dataset, self.name = dataset, f"torchvision:{name}"
+            raise DataError(
+                f"torchvision:{name} has no list of labels; is it a classification data set? Set data.labels=false to "
+                "read its images alone"
+            )
         if np.ndim(labels) > 1:  # the attributes of CelebA
             refuse_several_labels(f"{self.name}: its list of labels")
         self.labels = np.asarray(np.asarray(labels).tolist(), dtype=np.int64)

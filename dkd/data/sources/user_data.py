@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dkd.data.sources.base import DataError, IndexedSource
+from dkd.data.sources.base import DataError, IndexedSource, no_labels
 from dkd.data.sources.decoding import to_rgb_tensor
 from dkd.data.sources.labels import refuse_several_labels
 from dkd.user_code import UserCodeError, describe_error, load_callable
@@ -21,12 +21,13 @@ class UserSource(IndexedSource):
     Args:
         name: MODULE:CALLABLE.
         training: what the callable is called with.
+        labels: whether labels are read; else the object needs a length and no labels.
 
     Raises:
         DataError: the callable raises, or returns something else.
     """
 
-    def __init__(self, name: str, training: bool) -> None:
+    def __init__(self, name: str, training: bool, labels: bool = True) -> None:
         try:
             self._data = load_callable(name)(training=training)
         except UserCodeError as error:
@@ -34,10 +35,19 @@ class UserSource(IndexedSource):
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise DataError(f"{name!r} cannot be opened with training={training}: {describe_error(error)}") from error
         self._name = name
+        if labels:
+            self._read_labels(name)
+        elif hasattr(self._data, "__len__") and hasattr(self._data, "__getitem__"):
+            self.labels = no_labels(len(self._data))
+        else:
+            raise DataError(f"{name!r} returned {type(self._data).__name__}, without a length and images by index")
+
+    def _read_labels(self, name: str) -> None:
         labels = getattr(self._data, "labels", getattr(self._data, "targets", None))
         if labels is None or not hasattr(self._data, "__getitem__"):
             raise DataError(
-                f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index"
+                f"{name!r} returned {type(self._data).__name__}, without `labels` (or `targets`) and images by index; "
+                "for images without labels, set data.labels=false"
             )
         try:
             found = np.asarray(labels)

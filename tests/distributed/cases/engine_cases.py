@@ -264,6 +264,22 @@ def modes_of_the_student(folder, engine):
     return {key: sorted(values) for key, values in seen.items()}
 
 
+def images_without_labels(folder, engine):
+    """What the last evaluation measures: agreement with the teacher, and neighbours of features of the moving average,
+    which are read inside the forward of the student as the engine wraps it."""
+    with launched_as(engine):
+        changes = {
+            "data": {"labels": False},
+            "losses": {"ce": None, "sp": None},
+            "train": {"max_steps": 3, "precision": "fp32", "ema": {"decay": 0.5}},
+            "evaluation": {"batch": 100, "knn": {"train": "digits", "validation": "digits"}},
+        }
+        recipe = trainer_cases.recipe_of(folder, f"unlabelled_{engine}", changes)
+        launch = Launch.read()
+        check(recipe, launch)
+        return Trainer.from_recipe(recipe, launch).fit().facts()
+
+
 def another_engine_than_asked_for(folder):
     """FSDP2 is asked for, and Accelerate makes DDP of it, as it does on CPUs when left alone."""
     from contextlib import nullcontext
@@ -288,6 +304,8 @@ def run(folder, case):
         return checks_of_sharded_gradients(folder)
     if "modes" in case:
         return modes_of_the_student(folder, case["modes"])
+    if "unlabelled" in case:
+        return images_without_labels(folder, case["unlabelled"])
     if "other" in case:
         return another_engine_than_asked_for(folder)
     if "features" in case:

@@ -1,12 +1,17 @@
 """Exact evaluation: counts over data sets × batches."""
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dkd.config.schema import KnnSection
 from dkd.data import EvaluationLoader
+from dkd.data.samples import Batch
 from dkd.models import ModelSpec, build_model
 from dkd.training.evaluation import evaluate
+from dkd.training.knn import measure_knn
 
 
 class RandomImages:
@@ -78,4 +83,49 @@ def plain_confusion(samples):
     return matrix.tolist()
 
 
-CASES = [evaluation_counts, class_counts_of_an_evaluation]
+def knn_counts(folder):
+    """Of few queries among few images, in batches that do not fill the ranks evenly; the features are whole numbers, of
+    which many are alike, so that all that ranks could do differently is to break ties."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    results = {}
+    for images, asked in ((150, 41), (5, 3)):  # 4 ranks have 2, 2, 1 and 0 of 5 images
+        for batch in (1, 7, 64):
+            loaders = [
+                EvaluationLoader(RandomImages(samples), lambda image: image, batch, rank, size)
+                for samples in (images, asked)
+            ]
+            for k in (1, 20, 200):
+                section = KnnSection(k=k, temperature=0.07 if k < 200 else 1.0)
+                found = measure_knn(coarse_features, *loaders, 10, section, torch.device("cpu"))
+                results[f"batch {batch}, {images} {asked} {k}"] = [
+                    found.samples, found.bank, found.k, found.top1_correct, found.top5_correct,
+                ]  # fmt: skip
+    return results
+
+
+def coarse_features(batch):
+    return (batch.images[:, :, 3, :2].flatten(1).float() / 100).round() - 1
+
+
+def plain_knn(images, asked, k):
+    """Samples, bank, k, top-1 and top-5, by sorting all similarities of each query."""
+    bank, queries, temperature = RandomImages(images), RandomImages(asked), 0.07 if k < 200 else 1.0
+    rows, columns = (
+        torch.nn.functional.normalize(
+            coarse_features(Batch(source.pixels, torch.empty(0), len(source))).double(), dim=1
+        ).float()
+        for source in (bank, queries)
+    )
+    top1 = top5 = 0
+    for similarities, label in zip((columns.double() @ rows.double().T).float().tolist(), queries.labels, strict=True):
+        nearest = sorted(range(images), key=lambda i, s=similarities: (-s[i], i))[:k]
+        votes = [0.0] * 10
+        for place in nearest:
+            votes[bank.labels[place]] += math.exp((similarities[place] - similarities[nearest[0]]) / temperature)
+        ranked = [c for c in sorted(range(10), key=lambda c, votes=votes: (-votes[c], c)) if votes[c] > 0]
+        top1 += ranked[0] == label
+        top5 += label in ranked[:5]
+    return [asked, images, min(k, images), int(top1), int(top5)]
+
+
+CASES = [evaluation_counts, class_counts_of_an_evaluation, knn_counts]
