@@ -104,17 +104,16 @@ def make_adapter(name: str, section: FormSection, given: Given) -> nn.Module | N
         UserCodeError: the user's own cannot be made.
     """
     form, shapes = form_of(section), given.pair_shapes(section)
-    formed = [form.shapes(s, t) for s, t in shapes]
     with given.seeded(name):
         match section:
             case VidSection():
-                return VariationalAdapter(form, formed)
+                return VariationalAdapter(form, [form.shapes(s, t) for s, t in shapes])
             case ReviewSection():
                 # Stages are brought to the teacher's resolution when they are fused.
                 own = [(form.shapes(s, s)[0], form.shapes(t, t)[1]) for s, t in shapes]
                 return ReviewAdapter(form, own, section.width)
             case CrdSection():
-                return ContrastiveAdapter(form, formed, section.width)
+                return ContrastiveAdapter(form, [form.shapes(s, t) for s, t in shapes], section.width)
         kind: Any = getattr(section, "adapter", None)
         if kind is None:
             return None
