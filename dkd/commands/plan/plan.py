@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
+from dkd.build.feature_losses import Given, make_adapter, tapped_shapes
 from dkd.build.links import read_links
 from dkd.build.models import pairs as loss_pairs
 from dkd.build.models import student_spec, teacher_spec
-from dkd.build.objective import custom_loss
+from dkd.build.objective import custom_term
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps, teacher_views
-from dkd.config.losses import ComparingSection, RelationsSection
+from dkd.config.losses import ComparingSection, CustomLossSection, FormSection, RelationsSection
 from dkd.global_batch import Grid, Links, Work, ranks_per_group
 from dkd.global_batch.cost import (
     MemoryUse,
@@ -124,6 +127,10 @@ class Plan:
     image_size: int
     student: ModelCost
     teachers: Mapping[str, ModelCost]
+    adapters: Mapping[str, int]
+    """Parameters that each loss trains beside the student, by the loss's name."""
+    custom_relational: bool
+    """Whether a loss of the user's own is one of the whole global batch."""
     relations: tuple[PlannedRelations, ...]
     links: str
     """Where the speeds of links are from, in words."""
@@ -154,11 +161,8 @@ class Plan:
     def two_passes(self) -> bool:
         """Return whether every image passes through the student's forward twice, as a relational loss over micro-steps
         needs."""
-        losses = self.recipe.losses
-        relational = any(section.whole_batch for _, section in losses.named()) or any(
-            getattr(custom_loss(custom), "relational", False) for custom in losses.custom
-        )
-        return relational and self.micro_steps > 1
+        whole_batch = self.custom_relational or any(each.whole_batch for _, each in self.recipe.losses.named())
+        return whole_batch and self.micro_steps > 1
 
 
 def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cuda") -> Plan:
@@ -197,7 +201,38 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         if isinstance(section, RelationsSection)
         for planned in _plan_relations(recipe, key, section, cluster, size)
     ]
-    return Plan(recipe, nodes, gpus_per_node, size, student, teachers, tuple(relations), where, assumed)
+    return Plan(
+        recipe,
+        nodes,
+        gpus_per_node,
+        size,
+        student,
+        teachers,
+        *_look_at_losses(recipe),
+        tuple(relations),
+        where,
+        assumed,
+    )
+
+
+def _look_at_losses(recipe: Recipe) -> tuple[dict[str, int], bool]:
+    """Return the number of parameters that each loss trains beside the student, and whether a loss of the user's own is
+    one of the whole global batch. Raises UserCodeError."""
+    named = dict(recipe.losses.named())
+    own = [(section.name, section) for section in named.values() if isinstance(section, CustomLossSection)]
+    forms = [(key, section) for key, section in named.items() if isinstance(section, FormSection)]
+    if not own and not forms:
+        return {}, False
+    student, teachers = tapped_shapes(recipe)
+    given = Given(student, teachers)
+    modules: dict[str, nn.Module | None] = {key: make_adapter(key, section, given) for key, section in forms}
+    terms = {name: custom_term(section, lambda step: 1.0, given) for name, section in own}
+    for name, term in terms.items():
+        trained = getattr(term, "trained", None)
+        modules[name] = None if trained is None else trained.module
+    counts = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
+    relational = any(getattr(term, "relational", False) for term in terms.values())
+    return {name: count for name, count in counts.items() if count}, relational
 
 
 def _teacher_cost(recipe: Recipe, image_size: int) -> ModelCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dkd.commands.plan.plan import Plan, PlannedRelations
 from dkd.commands.tap_table import tap_table
 from dkd.config.derived import teacher_views
-from dkd.config.losses import DistSection, RkdSection
+from dkd.config.losses import CrdSection, DistSection, LossSection, QueueSection, RkdSection, SrdSection
 from dkd.global_batch import STRATEGIES, Grid, Link, corner
 from dkd.models import ModelCost
 
@@ -28,9 +28,14 @@ def describe(planned: Plan) -> str:
         work = f"{cost.parameters:,} parameters, {_model_work(cost, training=False)}"
         lines.append(("teacher", f"{f'{name}: ' if name else ''}{view.teacher.name}, {work}"))
         lines.append(("", _teacher_memory(planned, cost, number, number_bytes)))
-    gradients = 2 * (world - 1) * planned.student.parameters * number_bytes // world
-    lines.append(("gradients", f"{_bytes(gradients)} received a rank and step by the student's all-reduce in {number}"))
-    shares = [name for name, section in recipe.losses.named() if section.of_samples]
+    if planned.adapters:
+        counts = ", ".join(f"{name} {count:,}" for name, count in planned.adapters.items())
+        lines.append(("trained too", f"{counts} parameters, by losses; no part of the student"))
+    trained = planned.student.parameters + sum(planned.adapters.values())
+    gradients = 2 * (world - 1) * trained * number_bytes // world
+    what = "by the all-reduce of student and losses" if planned.adapters else "by the student's all-reduce"
+    lines.append(("gradients", f"{_bytes(gradients)} received a rank and step {what} in {number}"))
+    shares = [name for name, section in recipe.losses.named() if section.of_samples and name != "queue"]
     lines.append((", ".join(shares), "means over samples: no features move"))
     for relations in planned.relations:
         lines += _relations_lines(relations)
@@ -92,7 +97,25 @@ def _other_comparisons(planned: Plan) -> list[tuple[str, str]]:
             lines.append((key, f"angles between {samples:,} samples: {gathered}"))
         if isinstance(section, DistSection):
             lines.append((key, f"correlations over {samples:,} samples: five sums a class are added over ranks"))
+    for name, loss in planned.recipe.losses.named():
+        lines += _bank_lines(planned, name, loss)
     return lines
+
+
+def _bank_lines(planned: Plan, key: str, section: LossSection) -> list[tuple[str, str]]:
+    """Return the lines about a loss of features that brings something of all ranks together."""
+    batch, world = planned.recipe.train.global_batch, planned.world_size
+    if isinstance(section, SrdSection):
+        return [(key, f"one sum over {batch:,} samples is added over ranks, and the teacher's sums of each channel")]
+    if isinstance(section, CrdSection):
+        gathered = _bytes(2 * 4 * (batch - batch // world) * section.width)
+        return [
+            (key, f"gathers the vectors of {batch:,} samples, {gathered} a rank and step, and as much in the backward"),
+            ("", f"banks: {_bytes(-(-2 * 4 * section.width // world))} a training image on each rank"),
+        ]
+    if isinstance(section, QueueSection):
+        return [(key, f"gathers the teacher's vectors of {batch:,} samples after a step; a queue of {section.size:,}")]
+    return []
 
 
 def _shared_lines(planned: Plan) -> list[tuple[str, str]]:
