@@ -138,7 +138,7 @@ def train(recipe, steps, micro_batch):
     adapters = {
         name: {
             key: value.detach().double().requires_grad_()
-            for key, value in make_adapter(name, sections[name], Given(*shapes, seed=seed)).named_parameters()
+            for key, value in make_adapter(name, sections[name], Given(shapes[0], {"": shapes[1]}, seed=seed)).named_parameters()
         }
         for name in ("fitnet", "srd", "crd", "queue")
     }
