@@ -219,7 +219,7 @@ def build_objective(
 
     Args:
         total_steps: of all epochs, which the weights' schedules are drawn over.
-        device: a loss of the user's own may have buffers, which are moved there.
+        device: what losses keep is there; `meta` for a look at terms and weights, with banks of no samples.
         weights: of the classes, as `class_weights` returns them.
         links: the measured speeds of the launch, by which losses of relations choose their grid.
         dtype: of weights and features; what losses keep is of this type where it is float64.
@@ -231,7 +231,8 @@ def build_objective(
     """
     needs_shapes = any(isinstance(section, FormSection | CustomLossSection) for _, section in recipe.losses.named())
     student, teachers = tapped_shapes(recipe) if needs_shapes else ({}, {})
-    given = Given(student, teachers, sampler.samples, recipe.run.seed, labels)
+    samples = 0 if device.type == "meta" else sampler.samples
+    given = Given(student, teachers, samples, recipe.run.seed, labels)
     batch = _Batch(sampler, total_steps, weights, links, recipe.train.channels_last is True, given)
     terms = [term for key, section in recipe.losses.named() for term in _terms_of(key, section, batch)]
     for term in terms:

@@ -60,7 +60,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
         table = tap_table(recipe, size, lambda section: compared_samples(section, sampler))
         lines += [f"{name:<11} {text}" for name, text in table]
     lines += [f"note        {note.removeprefix('note: ')}" for note in notes]
-    objective = build_objective(recipe, sampler, planned, torch.device("cpu"), class_weights(recipe, training))
+    objective = build_objective(recipe, sampler, planned, torch.device("meta"), class_weights(recipe, training))
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     if picture is not None and launch.is_main:
