@@ -135,10 +135,11 @@ def train(recipe, steps, micro_batch):
         for name, norm, taps in (("resnet8", "group", ["layer2", "layer3"]), ("wrn_16_1", None, ["block2", "block3"]))
     ]
     sections = dict(validate(recipe).losses.named())
+    given = Given(shapes[0], {"": shapes[1]}, seed=seed)
     adapters = {
         name: {
             key: value.detach().double().requires_grad_()
-            for key, value in make_adapter(name, sections[name], Given(shapes[0], {"": shapes[1]}, seed=seed)).named_parameters()
+            for key, value in make_adapter(name, sections[name], given).named_parameters()
         }
         for name in ("fitnet", "srd", "crd", "queue")
     }
