@@ -59,8 +59,8 @@ ROWS = {
 }
 PROBES = {
     "queue_probe": "queue, without labels",
-    "untrained_probe": "not trained",
-    "untrained_bn_probe": "not trained, BatchNorm of the micro-batch",
+    "untrained_probe": "not trained, BatchNorm frozen",
+    "untrained_bn_probe": "not trained, BatchNorm measuring",
 }
 PROBE_LR = 1.0
 """Of 0.01, 0.1 and 1, tried with seed 100, the best for the students that are not trained."""
@@ -117,7 +117,7 @@ def table(runs: Path, rows: Sequence[str], seeds: int) -> str:
         lines = [f"Teacher: {100 * evaluation['top1']:.2f} % ({evaluation['samples']} images).", ""]
     lines += ["| student | seeds | top-1 | − no teacher | − KD |", "|---|---|---|---|---|"]
     lines += [_line(ROWS[row], top1[row], [top1["none"], top1["kd"]]) for row in ROWS if row in rows]
-    lines += ["", "| linear probe of a student | seeds | top-1 | − not trained | − not trained, BatchNorm |"]
+    lines += ["", "| linear probe of a student | seeds | top-1 | − not trained, frozen | − not trained, measuring |"]
     lines += ["|---|---|---|---|---|"]
     baselines = [top1["untrained_probe"], top1["untrained_bn_probe"]]
     lines += [_line(PROBES[row], top1[row], baselines) for row in PROBES if row in rows]
