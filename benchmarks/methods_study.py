@@ -1,5 +1,5 @@
-"""Losses side by side at their published weights: students without a teacher, with nine losses, and without labels.
-CIFAR-10, small ResNets, paired by seed.
+"""Losses side by side at their published weights: students without a teacher, with eight losses or sums of
+losses, and without labels. CIFAR-10, small ResNets, paired by seed.
 
     python -m benchmarks.methods_study --data FOLDER                   everything: 12 rows, 3 seeds, 40 trainings
     python -m benchmarks.methods_study --data DIR --seeds 5 --jobs 4   five seeds, four trainings at a time
@@ -108,7 +108,8 @@ def list_jobs(rows: Sequence[str], seeds: int) -> list[list[Training]]:
 
 
 def table(runs: Path, rows: Sequence[str], seeds: int) -> str:
-    """Mean top-1 of each row, and its differences to the student without a teacher and to KD, paired by seed."""
+    """Mean top-1 of each row, and its differences to the student without a teacher and to KD, paired by seed; of a
+    probe also to those of students that are not trained."""
     top1 = {row: _top1(runs, row, seeds) for row in (*ROWS, *PROBES)}
     lines = []
     teacher = Training("teacher").result(runs)
@@ -117,14 +118,15 @@ def table(runs: Path, rows: Sequence[str], seeds: int) -> str:
         lines = [f"Teacher: {100 * evaluation['top1']:.2f} % ({evaluation['samples']} images).", ""]
     lines += ["| student | seeds | top-1 | − no teacher | − KD |", "|---|---|---|---|---|"]
     lines += [_line(ROWS[row], top1[row], [top1["none"], top1["kd"]]) for row in ROWS if row in rows]
-    lines += ["", "| linear probe of a student | seeds | top-1 | − not trained, frozen | − not trained, measuring |"]
-    lines += ["|---|---|---|---|---|"]
-    baselines = [top1["untrained_probe"], top1["untrained_bn_probe"]]
+    lines += ["", "| linear probe of a student | seeds | top-1 | − no teacher | − KD | − frozen | − measuring |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    baselines = [top1[row] for row in ("none", "kd", "untrained_probe", "untrained_bn_probe")]
     lines += [_line(PROBES[row], top1[row], baselines) for row in PROBES if row in rows]
     lines += [
         "",
         "top-1 is the mean over a row's own seeds. Differences are points of top-1 over the seeds that",
-        "both rows have finished, paired by seed; ± is half of Student's 95 % interval.",
+        "both rows have finished, paired by seed; ± is half of Student's 95 % interval. `frozen` and",
+        "`measuring` are the probes of the students that are not trained.",
     ]
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def test_the_methods_study_pairs_runs_by_seed_and_probes_a_frozen_student(tmp_pa
     assert "| no teacher | 3 | 41.00 % |  | -2.00 ± 12.71 |" in lines
     assert "| KD | 2 | 43.00 % | +2.00 ± 12.71 |  |" in lines
     assert "| DKD | 0 |  |  |  |" in lines
-    assert "| queue, without labels | 2 | 44.00 % | +13.00 ± 0.00 |  |" in lines
+    assert "| queue, without labels | 2 | 44.00 % | +3.00 ± 0.00 | +1.00 ± 12.71 | +13.00 ± 0.00 |  |" in lines
 
     assert [[t.name for t in job] for job in list_jobs(["kd", "queue_probe"], 1)] == [
         ["kd-seed0"],
