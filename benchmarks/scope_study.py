@@ -210,12 +210,12 @@ def table(runs: Path, losses: Sequence[str], micro_batches: Sequence[int], seeds
     return "\n".join(lines)
 
 
-def write_results(options: argparse.Namespace, text: str) -> None:
-    """Write the table, each run's facts and its metrics."""
+def write_results(options: argparse.Namespace, text: str, trainings: Sequence[Training]) -> None:
+    """Write the table, and the facts and metrics of each finished run."""
     logs = options.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     facts = {}
-    for training in (Training("teacher"), *list_trainings(options.losses, options.micro_batches, options.seeds)):
+    for training in trainings:
         result = training.result(options.runs)
         if result is None:
             continue
@@ -230,8 +230,9 @@ def write_results(options: argparse.Namespace, text: str) -> None:
     print(f"\n{options.output}: results.md, results.json, logs/")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(doc: str | None, folder: str, epochs: int) -> argparse.ArgumentParser:
+    """Return the options of a study of paired trainings, whose runs lie in `runs/folder`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data",
         default="data/cifar10",
@@ -244,34 +245,55 @@ def main() -> int:
         metavar="GLOB",
         help="files of --data that the students see (default train-0000[01]-*.parquet); the teacher sees all",
     )
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=list(MICRO_BATCHES), metavar="m")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1 (default 3)")
-    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of the students (default 3)")
+    parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help=f"of the students (default {epochs})")
     parser.add_argument("--teacher-epochs", type=int, default=6, metavar="N", help="(default 6)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs/scope_study", metavar="FOLDER", help="where runs lie")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / folder, metavar="FOLDER", help="where runs lie")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the table, results and logs there")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="further keys of the recipes")
     parser.add_argument("--table", action="store_true", help="train nothing")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options, with absolute paths of runs and data."""
     options = parser.parse_args()
     options.runs, options.data = options.runs.resolve(), Path(options.data).resolve()
+    return options
+
+
+def train_all(teacher: Training, jobs: Sequence[Sequence[Training]], options: argparse.Namespace) -> None:
+    """Train the teacher, and then the trainings of each job one after another, `options.jobs` jobs at a time."""
+    # torch reads it when it is imported, which only `train` does.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+    train(teacher, options)
+    run = partial(_train_in_order, options=options)
+    if options.jobs == 1:
+        for job in jobs:
+            run(job)
+    else:
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(run, jobs))
+
+
+def _train_in_order(trainings: Sequence[Training], options: argparse.Namespace) -> None:
+    for training in trainings:
+        train(training, options)
+
+
+def main() -> int:
+    parser = build_parser(__doc__, "scope_study", epochs=3)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=list(MICRO_BATCHES), metavar="m")
+    options = parse(parser)
+    teacher, students = Training("teacher"), list_trainings(options.losses, options.micro_batches, options.seeds)
     if not options.table:
-        # torch reads it when it is imported, which only `train` does.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
-        train(Training("teacher"), options)
-        trainings = list_trainings(options.losses, options.micro_batches, options.seeds)
-        run = partial(train, options=options)
-        if options.jobs == 1:
-            for training in trainings:
-                run(training)
-        else:
-            with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-                list(pool.map(run, trainings))
+        train_all(teacher, [[student] for student in students], options)
     text = table(options.runs, options.losses, options.micro_batches, options.seeds)
     print(f"\n{text}")
     if options.output is not None:
-        write_results(options, text)
+        write_results(options, text, [teacher, *students])
     return 0
 
 

@@ -75,3 +75,47 @@ def test_the_scope_study_pairs_runs_by_seed_and_changes_only_the_rows_that_are_c
     assert (local["losses"]["sp"].pop("batch"), whole["losses"]["sp"].pop("batch")) == ("micro", "step")
     del local["run"], whole["run"]
     assert local == whole
+
+
+def test_the_methods_study_pairs_runs_by_seed_and_probes_a_frozen_student(tmp_path):
+    """Differences are over the seeds that both rows have finished; the student of a probe is trained before it."""
+    import argparse
+    import json
+
+    from benchmarks.methods_study import LOSSES, PROBES, ROWS, Training, list_jobs, table
+    from dkd.config.loading import build_recipe
+
+    top1 = {
+        "none": [0.40, 0.42, 0.41],
+        "kd": [0.41, 0.45],
+        "queue_probe": [0.43, 0.45],
+        "untrained_probe": [0.30, 0.32],
+    }
+    for row, values in top1.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / Training(row, seed=seed).name
+            folder.mkdir()
+            (folder / "FINISHED").write_text("")
+            (folder / "student.json").write_text(json.dumps({"evaluation": {"top1": value}}))
+    lines = table(tmp_path, ["none", "kd", "dkd", "queue_probe"], 3).splitlines()
+    # KD − none is 1 and 3: mean 2, standard deviation √2, half the interval 12.71 · √2 / √2
+    assert "| no teacher | 3 | 41.00 % |  | -2.00 ± 12.71 |" in lines
+    assert "| KD | 2 | 43.00 % | +2.00 ± 12.71 |  |" in lines
+    assert "| DKD | 0 |  |  |  |" in lines
+    assert "| queue, without labels | 2 | 44.00 % | +3.00 ± 0.00 | +1.00 ± 12.71 | +13.00 ± 0.00 |  |" in lines
+
+    assert [[t.name for t in job] for job in list_jobs(["kd", "queue_probe"], 1)] == [
+        ["kd-seed0"],
+        ["queue-seed0", "queue_probe-seed0"],
+    ]
+    options = argparse.Namespace(runs=tmp_path, data=tmp_path, images="*", epochs=1, teacher_epochs=1)
+    recipes = {loss: Training(loss).recipe(options) for loss in ("teacher", *ROWS, *LOSSES, *PROBES)}
+    for recipe in recipes.values():
+        build_recipe(recipe)  # raises where a key is wrong
+    of_data = {key: recipes["none"].pop(key) for key in ("data", "train", "schedule", "optimizer", "student")}
+    assert all(of_data == {key: recipes[loss][key] for key in of_data} for loss in LOSSES)
+    probe, untrained = recipes["queue_probe"], recipes["untrained_probe"]
+    assert probe["student"].pop("weights") == f"{tmp_path}/queue-seed0/student.safetensors"
+    assert probe["student"].pop("head") == "new"
+    del probe["run"], untrained["run"]
+    assert probe == untrained
