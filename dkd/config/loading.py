@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), name: str | None = None) -> Recipe:
-    """Return a recipe from plain values, such as a YAML file holds. The values are changed by the overrides.
+    """Return a recipe from plain values, such as a YAML file holds, with the overrides. The values stay as they are.
 
     Args:
         name: of the run, where the values have none.
@@ -43,6 +44,7 @@ def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), name: st
     Raises:
         RecipeError: with every problem found.
     """
+    values = copy.deepcopy(values)
     for keys, value in parse_overrides(overrides):
         _set(values, keys, value)
     if not isinstance(values.get("run", {}), Mapping):

@@ -172,7 +172,8 @@ class RunSaver:
             self.log.say(f"stopped early after step {steps} of {self.total_steps}: {early}")
         named = [] if result is None else [("top-1", result.top1), ("agreement", result.value("agreement"))]
         found = next(((name, value) for name, value in named if value is not None), None)
-        measured = "" if found is None else f", {found[0]} {found[1]:.4f}"
+        untrained = "" if self.recipe.losses.reads_logits else " by a head that no loss trains"
+        measured = "" if found is None else f", {found[0]} {found[1]:.4f}{untrained}"
         self.log.say(f"finished in {seconds:.0f} s: {self.run_dir.path}/student.safetensors{measured}")
 
     def _raise_for(

@@ -189,3 +189,18 @@ def test_every_loss_of_a_recipe_has_its_section_its_term_and_its_name():
     assert set(TERMS) == {*LOSSES.values(), CustomLossSection}
     assert len({section.title for section in LOSSES.values()}) == len(LOSSES)
     assert all(section.describe is not LossSection.describe for section in LOSSES.values())
+
+
+def test_overrides_leave_the_callers_values_as_they_are():
+    from dkd.config.loading import build_recipe
+
+    values = {
+        "data": {"train": "digits", "validation": "digits", "transforms": "digits"},
+        "student": {"name": "resnet8"},
+        "train": {"global_batch": 32, "epochs": 1},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "schedule": {"name": "constant"},
+    }
+    before = {key: dict(section) for key, section in values.items()}
+    assert build_recipe(values, ["train.epochs=7", "run.seed=3"]).train.epochs == 7
+    assert values == before
