@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from dkd.build.data import build_image_pipeline
 from dkd.build.models import pairs, student_spec, teacher_spec
@@ -132,6 +133,11 @@ def _own_adapter(name: str, options: Mapping[str, Any]) -> Callable[[Shape, Shap
             raise UserCodeError(f"{called}: {describe_error(error)}") from error
         if not isinstance(module, nn.Module):
             raise UserCodeError(f"{called} returned {type(module).__name__}, not a torch.nn.Module")
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+            raise UserCodeError(
+                f"{called} returned a module whose parameters get their shapes in the first forward, and an optimizer "
+                "needs them before; take the numbers of channels from the shapes"
+            )
         return module
 
     return build
@@ -186,15 +192,25 @@ def find_unused(adapter: nn.Module, outputs: Sequence[torch.Tensor]) -> list[str
     parameters = dict(adapter.named_parameters())
     if not used:
         return list(parameters)
-    found = torch.autograd.grad(torch.stack(used).sum(), list(parameters.values()), allow_unused=True)
+    found = torch.autograd.grad(
+        torch.stack(used).sum(), list(parameters.values()), allow_unused=True, retain_graph=True
+    )
     return [name for name, gradient in zip(parameters, found, strict=True) if gradient is None]
 
 
-def adapter_problem(name: str, section: FormSection, given: Given) -> str | None:
-    """Return why a loss cannot have its adapter, by a trial on two random samples; None: it can."""
+def find_ignored(value: torch.Tensor, features: Sequence[torch.Tensor]) -> list[int]:
+    """Return the places of the features that no gradient of a value reaches."""
+    found = torch.autograd.grad(value.sum(), list(features), allow_unused=True, retain_graph=True) if features else ()
+    return [place for place, gradient in enumerate(found) if gradient is None]
+
+
+def adapter_problem(name: str, section: FormSection, given: Given, rows: int = 2) -> str | None:
+    """Return why a loss cannot have its adapter, by a trial on as many random samples; None: it can."""
     try:
         adapter = make_adapter(name, section, given)
-        students, teachers = ([torch.randn(2, *pair[side]) for pair in given.pair_shapes(section)] for side in (0, 1))
+        students, teachers = (
+            [torch.randn(rows, *pair[side]) for pair in given.pair_shapes(section)] for side in (0, 1)
+        )
         if isinstance(adapter, PairAdapter) or adapter is None:
             form = form_of(section)
             outputs = list(students if adapter is None else adapter(students, teachers))
@@ -211,5 +227,5 @@ def adapter_problem(name: str, section: FormSection, given: Given) -> str | None
     except (ValueError, UserCodeError) as error:
         return str(error)
     except Exception as error:  # the user's own adapter may raise anything
-        return f"the adapter fails on two samples: {describe_error(error)}"
+        return f"the adapter fails on {rows} sample{'s' if rows > 1 else ''}: {describe_error(error)}"
     return f"no gradient reaches {', '.join(unused[:3])} of the adapter" if unused else None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from dkd.build.feature_losses import Given, make_adapter, make_loss, tapped_shapes
 from dkd.build.schedules import Schedule, loss_weight
@@ -135,7 +136,8 @@ def custom_loss(section: CustomLossSection, shapes: Sequence[tuple[Shape, Shape]
         reason = describe_error(error)
         if isinstance(error, TypeError) and "required positional argument" in reason:
             reason += (
-                "; it is called once, with the options, to make the loss: name a class or a function that returns it"
+                "; it is called once, with the options (and the pairs' shapes, as `shapes`), to make the loss: name a "
+                "class or a function that returns it"
             )
         raise UserCodeError(f"{section.loss!r} cannot be made with options {section.options}: {reason}") from error
     if not callable(loss):
@@ -156,6 +158,12 @@ def _parameters_of(make: Callable[..., Any]) -> list[str]:
         return []
 
 
+def _hides_parameters(value: object) -> bool:
+    """Return whether a plain list, tuple or dict holds what a module would have to know of."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(isinstance(each, nn.Module | nn.Parameter) for each in values)
+
+
 def _check_parameters(section: CustomLossSection, loss: Callable[..., torch.Tensor]) -> None:
     """Check that what a loss trains can be trained with the student. Raises UserCodeError."""
     adapter = getattr(loss, "adapter", None)
@@ -165,6 +173,20 @@ def _check_parameters(section: CustomLossSection, loss: Callable[..., torch.Tens
         )
     if not isinstance(loss, nn.Module):
         return
+    for inner in loss.modules():
+        for name, value in vars(inner).items():
+            if not name.startswith("_") and _hides_parameters(value):
+                kind = type(value).__name__
+                raise UserCodeError(
+                    f"{section.loss!r}: {name} is a {kind} of modules or parameters, which nothing would train; use "
+                    f"torch.nn.{'ModuleDict' if kind == 'dict' else 'ModuleList'}"
+                )
+    lazy = [name for name, parameter in loss.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise UserCodeError(
+            f"{section.loss!r}: {lazy[0]} gets its shape in the first forward, and an optimizer needs it before; take "
+            "the numbers of channels from a parameter `shapes` of the loss"
+        )
     within = set() if adapter is None else {id(parameter) for parameter in adapter.parameters()}
     apart = [name for name, parameter in loss.named_parameters() if id(parameter) not in within]
     if apart and adapter is not None:

@@ -61,6 +61,10 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
         lines += [f"{name:<11} {text}" for name, text in table]
     lines += [f"note        {note.removeprefix('note: ')}" for note in notes]
     objective = build_objective(recipe, sampler, planned, torch.device("meta"), class_weights(recipe, training))
+    trained = {name: sum(p.numel() for p in each.module.parameters()) for name, each in objective.adapters.items()}
+    if trained:
+        counts = ", ".join(f"{name} {count:,}" for name, count in trained.items())
+        lines.append(f"trained too {counts} parameters, by losses; no part of the student")
     weights = ", ".join(f"{term.weight(0):g} · {term.name}" for term in objective.terms)
     lines.append(f"objective   {weights} (at step 1)")
     if picture is not None and launch.is_main:

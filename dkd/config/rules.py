@@ -23,6 +23,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
         _check_labels,
         _check_evaluation,
         _check_evaluation_without_labels,
+        _check_several_teachers_without_labels,
         _check_knn,
     )
     return [problem for check in checks for problem in check(recipe)]
@@ -206,17 +207,21 @@ def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, "needs evaluations, but data.validation is null; name validation images, or remove it")
 
 
-def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
-    """Check what evaluations of images without labels can measure, and what is decided by the agreement with the
-    teacher."""
-    data, teacher, agreement = recipe.data, recipe.teacher, recipe.evaluation.agreement
-    stop_when = recipe.train.stop_when
+def _check_several_teachers_without_labels(recipe: Recipe) -> Iterator[Problem]:
+    data = recipe.data
     if recipe.teachers and not data.labels and data.validation is not None and recipe.evaluation.knn is None:
         yield Problem(
             "data.validation",
             "has no labels, and the agreement with several teachers is not measured: set it to null, or measure "
             "neighbours with evaluation.knn",
         )
+
+
+def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
+    """Check what evaluations of images without labels can measure, and what is decided by the agreement with the
+    teacher."""
+    data, teacher, agreement = recipe.data, recipe.teacher, recipe.evaluation.agreement
+    stop_when = recipe.train.stop_when
     by_agreement = []
     if stop_when is not None and stop_when.metric == "agreement":
         by_agreement.append("train.stop_when.metric")
@@ -232,6 +237,12 @@ def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, "agreement is that with a teacher; add `teacher`, or choose by another number")
         elif agreement is False:
             yield Problem(key, "needs the agreement with the teacher; remove evaluation.agreement=false")
+        elif not recipe.losses.reads_logits:
+            yield Problem(
+                key,
+                "agreement is that of first classes, and no loss reads the student's logits, so that its head is not "
+                "trained; remove this key, or add losses.kd",
+            )
         elif not _names_same_classes(recipe):
             yield Problem(
                 key,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dkd.errors import InputError
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses import RelationalLoss
 from dkd.losses.feature_pairs import no_autocast
@@ -57,6 +58,19 @@ class Outputs:
     def all_members(self) -> list[Outputs]:
         """Return what each teacher yields, also where there is one alone."""
         return list(self.members.values()) or [self]
+
+
+class LossValueError(InputError, ValueError):
+    """A loss returned something else than a scalar tensor."""
+
+
+def check_value(name: str, value: object) -> None:
+    """Check what a loss has returned. Raises LossValueError."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise LossValueError(
+            f"the loss {name!r} returned {what}, not a scalar tensor; layout.mean(per_sample) makes one"
+        )
 
 
 class Term(Protocol):
@@ -106,16 +120,21 @@ class LossInside(nn.Module):
 
     Args:
         loss: called with two lists of features, two tensors of logits, or logits and labels.
+        name: of its term.
+
+    Raises:
+        LossValueError: the loss returns no scalar tensor.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, name: str) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self._name = loss, name
 
     def forward(self, first: Any, second: Any, more: Mapping[str, Any]) -> torch.Tensor:
         device = (first[0] if isinstance(first, list) else first).device
         with no_autocast(device):
             value: torch.Tensor = self.loss(_promote(first), _promote(second), **more)
+        check_value(self._name, value)
         return value
 
 
@@ -133,9 +152,10 @@ def given_to_adapters(
     indices: torch.Tensor | None,
 ) -> dict[str, Any]:
     """Return what the adapters of an objective's terms may read beside the student's own outputs; those of other terms
-    do not run."""
+    do not run. Those of relational terms run first: under two passes they run in both, and draw the same random numbers
+    in both."""
     return {
-        "adapters": objective.names,
+        "adapters": [name for part in reversed(objective.split()) for name in part.names],
         "teacher": teacher,
         "labels": labels,
         "layout": layout,
@@ -192,7 +212,8 @@ class _Asked:
         if not self.is_inside:
             return None
         assert isinstance(self.loss, nn.Module)
-        return Adapter(LossInside(self.loss), self._read_inside)
+        assert self.asked is not None  # found now, and not inside a forward, which may be compiled
+        return Adapter(LossInside(self.loss, self.name), self._read_inside)
 
     def _read_inside(
         self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
@@ -448,12 +469,8 @@ class Objective:
         """
         values = {term.name: term.value(student, teacher, labels, layout, indices) for term in self.terms}
         for name, value in values.items():
-            if not isinstance(value, torch.Tensor) or value.dim() != 0:
-                what = (
-                    f"a tensor of shape {tuple(value.shape)}"
-                    if isinstance(value, torch.Tensor)
-                    else type(value).__name__
-                )
-                raise ValueError(f"the loss {name!r} returned {what}, not a scalar tensor")
-        total = torch.stack([term.weight(step) * values[term.name] for term in self.terms]).sum()
+            check_value(name, value)
+        weighted = [term.weight(step) * values[term.name] for term in self.terms]
+        # No terms: under two passes, all losses of a recipe may be those of the whole batch.
+        total = torch.stack(weighted).sum() if weighted else torch.zeros((), device=labels.device)
         return total, {name: value.detach() for name, value in values.items()}

@@ -22,19 +22,21 @@ class WithLossState:
 
     Args:
         trained: of student, optimizer and moving average.
-        state: of `Objective.state`, tensors that change in place.
+        state: `Objective.state`, which is asked anew each time: a loss may put another tensor in a buffer's place.
     """
 
-    def __init__(self, trained: TrainingTensors, state: Mapping[str, torch.Tensor]) -> None:
-        self._trained = trained
-        self._state = {LOSSES + name: tensor.detach() for name, tensor in sorted(state.items())}
+    def __init__(self, trained: TrainingTensors, state: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self._trained, self._read = trained, state
+
+    def _state(self) -> Tensors:
+        return {LOSSES + name: tensor.detach() for name, tensor in sorted(self._read().items())}
 
     def collect(self) -> Tensors:
         """Copy this rank's part to the CPU. All ranks call it together."""
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         own = {
             name: tensor.to("cpu", copy=True)
-            for turn, (name, tensor) in enumerate(self._state.items())
+            for turn, (name, tensor) in enumerate(self._state().items())
             if isinstance(tensor, DTensor) or turn % size == rank
         }
         return {**self._trained.collect(), **own}
@@ -42,8 +44,8 @@ class WithLossState:
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
         """Put what was saved in the place of the present state. All ranks call it together, before the first step."""
         self._trained.restore({name: each for name, each in saved.items() if not name.startswith(LOSSES)}, load)
-        if self._state:
-            load(dict(self._state))
+        if state := self._state():
+            load(state)
 
 
 def loss_differences(saved: Mapping[str, SavedTensor], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from dkd.library_internals.deepspeed import release_whole_weights, shard_of, whole_numel
 from dkd.library_internals.torch import COMPILED_PREFIX
-from dkd.models import ADAPTERS
+from dkd.models import ADAPTERS, adapter_name
 
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
@@ -47,9 +47,7 @@ def plain_name(name: str) -> str:
     """Return the name of a parameter or buffer in the plain model: without the prefixes of DDP, torch.compile and
     TappedModel. The names of adapters, which are no part of the model, begin with ADAPTERS."""
     name = name.removeprefix("module.").removeprefix(COMPILED_PREFIX)
-    if name.startswith("adapters."):
-        return ADAPTERS + name.removeprefix("adapters.")
-    return name.removeprefix("model.")
+    return adapter_name(name) or name.removeprefix("model.")
 
 
 def full_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, torch.Tensor]:

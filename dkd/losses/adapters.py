@@ -35,7 +35,11 @@ class PairAdapter(nn.Module):
 
     def forward(self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         pairs = zip(student, teacher, self.projections, strict=True)
-        return [project(self.form.student(s, t)) for s, t, project in pairs]
+        projected = [project(self.form.student(s, t)) for s, t, project in pairs]
+        for each in projected:
+            if not isinstance(each, torch.Tensor):
+                raise TypeError(f"the adapter returned {type(each).__name__}, not a tensor")
+        return projected
 
 
 def build_projection(kind: Kind, student: Shape, teacher: Shape) -> nn.Module:

@@ -16,6 +16,7 @@ rank computes the terms whose rows it holds: what is drawn, Z and the banks do n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -152,7 +153,7 @@ class CRD(nn.Module):
             scores = [self._score(rows, bank, own) for rows, bank in ((s, self.teacher_bank), (t, self.student_bank))]
             self._set_normalizers(scores, held, layout)
             sums = [
-                self._sum_of_logarithms(score / normalizer.to(score.dtype), held)
+                self._sum_of_logarithms(score - normalizer.to(score.dtype).log(), held)
                 for score, normalizer in zip(scores, self.normalizers, strict=True)
             ]
             return -torch.stack(sums).sum() * (layout.world_size / len(places))
@@ -166,33 +167,34 @@ class CRD(nn.Module):
         return self._others.of(places, numbers[places.argsort().argsort()])
 
     def _score(self, rows: torch.Tensor, bank: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return exp(u·v / τ) of each row with the rows of the bank that were drawn for it; of those that another rank
-        holds, numbers without meaning."""
+        """Return (u·v − 1) / τ of each row with the rows of the bank that were drawn for it; of those that another rank
+        holds, numbers without meaning. The 1 is a factor of Z, too, and keeps the exponential in range."""
         if not len(bank):
-            return rows.sum(1, keepdim=True).mul(0.0).exp().expand_as(own)
+            return rows.sum(1, keepdim=True).mul(0.0).expand_as(own)
         products = rows @ bank.to(rows.dtype).T
-        return (products.gather(1, own.clamp(0, len(bank) - 1)) / self.temperature).exp()
+        return (products.gather(1, own.clamp(0, len(bank) - 1)) - 1) / self.temperature
 
     @torch.no_grad()
     def _set_normalizers(self, scores: Sequence[torch.Tensor], held: torch.Tensor, layout: BatchLayout) -> None:
         """Set Z from the first global batch; leave it as it is afterwards."""
-        sums = layout.sum(torch.stack([score.double().masked_fill(~held, 0.0).sum() for score in scores]))
+        sums = layout.sum(torch.stack([score.double().exp().masked_fill(~held, 0.0).sum() for score in scores]))
         found = (sums / held.numel() * self.samples).to(self.normalizers.dtype)
         self.normalizers.copy_(torch.where(self.normalizers > 0, self.normalizers, found))
 
-    def _sum_of_logarithms(self, density: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the terms whose rows this rank holds, of h (B, 1 + K)."""
-        constant = self.negatives / self.samples
-        positive = density[:, :1].log() - (density[:, :1] + constant).log()
-        negative = -(density[:, 1:] / constant).log1p()
-        return torch.cat([positive, negative], 1).masked_fill(~held, 0.0).sum()
+    def _sum_of_logarithms(self, log_density: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the terms whose rows this rank holds, of log h (B, 1 + K): log h/(h + c) of the first
+        column, log c/(h + c) of the others."""
+        ratio = log_density - math.log(self.negatives / self.samples)
+        signed = torch.cat([-ratio[:, :1], ratio[:, 1:]], 1)
+        return -torch.logaddexp(signed, torch.zeros_like(signed)).masked_fill(~held, 0.0).sum()
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Update the rows of the samples of this step in the banks."""
         for places, s, t in self._seen:
             own = places - self._first
-            held = (own >= 0) & (own < len(self.student_bank))
+            # A step whose update was left out may have brought vectors that are not finite: the same on all ranks.
+            held = (own >= 0) & (own < len(self.student_bank)) & (s.sum(1) + t.sum(1)).isfinite()
             for bank, rows in ((self.student_bank, s), (self.teacher_bank, t)):
                 mixed = self.momentum * bank[own[held]] + (1 - self.momentum) * rows[held].to(bank.dtype)
                 bank[own[held]] = F.normalize(mixed)

@@ -27,6 +27,7 @@ from dkd.models.tapped import (
     TappedModel,
     adapted_key,
     adapted_keys,
+    adapter_name,
     run_adapter,
 )
 from dkd.models.weights import (
@@ -62,6 +63,7 @@ __all__ = [
     "WeightsError",
     "adapted_key",
     "adapted_keys",
+    "adapter_name",
     "batch_norms",
     "block_classes",
     "blocks",

@@ -42,6 +42,16 @@ ADAPTERS = "losses/"
 """The beginning of the names of adapters and of what they yield: no path of a module has a slash."""
 
 
+_PREFIX = "loss_"
+
+
+def adapter_name(name: str) -> str | None:
+    """Return, for the name of a tensor of a TappedModel, what an adapter's tensor is called beside a plain model's;
+    None: it is the model's own."""
+    beginning = f"adapters.{_PREFIX}"
+    return ADAPTERS + name.removeprefix(beginning) if name.startswith(beginning) else None
+
+
 def adapted_key(name: str, number: int = 0) -> str:
     """Return the key among a model's features of an adapter's output."""
     return f"{ADAPTERS}{name}/{number}"
@@ -62,6 +72,8 @@ def run_adapter(
     """Return what an adapter yields, each tensor by its key."""
     outputs = adapter.module(*adapter.read(logits, features, given))
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    if not isinstance(outputs, list | tuple) or not all(isinstance(output, torch.Tensor) for output in outputs):
+        raise TapError(f"the module that the loss {name!r} trains returned {type(outputs).__name__}, not tensors")
     return {adapted_key(name, number): output for number, output in enumerate(outputs)}
 
 
@@ -97,7 +109,8 @@ class TappedModel(nn.Module):
         self.autocast = autocast
         self.model = model
         self._eval_modules = tuple(eval_modules)
-        self.adapters = nn.ModuleDict({name: adapter.module for name, adapter in (adapters or {}).items()})
+        # The names of losses are the user's, and may be those of a ModuleDict's own attributes.
+        self.adapters = nn.ModuleDict({_PREFIX + name: adapter.module for name, adapter in (adapters or {}).items()})
         self._read = {name: adapter.read for name, adapter in (adapters or {}).items()}
         self.taps = tuple(dict.fromkeys(taps))
         self.needs_logits = needs_logits or not taps
@@ -122,6 +135,10 @@ class TappedModel(nn.Module):
                 raise _LastTapReached
 
         return read
+
+    def named_adapters(self) -> dict[str, nn.Module]:
+        """Return the adapters by name."""
+        return {name.removeprefix(_PREFIX): module for name, module in self.adapters.items()}
 
     def train(self, mode: bool = True) -> TappedModel:
         """Set training or eval mode, but for the modules that stay in eval mode."""
@@ -188,7 +205,7 @@ class TappedModel(nn.Module):
         found: dict[str, torch.Tensor] = {}
         with self._autocast(images):
             for name in filter(self._read.__contains__, given.get("adapters", self._read)):
-                adapter = Adapter(self.adapters[name], self._read[name])
+                adapter = Adapter(self.adapters[_PREFIX + name], self._read[name])
                 found |= run_adapter(name, adapter, logits, features, given)
         return found
 

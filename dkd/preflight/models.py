@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from dkd.build.feature_losses import Given, adapter_problem, find_unused
+from dkd.build.feature_losses import Given, adapter_problem
 from dkd.build.models import student_head, student_spec, teacher_spec
-from dkd.build.objective import custom_term
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import teacher_key, teacher_views
-from dkd.config.losses import CustomLossSection, FormSection
-from dkd.distillation.objective import Outputs, asked_parameters, evaluate_alone
-from dkd.global_batch import BatchLayout
+from dkd.config.losses import FormSection
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
 from dkd.models import (
     AS_BUILT,
@@ -29,7 +24,7 @@ from dkd.models import (
 )
 from dkd.models.feature_reader import feature_width
 from dkd.preflight.collecting import collect, input_errors_at
-from dkd.user_code import UserCodeError, describe_error
+from dkd.preflight.custom_losses import check_custom_loss
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -51,11 +46,11 @@ def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weigh
         size = view.teacher.input_size or image_size
         teachers[name] = teacher = _shapes(view, "teacher", size, micro_batch, with_weights, found)
         if student is not None and teacher is not None:
-            found += _pair_problems(view, student, teacher, name)
+            found += _pair_problems(view, student, teacher, name, min(2, micro_batch))
         problems += [_renamed(problem, name, recipe, view) for problem in found]
     for i, custom in enumerate(recipe.losses.custom):
         with collect(problems, f"losses.custom.{i}.loss"):
-            _check_custom(recipe, custom, student, teachers.get(custom.teacher or ""))
+            check_custom_loss(recipe, custom, student, teachers.get(custom.teacher or ""), min(2, micro_batch))
     if student is not None and recipe.evaluation.knn is not None:
         with collect(problems, "evaluation.knn.tap"):
             feature_width(student_spec(recipe), recipe.evaluation.knn.tap, image_size)
@@ -72,35 +67,6 @@ def _renamed(problem: Problem, name: str, recipe: Recipe, view: Recipe) -> Probl
             rest = path.removeprefix(f"losses.custom.{number}.")
             return Problem(f"losses.custom.{recipe.losses.custom.index(custom)}.{rest}", problem.message)
     return Problem(path, problem.message)
-
-
-def _check_custom(recipe: Recipe, custom: CustomLossSection, student: Shapes | None, teacher: Shapes | None) -> None:
-    """Check that a loss of the user's own can be made, and where it has parameters that it computes two random samples
-    and reaches all of its parameters. Raises UserCodeError."""
-    known = all(s in (student or {}) and t in (teacher or {}) for s, t in custom.paths)
-    given = Given(student or {}, {custom.teacher or "": teacher or {}}, seed=recipe.run.seed)
-    term = custom_term(custom, lambda step: 1.0, given)
-    if custom.of != "labels" and not recipe.data.labels and "labels" in asked_parameters(term.loss):  # type: ignore[attr-defined]
-        raise UserCodeError(
-            f"{custom.loss!r} has a parameter labels, but data.labels is false; remove the parameter, or the loss"
-        )
-    adapter = getattr(term, "trained", None)
-    if adapter is None or not known:
-        return
-    count = recipe.data.classes or 2
-    labels, indices, layout = torch.zeros(2, dtype=torch.int64), torch.arange(2), BatchLayout((2,))
-    outputs = [
-        Outputs(torch.randn(2, count), {path: torch.randn(2, *shape) for path, shape in (shapes or {}).items()})
-        for shapes in (student, teacher)
-    ]
-    try:
-        named = Outputs(None, {}, members={custom.teacher: outputs[1]}) if custom.teacher else outputs[1]
-        value = evaluate_alone(term, outputs[0], named, labels, layout, indices)
-        unused = find_unused(adapter.module, [value])
-    except Exception as error:  # the user's code may raise anything
-        raise UserCodeError(f"{custom.loss!r} fails on two samples: {describe_error(error)}") from error
-    if unused:
-        raise UserCodeError(f"{custom.loss!r}: no gradient reaches its parameters {', '.join(unused[:3])}; remove them")
 
 
 def _shapes(
@@ -266,14 +232,14 @@ def _begin(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes, name: str) -> list[Problem]:
+def _pair_problems(recipe: Recipe, student: Shapes, teacher: Shapes, name: str, rows: int) -> list[Problem]:
     """Return what is wrong with the shapes of pairs: one block for each loss that has rules of shapes. A block calls
     what the loss itself raises, as `token_grid`, so that there is one text."""
     problems = []
     given = Given(student, {name: teacher}, seed=recipe.run.seed)
     for key, section in recipe.losses.named():
         if isinstance(section, FormSection) and all(s in student and t in teacher for s, t in section.paths):
-            problem = adapter_problem(key, section, given)
+            problem = adapter_problem(key, section, given, rows)
             problems += [] if problem is None else [Problem(f"losses.{key}", problem)]
     at = recipe.losses.at
     for i, (s, t) in enumerate(at.paths if at is not None else []):

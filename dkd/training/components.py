@@ -147,7 +147,7 @@ def training_tensors(
     engine: AcceleratedEngine, average: WeightAverage | None, step: DistillationStep
 ) -> TrainingTensors:
     """Return what a checkpoint holds of student, optimizer, moving average and losses."""
-    return WithLossState(engine.training_tensors(average), step.objective.state())
+    return WithLossState(engine.training_tensors(average), step.objective.state)
 
 
 def build_components(

@@ -67,14 +67,19 @@ def summarize(
         )
     if isinstance(sampler, StreamedBatchSampler) and isinstance(training, RowGroups):
         yield from summarize_streaming(sampler, training, workers, local)
-    yield from _warn(recipe, sampler)
+    yield from _warn(recipe, sampler, schedule.total_steps)
 
 
 def _list_other_parameters(
     recipe: Recipe, engine: Engine, teacher: FrozenTeacher | TeacherGroup | None
 ) -> Iterator[str]:
-    for name, module in engine.model.adapters.items():
-        yield f"the loss {name} trains {_count(parameter_counts(module))} of its own, which are no part of the student"
+    own = recipe.optimizer.adapters
+    settings = [f"learning rate {own.lr:g}"] if own.lr is not None else []
+    settings += [f"weight decay {own.weight_decay:g}"] if own.weight_decay is not None else []
+    with_settings = f" ({', '.join(settings)})" if settings else ""
+    for name, module in engine.model.named_adapters().items():
+        count = _count(parameter_counts(module))
+        yield f"the loss {name} trains {count} of its own{with_settings}, which are no part of the student"
     members = members_of(teacher)
     for name, view in teacher_views(recipe):
         assert view.teacher is not None
@@ -82,13 +87,19 @@ def _list_other_parameters(
         yield f"{what}: {_count(parameter_counts(members[name]))}, {view.teacher.placement}"
 
 
-def _warn(recipe: Recipe, sampler: GlobalBatchSampler) -> Iterator[str]:
+def _warn(recipe: Recipe, sampler: GlobalBatchSampler, steps: int) -> Iterator[str]:
     for _, section in recipe.losses.compared:
         if section.scope != "global" or (section.batch == "micro" and sampler.micro_steps > 1):
             yield (
                 f"note: {section.title} with scope {section.scope} and batch {section.batch} sees part of the global "
                 "batch: it depends on the number of ranks"
             )
+    queue = recipe.losses.queue
+    if queue is not None and queue.size > steps * recipe.train.global_batch:
+        yield (
+            f"note: losses.queue.size={queue.size} vectors, of which the run's {steps} steps replace "
+            f"{steps * recipe.train.global_batch}; the others stay random: take a smaller queue"
+        )
     for name, view in teacher_views(recipe):
         if view.teacher is not None and view.teacher.weights == "random":
             whose = f" ({name})" if name else ""

@@ -326,7 +326,8 @@ class Trainer:
         # Several teachers are not compared with: one number would not tell with which.
         if recipe.teacher is None or not parts.schedule.measures_agreement(self.state.step, parts.stopping.may_end):
             return None
-        same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes
+        # The first classes of a head that no loss trains say nothing.
+        same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes and bool(recipe.losses.reads_logits)
         taps = list(dict.fromkeys(pairs(recipe)))
         if not same_classes and not taps:
             return None

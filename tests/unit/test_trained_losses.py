@@ -408,7 +408,7 @@ def test_a_student_trained_with_adapters_is_exported_without_them(tmp_path, caps
     result = dkd.train({**RECIPE, "run": {"dir": str(tmp_path / "run"), "trackers": []}})
     said = capsys.readouterr().err
     assert "measured the teacher's features over 128 training images" in said
-    assert "the loss crd trains 16,640 parameters of its own, which are no part of the student" in said
+    assert "the loss crd trains 16,640 parameters of its own (learning rate 0.05), which are no part of the" in said
     state = load_file(result.student)
     bare = build_model(ModelSpec("resnet8", 10))
     assert set(state) == set(bare.state_dict())
