@@ -90,7 +90,7 @@ GRADIENTS = {"gradients": "sharded"}
 OTHER = {"other": "engine"}
 FEATURES = {"features": "all"}
 MODES = {engine: {"modes": engine} for engine in ENGINES}
-UNLABELLED = {engine: {"unlabelled": engine} for engine in ENGINES}
+UNLABELLED = {engine: {"unlabelled": engine, "of": "no labels"} for engine in ENGINES}
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,9 @@ class BrokenObjective:
 
     def __init__(self, whole, steps, seen, last):
         self.whole, self.steps, self.seen, self.last = whole, steps, seen, last
-        self.terms, self.names, self.student_taps = whole.terms, whole.names, whole.student_taps
-        self.begin = whole.begin
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
 
     def __call__(self, *args, step, **kwargs):
         total, values = self.whole(*args, step=step, **kwargs)
