@@ -271,6 +271,13 @@ def test_the_banks_of_crd_do_not_depend_on_the_number_of_ranks(rows, labels):
     assert max(len(banks[rank][0]) for rank in range(len(rows))) == math.ceil(30 / len(rows))
 
 
+def test_what_crd_draws_for_a_sample_does_not_depend_on_the_order_of_rows():
+    """Under accumulation, that order depends on the number of ranks."""
+    places, order = torch.tensor([11, 3, 29, 0, 17]), torch.tensor([3, 0, 4, 2, 1])
+    crd = CRD(30, 4, 9)
+    assert torch.equal(crd.draw(places)[order], crd.draw(places[order]))
+
+
 # --- Adapters
 
 
