@@ -237,17 +237,17 @@ def _check_evaluation_without_labels(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(key, "agreement is that with a teacher; add `teacher`, or choose by another number")
         elif agreement is False:
             yield Problem(key, "needs the agreement with the teacher; remove evaluation.agreement=false")
-        elif not recipe.losses.reads_logits:
-            yield Problem(
-                key,
-                "agreement is that of first classes, and no loss reads the student's logits, so that its head is not "
-                "trained; remove this key, or add losses.kd",
-            )
         elif not _names_same_classes(recipe):
             yield Problem(
                 key,
                 f"needs a teacher of the student's classes, but it has {teacher.classes}, and data.classes is "
                 f"{data.classes}",
+            )
+        elif not recipe.losses.reads_logits:
+            yield Problem(
+                key,
+                "agreement is that of first classes, and no loss reads the student's logits, so that its head is not "
+                "trained; remove this key, or add losses.kd",
             )
     if data.labels or data.validation is None or teacher is None or by_agreement:
         return

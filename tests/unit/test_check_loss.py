@@ -89,4 +89,4 @@ def test_a_shape_is_whole_numbers(capsys):
 def test_a_function_in_place_of_what_makes_a_loss_is_explained(capsys):
     assert main(["check-loss", "torch.nn.functional:mse_loss", "--student", "4,2,2", "--teacher", "4,2,2"]) == 2
     said = capsys.readouterr().err
-    assert "it is called once, with the options, to make the loss: name a class or a function that returns it" in said
+    assert "it is called once, with the options (and the pairs' shapes, as `shapes`), to make the loss: name a" in said

@@ -127,7 +127,7 @@ def test_the_example_trains_and_is_used(example):
         (
             "from torch import nn\ndef a():\n    return nn.Linear(2, 2)",
             ['losses.custom=[{name: mine, loss: "my_code:a", weight: 1, of: labels}]'],
-            "fails on two samples: TypeError: Linear.forward() got an unexpected keyword argument 'layout'",
+            "fails on 2 random samples: TypeError: Linear.forward() got an unexpected keyword argument 'layout'",
         ),
         ("", ['losses.custom=[{name: ce, loss: "a:b", weight: 1, of: labels}]'], "name 'ce' is taken"),
         ("", ['losses.custom=[{name: mine, loss: "a:b", weight: 1}]'], "of: features needs pairs"),
