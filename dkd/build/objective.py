@@ -158,6 +158,23 @@ def _parameters_of(make: Callable[..., Any]) -> list[str]:
         return []
 
 
+def _trained_module_of(loss: Callable[..., torch.Tensor]) -> nn.Module | None:
+    """Return a module with parameters to train in the attributes or the closure of what is no module; None: there is
+    none."""
+    cells = getattr(loss, "__closure__", None) or ()
+    held = [*getattr(loss, "__dict__", {}).values(), *(cell.cell_contents for cell in cells if _is_filled(cell))]
+    modules = [each for each in held if isinstance(each, nn.Module)]
+    return next((m for m in modules if any(p.requires_grad for p in m.parameters())), None)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (an empty cell raises)
+    except ValueError:
+        return False
+    return True
+
+
 def _hides_parameters(value: object) -> bool:
     """Return whether a plain list, tuple or dict holds what a module would have to know of."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -172,6 +189,12 @@ def _check_parameters(section: CustomLossSection, loss: Callable[..., torch.Tens
             f"{section.loss!r} has an attribute `adapter`, which is a torch.nn.Module of a loss of features"
         )
     if not isinstance(loss, nn.Module):
+        held = _trained_module_of(loss)
+        if held is not None:
+            raise UserCodeError(
+                f"{section.loss!r} holds a {type(held).__name__} with parameters and is no torch.nn.Module itself, so "
+                "that nothing would train them; derive the loss from torch.nn.Module"
+            )
         return
     for inner in loss.modules():
         for name, value in vars(inner).items():
@@ -327,7 +350,7 @@ def _weight_of(section: RelationsSection) -> float | WeightSchedule:
 def _form_terms(key: str, section: FormSection, batch: _Batch) -> list[Term]:
     try:
         loss, adapter = make_loss(key, section, batch.given), make_adapter(key, section, batch.given)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's, of a size that no memory holds
         raise RecipeError.at(f"losses.{key}", error) from error
     weight = batch.schedule(section.weight)
     return [FeatureTerm(key, weight, loss, section.paths, relational=section.whole_batch, adapter=adapter)]

@@ -122,6 +122,19 @@ class Center(nn.Module):
         return layout.mean((student - teacher + self.center).square().mean(1))
 
 
+class Holder:
+    def __init__(self, shapes):
+        self.inner = Fit(shapes)
+
+    def __call__(self, student, teacher, layout=None):
+        return self.inner(student, teacher, layout)
+
+
+def closure(shapes):
+    inner = Fit(shapes)
+    return lambda student, teacher, layout=None: inner(student, teacher, layout)
+
+
 class OnLabels(nn.Module):
     def __init__(self):
         super().__init__()
@@ -194,6 +207,8 @@ TWO = [["layer1", "block1"], ["layer2", "block2"]]
             "is relational and has parameters (regressors.0.weight, regressors.0.bias): put them into a module `adapter`",
         ),
         (loss("Beside"), "has scale beside its adapter"),
+        (loss("Holder"), "holds a Fit with parameters and is no torch.nn.Module itself"),
+        (loss("closure"), "holds a Fit with parameters and is no torch.nn.Module itself"),
         (
             loss("Contrast", options={"scale": True}),
             "yields tensors of one row for each sample, and one of shape (1,) for 2 samples",

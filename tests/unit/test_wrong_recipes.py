@@ -126,6 +126,7 @@ WRONG = [
     ("losses.crd={preset: repdistiller, momentum: 1, pairs: [[layer3, block3]]}", ["losses.crd.momentum: must be less than 1, not 1"]),
     ("losses.queue={weight: 1, size: 32, pairs: [[layer3, block3]]}", ["losses.queue.size: 32 is less than train.global_batch=64, which a step adds"]),
     ("losses.queue={weight: 1, adapter: null, pairs: [[layer2, block3]]}", ["losses.queue: features of shape (32,) and (64,) cannot be compared; name an adapter"]),
+    ("losses.queue={weight: 1, size: 900000000000, pairs: [[layer3, block3]]}", ["losses.queue: "]),
     ("losses.queue={weight: 1, temperature: 0, pairs: [[layer3, block3]]}", ["losses.queue.temperature: must be greater than 0, not 0"]),
     ("optimizer.adapters={lr: 0.1}", ["optimizer.adapters: no loss trains anything beside the student; remove this section"]),
     ("optimizer.adapters={momentum: 0.1}", ["optimizer.adapters.momentum: unknown key"]),
