@@ -159,7 +159,7 @@ def make_loss(name: str, section: FormSection, given: Given) -> nn.Module:
             norm = TeacherNorm(section.teacher_norm, widths)
             return FeatureDistance("smooth_l1", form, norm, section.pair_weights)
         case SrdSection():
-            return SRD(section.alpha, form)
+            return SRD(section.alpha, form, section.pair_weights)
         case VidSection():
             return VID(form, section.pair_weights)
         case ReviewSection():

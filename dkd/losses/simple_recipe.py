@@ -10,6 +10,8 @@ The sum is inside the logarithm, so that it is one sum over all samples: parts o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -25,6 +27,7 @@ class SRD(nn.Module):
     Args:
         alpha: α.
         form: what features are brought into; None: vectors.
+        weights: one weight for each pair; None: 1.
 
     The module is called as FeatureDistance; the adapter of the public code is `linear_bn`. The teacher's features are
     normalised over the samples of all ranks. It returns a scalar whose mean over ranks is L_SRD of the global batch.
@@ -36,19 +39,21 @@ class SRD(nn.Module):
 
     relational = True
 
-    def __init__(self, alpha: float = 4.0, form: FeatureForm | None = None) -> None:
+    def __init__(
+        self, alpha: float = 4.0, form: FeatureForm | None = None, weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         if alpha < 1:
             raise ValueError(f"alpha={alpha}: must be at least 1")
-        self.alpha, self.form = alpha, form or FeatureForm("vector")
+        self.alpha, self.form, self.weights = alpha, form or FeatureForm("vector"), weights
         self.teacher_norm = TeacherNorm("batch")
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, form={self.form}"
+        return f"alpha={self.alpha}, form={self.form}, weights={self.weights}"
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
-        pairs = as_pairs(student, teacher, None)
+        pairs = as_pairs(student, teacher, self.weights)
         with no_autocast(pairs[0][0].device):
             students = [self.form.student(full_precision(s), t) for s, t, _ in pairs]
             teachers = [self.form.teacher(full_precision(t.detach()), s) for s, t, _ in pairs]
@@ -61,4 +66,5 @@ class SRD(nn.Module):
                         "student's need an adapter"
                     )
                 sums.append((s - t).abs().pow(self.alpha).sum())
-            return 2 * add_over_ranks(torch.stack(sums), layout).log().sum()
+            logarithms = add_over_ranks(torch.stack(sums), layout).log()
+            return 2 * (logarithms * logarithms.new_tensor([w for _, _, w in pairs])).sum()

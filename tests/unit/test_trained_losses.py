@@ -180,6 +180,12 @@ def test_srd_is_one_logarithm_of_the_sum_over_all_ranks(rows):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
+def test_the_pairs_of_srd_have_weights():
+    students, teachers = [random(6, 5), random(6, 4, seed=1)], [random(6, 5, seed=2), random(6, 4, seed=3)]
+    alone = [SRD()(s, t) for s, t in zip(students, teachers, strict=True)]
+    torch.testing.assert_close(SRD(weights=[1.0, 0.25])(students, teachers), alone[0] + 0.25 * alone[1], **EXACT)
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=str)
 def test_the_queue_is_one_for_all_ranks(rows):
     """Two steps of 12 vectors into a queue of 16: the second one begins to overwrite the first."""

@@ -123,6 +123,8 @@ WRONG = [
     ("losses.vid={preset: repdistiller, pairs: []}", ["losses.vid.pairs: must have at least 1"]),
     ("losses.review={weight: 1, width: 0, pairs: [[layer3, block3]]}", ["losses.review.width: must be greater than 0, not 0"]),
     ("losses.crd={preset: repdistiller, pairs: [[layer3, block3], [layer2, block2]]}", ["losses.crd: 2 pairs: this loss has one"]),
+    ("losses.crd={preset: repdistiller, pairs: [[layer3, block3, 2]]}", ["losses.crd: pair 0 has the weight 2: with one pair, write it as `weight`"]),
+    ("losses.queue={weight: 1, pairs: [[layer3, block3, 0.5]]}", ["losses.queue: pair 0 has the weight 0.5: with one pair, write it as `weight`"]),
     ("losses.crd={preset: repdistiller, momentum: 1, pairs: [[layer3, block3]]}", ["losses.crd.momentum: must be less than 1, not 1"]),
     ("losses.queue={weight: 1, size: 32, pairs: [[layer3, block3]]}", ["losses.queue.size: 32 is less than train.global_batch=64, which a step adds"]),
     ("losses.queue={weight: 1, adapter: null, pairs: [[layer2, block3]]}", ["losses.queue: features of shape (32,) and (64,) cannot be compared; name an adapter"]),

@@ -27,6 +27,14 @@ CRD_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_one_pair(section: PairsSection) -> None:
+    """Check that a loss has one pair, without a weight of its own. Raises ValueError."""
+    if len(section.pairs) != 1:
+        raise ValueError(f"{len(section.pairs)} pairs: this loss has one")
+    if section.pair_weights != [1.0]:
+        raise ValueError(f"pair 0 has the weight {section.pair_weights[0]:g}: with one pair, write it as `weight`")
+
+
 class FormSection(PairsSection):
     """Be the base of losses that bring the features of a pair into one form."""
 
@@ -208,8 +216,7 @@ class CrdSection(FormSection):
 
     @model_validator(mode="after")
     def _has_one_pair(self) -> CrdSection:
-        if len(self.pairs) != 1:
-            raise ValueError(f"{len(self.pairs)} pairs: this loss has one")
+        check_one_pair(self)
         return self
 
     @property
@@ -240,8 +247,7 @@ class QueueSection(_VectorSection):
 
     @model_validator(mode="after")
     def _has_one_pair(self) -> QueueSection:
-        if len(self.pairs) != 1:
-            raise ValueError(f"{len(self.pairs)} pairs: this loss has one")
+        check_one_pair(self)
         return self
 
     @property
