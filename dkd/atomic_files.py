@@ -53,6 +53,15 @@ def open_to_append(path: Path) -> FileIO:
     return FileIO(_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
+def open_to_read(path: Path) -> FileIO:
+    """Open a regular file to read it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{str(path)!r} is no regular file")
+    return FileIO(descriptor, "rb")
+
+
 def open_lock(path: Path) -> FileIO:
     """Open a file to lock it, without changing its content; a missing file is made. Raises OSError, and LinkError for a
     link."""

@@ -12,7 +12,7 @@ import torch
 
 from dkd import machine
 from dkd.config import Recipe
-from dkd.config.derived import classes, micro_batch, teacher_views
+from dkd.config.derived import classes, data_seed, micro_batch, teacher_views
 from dkd.config.schema import DataSection
 from dkd.data import (
     DataError,
@@ -107,7 +107,7 @@ def open_parts(recipe: Recipe) -> tuple[ImageSource, ImageSource | None]:
     data = recipe.data
     training = open_part(data, "train")
     if isinstance(data.validation, float):
-        return set_aside(training, data.validation, recipe.run.seed)
+        return set_aside(training, data.validation, data_seed(recipe))
     return training, None if data.validation is None else open_part(data, "validation")
 
 
@@ -163,11 +163,12 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
     """Return the order of training samples, and which of them this rank computes."""
     train, data = recipe.train, recipe.data
     b = micro_batch(recipe, launch.world_size)
-    batches = (len(source), recipe.run.seed, train.global_batch, b, launch.rank, launch.world_size)
+    batches = (len(source), data_seed(recipe), train.global_batch, b, launch.rank, launch.world_size)
     if isinstance(source, RowGroups):
         sizes = tuple(source.sizes.tolist())
-        return StreamedBatchSampler(*batches, sizes, data.stream_lanes, data.shuffle_window)
-    return GlobalBatchSampler(*batches)
+        lanes, window, period = data.stream_lanes, data.shuffle_window, data.augmentation_period
+        return StreamedBatchSampler(*batches, sizes, lanes, window, period=period)
+    return GlobalBatchSampler(*batches, period=data.augmentation_period)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dkd.build.data import build_data
 from dkd.commands import pictures
 from dkd.config import Recipe, RecipeError
+from dkd.config.derived import data_seed
 from dkd.data import ImageSource
 from dkd.distillation.step import mixing_seed
 from dkd.engines.arithmetic import Arithmetic
@@ -60,7 +61,7 @@ def load_first_batch(
         raise RecipeError.at("data.train", problem)
     if parts.mixing is None:
         return FirstBatch(batch.images, batch.labels)
-    return FirstBatch(*parts.mixing(batch.images, batch.labels, mixing_seed(recipe.run.seed, 0, launch.rank)))
+    return FirstBatch(*parts.mixing(batch.images, batch.labels, mixing_seed(data_seed(recipe), 0, launch.rank)))
 
 
 def draw_first_batch(

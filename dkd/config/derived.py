@@ -43,6 +43,11 @@ def view_of(recipe: Recipe, section: LossSection) -> Recipe:
     return dict(teacher_views(recipe)).get(section.teacher or "", recipe)
 
 
+def data_seed(recipe: Recipe) -> int:
+    """Return the seed of the order of images, of their augmentation and mixing."""
+    return recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+
+
 def micro_batch(recipe: Recipe, world_size: int) -> int:
     """Return b, the samples of one forward on one rank: as the recipe states, or B/W."""
     return recipe.train.micro_batch or max(1, recipe.train.global_batch // world_size)

@@ -24,6 +24,7 @@ from dkd.config.key_types import (
     one_line,
 )
 from dkd.config.losses import ENSEMBLE, LossesSection
+from dkd.config.teacher_cache import CacheSection
 
 
 def _is_file_name(value: Any) -> bool:
@@ -145,7 +146,7 @@ class DataSection(Section):
     `torchvision:NAME`, `python:MODULE:CALLABLE`, or `digits` (part of scikit-learn)."""
     validation: Validation
     """The validation images, named as for `train`; or a fraction such as 0.1 of the training images, drawn by
-    `run.seed`, the same fraction of each class; null: nothing is evaluated."""
+    `data.seed`, the same fraction of each class; null: nothing is evaluated."""
     labels: Switch = True
     """Whether the images have labels. false: none is read, so that a folder needs no folders of classes, and parquet
     and hub data no column of labels; the losses have to be of the teacher alone (`losses.ce: null`)."""
@@ -168,6 +169,12 @@ class DataSection(Section):
     images too."""
     cutmix: NonNegative = 0.0
     """α of CutMix; 0: off. With mixup and CutMix, one of them is drawn for each micro-batch, at equal odds."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    """Seed of the order of the images, of their augmentation and mixing, and of validation images that are drawn;
+    default: `run.seed`. Runs of one data.seed and several run.seed see the same images in the same order."""
+    augmentation_period: Count | None = None
+    """Epochs after which order, augmentation and mixing repeat: those of epoch e are those of e mod the period. So a
+    `teacher.cache` of that many epochs serves every epoch; null: no epoch is like another."""
     image_column: Text | None = None
     """Column of the images in parquet and hub data; default: the only column that fits."""
     label_column: Text | None = None
@@ -246,6 +253,9 @@ class TeacherSection(Section):
     input_size: Count | None = None
     """Side, in pixels, that images are resized to for the teacher; default: the student's, or for timm and hf models of
     one fixed size that size."""
+    cache: CacheSection | None = None
+    """Folder where what the losses read of the teacher is stored, and read in later runs; null: the teacher computes it
+    in each step."""
 
 
 def _is_teacher_name(value: Any) -> bool:

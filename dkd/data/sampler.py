@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -29,6 +29,8 @@ class GlobalBatchSampler:
         global_batch: B.
         micro_batch: b, which divides B/W.
         rank, world_size: the rank whose micro-batches are given, and W.
+        period: epochs after which the order repeats: that of epoch e is that of e mod the period; None: no epoch is
+            like another.
 
     Raises:
         ValueError: N < B, or b·W does not divide B.
@@ -40,6 +42,7 @@ class GlobalBatchSampler:
     micro_batch: int
     rank: int = 0
     world_size: int = 1
+    period: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch:
@@ -59,14 +62,20 @@ class GlobalBatchSampler:
         """Return A, the number of micro-steps of a global step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
+    def drawn_step(self, step: int) -> int:
+        """Return the first step that has the images of a step, augmented and mixed alike: the step itself in the first
+        period."""
+        return step if self.period is None else step % (self.period * self.steps_per_epoch)
+
     def epoch(self, epoch: int) -> torch.Tensor:
-        """Return the list of an epoch, int64, at least (N // B)·B long."""
+        """Return the list of an epoch of the first period, int64, at least (N // B)·B long."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield this rank's micro-batches of steps first_step … last_step − 1, as lists of (epoch, index)."""
+        """Yield this rank's micro-batches of steps first_step … last_step − 1, as lists of (epoch, index), the epoch
+        that the sample is augmented for."""
         drawn, indices = -1, torch.empty(0)
-        for step in range(first_step, last_step):
+        for step in map(self.drawn_step, range(first_step, last_step)):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != drawn:
                 drawn, indices = epoch, self.epoch(epoch)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class DistillationStep:
         normalize, teacher_normalize, dtype, memory_format: as Forward.
         mixing: applied to each micro-batch, on the device.
         seed: of dropout and mixing, which depend on (seed, step, micro-batch) and not on the number of ranks.
+        seed_of_mixing: (step, place) -> the seed by which a micro-batch is mixed, in the place of `mixing_seed`.
         may_skip: steps may end with `end(skipped=True)`.
     """
 
@@ -105,6 +107,7 @@ class DistillationStep:
         memory_format: torch.memory_format = torch.contiguous_format,
         mixing: Mixing | None = None,
         seed: int = 0,
+        seed_of_mixing: Callable[[int, int], int] | None = None,
         may_skip: bool = False,
     ) -> None:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
@@ -121,6 +124,7 @@ class DistillationStep:
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._mixing, self._seed = mixing, seed
+        self._seed_of_mixing = seed_of_mixing or partial(mixing_seed, seed)
         self._step, self._begun, self._agreed, self._has_labels = 0, 0, False, True
         self._micro_batches: Sequence[MicroBatch] = ()
         self._indices: list[torch.Tensor] | None = None
@@ -299,7 +303,7 @@ class DistillationStep:
         images, labels, *_ = self._micro_batches[micro_step]
         images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
         if self._mixing is not None:
-            images, labels = self._mixing(images, labels, mixing_seed(self._seed, self._step, self._place(micro_step)))
+            images, labels = self._mixing(images, labels, self._seed_of_mixing(self._step, self._place(micro_step)))
         return images, labels
 
     def _run_student(

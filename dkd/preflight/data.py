@@ -17,7 +17,7 @@ from dkd.build.data import (
 )
 from dkd.build.objective import class_weights
 from dkd.config import Problem, Recipe, RecipeError
-from dkd.config.derived import classes
+from dkd.config.derived import classes, data_seed
 from dkd.data import DataError, ImagePipeline
 from dkd.data.sources import (
     ImageSource,
@@ -109,7 +109,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
         _check_labels(recipe, training, classes(recipe))
         if isinstance(data.validation, float):
             with collect(problems, "data.validation"):
-                training, validation = set_aside(training, data.validation, recipe.run.seed)
+                training, validation = set_aside(training, data.validation, data_seed(recipe))
         class_weights(recipe, training)
         _check_first(recipe, training, pipeline.train, "transforms", problems)
         if not problems:

@@ -16,10 +16,11 @@ from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
+from dkd.config.derived import data_seed
 from dkd.config.losses import with_constant_weights
 from dkd.data import ImageSource
 from dkd.distillation import Objective
-from dkd.distillation.step import DistillationStep
+from dkd.distillation.step import DistillationStep, mixing_seed
 from dkd.distributed.heartbeat import Heartbeat
 from dkd.distributed.process_group import open_process_group
 from dkd.distributed.stop_signals import StopRequests
@@ -305,6 +306,7 @@ def build_step(
         memory_format=arithmetic.memory_format,
         mixing=data.mixing,
         seed=recipe.run.seed,
+        seed_of_mixing=lambda step, place: mixing_seed(data_seed(recipe), data.sampler.drawn_step(step), place),
         may_skip=train.skip_nonfinite > 0 or engine.leaves_out_updates,
     )
     return step, average, notes

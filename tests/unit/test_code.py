@@ -20,6 +20,7 @@ ORDER = (
     # Rooms.
     ("config", "global_batch"),
     ("losses", "models", "data"),
+    ("teacher_cache",),
     ("distillation",),
     ("checkpoints",),
     ("distributed",),
