@@ -32,6 +32,7 @@ from dkd.data import (
     open_source,
 )
 from dkd.data.sampler import TURNS
+from dkd.data.samples import Batch, Samples
 from dkd.data.sources import has_labels, set_aside, split_spec
 from dkd.launch import Launch
 
@@ -272,6 +273,35 @@ def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCut
     if not data.mixup and not data.cutmix:
         return None
     return MixupCutmix(classes(recipe), data.mixup, data.cutmix, dtype, data.labels)
+
+
+SAMPLED_IMAGES = 64
+"""Images by which the content of a data set is recognised."""
+
+
+def sampled_content(source: ImageSource, pipeline: ImagePipeline, seed: int) -> dict[str, str]:
+    """Return fingerprints of some training images: `pixels`, as they are decoded, and `augmented`, as models see them.
+    Other images under the same labels show there, and so do another decoder, or transforms of another version.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    count = min(SAMPLED_IMAGES, len(source))
+    if isinstance(source, RowGroups):  # a row group is read as a whole: neighbours, from few of them
+        groups = min(4, len(source.sizes))
+        firsts = np.concatenate([[0], np.cumsum(source.sizes)])[:: max(1, len(source.sizes) // groups)][:groups]
+        indices = [int(first) + i for first in firsts for i in range(count // groups) if int(first) + i < len(source)]
+    else:
+        indices = [i * len(source) // count for i in range(count)]
+    pixels, augmented = hashlib.sha256(), hashlib.sha256()
+    samples = Samples(source, pipeline.train, seed)
+    for index in indices:
+        image = source.image(index).contiguous()
+        pixels.update(f"{index} {tuple(image.shape)}".encode() + image.numpy().tobytes())
+        batch = samples.__getitems__([(0, index)])
+        assert isinstance(batch, Batch)
+        augmented.update(f"{index}".encode() + batch.images.contiguous().numpy().tobytes())
+    return {"pixels": pixels.hexdigest(), "augmented": augmented.hexdigest()}
 
 
 def data_facts(source: ImageSource) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from dkd.build.data import build_image_pipeline
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import classes, teacher_key, teacher_views
 from dkd.config.schema import StudentSection, TeacherSection
-from dkd.distillation import FrozenTeacher, TeacherGroup, fill, halve_weights, shard, shard_mesh
+from dkd.distillation import (
+    FrozenTeacher,
+    LazyTeacher,
+    OneTeacher,
+    TeacherGroup,
+    fill,
+    halve_weights,
+    shard,
+    shard_mesh,
+)
 from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.sharded_weights import parameter_counts
 from dkd.launch import Launch
@@ -80,7 +89,7 @@ def build_models(
     arithmetic: Arithmetic,
     device: torch.device,
     adapters: Mapping[str, Adapter] | None = None,
-) -> tuple[TappedModel, FrozenTeacher | TeacherGroup | None, list[str]]:
+) -> tuple[TappedModel, OneTeacher | TeacherGroup | None, list[str]]:
     """Return the student on the CPU, each teacher on its device, with their weights, which may have to be downloaded,
     and lines that report what of the student does not come from its weights, or is not trained. `adapters` are what
     losses train with the student.
@@ -177,17 +186,51 @@ def _note_frozen(recipe: Recipe, model: nn.Module, untrained: Sequence[str]) -> 
 
 def build_teachers(
     recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device
-) -> FrozenTeacher | TeacherGroup | None:
+) -> OneTeacher | TeacherGroup | None:
     """Return the teacher, several as a group, or None for a recipe without one. As `build_teacher`."""
-    found = {}
+    found: dict[str, OneTeacher] = {}
     for name, view in teacher_views(recipe):
         try:
-            teacher = build_teacher(view, launch, arithmetic, device)
+            teacher = _build_or_promise(view, launch, arithmetic, device)
         except WeightsError as error:
             raise RecipeError.at(f"{teacher_key(name)}.weights", error) from error
         assert teacher is not None
         found[name] = teacher
     return found.get("", TeacherGroup(found) if found else None)
+
+
+def _build_or_promise(view: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> OneTeacher | None:
+    """Return the teacher of a view; where its outputs may be read from a cache, one that is built when it is needed. As
+    `build_teacher`."""
+    section = view.teacher
+    if section is None or section.cache is None:
+        return build_teacher(view, launch, arithmetic, device)
+
+    def build() -> FrozenTeacher:
+        teacher = build_teacher(view, launch, arithmetic, device)
+        assert teacher is not None
+        return teacher
+
+    taps = sorted({teacher for _, teacher in pairs(view)})
+    return LazyTeacher(build, {"name": section.name, "fingerprint": teacher_fingerprint(view), "taps": taps})
+
+
+def teacher_fingerprint(view: Recipe) -> str:
+    """Return the fingerprint of a teacher's weights, which are read, and not kept. Raises WeightsError."""
+    section = view.teacher
+    assert section is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(view.run.seed)
+        on_meta = build_on_meta(teacher_spec(view))
+        if has_weights(section) and _is_filled_by_state(on_meta):
+            fingerprint = Fingerprint()
+            weights = stream_weights(on_meta, section.name, section.weights, options=section.options)
+            for name, tensor in weights:
+                fingerprint.add(name, tensor)
+            return fingerprint.hexdigest()
+        model = build_model(teacher_spec(view))
+        load_teacher_weights(model, section)
+        return weights_fingerprint(model)
 
 
 def build_teacher(recipe: Recipe, launch: Launch, arithmetic: Arithmetic, device: torch.device) -> FrozenTeacher | None:

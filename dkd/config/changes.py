@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,18 @@ def recipe_changes(before: Recipe, after: Recipe) -> list[Problem]:
     return [
         Problem(path, f"{_show(old)} before, {_show(new)} now")
         for path, old, new in _find_differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
-        if path not in _WHERE_NOT_WHAT and not (_is_left_to_hardware(path) and new == "auto")
+        if path not in _WHERE_NOT_WHAT
+        and not (_is_left_to_hardware(path) and new == "auto")
+        and not _stores_exactly(path, old, new)
     ]
+
+
+def _stores_exactly(path: str, *values: Any) -> bool:
+    """Return whether a key only decides where a teacher's outputs are stored, and not what is trained with."""
+    if re.fullmatch(r"teacher(s\.\w+)?\.cache\.(dir|fill|features)", path):
+        return True
+    is_section = re.fullmatch(r"teacher(s\.\w+)?\.cache", path) is not None
+    return is_section and all(value is None or value["store"] == "exact" for value in values)
 
 
 def differing_keys(recipes: Sequence[Recipe]) -> dict[str, dict[int, Any]]:

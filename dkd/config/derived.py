@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dkd.config.losses import LossSection
 from dkd.config.schema import Recipe, TeacherSection
+from dkd.config.teacher_cache import CacheSection
 
 
 def classes(recipe: Recipe) -> int:
@@ -36,6 +37,20 @@ def with_teacher(recipe: Recipe, name: str, section: TeacherSection) -> Recipe:
     if not name:
         return recipe.model_copy(update={"teacher": section})
     return recipe.model_copy(update={"teachers": {**recipe.teachers, name: section}})
+
+
+def caches(recipe: Recipe) -> dict[str, CacheSection]:
+    """Return the section of each teacher's cache, by the teacher's name; of one alone, the name is empty."""
+    found = {name: view.teacher.cache for name, view in teacher_views(recipe) if view.teacher is not None}
+    return {name: section for name, section in found.items() if section is not None}
+
+
+def without_caches(recipe: Recipe) -> Recipe:
+    """Return the recipe with teachers that compute in each step."""
+    for name, view in teacher_views(recipe):
+        if view.teacher is not None and view.teacher.cache is not None:
+            recipe = with_teacher(recipe, name, view.teacher.model_copy(update={"cache": None}))
+    return recipe
 
 
 def view_of(recipe: Recipe, section: LossSection) -> Recipe:

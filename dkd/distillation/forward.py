@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dkd.data import Normalize
 from dkd.distillation.objective import InputGradientTerm, Objective, Outputs
-from dkd.distillation.teacher import FrozenTeacher
-from dkd.distillation.teacher_group import TeacherGroup, members_of
+from dkd.distillation.teacher_group import OneTeacher, TeacherGroup, members_of
 from dkd.global_batch import full_precision
 from dkd.models import ADAPTERS
 
@@ -32,7 +31,7 @@ class Forward:
     def __init__(
         self,
         student: torch.nn.Module,
-        teacher: FrozenTeacher | TeacherGroup | None,
+        teacher: OneTeacher | TeacherGroup | None,
         objective: Objective,
         normalize: Normalize | None = None,
         teacher_normalize: Normalize | Mapping[str, Normalize] | None = None,
@@ -105,12 +104,18 @@ class Forward:
         """
         if not self._teachers:
             return None
-        if not self._teacher_differentiates:
-            images = images.detach()
-        found = {name: self._run_teacher(name, pixels, images) for name in self._teachers}
+        found = {name: self.one_teacher(name, pixels, images) for name in self._teachers}
         return found[""] if "" in found else Outputs(None, {}, members=found)
 
-    def _run_teacher(self, name: str, pixels: torch.Tensor, images: torch.Tensor) -> Outputs:
+    @property
+    def teacher_names(self) -> list[str]:
+        """Return the names of the teachers; of one alone, the name is empty."""
+        return list(self._teachers)
+
+    def one_teacher(self, name: str, pixels: torch.Tensor, images: torch.Tensor) -> Outputs:
+        """Return what one teacher yields. Arguments as `teacher`."""
+        if not self._teacher_differentiates:
+            images = images.detach()
         normalize = self._teacher_normalize.get(name)
         if normalize is not None:
             # From the pixels, whether gradients are to reach the student's input or not: the same features to the last

@@ -13,7 +13,7 @@ at once. So a step has two passes over the images, as in GradCache (Gao et al., 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,14 @@ def _join_teachers(teachers: Sequence[Outputs], paths: Collection[str], with_log
         for path in teachers[0].features
         if path in paths
     }
-    return Outputs(torch.cat(logits) if logits else None, features, members=members)
+    # What stands in the place of features is a list of tensors (b, ...), but for terms that are no relational ones.
+    listed = [name for name, each in teachers[0].begun.items() if isinstance(each, list)]
+    begun = {name: _join_lists([outputs.begun[name] for outputs in teachers]) for name in listed}
+    return Outputs(torch.cat(logits) if logits else None, features, begun=begun, members=members)
+
+
+def _join_lists(parts: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
 def cache_gradient(
@@ -88,6 +95,7 @@ def cache_gradient(
     labels: torch.Tensor,
     step: int,
     indices: torch.Tensor | None = None,
+    begin: Callable[[Outputs, BatchLayout], Outputs] = lambda teacher, _: teacher,
 ) -> CachedGradient:
     """Compute pass 2. A collective.
 
@@ -98,6 +106,7 @@ def cache_gradient(
         labels: of all micro-steps, in order.
         step: the global step.
         indices: of the samples of all micro-steps, in order; None: no term asks for them.
+        begin: given the teacher's outputs of all micro-steps as one, returns them with what was begun of the terms.
     """
     kept = [{k: v.detach() for k, v in compared_tensors(objective, student).items()} for student in students]
     keys = list(kept[0])
@@ -107,7 +116,7 @@ def cache_gradient(
     features = {key: tensor for key, tensor in joined.items() if key != LOGITS}
     student = Outputs(joined.get(LOGITS), features, types=students[0].types)
     layout = BatchLayout.even(len(labels))
-    total, terms = objective(student, teacher, labels, step=step, layout=layout, indices=indices)
+    total, terms = objective(student, begin(teacher, layout), labels, step=step, layout=layout, indices=indices)
     # A term need not use all of its pairs.
     gradients = torch.autograd.grad(total, list(joined.values()), materialize_grads=True)
     rows = [len(tensors[keys[0]]) for tensors in kept]

@@ -42,7 +42,7 @@ class Outputs:
     """By path, the type in which the model yielded a feature, where it was promoted since: it loses nothing when it is
     sent in that type."""
     begun: Mapping[str, Any] = field(default_factory=dict)
-    """By the name of a term, what `Objective.begin` returned of this teacher."""
+    """By the name of a term, what its loss is called with in the place of this teacher's features."""
     members: Mapping[str, Outputs] = field(default_factory=dict)
     """By name, what each of several teachers yields; this object holds nothing else of them then."""
 
@@ -316,8 +316,14 @@ class FeatureTerm(_Asked):
     def _arguments(
         self, logits: torch.Tensor | None, features: Mapping[str, torch.Tensor], given: Mapping[str, Any]
     ) -> tuple[Any, Any]:
-        wanted = given["teacher"].of(self.teacher).features
-        return [features[s] for s, _ in self.pairs], [wanted[t] for _, t in self.pairs]
+        return [features[s] for s, _ in self.pairs], self.of_teacher(given["teacher"])
+
+    def of_teacher(self, teacher: Outputs) -> Any:
+        """Return the teacher's features, or what stands in their place."""
+        if self.name in teacher.begun:
+            return teacher.begun[self.name]
+        wanted = teacher.of(self.teacher).features
+        return [wanted[t] for _, t in self.pairs]
 
     def keys(self, features: Mapping[str, torch.Tensor]) -> list[str]:
         """Return the keys of what the loss reads of the student's features."""
@@ -339,9 +345,7 @@ class FeatureTerm(_Asked):
             raise ValueError(f"the loss {self.name!r} has an adapter: give TappedModel the adapters of the objective")
         if self._takes_types and all(key in student.types for key in keys):
             more["sent_as"] = [student.types[key] for key in keys]
-        wanted = teacher.of(self.teacher).features
-        features = [wanted[t] for _, t in self.pairs]
-        return self.loss([student.features[key] for key in keys], teacher.begun.get(self.name, features), **more)
+        return self.loss([student.features[key] for key in keys], self.of_teacher(teacher), **more)
 
     def begin(self, teacher: Outputs, layout: BatchLayout) -> Any:
         """Begin what of the loss needs no student; None where there is nothing to begin. A collective."""
@@ -440,13 +444,15 @@ class Objective:
         return any(isinstance(term, LogitTerm | LabelTerm) for term in self.terms)
 
     def begin(self, teacher: Outputs, layout: BatchLayout) -> Outputs:
-        """Begin what of the terms needs no student, so that it continues while the student computes. A collective.
+        """Begin what of the terms needs no student, so that it continues while the student computes. What was begun
+        before stays. A collective.
 
         Returns:
             The teacher's outputs with what was begun, for the call.
         """
-        begun = {term.name: term.begin(teacher, layout) for term in self.terms if isinstance(term, FeatureTerm)}
-        return replace(teacher, begun={name: each for name, each in begun.items() if each is not None})
+        terms = [term for term in self.terms if isinstance(term, FeatureTerm) and term.name not in teacher.begun]
+        begun = {term.name: term.begin(teacher, layout) for term in terms}
+        return replace(teacher, begun={**teacher.begun, **{k: each for k, each in begun.items() if each is not None}})
 
     @property
     def needs_indices(self) -> bool:

@@ -27,8 +27,8 @@ from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
 from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
 from dkd.distillation.objective import FeatureTerm, Objective, Outputs, given_to_adapters
-from dkd.distillation.teacher import FrozenTeacher
-from dkd.distillation.teacher_group import TeacherGroup
+from dkd.distillation.stored_teacher import StoredTeacher, Teaching
+from dkd.distillation.teacher_group import OneTeacher, TeacherGroup
 from dkd.global_batch import BatchLayout
 from dkd.models import ADAPTERS
 from dkd.rng import derive_seed, seed_device
@@ -91,12 +91,13 @@ class DistillationStep:
         seed: of dropout and mixing, which depend on (seed, step, micro-batch) and not on the number of ranks.
         seed_of_mixing: (step, place) -> the seed by which a micro-batch is mixed, in the place of `mixing_seed`.
         may_skip: steps may end with `end(skipped=True)`.
+        stored: by the name of a teacher, the cache of what the losses read of it.
     """
 
     def __init__(
         self,
         student: torch.nn.Module,
-        teacher: FrozenTeacher | TeacherGroup | None,
+        teacher: OneTeacher | TeacherGroup | None,
         objective: Objective,
         *,
         micro_steps: int = 1,
@@ -109,10 +110,12 @@ class DistillationStep:
         seed: int = 0,
         seed_of_mixing: Callable[[int, int], int] | None = None,
         may_skip: bool = False,
+        stored: Mapping[str, StoredTeacher] | None = None,
     ) -> None:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
+        self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher, stored or {})
         # Public, as the objective is: what of it runs in which pass.
         self.separable, self.relational = objective.split()
         losses = [getattr(term, "loss", None) for term in objective.terms]
@@ -149,6 +152,7 @@ class DistillationStep:
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
         self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
+        self.teaching.begin(step)
         if self._begun <= STEPS_THAT_JUDGE_THE_TEACHER:  # images without labels have the label -1
             self._has_labels = not bool((micro_batches[0][1] < 0).any())
         if self._of_whole_steps and self._mixing is None:
@@ -188,8 +192,8 @@ class DistillationStep:
         cached = self._cached
         pixels, labels = self._load(micro_step)
         images = self.forward.images(pixels)
-        if cached is None or images.requires_grad:
-            teacher = self.forward.teacher(pixels, images)
+        if cached is None or (images.requires_grad and not self.teaching.stored):
+            teacher = self.teaching.outputs(micro_step, pixels, images)
         else:
             # What the first pass has of the teacher is no function of the images, and need not be here.
             teacher = cached.teachers[micro_step]
@@ -197,7 +201,7 @@ class DistillationStep:
         layout = BatchLayout.even(len(labels))
         objective = self.objective if cached is None else self.separable
         if teacher is not None:
-            teacher = objective.begin(teacher, layout)
+            teacher = self.teaching.begin_terms(objective, teacher, layout, micro_step)
         indices = None if self._indices is None else self._indices[micro_step]
         student = self._run_student(micro_step, images, teacher, labels, indices, self.objective)
         self._unfinished = True
@@ -268,7 +272,7 @@ class DistillationStep:
             pixels, targets = self._load(micro_step)
             labels.append(targets)
             images = self.forward.images(pixels)
-            teacher = self.forward.teacher(pixels, images)
+            teacher = self.teaching.outputs(micro_step, pixels, images)
             assert teacher is not None
             teachers.append(teacher)
             indices = None if self._indices is None else self._indices[micro_step]
@@ -281,7 +285,13 @@ class DistillationStep:
             self._statistics.forget_micro_batch()
         every = None if self._indices is None else torch.cat(self._indices)
         with torch.enable_grad():
-            return cache_gradient(self.relational, students, teachers, torch.cat(labels), self._step, every)
+            return cache_gradient(
+                self.relational, students, teachers, torch.cat(labels), self._step, every, self._begin_whole
+            )
+
+    def _begin_whole(self, teacher: Outputs, layout: BatchLayout) -> Outputs:
+        """Give the terms of the whole step what stands in the place of the teacher's features."""
+        return self.teaching.begin_terms(self.relational, teacher, layout, None) if self.teaching.stored else teacher
 
     def _agree(self, student: Outputs, teacher: Outputs | None, labels: torch.Tensor, again: bool = False) -> None:
         """Check, in the first step, that ranks agree on the shapes of everything that they are about to exchange."""

@@ -9,7 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from dkd.distillation.lazy_teacher import LazyTeacher
 from dkd.distillation.teacher import FrozenTeacher
+
+OneTeacher = FrozenTeacher | LazyTeacher
+"""A teacher, built or not yet."""
 
 
 class TeacherGroup(nn.Module):
@@ -20,13 +24,13 @@ class TeacherGroup(nn.Module):
         members: at least two.
     """
 
-    def __init__(self, members: Mapping[str, FrozenTeacher]) -> None:
+    def __init__(self, members: Mapping[str, OneTeacher]) -> None:
         super().__init__()
         self._names = list(members)
         self._members = nn.ModuleList(members.values())
 
     @property
-    def members(self) -> dict[str, FrozenTeacher]:
+    def members(self) -> dict[str, OneTeacher]:
         """Return the teachers by name."""
         return dict(zip(self._names, self._members, strict=True))  # type: ignore[arg-type]
 
@@ -56,7 +60,7 @@ class TeacherGroup(nn.Module):
             yield
 
 
-def members_of(teacher: FrozenTeacher | TeacherGroup | None) -> dict[str, FrozenTeacher]:
+def members_of(teacher: OneTeacher | TeacherGroup | None) -> dict[str, OneTeacher]:
     """Return teachers by name; one alone has no name."""
     if teacher is None:
         return {}

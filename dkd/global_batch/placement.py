@@ -127,6 +127,10 @@ class Placement:
         """Return the samples (n,) that are the columns of this rank's block, by their places in the global batch."""
         return self._samples(self.grid.samples_of_columns(self.layout.rank))
 
+    def column_samples_of(self, rank: int) -> torch.Tensor:
+        """Return the samples that are the columns of another rank's block."""
+        return self._samples(self.grid.samples_of_columns(rank))
+
     @cached_property
     def rows_to_keep(self) -> torch.Tensor | None:
         """Return which rows of a panel of rows hold samples; None: all of them."""

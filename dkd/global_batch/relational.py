@@ -267,7 +267,7 @@ class Comparison:
         weights: of each pair.
         floor: of the norms of samples, for cosines.
         placement: of this rank.
-        teacher: the teacher's features, on their way.
+        teacher: the teacher's features, on their way; or its relations, the block of this rank for each pair.
         transports: the types in which the student's features are sent.
         gradient_transports: the types in which the student's gradients are sent.
     """
@@ -276,7 +276,7 @@ class Comparison:
     weights: Sequence[float]
     floor: float
     placement: Placement
-    teacher: Features
+    teacher: Features | Sequence[torch.Tensor]
     transports: Sequence[torch.dtype]
     gradient_transports: Sequence[torch.dtype]
 
@@ -308,16 +308,19 @@ class _Compare(torch.autograd.Function):
         layout = at.layout
         teachers = comparison.teacher
         own = Features(students, at, comparison.transports)
-        transports = [*comparison.transports, *teachers.transports]
-        sent = [f.detach().to(type_) for f, type_ in zip([*students, *teachers.features], transports, strict=True)]
+        compared = [*students, *(teachers.features if isinstance(teachers, Features) else ())]
+        transports = [*comparison.transports, *(teachers.transports if isinstance(teachers, Features) else ())]
+        sent = [f.detach().to(type_) for f, type_ in zip(compared, transports, strict=True)]
         gathering = Norms(sent, layout)
         del sent
-        products_t, _ = teachers.multiply()
+        products_t = teachers.multiply()[0] if isinstance(teachers, Features) else []
         products_s, columns = own.multiply(keep_columns=any(ctx.needs_input_grad[1:]))
         scales = [Scale(relation.relation, each, comparison.floor, at) for each in gathering.wait()]
         pairs = len(students)
         s = [scale.relate(p) for scale, p in zip(scales[:pairs], products_s, strict=True)]
         t = [scale.relate(p) for scale, p in zip(scales[pairs:], products_t, strict=True)]
+        if not isinstance(teachers, Features):
+            t = list(teachers)
         facts = _sums(relation, s, t, at)
         shares = [w * relation.value(a, b, sums) for w, a, b, sums in zip(comparison.weights, s, t, facts, strict=True)]
         value = torch.stack(shares).sum() * layout.world_size
@@ -333,7 +336,7 @@ class _Compare(torch.autograd.Function):
         ctx.transports, ctx.gradient_transports = comparison.transports, comparison.gradient_transports
         if layout.world_size == 1:  # for second derivatives
             ctx.relation, ctx.weights, ctx.floor = relation, comparison.weights, comparison.floor
-            ctx.teachers = teachers.features
+            ctx.teachers, ctx.relations = (teachers.features, None) if isinstance(teachers, Features) else (None, t)
         flat = [column for message in columns for chunk_of in message for column in chunk_of]
         ctx.save_for_backward(*slopes, *flat, *students)
         return value
@@ -355,7 +358,7 @@ def _differentiable_gradients(
     ctx: Any, students: Sequence[torch.Tensor], grad: torch.Tensor
 ) -> Sequence[torch.Tensor | None]:
     """Return the gradients on one process by operations that autograd follows, for second derivatives."""
-    value = compare_alone(ctx.relation, students, ctx.teachers, ctx.weights, ctx.floor)
+    value = compare_alone(ctx.relation, students, ctx.teachers, ctx.weights, ctx.floor, ctx.relations)
     wanted = [s for s, needed in zip(students, ctx.needs_input_grad[1:], strict=True) if needed]
     found = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[1:]]
@@ -396,6 +399,23 @@ def compute_gradients(ctx: Any, saved: Sequence[torch.Tensor], *grads: torch.Ten
             gradient = ctx.scales[i].home(sums, own, ctx.totals[i])
             gradients[i] = gradient.mul_(grads[0]).to(students[i].dtype)
     return [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
+
+
+@torch.no_grad()
+def relate(features: Features, kind: Kind, floor: float) -> list[torch.Tensor]:
+    """Return the block of relations (m, n) that this rank computes of each tensor, as `compare` computes those of a
+    teacher. A collective.
+
+    Args:
+        features: on their way.
+        kind, floor: as Scale.
+    """
+    at = features.placement
+    sent = [f.detach().to(type_) for f, type_ in zip(features.features, features.transports, strict=True)]
+    gathering = Norms(sent, at.layout)
+    products, _ = features.multiply()
+    scales = [Scale(kind, norms, floor, at) for norms in gathering.wait()]
+    return [scale.relate(product) for scale, product in zip(scales, products, strict=True)]
 
 
 def _sums(relation: Relation, s: Sequence[torch.Tensor], t: Sequence[torch.Tensor], at: Placement) -> list[Sums]:
@@ -443,15 +463,23 @@ def add_by_sample(sums: Sequence[tuple[torch.Tensor, ...]], at: Placement) -> li
 def compare_alone(
     relation: Relation,
     students: Sequence[torch.Tensor],
-    teachers: Sequence[torch.Tensor],
+    teachers: Sequence[torch.Tensor] | None,
     weights: Sequence[float],
     floor: float,
+    relations: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return a relational loss of one process, by operations that autograd follows: `slope` is not asked for. This is
-    what `compare` computes, for compiled models, transforms of torch.func, forward-mode and second derivatives."""
+    what `compare` computes, for compiled models, transforms of torch.func, forward-mode and second derivatives.
+
+    Args:
+        teachers: features; None: `relations` of the teacher are given in their place.
+    """
     shares = []
-    for student, teacher, weight in zip(students, teachers, weights, strict=True):
-        s, t = (_relate_alone(relation.relation, full_precision(f), floor) for f in (student, teacher))
+    if relations is None:
+        assert teachers is not None
+        relations = [_relate_alone(relation.relation, full_precision(f), floor) for f in teachers]
+    for student, t, weight in zip(students, relations, weights, strict=True):
+        s = _relate_alone(relation.relation, full_precision(student), floor)
         rows, samples = relation.row_sums(s, t), torch.arange(len(s), device=s.device)
         totals = relation.totals(s, t, Sums(len(s), rows, samples, samples))
         shares.append(weight * relation.value(s, t, Sums(len(s), rows, samples, samples, totals)))

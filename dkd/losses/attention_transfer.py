@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,19 @@ from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.sample_form import PairShapes, SampleForm, Shape
 
 # A map of zeros is divided by this number. Smaller numbers have no square in float32; and the gradient of a map of
 # zeros must stay finite, so that its product with the features is zero.
 _SMALLEST = 1e-19
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Hold normalised attention maps (b, h·w) of a teacher, one for each pair, and their resolutions (h, w)."""
+
+    maps: Sequence[torch.Tensor]
+    resolutions: Sequence[tuple[int, int]]
 
 
 class AttentionTransfer(nn.Module):
@@ -98,7 +108,11 @@ class AttentionTransfer(nn.Module):
             f"weights={self.weights}, class_tokens={self.class_tokens}, square={self.square}"
         )
 
-    def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+    def forward(
+        self, student: Features, teacher: Features | AttentionMaps, layout: BatchLayout | None = None
+    ) -> torch.Tensor:
+        if isinstance(teacher, AttentionMaps):
+            return self._compare_with_maps(as_list(student), teacher, layout)
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         of_student, of_teacher = tokens_of_both(self.class_tokens)
@@ -108,6 +122,58 @@ class AttentionTransfer(nn.Module):
         ]
         with no_autocast(pairs[0][0].device):
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
+
+    def _compare_with_maps(
+        self, student: Sequence[torch.Tensor], teacher: AttentionMaps, layout: BatchLayout | None
+    ) -> torch.Tensor:
+        layout = layout or BatchLayout.agree([*student, *teacher.maps], loss=self)
+        of_student, _ = tokens_of_both(self.class_tokens)
+        pairs = as_pairs(student, teacher.maps, self.weights)
+        with no_autocast(student[0].device):
+            distances = [
+                w * layout.mean(self._distance(self._normalize_map(self._as_map(s, of_student), resolution), q))
+                for (s, q, w), resolution in zip(pairs, teacher.resolutions, strict=True)
+            ]
+            return torch.stack(distances).sum()
+
+    def sample_forms(self, shapes: PairShapes) -> list[SampleForm]:
+        """Return the normalised attention map of each pair's teacher feature, at the resolution of the comparison."""
+        return [self._sample_form(student, teacher) for student, teacher in shapes]
+
+    def _sample_form(self, student: Shape, teacher: Shape) -> SampleForm:
+        tokens = tokens_of_both(self.class_tokens)[1]
+        own, resolution = token_grid(teacher, tokens, self.square)[1:], self._resolution(student, teacher)
+        facts: dict[str, Any] = {
+            "map": self.map,
+            "p": self.p,
+            "resolution": list(resolution),
+            # The other settings do not matter to a map that keeps its resolution, and not to one of four dimensions.
+            "resize": None if resolution == own else self.resize,
+            "class_tokens": tokens if len(teacher) == 2 else None,
+        }
+        return SampleForm("attention map", facts, (resolution[0] * resolution[1],))
+
+    @torch.no_grad()
+    def take_samples(self, teacher: Sequence[torch.Tensor], shapes: PairShapes) -> list[torch.Tensor]:
+        """Return the normalised attention maps (b, h·w) of the teacher's features."""
+        _, of_teacher = tokens_of_both(self.class_tokens)
+        found = []
+        for feature, (student, own) in zip(teacher, shapes, strict=True):
+            with no_autocast(feature.device):
+                found.append(self._normalize_map(self._as_map(feature, of_teacher), self._resolution(student, own)))
+        return found
+
+    def give_samples(self, samples: Sequence[torch.Tensor], shapes: PairShapes) -> AttentionMaps:
+        """Return these maps, to be given in the place of the teacher's features."""
+        return AttentionMaps(list(samples), [self._resolution(student, teacher) for student, teacher in shapes])
+
+    def _resolution(self, student: Shape, teacher: Shape) -> tuple[int, int]:
+        """Return the resolution at which features of these shapes are compared: the smaller one."""
+        tokens = tokens_of_both(self.class_tokens)
+        (_, *s), (_, *t) = (
+            token_grid(shape, n, self.square) for shape, n in zip((student, teacher), tokens, strict=True)
+        )
+        return min(s[0], t[0]), min(s[1], t[1])
 
     def _as_map(self, features: torch.Tensor, class_tokens: int | None) -> torch.Tensor:
         """Turn tokens (b, N, C) and maps (b, H, W, C) into a map (b, C, H, W); return (b, C, H, W) as it is."""
@@ -125,7 +191,11 @@ class AttentionTransfer(nn.Module):
                 "ask for resize='map' or resize='features'"
             )
         smaller = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-        difference = self._normalize_map(student, smaller) - self._normalize_map(teacher.detach(), smaller)
+        return self._distance(self._normalize_map(student, smaller), self._normalize_map(teacher.detach(), smaller))
+
+    def _distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Return (b,), the distance of normalised maps (b, h·w)."""
+        difference = student - teacher
         if self.reduction == "mean_squared":
             return difference.square().mean(1)
         return 0.5 * torch.linalg.vector_norm(difference, ord=self.norm, dim=1)

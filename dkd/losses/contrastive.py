@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dkd.global_batch import BatchLayout, collectives, full_precision, gather_rows
 from dkd.losses.feature_forms import FeatureForm, Shape
 from dkd.losses.feature_pairs import Features, as_list, no_autocast
+from dkd.losses.formed_features import FormedFeatures
 from dkd.rng import derive_seed
 
 _BLOCK = 2**14
@@ -37,7 +38,7 @@ _BLOCK = 2**14
 _BANK, _DRAWS = 0, 1  # purposes of random numbers: each has its own
 
 
-class ContrastiveAdapter(nn.Module):
+class ContrastiveAdapter(FormedFeatures, nn.Module):
     """Maps the features of student and teacher to vectors of one width, by a linear layer each.
 
     Args:
@@ -47,6 +48,8 @@ class ContrastiveAdapter(nn.Module):
 
     The module is called with two lists of one feature. It returns two vectors (b, D).
     """
+
+    promotes_teacher = False
 
     def __init__(self, form: FeatureForm, shapes: Sequence[tuple[Shape, Shape]], width: int = 128) -> None:
         super().__init__()

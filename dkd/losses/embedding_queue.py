@@ -21,10 +21,11 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision, gather_rows
 from dkd.losses.feature_forms import FeatureForm
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.formed_features import FormedFeatures
 from dkd.losses.soft_targets import divergence
 
 
-class EmbeddingQueue(nn.Module):
+class EmbeddingQueue(FormedFeatures, nn.Module):
     """Compute L_queue as a mean over the global batch.
 
     Args:

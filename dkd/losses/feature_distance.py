@@ -24,12 +24,13 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_forms import FeatureForm
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.formed_features import FormedFeatures
 from dkd.losses.teacher_norm import TeacherNorm
 
 DISTANCES = ("mse", "smooth_l1", "cosine")
 
 
-class FeatureDistance(nn.Module):
+class FeatureDistance(FormedFeatures, nn.Module):
     """Compute the distance of features as a mean over the global batch.
 
     Args:

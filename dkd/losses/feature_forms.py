@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from dkd.losses.attention_transfer import token_grid, tokens_of_both
+from dkd.losses.sample_form import Shape
 
-Shape = tuple[int, ...]
+__all__ = ["FeatureForm", "Shape"]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_forms import FeatureForm, Shape
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.formed_features import FormedFeatures
+from dkd.losses.sample_form import PairShapes
 
 _LEVELS = (4, 2, 1)
 
@@ -83,7 +85,7 @@ class _Fusion(nn.Module):
         return self.expand(fused), fused
 
 
-class ReviewKD(nn.Module):
+class ReviewKD(FormedFeatures, nn.Module):
     """Compute the hierarchical context loss as a mean over the global batch.
 
     The module is called with what ReviewAdapter yields and the teacher's features, two lists. It returns a scalar with
@@ -104,6 +106,10 @@ class ReviewKD(nn.Module):
 
     def extra_repr(self) -> str:
         return f"form={self.form}, weights={self.weights}"
+
+    def compared_shapes(self, shapes: PairShapes) -> PairShapes:
+        """Return the teacher's shapes alone: what is compared has its resolution."""
+        return [(teacher, teacher) for _, teacher in shapes]
 
     def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)

@@ -7,6 +7,8 @@ A loss of this family states which relation it compares and a few elementwise fu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -17,7 +19,8 @@ from dkd.global_batch.choice import GridChoice, describe_tensor
 from dkd.global_batch.cost import GramTensor, LossSums
 from dkd.global_batch.gram import promoted_dtype
 from dkd.global_batch.placement import Placement
-from dkd.global_batch.relational import Comparison, Features, Kind, Sums, compare, compare_alone
+from dkd.global_batch.relation_rows import to_block, to_rows
+from dkd.global_batch.relational import Comparison, Features, Kind, Sums, compare, compare_alone, relate
 from dkd.library_internals.torch import is_transformed
 from dkd.losses.feature_pairs import Features as Tensors
 from dkd.losses.feature_pairs import as_list, as_pairs, no_autocast
@@ -137,10 +140,12 @@ class RelationalLoss(nn.Module):
     def forward(
         self,
         student: Tensors,
-        teacher: Tensors | TeacherHalf,
+        teacher: Tensors | TeacherHalf | TeacherRelations,
         layout: BatchLayout | None = None,
         sent_as: Sequence[torch.dtype] | None = None,
     ) -> torch.Tensor:
+        if isinstance(teacher, TeacherRelations):
+            return self._compare_with_relations(as_list(student), teacher, sent_as)
         begun = teacher if isinstance(teacher, TeacherHalf) else None
         given = list(begun.features.features) if begun else as_list(teacher)  # type: ignore[arg-type]
         # Ranks agree before anything else may raise, so that one rank's wrong shape is every rank's error.
@@ -163,6 +168,74 @@ class RelationalLoss(nn.Module):
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
             comparison = Comparison(self, weights, self.floor, half.placement, half, types, gradients)
             return compare(comparison, students)
+
+    def _compare_with_relations(
+        self, student: Sequence[torch.Tensor], teacher: TeacherRelations, sent_as: Sequence[torch.dtype] | None
+    ) -> torch.Tensor:
+        at, blocks = teacher.place, teacher.blocks
+        if len(student) != len(blocks):
+            raise ValueError(f"{len(student)} student features and {len(blocks)} blocks of relations make no pairs")
+        weights = [1.0] * len(blocks) if self.weights is None else list(self.weights)
+        with no_autocast(student[0].device):
+            students = self._flatten(student)
+            if self.shift_invariant:
+                students, sent_as = _center(students, at.layout), None
+            if at.layout.world_size == 1 and _needs_plain_autograd(students):
+                return compare_alone(self, students, None, weights, self.floor, blocks)
+            types = [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
+            gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
+            assert at.placement is not None
+            comparison = Comparison(self, weights, self.floor, at.placement, blocks, types, gradients)
+            return compare(comparison, students)
+
+    def relation_facts(self) -> dict[str, Any]:
+        """Return, as plain values, on which settings the teacher's relations depend."""
+        sent = None if self.comm_dtype is None else str(self.comm_dtype)
+        facts = {"relation": self.relation, "centred": self.shift_invariant, "comm_dtype": sent}
+        return {**facts, "floor": self.floor} if self.relation == "cosine" else facts
+
+    def settle(self, tensors: Sequence[GramTensor], layout: BatchLayout, device: torch.device) -> RelationPlace:
+        """Choose the grid before the first call. A collective of all ranks of `layout`.
+
+        Args:
+            tensors: what will be compared: the student's features, then the teacher's.
+            layout: of the calls.
+            device: of the features.
+        """
+        whole, layout = layout, self.scope.within(layout)
+        if self._compared is None:
+            self._compared = list(tensors)
+        at = self._place(layout, device, whole)
+        return RelationPlace(layout, at.part_samples, at)
+
+    def relate_teacher(
+        self, teacher: Tensors, at: RelationPlace
+    ) -> tuple[TeacherRelations, torch.Tensor, list[torch.Tensor]]:
+        """Compute the teacher's relations. A collective.
+
+        Args:
+            teacher: features of all pairs.
+            at: as `settle` returned it.
+
+        Returns:
+            What the loss is called with in the place of the features; the samples (n,) whose rows of relations this
+            rank is to store; and for each pair these rows (n, B).
+        """
+        assert at.placement is not None
+        with no_autocast(as_list(teacher)[0].device):
+            flat = self._flatten([t.detach() for t in as_list(teacher)])
+            if self.shift_invariant:
+                flat = _center(flat, at.layout)
+            features = Features(flat, at.placement, [self.comm_dtype or t.dtype for t in flat])
+            blocks = relate(features, self.relation, self.floor)
+            rows = [to_rows(block, at.placement) for block in blocks]
+        return TeacherRelations(at, blocks), rows[0][0], [each for _, each in rows]
+
+    def give_rows(self, rows: Sequence[torch.Tensor], at: RelationPlace) -> TeacherRelations:
+        """Return what the loss is called with in the place of the teacher's features, given for each pair the rows of
+        relations (n, B) of the samples `at.needed`."""
+        assert at.placement is not None
+        return TeacherRelations(at, [to_block(each, at.placement) for each in rows])
 
     def _send(
         self,
@@ -201,6 +274,29 @@ class RelationalLoss(nn.Module):
             raise ValueError("features must have the shape (b, ...) with at least one number a sample")
         maps = [f.permute(0, 2, 3, 1) if self.channels_last and f.dim() == 4 else f for f in features]
         return [f.flatten(1) for f in maps]
+
+
+@dataclass(frozen=True)
+class RelationPlace:
+    """Hold where a rank stands in the comparison of samples.
+
+    Args:
+        layout: of the ranks whose samples are compared.
+        needed: the samples whose rows of relations this rank needs, by their places in the layout.
+        placement: on a grid; None: the loss has none.
+    """
+
+    layout: BatchLayout
+    needed: torch.Tensor
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True)
+class TeacherRelations:
+    """Hold relations of a teacher in the place of its features: for each pair the block of this rank."""
+
+    place: RelationPlace
+    blocks: Sequence[torch.Tensor]
 
 
 class TeacherHalf:

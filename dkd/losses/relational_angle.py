@@ -11,6 +11,9 @@ is therefore refused; a smaller `scope` is the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -18,7 +21,9 @@ from torch import nn
 
 from dkd.errors import InputError
 from dkd.global_batch import BatchLayout, GramScope, full_precision, gather_rows
+from dkd.global_batch.cost import GramTensor
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.relational import RelationPlace, TeacherRelations
 
 MOST_SAMPLES = 2048
 """The largest batch: 4 million products and 4 billion angles for each 1,024 samples of a rank."""
@@ -50,14 +55,52 @@ class RKDAngle(nn.Module):
     def extra_repr(self) -> str:
         return f"scope={self.scope!r}, weights={self.weights}"
 
-    def forward(self, student: Features, teacher: Features, layout: BatchLayout | None = None) -> torch.Tensor:
+    def relation_facts(self) -> dict[str, Any]:
+        """Return, as plain values, on which settings the teacher's products depend."""
+        return {"relation": "product", "centred": True, "scaled": True}
+
+    def settle(self, tensors: Sequence[GramTensor], layout: BatchLayout, device: torch.device) -> RelationPlace:
+        """Return where this rank stands: it needs the rows of its own samples. A collective, as RelationalLoss's."""
+        layout = self.scope.within(layout)
+        own = torch.arange(layout.first_row, layout.first_row + layout.rows[layout.rank], device=device)
+        return RelationPlace(layout, own)
+
+    def relate_teacher(
+        self, teacher: Features, at: RelationPlace
+    ) -> tuple[TeacherRelations, torch.Tensor, list[torch.Tensor]]:
+        """Compute the teacher's products. As RelationalLoss's, but that each block is the whole matrix (B, B). A
+        collective."""
+        with torch.no_grad(), no_autocast(as_list(teacher)[0].device):
+            products = [_products(t.detach().flatten(1), at.layout) for t in as_list(teacher)]
+        return TeacherRelations(at, products), at.needed, [each[at.needed] for each in products]
+
+    def give_rows(self, rows: Sequence[torch.Tensor], at: RelationPlace) -> TeacherRelations:
+        """Return what the loss is called with in the place of the teacher's features. A collective."""
+        return TeacherRelations(at, [gather_rows(each, at.layout) for each in rows])
+
+    def forward(
+        self, student: Features, teacher: Features | TeacherRelations, layout: BatchLayout | None = None
+    ) -> torch.Tensor:
+        if isinstance(teacher, TeacherRelations):
+            return self._compare(as_list(student), teacher.blocks, teacher.place.layout)
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         pairs = as_pairs(student, teacher, self.weights)
         layout.check(pairs[0][0])
         layout = self.scope.within(layout)
         check_batch(layout.total)
         with no_autocast(pairs[0][0].device):
-            shares = [w * _compare_angles(s.flatten(1), t.detach().flatten(1), layout) for s, t, w in pairs]
+            products = [_products(t.detach().flatten(1), layout) for _, t, _ in pairs]
+        return self._compare([s for s, _, _ in pairs], products, layout)
+
+    def _compare(
+        self, students: Sequence[torch.Tensor], products: Sequence[torch.Tensor], layout: BatchLayout
+    ) -> torch.Tensor:
+        weights = [1.0] * len(students) if self.weights is None else self.weights
+        with no_autocast(students[0].device):
+            shares = [
+                w * _compare_angles(s.flatten(1), t, layout)
+                for s, t, w in zip(students, products, weights, strict=True)
+            ]
             return torch.stack(shares).sum() * (layout.world_size / layout.total**3)
 
 
@@ -70,10 +113,10 @@ def check_batch(samples: int) -> None:
         )
 
 
-def _compare_angles(student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
-    """Return the sum over the angles at this rank's samples."""
-    s, t = _products(student, layout), _products(teacher, layout)
-    t = t.to(s.dtype)
+def _compare_angles(student: torch.Tensor, products: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    """Return the sum over the angles at this rank's samples, of a student's features and a teacher's products."""
+    s = _products(student, layout)
+    t = products.to(s.dtype)
     own = range(layout.first_row, layout.first_row + layout.rows[layout.rank])
     at_once = max(1, ANGLES_AT_ONCE // layout.total**2)
     parts = [torch.tensor(own[i : i + at_once], device=s.device) for i in range(0, len(own), at_once)]

@@ -18,10 +18,11 @@ from torch import nn
 from dkd.global_batch import BatchLayout, add_over_ranks, full_precision
 from dkd.losses.feature_forms import FeatureForm
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses.formed_features import FormedFeatures
 from dkd.losses.teacher_norm import TeacherNorm
 
 
-class SRD(nn.Module):
+class SRD(FormedFeatures, nn.Module):
     """Compute L_SRD over the global batch.
 
     Args:

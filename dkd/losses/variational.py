@@ -20,6 +20,7 @@ from torch import nn
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses.feature_forms import FeatureForm, Shape
 from dkd.losses.feature_pairs import Features, as_list, no_autocast
+from dkd.losses.formed_features import FormedFeatures
 
 _FIRST_VARIANCE, _LEAST_VARIANCE = 5.0, 1e-5
 
@@ -59,7 +60,7 @@ def _regressor(inputs: int, outputs: int) -> nn.Module:
     )
 
 
-class VID(nn.Module):
+class VID(FormedFeatures, nn.Module):
     """Compute L_VID as a mean over the global batch.
 
     Args:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
+from dkd.build.compared_tensors import compared_tensors
 from dkd.build.links import read_links
-from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import relational_losses
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps, view_of
 from dkd.config.losses import RelationsSection
-from dkd.engines.arithmetic import Arithmetic
 from dkd.errors import InputError
-from dkd.global_batch import GramTensor, Links, Work, ranks_per_group
+from dkd.global_batch import Links, Work, ranks_per_group
 from dkd.global_batch.choice import choose_within
 from dkd.global_batch.cost import Choice
-from dkd.models import ModelSpec, output_shapes, tap_dtypes
 
 
 class Cluster(NamedTuple):
@@ -54,11 +49,9 @@ def grids_of(
     """Yield the grid of each loss of a section. Raises RecipeError: none fits into the memory that is allowed."""
     ranks = ranks_per_group(section.scope, cluster.world_size, cluster.local_world_size)
     steps = micro_steps(recipe, cluster.world_size) if section.batch == "step" else 1
-    tensors = _compared_tensors(recipe, section, image_size, cluster.device_type)
+    view, half = view_of(recipe, section), section.comm_dtype == "bf16"
     for loss in relational_losses(section).values():
-        if loss.shift_invariant and section.comm_dtype is None:
-            # Less their mean, features are float32 and travel so.
-            tensors = [replace(tensor, feature_bytes=tensor.gram_bytes) for tensor in tensors]
+        tensors = compared_tensors(view, section.paths, half, loss.shift_invariant, image_size, cluster.device_type)
         work = Work(tuple(tensors), micro_batch(recipe, cluster.world_size) * steps, ranks, loss.sums())
         local = math.gcd(cluster.local_world_size, ranks)
         grid = loss.grid.asked(ranks)
@@ -84,36 +77,3 @@ def memory_problems(recipe: Recipe, world_size: int, local_world_size: int, imag
         except RecipeError as error:
             found += error.problems
     return found
-
-
-def _compared_tensors(recipe: Recipe, section: RelationsSection, image_size: int, device_type: str) -> list[GramTensor]:
-    """Return the sizes and types of the features that a loss compares: the student's, then the teacher's."""
-    recipe = view_of(recipe, section)
-    assert recipe.teacher is not None
-    spec, taps = student_spec(recipe), [s for s, _ in section.paths]
-    of_teacher, teacher_taps = teacher_spec(recipe), [t for _, t in section.paths]
-    teacher_size = recipe.teacher.input_size or image_size
-    # Types that only the hardware will decide are taken to be the larger ones.
-    settled = recipe.train.precision != "auto"
-    autocast = Arithmetic.of(recipe).autocast if settled else None
-    full = Arithmetic.of(recipe).dtype if settled else torch.float32
-    rounded = torch.bfloat16 if section.comm_dtype == "bf16" else None
-
-    def tensors(model: ModelSpec, paths: list[str], size: int, backward: bool) -> list[GramTensor]:
-        shapes = output_shapes(model, paths, size)[1]
-        types = dict.fromkeys(paths, full)
-        if autocast:
-            types = tap_dtypes(model, paths, size, autocast, device_type)
-        return [
-            # The student's gradient comes in full precision, since its features are promoted before the losses.
-            GramTensor(
-                torch.Size(shapes[path]).numel(),
-                backward,
-                (rounded or types[path]).itemsize,
-                full.itemsize,
-                (rounded or full).itemsize if backward else 0,
-            )
-            for path in paths
-        ]
-
-    return [*tensors(spec, taps, image_size, True), *tensors(of_teacher, teacher_taps, teacher_size, False)]

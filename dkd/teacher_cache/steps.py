@@ -113,6 +113,7 @@ class StepCache:
         part_bytes: int = PART_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
+        self.key = key
         self.folder = open_folder(root, key) if fill else root / key.name
         self._needs, self._turn, self._report = {need.value.id: need for need in needs}, turn, report
         self.writer = PartWriter(self.folder, made_by or {}, part_bytes) if fill else None

@@ -7,20 +7,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from dkd.build.data import DataParts, KnnSources, build_data, data_facts, describe_input
+from dkd.build.data import DataParts, KnnSources, build_data, data_facts, describe_input, sampled_content
 from dkd.build.links import read_links
 from dkd.build.models import build_models, student_parameters
 from dkd.build.objective import build_objective, class_weights, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
+from dkd.build.teacher_cache import open_caches
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe, RecipeError
-from dkd.config.derived import data_seed
+from dkd.config.derived import caches, data_seed, without_caches
 from dkd.config.losses import with_constant_weights
-from dkd.data import ImageSource
+from dkd.data import DataError, ImageSource
 from dkd.distillation import Objective
 from dkd.distillation.step import DistillationStep, mixing_seed
+from dkd.distillation.stored_teacher import StoredTeacher
+from dkd.distillation.teacher_group import members_of
 from dkd.distributed.heartbeat import Heartbeat
 from dkd.distributed.process_group import open_process_group
 from dkd.distributed.stop_signals import StopRequests
@@ -30,6 +33,7 @@ from dkd.engines.base import TrainingTensors
 from dkd.engines.ema import WeightAverage
 from dkd.engines.loss_state import WithLossState
 from dkd.engines.opening import open_engine
+from dkd.global_batch.collectives import all_gather_objects
 from dkd.launch import Launch
 from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
 from dkd.preflight.completion import compare_student, complete
@@ -48,6 +52,7 @@ from dkd.training.saving import RunSaver
 from dkd.training.schedule import RunSchedule
 from dkd.training.state import TrainState
 from dkd.training.summary import summarize
+from dkd.training.teacher_caches import TeacherCaches
 
 
 @dataclass
@@ -62,6 +67,8 @@ class Components:
     schedule: RunSchedule
     data: DataParts
     step: DistillationStep
+    caches: TeacherCaches
+    """Where the outputs of teachers are stored and read."""
     average: WeightAverage | None
     """The moving average of the student's weights, where the recipe asks for one."""
     run_dir: RunDirectory
@@ -162,7 +169,10 @@ def build_components(
         with ExitStack() as on_failure:
             on_failure.callback(parts.run_dir.close)
             on_failure.callback(parts.heartbeat.close)
+            on_failure.callback(parts.caches.close)
             parts.resume(if_run_exists, allow_recipe_change)
+            if parts.state.step < parts.schedule.total_steps:
+                parts.state.notes += parts.caches.prepare(parts.state.step)
             parts.open_log()
             parts.report_start(opened.training)
             on_failure.pop_all()
@@ -173,6 +183,7 @@ def build_trial(recipe: Recipe, launch: Launch) -> Components:
     """Build what trains a recipe outside of any run: nothing is read from `run.dir` or written there, and no tracker
     starts; a loss weight that follows a schedule keeps its highest value. A collective. Arguments and errors as
     `Trainer.from_recipe`; `notes` holds what was chosen for the hardware."""
+    recipe = without_caches(recipe)
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
     # A weight that changes with the steps would look like a loss that falls.
     opened = _open(untracked.model_copy(update={"losses": with_constant_weights(recipe.losses)}), launch, None)
@@ -246,6 +257,7 @@ def _build(opened: _Opened) -> Components:
         training.labels if recipe.data.labels else None,
     )
     step, average, notes = build_step(recipe, engine, arithmetic, data, launch, objective)
+    caches = TeacherCaches(recipe, step, schedule, _open_caches(opened, recipe, objective, data, step, schedule))
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -263,12 +275,38 @@ def _build(opened: _Opened) -> Components:
         schedule=schedule,
         data=data,
         step=step,
+        caches=caches,
         average=average,
         run_dir=run_dir,
         checkpointer=checkpointer,
         facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
         notes=[*opened.notes, *notes],
     )
+
+
+def _open_caches(
+    opened: _Opened,
+    recipe: Recipe,
+    objective: Objective,
+    data: DataParts,
+    step: DistillationStep,
+    schedule: RunSchedule,
+) -> dict[str, StoredTeacher]:
+    """Return what gives the outputs of teachers that have a cache. A collective. Raises RecipeError on every rank."""
+    if not caches(recipe):
+        return {}
+    content, problem = {}, None
+    try:
+        content = sampled_content(opened.training, data.pipeline, data.sampler.seed)
+    except DataError as error:
+        problem = str(error)
+    problems = [each for each in all_gather_objects(problem) if each is not None]
+    if problems:
+        raise RecipeError.at("data.train", problems[0])
+    check_same_data({"data.train": {**data.facts, **content}})
+    fingerprints = {name: teacher.fingerprint for name, teacher in members_of(step.teacher).items()}
+    device = opened.engine.device
+    return open_caches(recipe, objective, data, fingerprints, content, device, schedule.total_steps)
 
 
 def build_step(

@@ -82,6 +82,11 @@ class RunSchedule:
         """
         return (steps_done == self.total_steps or may_end) if self._agreement == "auto" else self._agreement
 
+    @property
+    def may_leave_out_agreement(self) -> bool:
+        """Return whether the agreement is measured only where it costs little: neither asked for nor needed."""
+        return self._agreement == "auto"
+
     def measures_knn(self, steps_done: int, may_end: bool = False) -> bool:
         """Return whether the evaluation after so many steps measures the k-NN accuracy. Arguments as
         `measures_agreement`."""

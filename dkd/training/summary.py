@@ -11,7 +11,7 @@ from dkd.config.derived import teacher_views
 from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
 from dkd.data.jpeg import jpeg_decoder
 from dkd.data.sampler import TURNS
-from dkd.distillation import FrozenTeacher, TeacherGroup
+from dkd.distillation import LazyTeacher, OneTeacher, TeacherGroup
 from dkd.distillation.teacher_group import members_of
 from dkd.engines.base import Engine
 from dkd.engines.sharded_weights import parameter_counts
@@ -26,7 +26,7 @@ def summarize(
     training: ImageSource,
     schedule: RunSchedule,
     engine: Engine,
-    teacher: FrozenTeacher | TeacherGroup | None,
+    teacher: OneTeacher | TeacherGroup | None,
 ) -> Iterator[str]:
     """Yield lines: sizes, launch and batches, and what of the recipe makes the result depend on the number of ranks.
 
@@ -70,9 +70,7 @@ def summarize(
     yield from _warn(recipe, sampler, schedule.total_steps)
 
 
-def _list_other_parameters(
-    recipe: Recipe, engine: Engine, teacher: FrozenTeacher | TeacherGroup | None
-) -> Iterator[str]:
+def _list_other_parameters(recipe: Recipe, engine: Engine, teacher: OneTeacher | TeacherGroup | None) -> Iterator[str]:
     own = recipe.optimizer.adapters
     settings = [f"learning rate {own.lr:g}"] if own.lr is not None else []
     settings += [f"weight decay {own.weight_decay:g}"] if own.weight_decay is not None else []
@@ -84,7 +82,11 @@ def _list_other_parameters(
     for name, view in teacher_views(recipe):
         assert view.teacher is not None
         what = f"teacher {name}, {view.teacher.name}" if name else f"teacher {view.teacher.name}"
-        yield f"{what}: {_count(parameter_counts(members[name]))}, {view.teacher.placement}"
+        member = members[name]
+        if isinstance(member, LazyTeacher) and not member.is_built:
+            yield f"{what}: not built, unless an output is missing in its cache"
+        else:
+            yield f"{what}: {_count(parameter_counts(member))}, {view.teacher.placement}"
 
 
 def _warn(recipe: Recipe, sampler: GlobalBatchSampler, steps: int) -> Iterator[str]:

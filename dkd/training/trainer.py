@@ -15,6 +15,7 @@ from dkd.build.models import pairs, student_spec, teacher_spec
 from dkd.config import Recipe
 from dkd.data import DataError
 from dkd.data.loader import Batch
+from dkd.distillation import LazyTeacher
 from dkd.distributed.async_mean import AsyncMean, Number, StepValues
 from dkd.distributed.process_group import set_timeouts
 from dkd.errors import RunError, TrainingError
@@ -129,6 +130,7 @@ class Trainer:
         At the first step of a run, what losses need to know of the teacher is measured before."""
         if self.state.step == 0:
             self._measure_teacher()
+        self.parts.caches.wait()
         self._batches = self.parts.data.train_loader.steps(self.state.step, last_step)
         if self.parts.step.needs_indices:
             self._keys = self.parts.data.sampler.micro_batches(self.state.step, last_step)
@@ -207,6 +209,7 @@ class Trainer:
         values.counts["stop"] = float(parts.stop.asked_by() is not None)
         mean = AsyncMean(step, values)
         self.metrics.read(self._pending)
+        parts.caches.confirm(step)
         self._pending = mean
         if step == self.state.first_step + 1:
             # Every rank has finished a step, compilation included; a rank that is late from now on is lost.
@@ -219,9 +222,13 @@ class Trainer:
         if decision.interrupts:
             self.metrics.read(self._pending)  # nothing is saved of a step that ends the run
             self._pending = None
+            parts.caches.confirm(self.state.step)
+            if decision.save:
+                parts.caches.flush()
             if decision.evaluate:
                 # Worker processes are forked while no other thread runs that could hold a lock.
                 parts.checkpointer.wait()
+                parts.caches.wait()
                 assert parts.data.validation is not None  # the schedule evaluates nothing without it
                 loading = iter(parts.data.validation)
             if decision.save:
@@ -298,6 +305,7 @@ class Trainer:
         assert data.validation is not None
         # Worker processes are forked while no other thread runs that could hold a lock.
         parts.checkpointer.wait()
+        parts.caches.wait()
         before = len(data.validation)
         reader = FeatureReader(parts.engine.model.model, student_spec(parts.recipe), section.tap)
 
@@ -325,6 +333,9 @@ class Trainer:
         recipe = parts.recipe
         # Several teachers are not compared with: one number would not tell with which.
         if recipe.teacher is None or not parts.schedule.measures_agreement(self.state.step, parts.stopping.may_end):
+            return None
+        teacher = parts.step.teacher
+        if parts.schedule.may_leave_out_agreement and isinstance(teacher, LazyTeacher) and not teacher.is_built:
             return None
         # The first classes of a head that no loss trains say nothing.
         same_classes = teacher_spec(recipe).classes == student_spec(recipe).classes and bool(recipe.losses.reads_logits)
@@ -355,7 +366,8 @@ class Trainer:
         return {**self.state.state_dict(), "tensors": self.parts.training_tensors().collect()}
 
     def close(self) -> None:
-        """Let other trainings into the run directory, and stop this rank's heartbeat."""
+        """Let other trainings into the run directory, and stop this rank's threads."""
+        self.parts.caches.close()
         self.parts.run_dir.close()
         self.parts.heartbeat.close()
 

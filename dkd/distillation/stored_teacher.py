@@ -1,0 +1,325 @@
+"""Read what the losses need of a teacher from its cache, or compute and store it: what a step computes is the same.
+
+What is stored is what the losses read, and not the features: logits, what a loss makes of each sample's features
+(`losses/sample_form.py`), and of losses that compare samples the rows of the teacher's relations. A run that fills a
+cache takes the same way from these to its losses as one that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dkd.distillation.objective import FeatureTerm, LogitTerm, Objective, Outputs
+from dkd.global_batch import BatchLayout
+from dkd.losses import RelationalLoss
+from dkd.losses.relational import RelationPlace
+from dkd.losses.relational_angle import RKDAngle
+from dkd.losses.sample_form import PairShapes, ReadsSamples, WholeFeatures
+from dkd.teacher_cache import Need, StepCache, Value
+
+
+def reader_of(term: FeatureTerm) -> ReadsSamples | None:
+    """Return what states which samples a term reads of the teacher; None: nothing does, and the loss has not asked for
+    whole features by an attribute `store`."""
+    for owner in (term.loss, term.adapter):
+        if isinstance(owner, ReadsSamples):
+            return owner
+    return WholeFeatures() if getattr(term.loss, "store", False) else None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Hold which samples of a step are this rank's.
+
+    Args:
+        rank, world_size: r and W.
+        micro_batch, micro_steps: b and A.
+    """
+
+    rank: int
+    world_size: int
+    micro_batch: int
+    micro_steps: int
+
+    def offset(self, micro_step: int) -> int:
+        """Return the place in the global batch of the first sample of a micro-step."""
+        return (micro_step * self.world_size + self.rank) * self.micro_batch
+
+    def layout(self, unit: int | None) -> BatchLayout:
+        """Return which rank holds which rows: of a micro-step, or with None of the whole step."""
+        return BatchLayout.even(self.micro_batch * (self.micro_steps if unit is None else 1))
+
+    def offsets(self, layout: BatchLayout, micro_step: int | None) -> torch.Tensor:
+        """Return the places in the global batch of the samples of a layout: of a micro-step, or with None of the whole
+        step, in which each rank holds the samples of its micro-steps one after another.
+
+        Args:
+            layout: of neighbouring ranks, this one among them.
+        """
+        rows, first = layout.rows[0], self.rank - layout.rank
+        sample = torch.arange(layout.total)
+        rank, row = first + sample // rows, sample % rows
+        micro = row // self.micro_batch if micro_step is None else torch.full_like(row, micro_step)
+        return (micro * self.world_size + rank) * self.micro_batch + row % self.micro_batch
+
+
+@dataclass(frozen=True)
+class SamplesRead:
+    """Hold what a term reads of each sample: a value for each pair."""
+
+    term: FeatureTerm
+    reader: ReadsSamples
+    shapes: PairShapes
+    values: Sequence[Value]
+
+
+@dataclass(frozen=True)
+class RelationsRead:
+    """Hold what a term reads of the relations between samples.
+
+    Args:
+        term: its loss is a RelationalLoss or RKDAngle.
+        whole: whether the samples of the whole step are compared, and not those of each micro-step.
+        place: of this rank.
+        share: of this rank.
+        values: of each pair, the rows of relations. Their columns are in the order of places in the global batch.
+    """
+
+    term: FeatureTerm
+    whole: bool
+    place: RelationPlace
+    share: Share
+    values: Sequence[Value]
+    _columns: list[torch.Tensor] = field(default_factory=list)
+
+    def need(self, value: Value) -> Need:
+        """Return what this rank reads of a value."""
+        units = [None] if self.whole else range(self.share.micro_steps)
+        needed = self.place.needed.cpu()
+        found = [self.share.offsets(self.place.layout, unit)[needed] for unit in units]
+        return Need(value, tuple(tuple(runs_of(offsets)) for offsets in found))
+
+    def stored(self, samples: torch.Tensor, rows: torch.Tensor, unit: int | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield what is to be stored of the rows (n, B) of some samples: the first place of a run, and its rows."""
+        rows = rows[:, self._order(rows.device)]
+        begun = 0
+        for offset, count in runs_of(self.share.offsets(self.place.layout, unit)[samples.cpu()]):
+            yield offset, rows[begun : begun + count]
+            begun += count
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return stored rows (n, B) with their columns in the order of the layout."""
+        return rows[:, self._order(rows.device).argsort()]
+
+    def _order(self, device: torch.device) -> torch.Tensor:
+        """Return, by their places in the global batch, the samples of the layout."""
+        if not self._columns:
+            unit = None if self.whole else 0
+            self._columns.append(self.share.offsets(self.place.layout, unit).argsort().to(device))
+        return self._columns[0]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Hold everything that the losses read of one teacher."""
+
+    logits: Value | None
+    samples: Sequence[SamplesRead]
+    relations: Sequence[RelationsRead]
+    share: Share
+
+    def bytes_per_sample(self) -> int:
+        """Return the bytes that are stored of one sample in one epoch."""
+        return sum(value.bytes_per_sample for value in self.values())
+
+    def values(self) -> list[Value]:
+        """Return everything that is stored, once."""
+        found = [value for read in self.samples for value in read.values]
+        found += [value for read in self.relations for value in read.values]
+        return list(dict.fromkeys(([self.logits] if self.logits else []) + found))
+
+    def needs(self) -> list[Need]:
+        """Return what this rank reads in a step."""
+        share = self.share
+        micro = tuple(((share.offset(a), share.micro_batch),) for a in range(share.micro_steps))
+        each = [value for read in self.samples for value in read.values]
+        found = {value.id: Need(value, micro) for value in ([self.logits] if self.logits else []) + each}
+        of_relations = {value.id: read.need(value) for read in self.relations for value in read.values}
+        return [*found.values(), *of_relations.values()]
+
+
+class StoredTeacher:
+    """Give what the losses read of one teacher. All ranks make one, and call its methods together.
+
+    Args:
+        reads: what the losses read.
+        cache: where it is stored.
+    """
+
+    def __init__(self, reads: Reads, cache: StepCache) -> None:
+        self.reads, self.cache = reads, cache
+        self.is_read = False
+        """Whether this step is read, and not computed."""
+        self._relations = {read.term.name: read for read in reads.relations}
+        self._put: set[tuple[str, int | None]] = set()
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self.is_read = self.cache.begin(step)
+        self._put = set()
+
+    def outputs(
+        self, micro_step: int, device: torch.device, compute: Callable[[], Outputs]
+    ) -> tuple[Outputs, dict[str, Any]]:
+        """Return logits and, where this step is computed, features; and by the name of a term what its loss is called
+        with in the place of the teacher's features.
+
+        Args:
+            compute: runs the teacher.
+        """
+        live = None if self.is_read else compute()
+        begun = {}
+        for read in self.reads.samples:
+            if live is None:
+                samples = [self._read(value, micro_step, device) for value in read.values]
+            else:
+                features = [live.features[path] for _, path in read.term.pairs]
+                taken = read.reader.take_samples(features, read.shapes)
+                samples = [self._store(value, micro_step, each) for value, each in zip(read.values, taken, strict=True)]
+            begun[read.term.name] = read.reader.give_samples(samples, read.shapes)
+        logits = self.reads.logits
+        if live is None:
+            return Outputs(None if logits is None else self._read(logits, micro_step, device), {}), begun
+        if logits is not None:
+            assert live.logits is not None
+            live = replace(live, logits=self._store(logits, micro_step, live.logits))
+        return live, begun
+
+    def relations(self, term: FeatureTerm, teacher: Outputs, unit: int | None, device: torch.device) -> Any:
+        """Return what the loss of a term is called with in the place of the teacher's features; None: the term reads no
+        relations.
+
+        Args:
+            teacher: features of the unit, where this step is computed.
+            unit: the micro-step; None: the whole step.
+        """
+        read = self._relations.get(term.name)
+        if read is None or read.whole != (unit is None):
+            return None
+        loss: Any = term.loss
+        if self.is_read:
+            rows = [self._read(value, unit or 0, device) for value in read.values]
+            return loss.give_rows([read.read(each) for each in rows], read.place)
+        given, samples, computed = loss.relate_teacher([teacher.features[path] for _, path in term.pairs], read.place)
+        for value, each in zip(read.values, computed, strict=True):
+            if self._is_new(value, unit):
+                for offset, part in read.stored(samples, each, unit):
+                    self.cache.put(value, offset, part)
+        if all(value.form == "exact" for value in read.values):
+            return given
+        rounded = [_as_read(value, block) for value, block in zip(read.values, given.blocks, strict=True)]
+        return replace(given, blocks=rounded)
+
+    def _read(self, value: Value, unit: int, device: torch.device) -> torch.Tensor:
+        return self.cache.numbers(value, unit).to(device, non_blocking=True)
+
+    def _store(self, value: Value, micro_step: int, numbers: torch.Tensor) -> torch.Tensor:
+        if self._is_new(value, micro_step):
+            self.cache.put(value, self.reads.share.offset(micro_step), numbers)
+        return value.as_read(numbers)
+
+    def _is_new(self, value: Value, unit: int | None) -> bool:
+        """Return whether a value of this unit was not stored yet: two losses may read the same one."""
+        key = value.id, unit
+        new = key not in self._put
+        self._put.add(key)
+        return new
+
+
+def _as_read(value: Value, block: torch.Tensor) -> torch.Tensor:
+    """Return a block of relations as it will be read."""
+    return block.to(torch.bfloat16).to(block.dtype) if value.form == "bf16" else block
+
+
+def runs_of(offsets: torch.Tensor) -> list[tuple[int, int]]:
+    """Return numbers, in their order, as (first, count) of consecutive ones."""
+    numbers = offsets.tolist()
+    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(numbers)) if b != a + 1), len(numbers)]
+    return [(numbers[first], last - first) for first, last in pairwise(cuts) if last > first]
+
+
+class Teaching:
+    """Give a step what its losses read of its teachers: computed, or from caches.
+
+    Args:
+        names: of the teachers; of one alone, the name is empty.
+        compute: runs one of them, given its name and the student's pixels and images.
+        stored: those that have a cache, by name.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        compute: Callable[[str, torch.Tensor, torch.Tensor], Outputs],
+        stored: Mapping[str, StoredTeacher],
+    ) -> None:
+        self._names, self._compute, self.stored = names, compute, stored
+        self._device = torch.device("cpu")
+
+    def begin(self, step: int) -> None:
+        """Begin a step. A collective."""
+        for teacher in self.stored.values():
+            teacher.begin(step)
+
+    def outputs(self, micro_step: int, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
+        """Return what the teachers yield for a micro-batch; None without a teacher."""
+        found: dict[str, Outputs] = {}
+        begun: dict[str, Any] = {}
+        self._device = pixels.device
+        for name in self._names:
+            stored = self.stored.get(name)
+
+            def compute(name: str = name) -> Outputs:
+                return self._compute(name, pixels, images)
+
+            if stored is None:
+                found[name] = compute()
+            else:
+                found[name], more = stored.outputs(micro_step, pixels.device, compute)
+                begun |= more
+        if not found:
+            return None
+        outputs = found[""] if "" in found else Outputs(None, {}, members=found)
+        return replace(outputs, begun={**outputs.begun, **begun})
+
+    def begin_terms(self, objective: Objective, teacher: Outputs, layout: BatchLayout, unit: int | None) -> Outputs:
+        """Begin what of the terms needs no student, as Objective.begin; and give terms that have a cache the relations
+        of their teacher. A collective.
+
+        Args:
+            unit: the micro-step of these outputs; None: they are those of the whole step.
+        """
+        begun = dict(teacher.begun)
+        for term in objective.terms:
+            stored = self.stored.get(getattr(term, "teacher", ""))
+            if stored is not None and isinstance(term, FeatureTerm):
+                given = stored.relations(term, teacher.of(term.teacher), unit, self._device)
+                if given is not None:
+                    begun[term.name] = given
+        return objective.begin(replace(teacher, begun=begun), layout)
+
+
+def cannot_be_stored(objective: Objective) -> str | None:
+    """Return the name of a term that reads what a cache does not store; None: there is none."""
+    for term in objective.terms:
+        if isinstance(term, FeatureTerm):
+            if not isinstance(term.loss, RelationalLoss | RKDAngle) and reader_of(term) is None:
+                return term.name
+        elif not isinstance(term, LogitTerm) and getattr(term, "mirrored", True) is False:
+            return term.name
+    return None
