@@ -21,7 +21,8 @@ from typing import Any
 
 from dkd.errors import InputError
 
-_UNFINISHED = ".writing_"  # the beginning of the name of a file that is to replace another one
+UNFINISHED = ".writing_"
+"""The beginning of the name of a file that is to replace another one."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -102,7 +103,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     Raises:
         OSError: the file system refuses.
     """
-    unfinished = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}_{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{secrets.token_hex(8)}_{path.name}")
     descriptor = os.open(unfinished, _NEW, mode)
     try:
         try:
@@ -131,7 +132,7 @@ def remove_unfinished(folder: Path, names: Collection[str]) -> None:
     """Remove the unfinished files that `replacing` has left in a folder for the files `names`, because its process was
     killed. Raises OSError."""
     for entry in os.listdir(folder):
-        if entry.startswith(_UNFINISHED) and entry.removeprefix(_UNFINISHED).partition("_")[2] in names:
+        if entry.startswith(UNFINISHED) and entry.removeprefix(UNFINISHED).partition("_")[2] in names:
             (folder / entry).unlink()
 
 

@@ -12,7 +12,21 @@ import sys
 from collections.abc import Sequence
 
 from dkd import __version__, console, launch
-from dkd.commands import check_loss, compare, distill, evaluate, export, files, find_lr, inspect, report, status, train
+from dkd.commands import (
+    check_loss,
+    compare,
+    distill,
+    evaluate,
+    export,
+    files,
+    find_lr,
+    inspect,
+    report,
+    status,
+    teach,
+    train,
+)
+from dkd.commands.cache import command as cache
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.errors import is_data_error
 from dkd.commands.launch import command as launch_command
@@ -35,12 +49,14 @@ COMMANDS: dict[str, Command] = {
         new,
         distill,
         train,
+        teach,
         launch_command,
         evaluate,
         status,
         inspect,
         plan,
         find_lr,
+        cache,
         compare,
         report,
         export,
@@ -54,6 +70,8 @@ _EPILOG = """
 examples:
   dkd train configs/quickstart.yaml --dry-run
   dkd launch -n 2 configs/quickstart.yaml
+  dkd teach configs/quickstart.yaml teacher.cache=/data/taught
+  dkd cache list /data/taught
   dkd evaluate runs/quickstart
   dkd inspect torchvision/resnet18
   dkd plan configs/examples/imagenet_r34_r18_at_sp.yaml --nodes 8 --gpus-per-node 8

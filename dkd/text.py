@@ -33,3 +33,11 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 1, cutoff: float =
     """
     near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def size_in_bytes(count: float) -> str:
+    """Return a number of bytes in a unit that people read, such as 3.1 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

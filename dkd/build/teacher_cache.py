@@ -45,17 +45,7 @@ def cache_key(
     """
     teacher, train, images = view.teacher, view.train, view.data
     assert teacher is not None
-    order: dict[str, Any] = {"seed": data_seed(view), "period": images.augmentation_period, "kind": "shuffled"}
-    if isinstance(sampler, StreamedBatchSampler):
-        order |= {
-            "kind": "streamed",
-            "global_batch": sampler.global_batch,
-            "lanes": sampler.lanes,
-            "window": sampler.window,
-        }
-    mixing: dict[str, Any] = {"mixup": images.mixup, "cutmix": images.cutmix}
-    if images.mixup or images.cutmix:
-        mixing |= {"global_batch": sampler.global_batch, "micro_batch": sampler.micro_batch}
+    order, mixing = _order_facts(view, sampler)
     return CacheKey(
         {
             "teacher": {
@@ -83,6 +73,19 @@ def cache_key(
             },
         }
     )
+
+
+def _order_facts(view: Recipe, sampler: GlobalBatchSampler) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return on what the order of samples depends, and on what their mixing."""
+    images = view.data
+    order: dict[str, Any] = {"seed": data_seed(view), "period": images.augmentation_period, "kind": "shuffled"}
+    if isinstance(sampler, StreamedBatchSampler):
+        lanes, window = sampler.lanes, sampler.window
+        order |= {"kind": "streamed", "global_batch": sampler.global_batch, "lanes": lanes, "window": window}
+    mixing: dict[str, Any] = {"mixup": images.mixup, "cutmix": images.cutmix}
+    if images.mixup or images.cutmix:
+        mixing |= {"global_batch": sampler.global_batch, "micro_batch": sampler.micro_batch}
+    return order, mixing
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,10 @@ class CachedGradient:
         return torch.stack([(now - seen).norm() / seen.norm().clamp_min(1e-12) for now, seen in pairs]).max()
 
 
-def _join_teachers(teachers: Sequence[Outputs], paths: Collection[str], with_logits: bool) -> Outputs:
+def join_teachers(teachers: Sequence[Outputs], paths: Collection[str], with_logits: bool) -> Outputs:
     """Return the teacher's outputs of all micro-steps as one, as far as relational terms read them."""
     members = {
-        name: _join_teachers([outputs.members[name] for outputs in teachers], paths, with_logits)
+        name: join_teachers([outputs.members[name] for outputs in teachers], paths, with_logits)
         for name in teachers[0].members
     }
     logits = [outputs.logits for outputs in teachers if outputs.logits is not None and with_logits]
@@ -112,7 +112,7 @@ def cache_gradient(
     keys = list(kept[0])
     joined = {key: torch.cat([tensors[key] for tensors in kept]).requires_grad_() for key in keys}
     teacher_paths = {teacher for term in objective.terms for _, teacher in getattr(term, "pairs", [])}
-    teacher = _join_teachers(teachers, teacher_paths, LOGITS in joined)
+    teacher = join_teachers(teachers, teacher_paths, LOGITS in joined)
     features = {key: tensor for key, tensor in joined.items() if key != LOGITS}
     student = Outputs(joined.get(LOGITS), features, types=students[0].types)
     layout = BatchLayout.even(len(labels))

@@ -26,8 +26,9 @@ from dkd.data import Normalize
 from dkd.distillation.batch_norm import BatchNormStatistics
 from dkd.distillation.forward import Forward
 from dkd.distillation.grad_cache import CachedGradient, cache_gradient, compared_tensors
+from dkd.distillation.inputs import Inputs, MicroBatch, Mixing
 from dkd.distillation.objective import FeatureTerm, Objective, Outputs, given_to_adapters
-from dkd.distillation.stored_teacher import StoredTeacher, Teaching
+from dkd.distillation.stored_teacher import Teaching
 from dkd.distillation.teacher_group import OneTeacher, TeacherGroup
 from dkd.global_batch import BatchLayout
 from dkd.models import ADAPTERS
@@ -38,11 +39,6 @@ STEPS_THAT_JUDGE_THE_TEACHER = 20
 STEPS_THAT_COMPARE_PASSES = 5
 """Steps after a start in which the second forward is compared with the first."""
 _FORWARD, _MIXING = 0, 1  # purposes of random numbers: each has its own
-
-Mixing = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-"""(uint8 images (b, 3, H, W), labels (b,), seed) -> mixed images and labels (b,) or class weights (b, K)."""
-MicroBatch = Sequence[Any]
-"""Images (b, 3, H, W), labels (b,), and whatever follows them."""
 
 
 def mixing_seed(seed: int, step: int, place: int) -> int:
@@ -91,7 +87,6 @@ class DistillationStep:
         seed: of dropout and mixing, which depend on (seed, step, micro-batch) and not on the number of ranks.
         seed_of_mixing: (step, place) -> the seed by which a micro-batch is mixed, in the place of `mixing_seed`.
         may_skip: steps may end with `end(skipped=True)`.
-        stored: by the name of a teacher, the cache of what the losses read of it.
     """
 
     def __init__(
@@ -110,12 +105,12 @@ class DistillationStep:
         seed: int = 0,
         seed_of_mixing: Callable[[int, int], int] | None = None,
         may_skip: bool = False,
-        stored: Mapping[str, StoredTeacher] | None = None,
     ) -> None:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
-        self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher, stored or {})
+        # Public: caches of teachers are put into its `stored`.
+        self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher)
         # Public, as the objective is: what of it runs in which pass.
         self.separable, self.relational = objective.split()
         losses = [getattr(term, "loss", None) for term in objective.terms]
@@ -126,8 +121,9 @@ class DistillationStep:
         self.needs_indices = objective.needs_indices
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
-        self._mixing, self._seed = mixing, seed
-        self._seed_of_mixing = seed_of_mixing or partial(mixing_seed, seed)
+        self._seed = seed
+        seeds = seed_of_mixing or partial(mixing_seed, seed)
+        self._inputs = Inputs(self._device, self._rank, self._world_size, mixing, seeds)
         self._step, self._begun, self._agreed, self._has_labels = 0, 0, False, True
         self._micro_batches: Sequence[MicroBatch] = ()
         self._indices: list[torch.Tensor] | None = None
@@ -155,7 +151,7 @@ class DistillationStep:
         self.teaching.begin(step)
         if self._begun <= STEPS_THAT_JUDGE_THE_TEACHER:  # images without labels have the label -1
             self._has_labels = not bool((micro_batches[0][1] < 0).any())
-        if self._of_whole_steps and self._mixing is None:
+        if self._of_whole_steps and self._inputs.mixing is None:
             labels = [labels.to(self._device, non_blocking=True) for _, labels, *_ in micro_batches]
             for loss in self._of_whole_steps:
                 loss.begin_step(labels)
@@ -310,11 +306,7 @@ class DistillationStep:
 
     def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a micro-batch on this rank's device, mixed where that is asked for: the same in both passes."""
-        images, labels, *_ = self._micro_batches[micro_step]
-        images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (images, labels))
-        if self._mixing is not None:
-            images, labels = self._mixing(images, labels, self._seed_of_mixing(self._step, self._place(micro_step)))
-        return images, labels
+        return self._inputs.load(self._micro_batches[micro_step], self._step, micro_step)
 
     def _run_student(
         self,
@@ -325,13 +317,8 @@ class DistillationStep:
         indices: torch.Tensor | None,
         objective: Objective,
     ) -> Outputs:
-        seed_device(self._device, derive_seed(self._seed, self._step, self._place(micro_step), _FORWARD))
+        seed_device(self._device, derive_seed(self._seed, self._step, self._inputs.place(micro_step), _FORWARD))
         if not self._has_adapters:
             return self.forward.student(images)
         given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
         return self.forward.student(images, given)
-
-    def _place(self, micro_step: int) -> int:
-        """Return the place of a micro-batch in the global batch. Seeds depend on the place and not on who computes it,
-        and the second pass repeats the first."""
-        return micro_step * self._world_size + self._rank

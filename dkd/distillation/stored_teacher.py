@@ -168,9 +168,13 @@ class StoredTeacher:
         self._relations = {read.term.name: read for read in reads.relations}
         self._put: set[tuple[str, int | None]] = set()
 
-    def begin(self, step: int) -> None:
-        """Begin a step."""
-        self.is_read = self.cache.begin(step)
+    def begin(self, step: int, compute: bool = False) -> None:
+        """Begin a step. Arguments as Teaching.begin."""
+        self.is_read = False
+        if compute:
+            self.cache.begin_computing(step)
+        else:
+            self.is_read = self.cache.begin(step)
         self._put = set()
 
     def outputs(
@@ -259,22 +263,22 @@ class Teaching:
     Args:
         names: of the teachers; of one alone, the name is empty.
         compute: runs one of them, given its name and the student's pixels and images.
-        stored: those that have a cache, by name.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        compute: Callable[[str, torch.Tensor, torch.Tensor], Outputs],
-        stored: Mapping[str, StoredTeacher],
-    ) -> None:
-        self._names, self._compute, self.stored = names, compute, stored
+    def __init__(self, names: Sequence[str], compute: Callable[[str, torch.Tensor, torch.Tensor], Outputs]) -> None:
+        self._names, self._compute = names, compute
+        self.stored: Mapping[str, StoredTeacher] = {}
+        """Those that have a cache, by name."""
         self._device = torch.device("cpu")
 
-    def begin(self, step: int) -> None:
-        """Begin a step. A collective."""
+    def begin(self, step: int, compute: bool = False) -> None:
+        """Begin a step. A collective.
+
+        Args:
+            compute: whether everything is computed, whatever is stored.
+        """
         for teacher in self.stored.values():
-            teacher.begin(step)
+            teacher.begin(step, compute)
 
     def outputs(self, micro_step: int, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
         """Return what the teachers yield for a micro-batch; None without a teacher."""

@@ -133,6 +133,10 @@ class EpochIndex:
                     for group, plan in zip(wanted, plans, strict=True)
                 ]
 
+    def lists(self, wanted: Sequence[Mapping[Value, Sequence[Run]]]) -> list[bool]:
+        """Return, for each of several groups of runs, whether the parts list all of it."""
+        return [self._plan(group) is not None for group in wanted]
+
     def _plan(self, group: Mapping[Value, Sequence[Run]]) -> dict[str, list[_Taken]] | None:
         plan: dict[str, list[_Taken]] = {}
         for value, runs in group.items():

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from dkd.atomic_files import open_to_read, replacing
+from dkd.errors import RunError
 from dkd.teacher_cache.value import Value
 
 SUFFIX = ".safetensors"
@@ -33,7 +34,7 @@ _TYPES = {
 }
 
 
-class DamagedPartError(Exception):
+class DamagedPartError(RunError):
     """A part, or a piece of it, is not what was written."""
 
 

@@ -81,6 +81,8 @@ class _Segment:
     first: int
     last: int
     loaded: list[Loaded | None] = field(default_factory=list)
+    there: list[set[str]] = field(default_factory=list)
+    """Of each step, the values that are stored, though others are missing."""
 
 
 class StepCache:
@@ -123,6 +125,7 @@ class StepCache:
         self._segment: _Segment | None = None
         self._current: Loaded | None = None
         self._step = 0
+        self._there: set[str] = set()
         self._computed: set[tuple[int, int]] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache-reader")
         self._reading: tuple[int, Future[list[Loaded | None]]] | None = None
@@ -146,6 +149,7 @@ class StepCache:
         segment = self._enter(step)
         self._step, self._current = step, segment.loaded[step - segment.first]
         segment.loaded[step - segment.first] = None  # what was read is not to be kept
+        self._there = segment.there[step - segment.first]
         if self._current is None:
             self.computed_steps += 1
             if self._turn.period is not None:
@@ -153,6 +157,20 @@ class StepCache:
         else:
             self.read_steps += 1
         return self._current is not None
+
+    def begin_computing(self, step: int) -> None:
+        """Begin a step that is computed, whether it is stored or not."""
+        self._step, self._current, self._there = step, None, self._listed_values(step)
+        self.computed_steps += 1
+
+    def listed(self, first: int, last: int) -> list[bool]:
+        """Return, for steps of one epoch, whether the parts list everything that all ranks need of each; their numbers
+        are not read. A collective."""
+        index = self._index(self._turn.epoch(first))
+        index.look()
+        mine = index.lists([self._wanted(step) for step in range(first, last)])
+        self._report_problems()
+        return [all(ranks) for ranks in zip(*all_gather_objects(mine), strict=True)]
 
     def numbers(self, value: Value, unit: int = 0) -> torch.Tensor:
         """Return numbers (rows, ...) of this step on the CPU, in the order of the runs of a unit."""
@@ -169,7 +187,7 @@ class StepCache:
             offset: of the first row, from the first position of the step.
             numbers: (b, ...) on any device.
         """
-        if self.writer is not None:
+        if self.writer is not None and value.id not in self._there:
             turn, step = self._turn, self._step
             self.writer.add(step, turn.epoch(step), value, turn.first_position(step) + offset, numbers)
             self._report_problem()
@@ -227,6 +245,10 @@ class StepCache:
             for each in again:
                 segment.loaded[each - segment.first] = self._load(each, each + 1)[0]
             self._agree(segment)
+        segment.there = [
+            self._listed_values(each) if segment.loaded[each - segment.first] is None else set()
+            for each in range(segment.first, segment.last)
+        ]
         self._report_problems()
         following = self._bounds(segment.last) if segment.last < self._turn.last_step else None
         if following is not None:
@@ -257,21 +279,27 @@ class StepCache:
 
     def _load(self, first: int, last: int) -> list[Loaded | None]:
         """Read some steps of one epoch."""
-        epoch = self._turn.epoch(first)
+        index = self._index(self._turn.epoch(first))
+        index.look()
+        return index.read([self._wanted(step) for step in range(first, last)])
+
+    def _listed_values(self, step: int) -> set[str]:
+        """Return the values of a step that this rank has stored already. Not while the thread reads."""
+        index, wanted = self._index(self._turn.epoch(step)), self._wanted(step)
+        return {value.id for value, runs in wanted.items() if index.lists([{value: runs}])[0]}
+
+    def _index(self, epoch: int) -> EpochIndex:
         if epoch not in self._indexes:
             self._indexes = {epoch: EpochIndex(self.folder, epoch)}
-        index = self._indexes[epoch]
-        index.look()
-        wanted: list[dict[Value, list[Run]]] = []
-        for step in range(first, last):
-            begin = self._turn.first_position(step)
-            wanted.append(
-                {
-                    need.value: [(begin + offset, rows) for runs in need.units for offset, rows in runs]
-                    for need in self._needs.values()
-                }
-            )
-        return index.read(wanted)
+        return self._indexes[epoch]
+
+    def _wanted(self, step: int) -> dict[Value, list[Run]]:
+        """Return the runs of positions that this rank needs of a step."""
+        begin = self._turn.first_position(step)
+        return {
+            need.value: [(begin + offset, rows) for runs in need.units for offset, rows in runs]
+            for need in self._needs.values()
+        }
 
     def _report_problems(self) -> None:
         """Report what was damaged. Not while the thread reads."""

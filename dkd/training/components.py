@@ -7,46 +7,35 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from dkd.build.data import DataParts, KnnSources, build_data, data_facts, describe_input, sampled_content
-from dkd.build.links import read_links
-from dkd.build.models import build_models, student_parameters
-from dkd.build.objective import build_objective, class_weights, gram_size
+from dkd.build.data import DataParts, build_data, data_facts, describe_input
+from dkd.build.models import build_models
+from dkd.build.objective import gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
-from dkd.build.teacher_cache import open_caches
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
-from dkd.config import Recipe, RecipeError
-from dkd.config.derived import caches, data_seed, without_caches
+from dkd.config import Recipe
+from dkd.config.derived import data_seed, without_caches
 from dkd.config.losses import with_constant_weights
-from dkd.data import DataError, ImageSource
+from dkd.data import ImageSource
 from dkd.distillation import Objective
 from dkd.distillation.step import DistillationStep, mixing_seed
-from dkd.distillation.stored_teacher import StoredTeacher
-from dkd.distillation.teacher_group import members_of
 from dkd.distributed.heartbeat import Heartbeat
-from dkd.distributed.process_group import open_process_group
 from dkd.distributed.stop_signals import StopRequests
 from dkd.engines.accelerated import AcceleratedEngine
-from dkd.engines.arithmetic import Arithmetic, device_type
+from dkd.engines.arithmetic import Arithmetic
 from dkd.engines.base import TrainingTensors
 from dkd.engines.ema import WeightAverage
 from dkd.engines.loss_state import WithLossState
-from dkd.engines.opening import open_engine
-from dkd.global_batch.collectives import all_gather_objects
 from dkd.launch import Launch
-from dkd.preflight.agreement import check_same_data, check_same_recipe, check_same_teacher
-from dkd.preflight.completion import compare_student, complete
-from dkd.preflight.data import open_knn, open_sources
-from dkd.preflight.hardware import settle
-from dkd.preflight.launch import launch_problems
-from dkd.preflight.models import check_class_order
+from dkd.preflight.agreement import check_same_data, check_same_teacher
 from dkd.runs.directory import RunDirectory
 from dkd.runs.launches import IfRunExists
 from dkd.runs.logger import RunLogger
 from dkd.runs.progress import Progress
 from dkd.training.early_stopping import EarlyStopping
 from dkd.training.metrics import StepMetrics
+from dkd.training.opening import Opened, build_losses, open_training, read_caches
 from dkd.training.resume import Restored, Resuming, resume_or_start
 from dkd.training.saving import RunSaver
 from dkd.training.schedule import RunSchedule
@@ -163,7 +152,7 @@ def build_components(
 ) -> Components:
     """Open data, process group and engine; build models and losses; resume the run, or start it. A collective.
     Arguments and errors as `Trainer.from_recipe`."""
-    opened = _open(recipe, launch, if_run_exists)
+    opened = open_training(recipe, launch, if_run_exists)
     with opened.heartbeat.names_lost_ranks():
         parts = _build(opened)
         with ExitStack() as on_failure:
@@ -179,14 +168,19 @@ def build_components(
         return parts
 
 
-def build_trial(recipe: Recipe, launch: Launch) -> Components:
+def build_trial(recipe: Recipe, launch: Launch, with_caches: bool = False) -> Components:
     """Build what trains a recipe outside of any run: nothing is read from `run.dir` or written there, and no tracker
     starts; a loss weight that follows a schedule keeps its highest value. A collective. Arguments and errors as
-    `Trainer.from_recipe`; `notes` holds what was chosen for the hardware."""
-    recipe = without_caches(recipe)
+    `Trainer.from_recipe`; `notes` holds what was chosen for the hardware.
+
+    Args:
+        with_caches: whether teachers have their caches; else they compute.
+    """
+    if not with_caches:
+        recipe = without_caches(recipe)
     untracked = recipe.model_copy(update={"run": recipe.run.model_copy(update={"trackers": []})})
     # A weight that changes with the steps would look like a loss that falls.
-    opened = _open(untracked.model_copy(update={"losses": with_constant_weights(recipe.losses)}), launch, None)
+    opened = open_training(untracked.model_copy(update={"losses": with_constant_weights(recipe.losses)}), launch, None)
     with opened.heartbeat.names_lost_ranks():
         parts = _build(opened)
         with ExitStack() as on_failure:
@@ -196,43 +190,7 @@ def build_trial(recipe: Recipe, launch: Launch) -> Components:
         return parts
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """Holds what a training opens before it builds anything: images, the process group, the engine."""
-
-    recipe: Recipe
-    launch: Launch
-    engine: AcceleratedEngine
-    heartbeat: Heartbeat
-    run_dir: RunDirectory
-    training: ImageSource
-    validation: ImageSource | None
-    knn: KnnSources | None
-    notes: list[str]
-    """Lines to report: what was chosen for the hardware, and what data and models state."""
-
-
-def _open(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | None) -> _Opened:
-    """Open data, process group and engine. A collective; `if_run_exists` as `settle`."""
-    recipe, completed = complete(recipe)
-    training, validation = open_sources(recipe, launch)
-    knn = open_knn(recipe, training, validation)
-    completed += [*compare_student(recipe), *check_class_order(recipe, training.class_names)]
-    run_dir = RunDirectory(recipe.run.dir, writes=False)
-    # The first thing that the ranks of a start do together.
-    open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
-    check_same_recipe(recipe)
-    # From here on, the recipe leaves nothing to the hardware.
-    recipe, notes = settle(recipe, launch, if_run_exists)
-    # Such as a run in fp16 that is resumed on CPUs: the same on every rank, since the recipe now is.
-    if problems := launch_problems(recipe, launch):
-        raise RecipeError(problems)
-    engine = open_engine(recipe, launch, run_dir.path, lambda: student_parameters(recipe))
-    heartbeat = Heartbeat(launch, engine.warn_after(recipe.run.start_timeout))
-    return _Opened(recipe, launch, engine, heartbeat, run_dir, training, validation, knn, [*notes, *completed])
-
-
-def _build(opened: _Opened) -> Components:
+def _build(opened: Opened) -> Components:
     """Build everything that is there before the run directory is claimed. A collective."""
     recipe, launch, engine, run_dir = opened.recipe, opened.launch, opened.engine, opened.run_dir
     training, validation = opened.training, opened.validation
@@ -246,18 +204,10 @@ def _build(opened: _Opened) -> Components:
         facts |= {"evaluation.knn.train": data_facts(knn.bank), "evaluation.knn.validation": data_facts(knn.queries)}
     check_same_data(facts)
     schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
-    objective = build_objective(
-        recipe,
-        data.sampler,
-        schedule.planned_steps,
-        engine.device,
-        class_weights(recipe, training),
-        read_links(recipe, engine.device.type)[0],
-        arithmetic.dtype,
-        training.labels if recipe.data.labels else None,
-    )
+    objective = build_losses(opened, data.sampler, schedule)
     step, average, notes = build_step(recipe, engine, arithmetic, data, launch, objective)
-    caches = TeacherCaches(recipe, step, schedule, _open_caches(opened, recipe, objective, data, step, schedule))
+    step.teaching.stored = read_caches(opened, objective, data, step.teacher, schedule)
+    caches = TeacherCaches(recipe, step.teacher, schedule, step.teaching.stored)
     run_dir.writes = launch.is_main
     checkpointer = Checkpointer(
         recipe.checkpoint,
@@ -282,31 +232,6 @@ def _build(opened: _Opened) -> Components:
         facts=run_facts(recipe, None if step.teacher is None else step.teacher.facts(), data.facts),
         notes=[*opened.notes, *notes],
     )
-
-
-def _open_caches(
-    opened: _Opened,
-    recipe: Recipe,
-    objective: Objective,
-    data: DataParts,
-    step: DistillationStep,
-    schedule: RunSchedule,
-) -> dict[str, StoredTeacher]:
-    """Return what gives the outputs of teachers that have a cache. A collective. Raises RecipeError on every rank."""
-    if not caches(recipe):
-        return {}
-    content, problem = {}, None
-    try:
-        content = sampled_content(opened.training, data.pipeline, data.sampler.seed)
-    except DataError as error:
-        problem = str(error)
-    problems = [each for each in all_gather_objects(problem) if each is not None]
-    if problems:
-        raise RecipeError.at("data.train", problems[0])
-    check_same_data({"data.train": {**data.facts, **content}})
-    fingerprints = {name: teacher.fingerprint for name, teacher in members_of(step.teacher).items()}
-    device = opened.engine.device
-    return open_caches(recipe, objective, data, fingerprints, content, device, schedule.total_steps)
 
 
 def build_step(

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import caches, teacher_key
-from dkd.distillation import LazyTeacher
-from dkd.distillation.step import DistillationStep
+from dkd.distillation import LazyTeacher, OneTeacher, TeacherGroup
 from dkd.distillation.stored_teacher import StoredTeacher
 from dkd.distillation.teacher_group import members_of
 from dkd.teacher_cache.key import CacheKey, nearest
-from dkd.text import shorten
+from dkd.text import shorten, size_in_bytes
 from dkd.training.schedule import RunSchedule
-
-
-def in_bytes(count: float) -> str:
-    """Return a number of bytes in a unit that people read."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 class TeacherCaches:
@@ -29,16 +21,19 @@ class TeacherCaches:
 
     Args:
         recipe: settled.
-        step: of the run, whose outputs of teachers come from these caches.
+        teacher: all teachers of the recipe.
         schedule: of the run.
         stored: by the name of a teacher.
     """
 
     def __init__(
-        self, recipe: Recipe, step: DistillationStep, schedule: RunSchedule, stored: Mapping[str, StoredTeacher]
+        self,
+        recipe: Recipe,
+        teacher: OneTeacher | TeacherGroup | None,
+        schedule: RunSchedule,
+        stored: Mapping[str, StoredTeacher],
     ) -> None:
-        self._recipe, self._step, self._schedule, self._stored = recipe, step, schedule, stored
-        step.teaching.stored = stored
+        self._recipe, self._teacher, self._schedule, self._stored = recipe, teacher, schedule, stored
 
     def prepare(self, step: int) -> list[str]:
         """Look whether the next step is stored, and build teachers that are needed. A collective.
@@ -49,7 +44,7 @@ class TeacherCaches:
         Raises:
             RecipeError: on every rank: outputs are missing that `fill: false` forbids to compute.
         """
-        lines, teachers, sections = [], members_of(self._step.teacher), caches(self._recipe)
+        lines, teachers, sections = [], members_of(self._teacher), caches(self._recipe)
         for name, stored in self._stored.items():
             section, whose = sections[name], f" of {name}" if name else ""
             place = f"{stored.cache.folder}"
@@ -64,12 +59,44 @@ class TeacherCaches:
                     "allow it with fill: true",
                 )
             lines.append(f"teacher cache{whose}: outputs are computed, and stored in {place}; {self._size(stored)}")
+            lines += self._check_space(stored, Path(section.dir))
             if other:
                 lines.append(f"note: {section.dir} has no outputs for this recipe yet{other}")
             teacher = teachers[name]
             if isinstance(teacher, LazyTeacher):
                 teacher.build()
         return lines
+
+    def describe(self, steps: int) -> list[str]:
+        """Return lines that report where the outputs of some first steps will be stored, and their size."""
+        lines = []
+        for name, stored in self._stored.items():
+            whose = f" of {name}" if name else ""
+            lines.append(f"teacher cache{whose}: {stored.cache.folder}; {self._size(stored, steps)}")
+            lines += self._check_space(stored, Path(caches(self._recipe)[name].dir), steps)
+        return lines
+
+    def listed(self, first: int, last: int) -> list[bool]:
+        """Return, for steps of one epoch, whether the parts of all caches list all that is needed. A collective."""
+        each = [stored.cache.listed(first, last) for stored in self._stored.values()]
+        return [all(caches_) for caches_ in zip(*each, strict=True)]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Return the folder of each cache."""
+        return [stored.cache.folder for stored in self._stored.values()]
+
+    @property
+    def written_bytes(self) -> int:
+        """Return the bytes that this process has written."""
+        writers = [stored.cache.writer for stored in self._stored.values()]
+        return sum(writer.written_bytes for writer in writers if writer is not None)
+
+    @property
+    def problem(self) -> str | None:
+        """Return the reason why this process can write no more; None: it can."""
+        writers = [stored.cache.writer for stored in self._stored.values()]
+        return next((writer.problem for writer in writers if writer is not None and writer.problem), None)
 
     def confirm(self, steps: int) -> None:
         """Note that the steps before `steps` were right on all ranks."""
@@ -91,14 +118,34 @@ class TeacherCaches:
         for stored in self._stored.values():
             stored.cache.close()
 
-    def _size(self, stored: StoredTeacher) -> str:
-        """Return how large a cache will be."""
+    def _size(self, stored: StoredTeacher, steps: int | None = None) -> str:
+        """Return how large a cache will be, in words."""
         each = stored.reads.bytes_per_sample()
-        schedule = self._schedule
-        epochs = -(-schedule.total_steps // schedule.steps_per_epoch)
-        epochs = min(epochs, self._recipe.data.augmentation_period or epochs)
-        epoch = each * schedule.steps_per_epoch * self._recipe.train.global_batch
-        return f"{in_bytes(each)} an image, {in_bytes(epoch)} an epoch, {in_bytes(epoch * epochs)} in all"
+        epoch = each * self._schedule.steps_per_epoch * self._recipe.train.global_batch
+        whole = size_in_bytes(self._bytes(stored, steps))
+        return f"{size_in_bytes(each)} an image, {size_in_bytes(epoch)} an epoch, {whole} in all"
+
+    def _bytes(self, stored: StoredTeacher, steps: int | None) -> int:
+        """Return the bytes of some first steps, or of all steps that differ."""
+        if steps is None:
+            period = self._recipe.data.augmentation_period
+            steps = self._schedule.total_steps
+            steps = min(steps, steps if period is None else period * self._schedule.steps_per_epoch)
+        return stored.reads.bytes_per_sample() * steps * self._recipe.train.global_batch
+
+    def _check_space(self, stored: StoredTeacher, root: Path, steps: int | None = None) -> list[str]:
+        """Return a warning where the file system has too little space."""
+        try:
+            free = shutil.disk_usage(root).free
+        except OSError:
+            return []
+        needed = self._bytes(stored, steps)
+        if free >= needed:
+            return []
+        return [
+            f"warning: {root} has {size_in_bytes(free)} free, and {size_in_bytes(needed)} are needed: what does not "
+            "fit is computed in each run; a smaller data.augmentation_period needs less"
+        ]
 
     def _describe_nearest(self, root: Path, key: CacheKey) -> str:
         """Return, as the end of a sentence, in what the nearest other cache differs; nothing where there is none."""

@@ -1,0 +1,1 @@
+"""`dkd cache`: look at the stored outputs of teachers, check and prune them."""
