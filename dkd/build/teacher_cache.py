@@ -14,18 +14,26 @@ from dkd.build.compared_tensors import compared_tensors
 from dkd.build.data import DataParts, build_image_pipeline
 from dkd.build.feature_losses import Shapes, tapped_shapes
 from dkd.build.models import teacher_spec
+from dkd.build.objective import build_objective
 from dkd.config import Recipe, RecipeError
-from dkd.config.derived import data_seed, teacher_key, teacher_views
+from dkd.config.derived import caches, data_seed, teacher_key, teacher_views
 from dkd.config.losses import ENSEMBLE
 from dkd.config.teacher_cache import CacheSection
 from dkd.data import GlobalBatchSampler, StreamedBatchSampler
 from dkd.distillation import FeatureTerm, LogitTerm, Objective
-from dkd.distillation.stored_teacher import Reads, RelationsRead, SamplesRead, Share, StoredTeacher, reader_of
+from dkd.distillation.stored_teacher import (
+    Reads,
+    RelationsRead,
+    SamplesRead,
+    Share,
+    StoredTeacher,
+    compares_relations,
+    reader_of,
+)
 from dkd.engines.arithmetic import Arithmetic
-from dkd.global_batch import GramTensor
+from dkd.global_batch import GramTensor, ranks_per_group
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses import RelationalLoss
-from dkd.losses.relational_angle import RKDAngle
 from dkd.provenance import packages
 from dkd.teacher_cache import CacheKey, StepCache, Turn, Value
 from dkd.teacher_cache.key import CacheError
@@ -46,6 +54,7 @@ def cache_key(
     teacher, train, images = view.teacher, view.train, view.data
     assert teacher is not None
     order, mixing = _order_facts(view, sampler)
+    size = build_image_pipeline(view).image_size
     return CacheKey(
         {
             "teacher": {
@@ -54,11 +63,11 @@ def cache_key(
                 "classes": teacher_spec(view).classes,
                 "norm": teacher.norm,
                 "options": teacher.options,
-                "input_size": teacher.input_size,
+                "input_size": teacher.input_size or size,
             },
             "input": {
                 "transforms": images.transforms,
-                "image_size": build_image_pipeline(view).image_size,
+                "image_size": size,
                 "mean": list(normalize.mean),
                 "std": list(normalize.std),
             },
@@ -127,23 +136,31 @@ def build_reads(
         share: of this rank.
         device: of the features.
     """
-    teacher, arithmetic = view.teacher, Arithmetic.of(view)
-    assert teacher is not None
-    assert teacher.cache is not None
-    forms = _Forms(teacher.cache, arithmetic.dtype, arithmetic.autocast or arithmetic.dtype)
-    logits = None
-    if any(isinstance(term, LogitTerm) and term.teacher in (name, ENSEMBLE) for term in objective.terms):
-        outputs = teacher_spec(view).classes
-        logits = forms.value("logits", {"what": "logits"}, (outputs,), promoted=False, logits=True)
+    forms, logits = _forms_of(view), _logits_read(view, name, objective)
     samples, relations = [], []
     for term in objective.terms:
         if not isinstance(term, FeatureTerm) or term.teacher != name:
             continue
-        if isinstance(term.loss, RelationalLoss | RKDAngle):
+        if compares_relations(term):
             relations.append(_relations_read(view, term, share, device, forms))
         else:
             samples.append(_samples_read(term, shapes[0], shapes[1][name], forms))
     return Reads(logits, samples, relations, share)
+
+
+def _forms_of(view: Recipe) -> _Forms:
+    assert view.teacher is not None
+    assert view.teacher.cache is not None
+    arithmetic = Arithmetic.of(view)
+    return _Forms(view.teacher.cache, arithmetic.dtype, arithmetic.autocast or arithmetic.dtype)
+
+
+def _logits_read(view: Recipe, name: str, objective: Objective) -> Value | None:
+    """Return the logits of a teacher, where a loss reads them."""
+    if not any(isinstance(term, LogitTerm) and term.teacher in (name, ENSEMBLE) for term in objective.terms):
+        return None
+    outputs = teacher_spec(view).classes
+    return _forms_of(view).value("logits", {"what": "logits"}, (outputs,), promoted=False, logits=True)
 
 
 def _samples_read(term: FeatureTerm, student: Shapes, teacher: Shapes, forms: _Forms) -> SamplesRead:
@@ -167,12 +184,52 @@ def _relations_read(
         size, half = build_image_pipeline(view).image_size, loss.comm_dtype is not None
         tensors = compared_tensors(view, term.pairs, half, loss.shift_invariant, size, device.type)
     place = loss.settle(tensors, share.layout(None if whole else 0), device)
-    compared, batch = place.layout.total, share.micro_batch * share.micro_steps * share.world_size
+    return RelationsRead(term, whole, place, share, _relation_values(term, share, place.layout.total, forms))
+
+
+def _relation_values(term: FeatureTerm, share: Share, compared: int, forms: _Forms) -> list[Value]:
+    """Return the rows of relations of each pair, of so many compared samples."""
+    loss: Any = term.loss
+    batch = share.micro_batch * share.micro_steps * share.world_size
     facts = {"what": "relations", **loss.relation_facts(), "batch": batch}
     if compared != batch:
         facts |= {"compared": compared, "micro_batch": share.micro_batch, "world_size": share.world_size}
-    values = [forms.value(f"relations.{path}", {**facts, "tap": path}, (compared,)) for _, path in term.pairs]
-    return RelationsRead(term, whole, place, share, values)
+    return [forms.value(f"relations.{path}", {**facts, "tap": path}, (compared,)) for _, path in term.pairs]
+
+
+def planned_values(recipe: Recipe, share: Share, local_world_size: int) -> dict[str, list[Value]]:
+    """Return, by the name of each teacher that has a cache, what is stored, without models, data or ranks.
+
+    Args:
+        recipe: settled.
+        share: of a rank.
+        local_world_size: ranks of a machine.
+
+    Raises:
+        UserCodeError: a loss of the user's own cannot be made.
+    """
+    sections = caches(recipe)
+    if not sections:
+        return {}
+    batch = share.micro_batch * share.micro_steps * share.world_size
+    sampler = GlobalBatchSampler(batch, 0, batch, share.micro_batch, 0, share.world_size)
+    objective, shapes = build_objective(recipe, sampler, 1, torch.device("meta")), tapped_shapes(recipe)
+    views, found = dict(teacher_views(recipe)), dict[str, list[Value]]()
+    for name in sections:
+        forms, logits = _forms_of(views[name]), _logits_read(views[name], name, objective)
+        values = [] if logits is None else [logits]
+        for term in objective.terms:
+            if not isinstance(term, FeatureTerm) or term.teacher != name:
+                continue
+            if compares_relations(term):
+                loss: Any = term.loss
+                ranks = ranks_per_group(loss.scope.scope, share.world_size, local_world_size)
+                rows = share.micro_batch * (share.micro_steps if term.relational else 1)
+                values += _relation_values(term, share, ranks * rows, forms)
+            elif reader_of(term) is not None:
+                values += _samples_read(term, shapes[0], shapes[1][name], forms).values
+        found[name] = list(dict.fromkeys(values))
+    return found
 
 
 def made_by(device: torch.device) -> dict[str, Any]:

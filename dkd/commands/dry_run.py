@@ -9,18 +9,20 @@ import torch
 from dkd.build.data import build_image_pipeline, build_sampler
 from dkd.build.models import expected_notes, student_spec, teacher_spec
 from dkd.build.objective import build_objective, class_weights, compared_samples
+from dkd.build.teacher_cache import planned_values
 from dkd.commands.batch_picture import draw_first_batch
 from dkd.commands.tap_table import tap_table
 from dkd.config import Recipe
-from dkd.config.derived import run_length, teacher_views
-from dkd.data import ImageSource
+from dkd.config.derived import caches, run_length, teacher_views
+from dkd.data import GlobalBatchSampler, ImageSource
+from dkd.distillation.stored_teacher import Share
 from dkd.launch import Launch
 from dkd.models import ModelSpec, build_on_meta
 from dkd.preflight.completion import compare_student
 from dkd.preflight.data import open_knn, open_sources
 from dkd.preflight.hardware import settled_here
 from dkd.preflight.models import check_class_order
-from dkd.text import shorten
+from dkd.text import shorten, size_in_bytes
 
 
 def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str:
@@ -56,6 +58,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
         what = f"{name}: {view.teacher.name}" if name else view.teacher.name
         count = f"{_parameters(teacher_spec(view)):,} parameters"
         lines.append(f"teacher     {what}, {count}, weights {view.teacher.weights}")
+    lines += _describe_caches(recipe, sampler, launch, total)
     if teacher_views(recipe):
         table = tap_table(recipe, size, lambda section: compared_samples(section, sampler))
         lines += [f"{name:<11} {text}" for name, text in table]
@@ -70,6 +73,19 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     if picture is not None and launch.is_main:
         lines.append(f"picture     {draw_first_batch(picture, recipe, launch, training, validation)}")
     return "\n".join([*lines, "nothing was trained"])
+
+
+def _describe_caches(recipe: Recipe, sampler: GlobalBatchSampler, launch: Launch, total: int) -> list[str]:
+    """Return a line about the size of each teacher's cache."""
+    share = Share(sampler.rank, sampler.world_size, sampler.micro_batch, sampler.micro_steps)
+    period = recipe.data.augmentation_period
+    steps = min(total, total if period is None else period * sampler.steps_per_epoch)
+    lines = []
+    for name, values in planned_values(recipe, share, launch.local_world_size).items():
+        each, whose = sum(value.bytes_per_sample for value in values), f"{name}: " if name else ""
+        whole = size_in_bytes(each * steps * sampler.global_batch)
+        lines.append(f"cache       {whose}{caches(recipe)[name].dir}, {size_in_bytes(each)} an image, {whole} in all")
+    return lines
 
 
 def _count_validation(validation: ImageSource | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dkd.distillation.objective import FeatureTerm, LogitTerm, Objective, Outputs
+from dkd.distillation.objective import FeatureTerm, Objective, Outputs
 from dkd.global_batch import BatchLayout
 from dkd.losses import RelationalLoss
 from dkd.losses.relational import RelationPlace
@@ -30,6 +30,16 @@ def reader_of(term: FeatureTerm) -> ReadsSamples | None:
         if isinstance(owner, ReadsSamples):
             return owner
     return WholeFeatures() if getattr(term.loss, "store", False) else None
+
+
+def compares_relations(term: FeatureTerm) -> bool:
+    """Return whether a term reads the relations between a teacher's samples, and not the samples."""
+    return isinstance(term.loss, RelationalLoss | RKDAngle)
+
+
+def is_stored(term: FeatureTerm) -> bool:
+    """Return whether a cache stores what a term reads."""
+    return compares_relations(term) or reader_of(term) is not None
 
 
 @dataclass(frozen=True)
@@ -316,14 +326,3 @@ class Teaching:
                 if given is not None:
                     begun[term.name] = given
         return objective.begin(replace(teacher, begun=begun), layout)
-
-
-def cannot_be_stored(objective: Objective) -> str | None:
-    """Return the name of a term that reads what a cache does not store; None: there is none."""
-    for term in objective.terms:
-        if isinstance(term, FeatureTerm):
-            if not isinstance(term.loss, RelationalLoss | RKDAngle) and reader_of(term) is None:
-                return term.name
-        elif not isinstance(term, LogitTerm) and getattr(term, "mirrored", True) is False:
-            return term.name
-    return None

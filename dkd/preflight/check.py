@@ -10,6 +10,7 @@ from dkd.preflight.data import image_pipeline, place_problems
 from dkd.preflight.launch import launch_problems
 from dkd.preflight.models import model_problems
 from dkd.preflight.relations import memory_problems
+from dkd.preflight.teacher_cache import cache_problems
 from dkd.runs.directory import check_run_directory
 from dkd.runs.launches import IfRunExists
 
@@ -42,6 +43,7 @@ def check(
     if pipeline is not None:
         problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, launch.world_size))
         if not problems:
+            problems += cache_problems(recipe)
             problems += memory_problems(recipe, launch.world_size, launch.local_world_size, pipeline.image_size)
     if problems:
         raise RecipeError(problems)

@@ -39,6 +39,15 @@ class LocalMean(torch.nn.Module):
         return layout.mean((rows - rows.mean(0)).square().sum(1))
 
 
+class Stored(torch.nn.Module):
+    """Compares features whole, and asks for them to be stored."""
+
+    store = True
+
+    def forward(self, student, teacher, layout=None):
+        return layout.mean((student[0].mean((2, 3)).sum(1) - teacher[0].mean((2, 3)).sum(1)).square())
+
+
 class GatheredWithoutGradient(torch.nn.Module):
     """Gathers by torch.distributed.all_gather, as many published losses do."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dkd import console
-from dkd.commands.arguments import IMPORTS_CODE, add_recipe, positive
+from dkd.commands.arguments import IMPORTS_CODE, add_recipe, number, positive
 from dkd.commands.command import Command
 
 _EXAMPLES = """
@@ -13,6 +13,7 @@ examples:
   dkd plan recipe.yaml --gpus-per-node 8                  one machine with 8 GPUs
   dkd plan recipe.yaml --nodes 8 --gpus-per-node 8        64 processes
   dkd plan recipe.yaml --nodes 8 train.global_batch=4096 losses.sp.comm_dtype=bf16
+  dkd plan recipe.yaml teacher.cache=/data/taught --images 1281167 --tflops 150
 """
 
 
@@ -27,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         help="GPUs of each machine, with one process for each GPU (default 8)",
     )
+    parser.add_argument("--images", type=positive, metavar="N", help="training images, for the size of teacher.cache")
+    parser.add_argument(
+        "--tflops", type=number, metavar="T", help="what a GPU reaches, in TFLOP/s, for the times with teacher.cache"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,12 +40,14 @@ def run(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
+    from dkd.commands.plan.caches import Speed
     from dkd.commands.plan.plan import plan
     from dkd.commands.plan.text import describe
     from dkd.preflight.completion import complete
 
     recipe, _ = complete(recipe)
-    console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node)).split("\n"))
+    told = Speed(options.images, options.tflops)
+    console.show(*describe(plan(recipe, options.nodes, options.gpus_per_node, told=told)).split("\n"))
     return 0
 
 

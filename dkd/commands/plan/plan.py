@@ -15,6 +15,7 @@ from dkd.build.links import read_links
 from dkd.build.models import pairs as loss_pairs
 from dkd.build.models import student_spec, teacher_spec
 from dkd.build.objective import custom_term
+from dkd.commands.plan.caches import PlannedCache, Speed, plan_caches
 from dkd.config import Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps, teacher_views
 from dkd.config.losses import ComparingSection, CustomLossSection, FormSection, RelationsSection
@@ -134,6 +135,8 @@ class Plan:
     relations: tuple[PlannedRelations, ...]
     links: str
     """Where the speeds of links are from, in words."""
+    cache: PlannedCache | None = None
+    """What the caches of teachers would hold; None: there are none."""
     assumed: str = ""
     """Assumption about the GPUs when train.precision is auto, as the end of a sentence; else empty."""
 
@@ -165,12 +168,19 @@ class Plan:
         return whole_batch and self.micro_steps > 1
 
 
-def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cuda") -> Plan:
+def plan(
+    recipe: Recipe,
+    nodes: int,
+    gpus_per_node: int,
+    device_type: str = "cuda",
+    told: Speed | None = None,
+) -> Plan:
     """Return the plan of a recipe for `nodes` machines with one process for each of their `gpus_per_node` GPUs.
 
     Args:
         recipe: need not be checked yet.
         device_type: the type of device whose autocast decides the types of features.
+        told: what is known of the data and the hardware; None: nothing.
 
     Raises:
         RecipeError: holds every problem of the recipe, models, taps and batches on that many processes.
@@ -211,6 +221,7 @@ def plan(recipe: Recipe, nodes: int, gpus_per_node: int, device_type: str = "cud
         *_look_at_losses(recipe),
         tuple(relations),
         where,
+        plan_caches(recipe, world_size, gpus_per_node, told or Speed()),
         assumed,
     )
 

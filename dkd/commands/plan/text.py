@@ -28,6 +28,8 @@ def describe(planned: Plan) -> str:
         work = f"{cost.parameters:,} parameters, {_model_work(cost, training=False)}"
         lines.append(("teacher", f"{f'{name}: ' if name else ''}{view.teacher.name}, {work}"))
         lines.append(("", _teacher_memory(planned, cost, number, number_bytes)))
+    if planned.cache is not None:
+        lines += planned.cache.lines(planned.student, planned.teachers, planned.two_passes)
     if planned.adapters:
         counts = ", ".join(f"{name} {count:,}" for name, count in planned.adapters.items())
         lines.append(("trained too", f"{counts} parameters, by losses; no part of the student"))
