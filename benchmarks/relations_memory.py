@@ -5,8 +5,9 @@
 
 Forward and backward of SimilarityPreserving as one rank of torch's fake process group, whose collectives move nothing:
 every tensor is allocated as on a real rank, and followed. `--widths` are (student, teacher) features of each pair. Exit
-code 1 where measured and calculated bytes differ by more than `--within`, or where a tensor has B × B elements or more
-though the grid has blocks.
+code 1 where measured and calculated bytes differ by more than `--within`, or where a tensor has more elements than the
+grid calls for: than a block, B × B / (r · c), a message, and the features that the rank brings. A matrix of B × B
+elements is one of these only where the grid has one block, or where features are as many.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.peak_memory import PeakMemory
 from dkd import SimilarityPreserving
 from dkd.global_batch import BatchLayout, GramTensor, Grid, Work, all_grids
-from dkd.global_batch.cost import fewest_chunks, held
+from dkd.global_batch.cost import fewest_chunks, held, moves
 
 
 class LargestTensor(PeakMemory):
@@ -81,19 +82,22 @@ def main() -> int:
         calculated = held(work, grid, chunks).bytes
         peak, largest = measure(grid, options.rows, options.widths, dtype, allowed)
         wrong = abs(calculated / peak - 1) > options.within
-        whole = largest >= work.batch**2 and grid.row_blocks * grid.column_blocks > 1 and _is_wide(work, largest)
-        failed = failed or wrong or whole
-        remark = ("  <- differs" if wrong else "") + ("  <- B × B" if whole else "")
+        large = largest > _find_largest(work, grid, chunks)
+        failed = failed or wrong or large
+        remark = ("  <- differs" if wrong else "") + ("  <- larger than the grid calls for" if large else "")
         print(
             f"{grid.name:<14} {chunks} chunks, measured {peak / 1e6:10.2f} MB, formula {calculated / 1e6:10.2f} MB, "
-            f"{calculated / peak:.3f} times; largest tensor {largest:,} elements{remark}"
+            f"{calculated / peak:.3f} times; largest tensor {largest:,} elements, "
+            f"{largest / work.batch**2:.3g} of B × B{remark}"
         )
     return 1 if failed else 0
 
 
-def _is_wide(work: Work, largest: int) -> bool:
-    """Return whether no panel of features explains a tensor of that size."""
-    return largest > work.batch * sum(tensor.width for tensor in work.tensors)
+def _find_largest(work: Work, grid: Grid, chunks: int) -> int:
+    """Return the most elements of one tensor that the grid calls for."""
+    block = work.batch**2 // (grid.row_blocks * grid.column_blocks)
+    messages = [move.elements * move.ranks // (move.ranks - 1) for move in moves(work, grid, chunks)]
+    return max(block, *messages, work.rows * max(tensor.width for tensor in work.tensors))
 
 
 if __name__ == "__main__":

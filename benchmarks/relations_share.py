@@ -2,6 +2,8 @@
 
     python -m benchmarks.relations_share                     SP in WRN-16-2 → WRN-16-1 and ResNet-34 → ResNet-18, W = 2
     python -m benchmarks.relations_share --loss pkt --world 4 --pairs wrn
+    python -m benchmarks.relations_share --precision bf16      bfloat16 and channels_last, as training has it where CPUs
+                                                               have bfloat16 units
 
 Steps of a loop with the trainer's own DistillationStep under DistributedDataParallel, on the CPU with gloo, one thread
 a process, random images. The time in the forward and in the backward of the loss is measured by a clock on every
@@ -45,7 +47,7 @@ from dkd.distillation.objective import Term
 from dkd.global_batch import relational
 from dkd.models import ModelSpec, build_model
 
-LOSSES: dict[str, Callable[[], RelationalLoss]] = {
+LOSSES: dict[str, Callable[..., RelationalLoss]] = {
     "sp": SimilarityPreserving,
     "pkt": PKT,
     "cc": CorrelationCongruence,
@@ -79,11 +81,18 @@ class Clock:
         return measured
 
 
-def measure(pair: str, loss: RelationalLoss, steps: int) -> dict[str, float]:
-    """Return the medians of this rank: seconds of a step, and of the loss in it."""
+def measure(pair: str, loss: RelationalLoss, steps: int, half: bool) -> dict[str, float]:
+    """Return the medians of this rank: seconds of a step, and of the loss in it.
+
+    Args:
+        half: in bfloat16 and channels_last, and not in plain float32.
+    """
     student_name, teacher_name, tap, teacher_tap, rows, pixels, classes = PAIRS[pair]
-    student = TappedModel(build_model(ModelSpec(student_name, classes)), [tap])
-    teacher = FrozenTeacher(build_model(ModelSpec(teacher_name, classes)), [teacher_tap], needs_logits=False)
+    names = student_name, teacher_name
+    memory_format, autocast = (torch.channels_last, torch.bfloat16) if half else (torch.contiguous_format, None)
+    models = [build_model(ModelSpec(name, classes)).to(memory_format=memory_format) for name in names]
+    student = TappedModel(models[0], [tap], autocast=autocast)
+    teacher = FrozenTeacher(models[1], [teacher_tap], needs_logits=False, autocast=autocast)
     wrapped = torch.nn.parallel.DistributedDataParallel(student)
     clock = Clock()
     loss.forward = clock.around(loss.forward)  # type: ignore[method-assign]
@@ -92,7 +101,7 @@ def measure(pair: str, loss: RelationalLoss, steps: int) -> dict[str, float]:
         LabelTerm("ce", lambda step: 1.0, CrossEntropy()),
         FeatureTerm("relations", lambda step: 1.0, loss, [(tap, teacher_tap)], relational=True),
     ]
-    step = DistillationStep(wrapped, teacher, Objective(terms), model=student)
+    step = DistillationStep(wrapped, teacher, Objective(terms), model=student, memory_format=memory_format)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     images, labels = torch.randn(rows, 3, pixels, pixels), torch.randint(classes, (rows,))
     found: list[tuple[float, float]] = []
@@ -115,7 +124,8 @@ def worker(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for pair in options.pairs:
-        loss = LOSSES[options.loss]()
+        half = options.precision == "bf16"
+        loss = LOSSES[options.loss](channels_last=half)
         original = relational.compute_gradients
         seconds: list[float] = []
 
@@ -129,7 +139,7 @@ def worker(options: argparse.Namespace) -> None:
 
         relational.compute_gradients = timed  # type: ignore[assignment]
         try:
-            numbers = measure(pair, loss, options.steps)
+            numbers = measure(pair, loss, options.steps, half)
         finally:
             relational.compute_gradients = original
         numbers["backward"] = median(seconds[2:])
@@ -149,6 +159,7 @@ def main() -> int:
     parser.add_argument("--world", type=int, default=2, metavar="W", help="processes (default 2)")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: channels_last too")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -165,7 +176,7 @@ def main() -> int:
             str(options.world),
         ]
         command += ["-m", "benchmarks.relations_share", "--worker", str(result), "--loss", options.loss]
-        command += ["--steps", str(options.steps), "--pairs", *options.pairs]
+        command += ["--steps", str(options.steps), "--precision", options.precision, "--pairs", *options.pairs]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         found = json.loads(result.read_text())
     print(f"| pair | rows a rank | W | step, ms | {options.loss}: forward, ms | backward, ms | share of the step |")

@@ -9,10 +9,11 @@ from unittest import mock
 
 import torch
 
-from dkd.global_batch import collectives
+from dkd.global_batch import BatchLayout, collectives
 from dkd.global_batch.collectives import Pending
 
 _COUNTING = threading.Lock()
+_THREAD = threading.local()
 
 
 class _Board:
@@ -76,6 +77,11 @@ def _sum(numbers, group=None):
     return total
 
 
+def _even(rows, group=None):
+    group = group or _THREAD.group
+    return BatchLayout((rows,) * len(group.ranks), group.place, group)
+
+
 _DOUBLES = {
     "world_size": lambda group=None: 1 if group is None else len(group.ranks),
     "rank": lambda group=None: 0 if group is None else group.place,
@@ -95,16 +101,19 @@ def _doubles():
     with ExitStack() as stack:
         for name, double in _DOUBLES.items():
             stack.enter_context(mock.patch.object(collectives, name, double))
+        stack.enter_context(mock.patch.object(BatchLayout, "even", _even))
         yield
 
 
 def on_ranks(world_size, function):
-    """Return what `function(rank, group)` returns on each of the threads."""
+    """Return what `function(rank, group)` returns on each of the threads. `BatchLayout.even` without a group is that of
+    all threads, so that a DistillationStep of each thread takes part in the batch of all."""
     boards, results, errors = {}, [None] * world_size, []
 
     def work(rank):
         try:
-            results[rank] = function(rank, Group(boards, range(world_size), rank))
+            _THREAD.group = Group(boards, range(world_size), rank)
+            results[rank] = function(rank, _THREAD.group)
         except BaseException as error:
             errors.append(error)
             for board in list(boards.values()):

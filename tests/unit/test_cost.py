@@ -160,6 +160,35 @@ def test_what_is_allocated_is_what_the_formula_says():
     assert result.stdout.count("formula") == len(all_grids(12))
 
 
+WITH_A_WHOLE_MATRIX = """
+import sys, torch
+from benchmarks import relations_memory
+from dkd import SimilarityPreserving
+
+forward = SimilarityPreserving.forward
+
+def allocating(self, *features, layout):
+    torch.empty(layout.total, layout.total, dtype=torch.int8)
+    return forward(self, *features, layout=layout)
+
+SimilarityPreserving.forward = allocating
+sys.exit(relations_memory.main())
+"""
+
+
+def test_a_matrix_of_all_samples_would_be_noticed():
+    """On ranks whose features together are more than B × B numbers."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = ["--world", "64", "--rows", "8", "--widths", "512,512", "--grid", "4,4,4", "--within", "1e9"]
+    for program, code in ((["-m", "benchmarks.relations_memory"], 0), (["-c", WITH_A_WHOLE_MATRIX], 1)):
+        result = subprocess.run(
+            [sys.executable, *program, *options],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == code, result.stdout + result.stderr
+        assert ("larger than the grid calls for" in result.stdout) == bool(code), result.stdout
+
+
 def test_scopes_are_groups_that_divide_the_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert [ranks_per_group(scope, 8) for scope in ("global", "node", 2, "local")] == [8, 4, 2, 1]

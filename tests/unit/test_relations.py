@@ -1,25 +1,33 @@
 """The losses of relations between samples: on any grid of ranks, as threads, and against public implementations.
 test_ranks.py has them on real processes."""
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 from unittest import mock
 
 import plain_relations
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
+from plain_reference import features_of
 from reference_material import require_method_losses
 from threaded_ranks import Group, on_ranks
+from torch import nn
 
 import dkd
 from dkd import CKA, DIST, PKT, CorrelationCongruence, RKDAngle, RKDDistance, SimilarityPreserving
+from dkd.distillation import DistillationStep, FeatureTerm, FrozenTeacher, LabelTerm, LogitTerm, Objective
+from dkd.distillation import step as step_of_distillation
 from dkd.errors import InputError
 from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_grids, collectives, cost
 from dkd.global_batch import relational as relations
 from dkd.global_batch.choice import GridChoice
 from dkd.global_batch.cost import fewest_chunks, held
-from dkd.losses import relational_angle, similarity_preserving
+from dkd.losses import CrossEntropy, relational_angle, similarity_preserving
+from dkd.models import TappedModel
 
 # Ours, for a grid; and the plain formula of it.
 FAMILY = {
@@ -232,6 +240,132 @@ def test_mistakes_in_the_algebra_would_be_noticed(mistake):
     assert error_on_ranks(lambda: make(grid), plain, counts) < 1e-12
     with MUTATIONS[mistake]():
         assert error_on_ranks(lambda: make(grid), plain, counts) > 1e-6
+
+
+# A step of distillation, on each grid, in one and in two passes
+
+ROWS, CLASSES, TAPS = 3, 6, ["0", "3"]
+
+
+def step_model(channels, width):
+    """Return a model without biases, so that short images have short features. Each rank takes a copy."""
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(channels * 16, width, bias=False),
+        nn.Tanh(),
+        nn.Linear(width, CLASSES, bias=False),
+    ).double()
+
+
+def step_samples(total):
+    """Return images and labels of two steps."""
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randn(2, total, 3, 4, 4, generator=generator, dtype=torch.float64)
+    images[:, 0] *= 0.1
+    images[:, -1] *= 0.3
+    return images, torch.randint(CLASSES, (2, total), generator=generator)
+
+
+def weight_of_relations(step):
+    return 50.0 + step
+
+
+def of_own_steps(models, loss, micro_steps, places, images, labels):
+    """Return of each step the values of this rank, means over its micro-steps, and the gradients of its parameters."""
+    student, teacher = copy.deepcopy(models)
+    if isinstance(loss, DIST):
+        term = LogitTerm("relations", weight_of_relations, loss, relational=True)
+    else:
+        term = FeatureTerm("relations", weight_of_relations, loss, [(tap, tap) for tap in TAPS], relational=True)
+    step = DistillationStep(
+        TappedModel(student, TAPS),
+        FrozenTeacher(teacher, TAPS, needs_logits=True),
+        Objective([LabelTerm("ce", lambda step: 1.0, CrossEntropy()), term]),
+        micro_steps=micro_steps,
+        dtype=torch.float64,
+    )
+    found = []
+    for number in range(len(images)):
+        student.zero_grad()
+        step.begin([(images[number, place], labels[number, place]) for place in places], number)
+        values = torch.zeros(3, dtype=torch.float64)
+        for micro_step in range(micro_steps):
+            own = step.loss(micro_step)
+            (own.total / micro_steps).backward()
+            values += torch.stack([own.terms["ce"], own.terms["relations"], own.counts["loss"]]) / micro_steps
+            assert own.counts.get("pass_difference", 0) == 0
+        step.end()
+        found.append([values, *(p.grad.clone() for p in student.parameters())])
+    return found
+
+
+def of_plain_steps(models, plain, compares_logits, images, labels):
+    """Return the same by plain formulas on all samples at once."""
+    student, teacher = copy.deepcopy(models)
+    found = []
+    for number in range(len(images)):
+        student.zero_grad()
+        logits, features = features_of(student, TAPS, images[number])
+        with torch.no_grad():
+            wanted_logits, wanted = features_of(teacher, TAPS, images[number])
+        pairs = [(logits, wanted_logits)] if compares_logits else zip(features, wanted, strict=True)
+        ce, relations_ = F.cross_entropy(logits, labels[number]), sum(plain(s, t) for s, t in pairs)
+        total = ce + weight_of_relations(number) * relations_
+        total.backward()
+        values = torch.stack([ce, relations_, total]).detach()
+        found.append([values, *(p.grad.clone() for p in student.parameters())])
+    return found
+
+
+def error_of_steps(make, plain, world, micro_steps):
+    """Return the largest relative error of values and gradients of two steps. The second one sends the teacher's
+    features before the student's forward, where a step has one pass."""
+    torch.manual_seed(5)
+    models = step_model(4, 5), step_model(5, 7)
+    images, labels = step_samples(world * micro_steps * ROWS)
+
+    def on_rank(rank, group):
+        first = [(micro_step * world + rank) * ROWS for micro_step in range(micro_steps)]
+        places = [slice(place, place + ROWS) for place in first]
+        return of_own_steps(models, make(), micro_steps, places, images, labels)
+
+    by_rank, errors = on_ranks(world, on_rank), []
+    for number, wanted in enumerate(of_plain_steps(models, plain, isinstance(make(), DIST), images, labels)):
+        means = [sum(parts) / world for parts in zip(*(found[number] for found in by_rank), strict=True)]
+        errors += ((means[0] - wanted[0]) / wanted[0]).abs().tolist()
+        errors += [((g - w).norm() / w.norm()).item() for g, w in zip(means[1:], wanted[1:], strict=True)]
+    return max(errors)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_is_that_of_the_plain_formula_on_every_grid(world, micro_steps):
+    """Values and gradients of CE + λ · relations of two taps, of W ranks that accumulate A micro-steps."""
+    for name, (make, plain) in FAMILY.items():
+        for grid in all_grids(world):
+            error = error_of_steps(lambda make=make, grid=grid: make(grid), plain, world, micro_steps)
+            assert error < 1e-12, (name, grid, error)
+    for name, (make, plain) in WITHOUT_GRID.items():
+        error = error_of_steps(make, plain, world, micro_steps)
+        assert error < 1e-12, (name, error)
+
+
+def teachers_in_another_order(original, objective, students, teachers, *more):
+    return original(objective, students, teachers[::-1], *more)
+
+
+def gradients_in_another_order(original, *arguments):
+    found = original(*arguments)
+    return replace(found, gradients=found.gradients[::-1])
+
+
+@pytest.mark.parametrize("change", [teachers_in_another_order, gradients_in_another_order])
+def test_micro_steps_in_another_order_would_be_noticed(change):
+    for name, (make, plain) in FAMILY.items():
+        with patched(step_of_distillation, "cache_gradient", change):
+            assert error_of_steps(lambda make=make: make((2, 1, 1)), plain, 2, 3) > 1e-6, name
 
 
 SUMS = {
