@@ -3,6 +3,8 @@ undisturbed one.
 
 python -m benchmarks.crash                       20 trials, at least 5 of them while a checkpoint is being written
 python -m benchmarks.crash --trials 3 --inside 1
+python -m benchmarks.crash --cache               the same while each training fills a teacher's cache: the restart reads
+                                                 what is there, and a third training reads all of it
 
 Exits with 1 when a restart found no whole checkpoint, or a finished run differs.
 """
@@ -33,9 +35,10 @@ RECIPE = [
 TIMINGS = ("images_per_second", "data_wait", "seconds")
 
 
-def start(run: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(run: Path, log: Path, cache: Path | None = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
     command += ["-m", "dkd", "train", *RECIPE, f"run.dir={run}"]
+    command += [] if cache is None else [f"teacher.cache={cache}"]
     with log.open("a") as output:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -84,6 +87,8 @@ class Trial:
     inside: bool
     resumed: str
     equal: bool
+    parts: str = ""
+    """Of a cache: parts that the killed training had written, and files that were being written."""
 
 
 def wait_for(launcher: subprocess.Popen[bytes], condition: Any, seconds: float = 600) -> bool:
@@ -97,11 +102,18 @@ def wait_for(launcher: subprocess.Popen[bytes], condition: Any, seconds: float =
 
 
 def trial(
-    folder: Path, number: int, inside: bool, undisturbed: dict[str, Any], duration: float, draw: random.Random
+    folder: Path,
+    number: int,
+    inside: bool,
+    undisturbed: dict[str, Any],
+    duration: float,
+    draw: random.Random,
+    with_cache: bool = False,
 ) -> Trial | None:
     """One training, killed once. None when it was over before the moment came."""
     run, log = folder / f"trial_{number}", folder / f"trial_{number}.log"
-    launcher = start(run, log)
+    cache = folder / f"cache_{number}" if with_cache else None
+    launcher = start(run, log, cache)
     if not wait_for(launcher, lambda: any((run / "checkpoints").glob("step_*"))):
         raise SystemExit(f"the training did not start: see {log}")
     time.sleep(draw.uniform(0, 0.8 * duration))
@@ -120,11 +132,24 @@ def trial(
     step = steps_logged(run)
     if launcher.wait(timeout=600) == 0:
         return None
-    launcher = start(run, log)
+    found = "" if cache is None else count_parts(cache)
+    launcher = start(run, log, cache)
     code = launcher.wait(timeout=900)
     said = [line for line in log.read_text().splitlines() if line.startswith("resumed from")]
     resumed = said[-1].rpartition("/step_")[2].partition(",")[0].lstrip("0") if said else "nothing"
-    return Trial(rank, step, was_inside, resumed, code == 0 and bool(said) and result(run) == undisturbed)
+    equal = code == 0 and bool(said) and result(run) == undisturbed
+    if cache is not None and equal:
+        # Another training reads everything that the two have left.
+        reading, log = folder / f"reading_{number}", folder / f"reading_{number}.log"
+        equal = start(reading, log, cache).wait(timeout=900) == 0 and result(reading) == undisturbed
+        equal = equal and "outputs are read from" in log.read_text()
+    return Trial(rank, step, was_inside, resumed, equal, found)
+
+
+def count_parts(cache: Path) -> str:
+    """The parts of a cache, and the files that a killed process was writing."""
+    written = list(cache.rglob("part_*")), list(cache.rglob(".writing_*"))
+    return f"{len(written[0])} + {len(written[1])}"
 
 
 def main() -> int:
@@ -137,6 +162,7 @@ def main() -> int:
         help="at least so many while a checkpoint is being written (default a quarter)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--cache", action="store_true", help="fill a teacher's cache, and read it")
     options = parser.parse_args()
     inside = -(-options.trials // 4) if options.inside is None else options.inside
     draw = random.Random(options.seed)
@@ -166,14 +192,15 @@ def main() -> int:
                 print("too many trainings were over before their moment came")
                 return 1
             wanted = sum(t.inside for t in done) < inside
-            tried = trial(folder, number, wanted, undisturbed, duration, draw)
+            tried = trial(folder, number, wanted, undisturbed, duration, draw, options.cache)
             if tried is None:
                 continue
             done.append(tried)
             verdict = "equal" if tried.equal else f"DIFFERS: {(folder / f'trial_{number}.log').read_text()[-1500:]}"
             where = "yes" if tried.inside else "no"
             print(
-                f"{len(done):>5} {tried.rank:>5} {tried.step:>11} {where:>20} {tried.resumed:>13}  {verdict}",
+                f"{len(done):>5} {tried.rank:>5} {tried.step:>11} {where:>20} {tried.resumed:>13}  {verdict}"
+                + (f", {tried.parts} parts whole and unfinished" if options.cache else ""),
                 flush=True,
             )
     wrong = [t for t in done if not t.equal]
