@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 2
 RECIPE = [
     "configs/quickstart.yaml", "teacher.weights=random", "train.precision=fp32", "run.trackers=[]",
-    "train.max_steps=60",
+    "train.max_steps=60", "evaluation.agreement=true",
     "checkpoint.every_steps=3", "train.ema={decay: 0.9}",
 ]  # fmt: skip
 TIMINGS = ("images_per_second", "data_wait", "seconds")
