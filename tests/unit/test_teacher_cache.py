@@ -281,6 +281,39 @@ def test_training_is_the_same_bit_for_bit(tmp_path, teacher, images, micro_batch
     assert {*mixed["losses"], "rkd_distance", "rkd_angle"} - {"rkd"} <= set(terms[0])
 
 
+OTHERS = {
+    "bf16": {"train__precision": "bf16", "losses": ALL},
+    "fp64": {"train__precision": "fp64", "losses": ALL},
+    "relations of micro-steps": {
+        "losses": {"sp": {**ALL["sp"], "batch": "micro"}, "rkd": {**ALL["rkd"], "batch": "micro"}, "dist": ALL["dist"]}
+    },
+    "the loss of mirrored images": {"losses": {**SOME, "gradient_at": {"beta": 1, "form": "symmetric"}}},
+    "a normalised teacher": {"losses": {"fitnet": {**ALL["fitnet"], "teacher_norm": "standardize"}}},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_training_is_the_same_bit_for_bit_with(tmp_path, teacher, images, name):
+    changes, cache = OTHERS[name], with_cache(tmp_path / "cache", features=True)
+    live, _ = train(teacher, images, tmp_path / "live", **changes)
+    assert train(teacher, images, tmp_path / "fill", **changes, **cache) == (live, [(0, 12)])
+    assert train(teacher, images, tmp_path / "read", **changes, **cache) == (live, [(12, 0)])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_is_the_same_with_worker_processes(tmp_path, teacher, images, streaming):
+    data = {**values_of(teacher, images, tmp_path)["data"], "workers": 2, "in_memory": False}
+    data |= {"streaming": streaming, "stream_lanes": 16, "shuffle_window": 8}
+    live, _ = train(teacher, images, tmp_path / "live", data=data)
+    cache = with_cache(tmp_path / "cache")
+    assert train(teacher, images, tmp_path / "fill", data=data, **cache) == (live, [(0, 12)])
+    assert train(teacher, images, tmp_path / "read", data=data, **cache) == (live, [(12, 0)])
+    if streaming:  # whose order depends on the batch
+        changed = {"data": data, "train": {**values_of(teacher, images, tmp_path)["train"], "global_batch": 32}}
+        assert train(teacher, images, tmp_path / "larger", **changed, **cache)[1] == [(0, 6)]
+        assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_a_run_that_is_interrupted_anywhere_is_the_same(tmp_path, teacher, images, monkeypatch):
     live, _ = train(teacher, images, tmp_path / "live")
     cache = with_cache(tmp_path / "cache")
