@@ -135,9 +135,11 @@ def test_two_jobs_at_once(tmp_path):
 
 
 def damages(content):
-    """Every byte flipped, and the file cut at many lengths, empty, or removed."""
+    """Every byte flipped in two ways, of which one turns digits into digits; and the file cut at many lengths, longer,
+    or removed."""
     for place in range(len(content)):
-        yield f"byte {place}", content[:place] + bytes([content[place] ^ 0x41]) + content[place + 1 :]
+        for mask in (0x41, 0x01):
+            yield f"byte {place}", content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
     for length in range(0, len(content), 7):
         yield f"cut at {length}", content[:length]
     yield "longer", content + b"x"

@@ -5,7 +5,7 @@ Models are built on meta tensors: a plan needs no data, no weights, no process g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -205,12 +205,6 @@ def plan(
     teachers = {name: _teacher_cost(view, size) for name, view in teacher_views(recipe)}
     links, where = read_links(recipe, device_type)
     cluster = Cluster(world_size, gpus_per_node, device_type, links)
-    relations = [
-        planned
-        for key, section in recipe.losses.compared
-        if isinstance(section, RelationsSection)
-        for planned in _plan_relations(recipe, key, section, cluster, size)
-    ]
     return Plan(
         recipe,
         nodes,
@@ -219,7 +213,7 @@ def plan(
         student,
         teachers,
         *_look_at_losses(recipe),
-        tuple(relations),
+        tuple(_plan_relations(recipe, cluster, size)),
         where,
         plan_caches(recipe, world_size, gpus_per_node, told or Speed()),
         assumed,
@@ -254,10 +248,17 @@ def _teacher_cost(recipe: Recipe, image_size: int) -> ModelCost:
     return model_cost(teacher_spec(recipe), taps, size, needs_logits, training=False)
 
 
-def _plan_relations(
+def _plan_relations(recipe: Recipe, cluster: Cluster, image_size: int) -> Iterator[PlannedRelations]:
+    """Yield the plan of each loss of relations. Raises RecipeError: no grid fits into the memory that is allowed."""
+    for key, section in recipe.losses.compared:
+        if isinstance(section, RelationsSection):
+            yield from _plan_section(recipe, key, section, cluster, image_size)
+
+
+def _plan_section(
     recipe: Recipe, key: str, section: RelationsSection, cluster: Cluster, image_size: int
 ) -> list[PlannedRelations]:
-    """Return the plan of each loss of a section. Raises RecipeError: no grid fits into the memory that is allowed."""
+    """Return the plan of each loss of a section."""
     taps = [("student", s) for s, _ in section.paths] + [("teacher", t) for _, t in section.paths]
     times = 1 if section.batch == "step" else micro_steps(recipe, cluster.world_size)
     return [
