@@ -48,16 +48,16 @@ class TeacherCaches:
         for name, stored in self._stored.items():
             section, whose = sections[name], f" of {name}" if name else ""
             place = f"{stored.cache.folder}"
+            other = self._describe_nearest(Path(section.dir), stored.cache.key)
+            if not section.fill and (missing := self._first_missing(stored, step)) is not None:
+                raise RecipeError.at(
+                    f"{teacher_key(name)}.cache",
+                    f"step {missing + 1} is not stored in {place}, and fill is false{other}; fill it with `dkd teach`, "
+                    "or allow it with fill: true",
+                )
             if stored.cache.has(step):
                 lines.append(f"teacher cache{whose}: outputs are read from {place}")
                 continue
-            other = self._describe_nearest(Path(section.dir), stored.cache.key)
-            if not section.fill:
-                raise RecipeError.at(
-                    f"{teacher_key(name)}.cache",
-                    f"step {step + 1} is not stored in {place}, and fill is false{other}; fill it with `dkd teach`, or "
-                    "allow it with fill: true",
-                )
             lines.append(f"teacher cache{whose}: outputs are computed, and stored in {place}; {self._size(stored)}")
             lines += self._check_space(stored, Path(section.dir))
             if other:
@@ -66,6 +66,18 @@ class TeacherCaches:
             if isinstance(teacher, LazyTeacher):
                 teacher.build()
         return lines
+
+    def _first_missing(self, stored: StoredTeacher, step: int) -> int | None:
+        """Return the first step of the rest of the run of which the parts do not list everything; None: there is none.
+        A collective."""
+        per_epoch, total = self._schedule.steps_per_epoch, self._schedule.total_steps
+        while step < total:
+            last = min(total, step - step % per_epoch + per_epoch)
+            listed = stored.cache.listed(step, last)
+            if not all(listed):
+                return step + listed.index(False)
+            step = last
+        return None
 
     def describe(self, steps: int) -> list[str]:
         """Return lines that report where the outputs of some first steps will be stored, and their size."""

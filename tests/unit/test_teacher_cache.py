@@ -518,6 +518,16 @@ def test_another_key_is_named_and_refused(tmp_path, teacher, images, name, capfd
     assert "has no outputs for this recipe yet; " in capfd.readouterr().err
 
 
+def test_a_run_that_may_not_compute_is_refused_where_a_later_epoch_is_missing(tmp_path, teacher, images):
+    train(teacher, images, tmp_path / "fill", **with_cache(tmp_path / "cache"), evaluation__agreement=False)
+    alone = {**with_cache(tmp_path / "cache", fill=False), "evaluation__agreement": False}
+    assert train(teacher, images, tmp_path / "read", **alone)[1] == [(12, 0)]
+    for part in (tmp_path / "cache").rglob("epoch_00001/part_*"):
+        part.unlink()
+    with pytest.raises(RecipeError, match="step 7 is not stored in"):
+        train(teacher, images, tmp_path / "refused", **alone)
+
+
 def test_images_by_which_data_are_recognised(tmp_path, images):
     from dkd.build.data import build_image_pipeline, open_part, sampled_content
 
