@@ -81,6 +81,7 @@ def _models(chosen: Choices) -> Iterator[str]:
         yield from _normalization(chosen.teacher_mean_std, "  ")
     if chosen.teacher_size is not None:
         yield f"  input_size: {chosen.teacher_size}  # images are resized for it"
+    yield "  # cache: taught  # stores what the losses read of it: later students of this data need no teacher"
 
 
 def _details(model: NamedModel) -> Iterator[str]:
