@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
 from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe, positive
 from dkd.commands.command import Command
 from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
-from dkd.launch import report_to_launcher
+from dkd.commands.ranks import run_on_ranks
 from dkd.preflight.refusals import input_errors_as_recipe_errors
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
     from dkd.launch import Launch
+    from dkd.training.teach import Filling
 
 _EXAMPLES = """
 examples:
@@ -58,37 +58,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fill(recipe: Recipe, launch: Launch, options: argparse.Namespace) -> int:
-    from dkd.distributed import stop_signals
+    def build() -> Filling:
+        from dkd.training.teach import Filling
 
-    stop_signals.note_signals(launch)
+        return Filling(recipe, launch, options.epochs)
 
-    from dkd.distributed.process_group import announces_refusals
-    from dkd.distributed.rendezvous import RendezvousError
-    from dkd.engines.accelerated import leave_process_group
-    from dkd.errors import LostRankError, Stopped, TrainingError
-    from dkd.training.teach import Filling, report
-
-    code = 0
-    try:
-        with announces_refusals(launch), input_errors_as_recipe_errors():
-            filling = Filling(recipe, launch, options.epochs)
-        options.started = True
-        report(filling)
-    except (TrainingError, Stopped) as error:
-        console.say_on_first_rank(f"dkd: {error}")
-        code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
-        if code:
-            report_to_launcher(console.printable(f"dkd: {error}"))
-    except (LostRankError, RendezvousError) as error:
-        reason = f"dkd: rank {launch.rank} cannot continue: {error}"
-        console.say(reason)
-        report_to_launcher(console.printable(reason))
-        # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
-        os._exit(1)
-    finally:
-        stop_signals.stop_noting(launch)
-    leave_process_group()
-    return code
+    return run_on_ranks(launch, options, build, lambda filling: filling.report())
 
 
 COMMAND = Command(

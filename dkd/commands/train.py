@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +10,15 @@ from dkd import console
 from dkd.commands.arguments import IMPORTS_CODE, add_recipe
 from dkd.commands.command import Command
 from dkd.commands.errors import load_recipe_on_all_ranks, read_launch
+from dkd.commands.ranks import run_on_ranks
 from dkd.errors import InputError
-from dkd.launch import report_to_launcher
 from dkd.preflight.refusals import input_errors_as_recipe_errors
 
 if TYPE_CHECKING:
     from dkd.config import Recipe
     from dkd.launch import Launch
     from dkd.runs.launches import IfRunExists
+    from dkd.training.trainer import Trainer
 
 _EXAMPLES = """
 examples:
@@ -89,39 +89,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists, options: argparse.Namespace) -> int:
-    from dkd.distributed import stop_signals
+    def build() -> Trainer:
+        from dkd.training.trainer import Trainer
 
-    stop_signals.note_signals(launch)
+        return Trainer.from_recipe(recipe, launch, if_run_exists, options.allow_recipe_change)
 
-    from dkd.distributed.process_group import announces_refusals
-    from dkd.distributed.rendezvous import RendezvousError
-    from dkd.engines.accelerated import leave_process_group
-    from dkd.errors import LostRankError, Stopped, TrainingError
-    from dkd.training.trainer import Trainer
-
-    # All ranks leave the process group together, or this process ends at once: with NCCL, a rank that leaves the group
-    # alone would wait for the others.
-    code = 0
-    try:
-        with announces_refusals(launch), input_errors_as_recipe_errors():
-            trainer = Trainer.from_recipe(recipe, launch, if_run_exists, options.allow_recipe_change)
-        options.started = True
-        trainer.fit()
-    except (TrainingError, Stopped) as error:
-        console.say_on_first_rank(f"dkd: {error}")
-        code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
-        if code:
-            report_to_launcher(console.printable(f"dkd: {error}"))
-    except (LostRankError, RendezvousError) as error:
-        reason = f"dkd: rank {launch.rank} cannot continue: {error}"
-        console.say(reason)
-        report_to_launcher(console.printable(reason))
-        # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
-        os._exit(1)
-    finally:
-        stop_signals.stop_noting(launch)
-    leave_process_group()
-    return code
+    return run_on_ranks(launch, options, build, lambda trainer: trainer.fit())
 
 
 def _picture(options: argparse.Namespace, launch: Launch) -> Path | None:

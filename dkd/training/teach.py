@@ -127,6 +127,16 @@ class Filling:
         folders = self.caches.folders
         return Filled(computed, self.steps - computed, self.caches.written_bytes, folders)
 
+    def report(self) -> None:
+        """Fill the caches, and report what was done. A collective. Errors as `run`."""
+        begun = time.monotonic()
+        filled = self.run()
+        where = ", ".join(str(folder) for folder in filled.folders)
+        console.say_on_first_rank(
+            f"dkd: {filled.computed} steps computed in {time.monotonic() - begun:.0f} s, {filled.found} were stored "
+            f"already; {size_in_bytes(filled.written)} written by this process: {where}"
+        )
+
     def _missing(self) -> Iterator[tuple[int, int]]:
         """Yield runs of steps of one epoch that some cache lacks. A collective."""
         per_epoch = self._data.sampler.steps_per_epoch
@@ -193,20 +203,3 @@ def _failures(micro_batches: list[Batch]) -> tuple[str, ...]:
     """Return what went wrong in loading."""
     found = [batch.failure for batch in micro_batches if batch.failure]
     return tuple(found + [message for batch in micro_batches for message in batch.unreadable])
-
-
-def describe_filled(filled: Filled, seconds: float) -> str:
-    """Return one line about what was done."""
-    where = ", ".join(str(folder) for folder in filled.folders)
-    return (
-        f"{filled.computed} steps computed in {seconds:.0f} s, {filled.found} were stored already; "
-        f"{size_in_bytes(filled.written)} written by this process: {where}"
-    )
-
-
-def report(filling: Filling) -> Filled:
-    """Fill the caches, and report what was done. A collective. Errors as `Filling.run`."""
-    begun = time.monotonic()
-    filled = filling.run()
-    console.say_on_first_rank(f"dkd: {describe_filled(filled, time.monotonic() - begun)}")
-    return filled
