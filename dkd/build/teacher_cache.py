@@ -22,6 +22,7 @@ from dkd.config.teacher_cache import CacheSection
 from dkd.data import GlobalBatchSampler, StreamedBatchSampler
 from dkd.distillation import FeatureTerm, LogitTerm, Objective
 from dkd.distillation.stored_teacher import (
+    IMAGE_SUMS,
     Reads,
     RelationsRead,
     SamplesRead,
@@ -34,6 +35,7 @@ from dkd.engines.arithmetic import Arithmetic
 from dkd.global_batch import GramTensor, ranks_per_group
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.losses import RelationalLoss
+from dkd.models.code_version import code_version
 from dkd.provenance import packages
 from dkd.teacher_cache import CacheKey, StepCache, Turn, Value
 from dkd.teacher_cache.key import CacheError
@@ -60,6 +62,7 @@ def cache_key(
             "teacher": {
                 "name": teacher.name,
                 "fingerprint": fingerprint,
+                "code": code_version(teacher.name, teacher_spec(view).classes, teacher.options),
                 "classes": teacher_spec(view).classes,
                 "norm": teacher.norm,
                 "options": teacher.options,
@@ -145,7 +148,7 @@ def build_reads(
             relations.append(_relations_read(view, term, share, device, forms))
         else:
             samples.append(_samples_read(term, shapes[0], shapes[1][name], forms))
-    return Reads(logits, samples, relations, share)
+    return Reads(logits, samples, relations, share, IMAGE_SUMS)
 
 
 def _forms_of(view: Recipe) -> _Forms:
@@ -184,16 +187,25 @@ def _relations_read(
         size, half = build_image_pipeline(view).image_size, loss.comm_dtype is not None
         tensors = compared_tensors(view, term.pairs, half, loss.shift_invariant, size, device.type)
     place = loss.settle(tensors, share.layout(None if whole else 0), device)
-    return RelationsRead(term, whole, place, share, _relation_values(term, share, place.layout.total, forms))
+    values = _relation_values(term, share, place.layout.world_size, forms)
+    return RelationsRead(term, whole, place, share, values)
 
 
-def _relation_values(term: FeatureTerm, share: Share, compared: int, forms: _Forms) -> list[Value]:
-    """Return the rows of relations of each pair, of so many compared samples."""
+def _relation_values(term: FeatureTerm, share: Share, ranks: int, forms: _Forms) -> list[Value]:
+    """Return the rows of relations of each pair, of the samples of so many ranks."""
     loss: Any = term.loss
+    whole = term.relational and share.micro_steps > 1
+    compared = ranks * share.micro_batch * (share.micro_steps if whole else 1)
     batch = share.micro_batch * share.micro_steps * share.world_size
     facts = {"what": "relations", **loss.relation_facts(), "batch": batch}
-    if compared != batch:
-        facts |= {"compared": compared, "micro_batch": share.micro_batch, "world_size": share.world_size}
+    if compared != batch:  # which samples these are depends on how they are spread over ranks and micro-steps
+        facts |= {
+            "compared": compared,
+            "of": "step" if whole else "micro-step",
+            "ranks": ranks,
+            "micro_batch": share.micro_batch,
+            "world_size": share.world_size,
+        }
     return [forms.value(f"relations.{path}", {**facts, "tap": path}, (compared,)) for _, path in term.pairs]
 
 
@@ -217,15 +229,14 @@ def planned_values(recipe: Recipe, share: Share, local_world_size: int) -> dict[
     views, found = dict(teacher_views(recipe)), dict[str, list[Value]]()
     for name in sections:
         forms, logits = _forms_of(views[name]), _logits_read(views[name], name, objective)
-        values = [] if logits is None else [logits]
+        values = [IMAGE_SUMS] if logits is None else [IMAGE_SUMS, logits]
         for term in objective.terms:
             if not isinstance(term, FeatureTerm) or term.teacher != name:
                 continue
             if compares_relations(term):
                 loss: Any = term.loss
                 ranks = ranks_per_group(loss.scope.scope, share.world_size, local_world_size)
-                rows = share.micro_batch * (share.micro_steps if term.relational else 1)
-                values += _relation_values(term, share, ranks * rows, forms)
+                values += _relation_values(term, share, ranks, forms)
             elif reader_of(term) is not None:
                 values += _samples_read(term, shapes[0], shapes[1][name], forms).values
         found[name] = list(dict.fromkeys(values))

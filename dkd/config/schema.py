@@ -375,8 +375,8 @@ class EvaluationSection(Section):
     agreement: AutoSwitch = "auto"
     """Whether evaluations compare the student with its teacher: how often both name the same class first, KL, and
     linear CKA of tapped pairs. It costs a forward of the teacher for each validation image. auto: in the last
-    evaluation of the run, where there is a teacher; in each evaluation of images without labels, of which nothing else
-    can be measured. true: in each."""
+    evaluation of the run, where there is a teacher, and it was built although it has a cache; in each evaluation of
+    images without labels, of which nothing else can be measured. true: in each."""
     knn: KnnSection | None = None
     """k-NN accuracy of the student's features; null: not measured."""
 

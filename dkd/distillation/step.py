@@ -148,7 +148,7 @@ class DistillationStep:
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
         self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
-        self.teaching.begin(step)
+        self.teaching.begin(step, micro_batches)
         if self._begun <= STEPS_THAT_JUDGE_THE_TEACHER:  # images without labels have the label -1
             self._has_labels = not bool((micro_batches[0][1] < 0).any())
         if self._of_whole_steps and self._inputs.mixing is None:
@@ -188,10 +188,12 @@ class DistillationStep:
         cached = self._cached
         pixels, labels = self._load(micro_step)
         images = self.forward.images(pixels)
-        if cached is None or (images.requires_grad and not self.teaching.stored):
+        if cached is None:
             teacher = self.teaching.outputs(micro_step, pixels, images)
+        elif images.requires_grad:
+            # What the first pass has of a live teacher is no function of the images.
+            teacher = self.teaching.outputs(micro_step, pixels, images, cached.teachers[micro_step])
         else:
-            # What the first pass has of the teacher is no function of the images, and need not be here.
             teacher = cached.teachers[micro_step]
         # Training batches are even by construction.
         layout = BatchLayout.even(len(labels))

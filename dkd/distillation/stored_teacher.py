@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dkd.distillation.inputs import MicroBatch
 from dkd.distillation.objective import FeatureTerm, Objective, Outputs
 from dkd.global_batch import BatchLayout
 from dkd.losses import RelationalLoss
@@ -21,6 +22,18 @@ from dkd.losses.relational import RelationPlace
 from dkd.losses.relational_angle import RKDAngle
 from dkd.losses.sample_form import PairShapes, ReadsSamples, WholeFeatures
 from dkd.teacher_cache import Need, StepCache, Value
+
+IMAGE_SUMS = Value("images", {"what": "sum of the augmented pixels"}, (), torch.int64)
+"""A number of each image, by which a run that reads knows that it has the images that the teacher saw."""
+
+
+def image_sums(images: torch.Tensor) -> torch.Tensor:
+    """Return a number (b,) of each uint8 image (b, 3, H, W), int64: the sum of its bytes taken eight at a time. The
+    same for any layout in memory."""
+    rows = images.contiguous().flatten(1)
+    if rows.dtype == torch.uint8 and rows.shape[1] % 8 == 0:
+        rows = rows.view(torch.int64)
+    return rows.sum(1, dtype=torch.int64)
 
 
 def reader_of(term: FeatureTerm) -> ReadsSamples | None:
@@ -136,12 +149,13 @@ class RelationsRead:
 
 @dataclass(frozen=True)
 class Reads:
-    """Hold everything that the losses read of one teacher."""
+    """Hold everything that is read of one teacher: by the losses, and numbers of the images."""
 
     logits: Value | None
     samples: Sequence[SamplesRead]
     relations: Sequence[RelationsRead]
     share: Share
+    images: Value
 
     def bytes_per_sample(self) -> int:
         """Return the bytes that are stored of one sample in one epoch."""
@@ -151,14 +165,15 @@ class Reads:
         """Return everything that is stored, once."""
         found = [value for read in self.samples for value in read.values]
         found += [value for read in self.relations for value in read.values]
-        return list(dict.fromkeys(([self.logits] if self.logits else []) + found))
+        return list(dict.fromkeys([self.images, *([self.logits] if self.logits else []), *found]))
 
     def needs(self) -> list[Need]:
         """Return what this rank reads in a step."""
         share = self.share
         micro = tuple(((share.offset(a), share.micro_batch),) for a in range(share.micro_steps))
         each = [value for read in self.samples for value in read.values]
-        found = {value.id: Need(value, micro) for value in ([self.logits] if self.logits else []) + each}
+        whole = [self.images, *([self.logits] if self.logits else []), *each]
+        found = {value.id: Need(value, micro) for value in whole}
         of_relations = {value.id: read.need(value) for read in self.relations for value in read.values}
         return [*found.values(), *of_relations.values()]
 
@@ -178,14 +193,22 @@ class StoredTeacher:
         self._relations = {read.term.name: read for read in reads.relations}
         self._put: set[tuple[str, int | None]] = set()
 
-    def begin(self, step: int, compute: bool = False) -> None:
-        """Begin a step. Arguments as Teaching.begin."""
+    def begin(self, step: int, micro_batches: Sequence[MicroBatch], compute: bool = False) -> bool:
+        """Begin a step. Arguments as Teaching.begin. Returns whether the images of a step that is read are those that
+        the teacher saw."""
         self.is_read = False
         if compute:
             self.cache.begin_computing(step)
         else:
             self.is_read = self.cache.begin(step)
         self._put = set()
+        sums = [image_sums(images) for images, *_ in micro_batches]
+        if self.is_read:
+            seen = [self.cache.numbers(self.reads.images, unit) for unit in range(len(sums))]
+            return torch.equal(torch.cat(seen), torch.cat(sums).cpu())
+        for micro_step, each in enumerate(sums):
+            self._store(self.reads.images, micro_step, each)
+        return True
 
     def outputs(
         self, micro_step: int, device: torch.device, compute: Callable[[], Outputs]
@@ -279,21 +302,30 @@ class Teaching:
         self._names, self._compute = names, compute
         self.stored: Mapping[str, StoredTeacher] = {}
         """Those that have a cache, by name."""
+        self.has_other_images = False
+        """Whether images of this step are others than those that a teacher's cache was filled with."""
         self._device = torch.device("cpu")
 
-    def begin(self, step: int, compute: bool = False) -> None:
+    def begin(self, step: int, micro_batches: Sequence[MicroBatch], compute: bool = False) -> None:
         """Begin a step. A collective.
 
         Args:
+            micro_batches: of the step, before they are mixed.
             compute: whether everything is computed, whatever is stored.
         """
-        for teacher in self.stored.values():
-            teacher.begin(step, compute)
+        known = [teacher.begin(step, micro_batches, compute) for teacher in self.stored.values()]
+        self.has_other_images = not all(known)
 
-    def outputs(self, micro_step: int, pixels: torch.Tensor, images: torch.Tensor) -> Outputs | None:
-        """Return what the teachers yield for a micro-batch; None without a teacher."""
+    def outputs(
+        self, micro_step: int, pixels: torch.Tensor, images: torch.Tensor, first: Outputs | None = None
+    ) -> Outputs | None:
+        """Return what the teachers yield for a micro-batch; None without a teacher.
+
+        Args:
+            first: what was returned for it in a first pass, of which teachers with a cache are not asked again.
+        """
         found: dict[str, Outputs] = {}
-        begun: dict[str, Any] = {}
+        begun: dict[str, Any] = {} if first is None else dict(first.begun)
         self._device = pixels.device
         for name in self._names:
             stored = self.stored.get(name)
@@ -303,6 +335,8 @@ class Teaching:
 
             if stored is None:
                 found[name] = compute()
+            elif first is not None:
+                found[name] = first.of(name)
             else:
                 found[name], more = stored.outputs(micro_step, pixels.device, compute)
                 begun |= more

@@ -60,7 +60,7 @@ class TeacherPass:
             micro_batches: A of them, on any device.
             step: from 0.
         """
-        self._teaching.begin(step, compute=True)
+        self._teaching.begin(step, micro_batches, compute=True)
         found = []
         for micro_step, batch in enumerate(micro_batches):
             pixels, _ = self._inputs.load(batch, step, micro_step)

@@ -14,6 +14,7 @@ from dkd.atomic_files import UNFINISHED
 from dkd.teacher_cache.key import CacheKey, epoch_folder, epochs_in, key_folders, read_key
 from dkd.teacher_cache.part import SUFFIX, DamagedPartError, Part
 
+_REMOVING = "removing_"
 _YOUNG_SECONDS = 3600.0
 """An unfinished file that is younger may still be written by another process."""
 
@@ -91,7 +92,9 @@ def summarize(folder: Path, contents: bool = False) -> KeySummary:
                 found.used = max(found.used, path.stat().st_mtime)
             except (DamagedPartError, OSError) as error:
                 found.problems.append(f"{path}: {error}")
-                found.damaged.append(path)
+                # What cannot be opened, or is of another version, may be intact.
+                if type(error) is DamagedPartError or not path.is_file():
+                    found.damaged.append(path)
         for value, positions in covered.items():
             found.values[value].rows[epoch] = len(positions)
     return found
@@ -128,10 +131,28 @@ def unfinished(folder: Path) -> list[Path]:
     return found
 
 
+def half_removed(root: Path) -> list[Path]:
+    """Return folders of keys whose removal was interrupted."""
+    return [path for path in sorted(root.iterdir()) if path.name.startswith(_REMOVING) and path.is_dir()]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove_key(folder: Path) -> None:
     """Remove the folder of a key. It is renamed first, so that no other process reads half of it. Raises OSError."""
-    doomed = folder.with_name(f"removing_{folder.name}")
+    doomed = folder.with_name(_REMOVING + folder.name)
     if doomed.exists():
         shutil.rmtree(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(each.lstat().st_size for each in (path, *(path.rglob("*") if path.is_dir() else ())) if each.is_file())

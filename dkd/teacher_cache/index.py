@@ -184,5 +184,7 @@ class EpochIndex:
             for place, first, rows in plan[value.id]:
                 flat = torch.frombuffer(content[value.id, place.part, place.piece], dtype=value.stored_dtype(dtype))
                 parts.append(flat.view(place.rows, *value.stored_shape(dtype))[first : first + rows])
-            found[value.id] = Found(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
+            whole = len(parts) == 1 and plan[value.id][0].rows == plan[value.id][0].place.rows
+            # A copy, where rows of the piece are not needed, which else would be kept.
+            found[value.id] = Found(parts[0] if whole else torch.cat(parts), dtype)
         return found

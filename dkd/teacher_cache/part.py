@@ -38,6 +38,10 @@ class DamagedPartError(RunError):
     """A part, or a piece of it, is not what was written."""
 
 
+class OtherFormatError(DamagedPartError):
+    """A part was written by another version of dkd."""
+
+
 class Piece(NamedTuple):
     """Hold where in a tensor some positions of an epoch are.
 
@@ -151,7 +155,7 @@ class Part:
             tensors = json.loads(header)
             meta = json.loads(tensors["__metadata__"][_META])
             if meta["format"] != _FORMAT:
-                raise DamagedPartError(f"it is of format {meta['format']!r}, not {_FORMAT}")
+                raise OtherFormatError(f"it is of format {meta['format']!r}, not {_FORMAT}")
             if meta["key"] != key or meta["epoch"] != epoch:
                 raise DamagedPartError("it is of another key or epoch")
             self.values = {
@@ -163,7 +167,7 @@ class Part:
                 name: {"name": str(entry["name"]), "form": str(entry["form"]), "facts": dict(entry["facts"])}
                 for name, entry in meta["values"].items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise DamagedPartError(f"its header is damaged ({type(error).__name__})") from error
         self.bytes = size
 
@@ -198,6 +202,8 @@ def _locate(
     """Return where a value is in a file of `size` bytes whose tensors begin at byte `begin`. Raises ValueError."""
     first, last = tensor["data_offsets"]
     rows = tensor["shape"][0]
+    if not all(type(number) is int for number in (first, last, rows)):
+        raise ValueError("an offset")
     listed, row = [], 0
     for position, count, digest in pieces:
         if not all(type(number) is int and number >= 0 for number in (position, count)) or not isinstance(digest, str):

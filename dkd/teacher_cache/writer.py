@@ -18,6 +18,10 @@ PART_BYTES = 64 * 2**20
 """Bytes of a part, about: enough for a network file system to be fast, and little enough to be kept in memory."""
 
 
+PIECE_ROWS = 64
+"""Rows of a piece, at most: a rank that needs some of them reads all of them."""
+
+
 class _OnItsWay:
     """Hold numbers that are copied to the CPU while the device computes on."""
 
@@ -78,7 +82,9 @@ class PartWriter:
         while self._unconfirmed and self._unconfirmed[0][0] < steps:
             _, epoch, value, position, dtype, numbers = self._unconfirmed.popleft()
             stored = numbers.wait()
-            self._ready.setdefault(epoch, {}).setdefault(value, []).append(Written(position, stored, dtype))
+            pieces = self._ready.setdefault(epoch, {}).setdefault(value, [])
+            for first in range(0, len(stored), PIECE_ROWS):
+                pieces.append(Written(position + first, stored[first : first + PIECE_ROWS], dtype))
             self._ready_bytes += stored.numel() * stored.element_size()
         if self._ready_bytes >= self._part_bytes or len(self._ready) > 1:
             self._send()

@@ -36,12 +36,14 @@ class CacheCheck:
         terms: by name.
         left_out: terms that keep a state from step to step.
         is_exact: nothing is stored in an approximation, so that nothing may differ.
+        other_images: steps whose images are others than those that the teacher saw.
     """
 
     steps: list[int]
     terms: dict[str, TermDifference]
     left_out: list[str]
     is_exact: bool
+    other_images: list[int]
 
 
 def compare_with_teacher(recipe: Recipe, launch: Launch, steps: int) -> CacheCheck:
@@ -58,11 +60,13 @@ def compare_with_teacher(recipe: Recipe, launch: Launch, steps: int) -> CacheChe
         chosen = _choose(parts, steps)
         live: dict[str, list[float]] = {}
         read: dict[str, list[float]] = {}
+        other_images = []
         for step in chosen:
             parts.step.teaching.stored = {}
             _add(live, _losses(parts, step))
             parts.step.teaching.stored = stored
             _add(read, _losses(parts, step))
+            other_images += [step] * parts.step.teaching.has_other_images
     finally:
         parts.caches.close()
         parts.heartbeat.close()
@@ -77,7 +81,7 @@ def compare_with_teacher(recipe: Recipe, launch: Launch, steps: int) -> CacheChe
         if name not in keeping
     }
     exact = all(section.store == "exact" for section in caches(recipe).values())
-    return CacheCheck(chosen, terms, keeping, exact)
+    return CacheCheck(chosen, terms, keeping, exact, other_images)
 
 
 def _choose(parts: Components, steps: int) -> list[int]:

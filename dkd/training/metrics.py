@@ -78,6 +78,12 @@ class StepMetrics:
             steps = ", ".join(f"rank {rank} at {step + 1}" for rank, step in enumerate(all_gather_objects(mean.step)))
             raise TrainingError(f"ranks are at different steps ({steps}): one of them skipped a step")
         self.check_loading(mean.step, counts)
+        if counts.get("other_images", 0.0) > 0:
+            raise TrainingError(
+                f"step {mean.step + 1}: the images are not those that teacher.cache was filled with, though labels and "
+                "some images are the same: the data have changed; name another folder, or remove this key (`dkd cache "
+                "list`, `dkd cache prune --key`)"
+            )
         self.wishes = Wishes(counts["minutes_over"] > 0, counts["stop"] > 0)
         if (counts["skipped"] > 0 and not self._overflows_by_design) or not math.isfinite(counts["loss"]):
             self._read_non_finite(mean, values)

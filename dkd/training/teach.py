@@ -156,6 +156,7 @@ class Filling:
 
     def _fill(self, first: int, last: int, progress: Progress) -> None:
         heartbeat = self._opened.heartbeat
+        self.caches.wait()  # worker processes are forked now
         batches = iter(self._data.train_loader.steps(first, last))
         pending: AsyncMean | None = None
         failures: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from dkd.config.derived import caches, teacher_key
 from dkd.distillation import LazyTeacher, OneTeacher, TeacherGroup
 from dkd.distillation.stored_teacher import StoredTeacher
 from dkd.distillation.teacher_group import members_of
-from dkd.teacher_cache.key import CacheKey, nearest
+from dkd.teacher_cache.key import CacheKey, epochs_in, nearest
 from dkd.text import shorten, size_in_bytes
 from dkd.training.schedule import RunSchedule
 
@@ -56,11 +56,12 @@ class TeacherCaches:
                     "or allow it with fill: true",
                 )
             if stored.cache.has(step):
-                lines.append(f"teacher cache{whose}: outputs are read from {place}")
+                lines.append(f"teacher cache{whose}: outputs are read from {place}{self._epochs_there(stored, step)}")
                 continue
-            lines.append(f"teacher cache{whose}: outputs are computed, and stored in {place}; {self._size(stored)}")
+            stores = f"and stored in {place}; {self._size(stored)}" if section.fill else f"since {place} is damaged"
+            lines.append(f"teacher cache{whose}: outputs are computed, {stores}")
             lines += self._check_space(stored, Path(section.dir))
-            if other:
+            if other and not any(epochs_in(stored.cache.folder)):
                 lines.append(f"note: {section.dir} has no outputs for this recipe yet{other}")
             teacher = teachers[name]
             if isinstance(teacher, LazyTeacher):
@@ -129,6 +130,14 @@ class TeacherCaches:
         """End the threads of the caches."""
         for stored in self._stored.values():
             stored.cache.close()
+
+    def _epochs_there(self, stored: StoredTeacher, step: int) -> str:
+        """Return, as the end of a sentence, that epochs of the rest of the run have no folder; nothing where all do."""
+        per_epoch, period = self._schedule.steps_per_epoch, self._recipe.data.augmentation_period
+        epochs = range(step // per_epoch, -(-self._schedule.total_steps // per_epoch))
+        wanted = {epoch if period is None else epoch % period for epoch in epochs}
+        missing = len(wanted - set(epochs_in(stored.cache.folder)))
+        return f"; {missing} of {len(wanted)} epochs are not there yet, and will be computed" if missing else ""
 
     def _size(self, stored: StoredTeacher, steps: int | None = None) -> str:
         """Return how large a cache will be, in words."""

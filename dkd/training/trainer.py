@@ -167,6 +167,8 @@ class Trainer:
                 parts.engine.backward(loss.total)
                 skipped = parts.engine.step(parts.recipe.train.clip_grad_norm, parts.recipe.train.skip_nonfinite > 0)
             values.add(loss.terms, loss.counts, len(micro_batches))
+        if parts.step.teaching.stored:
+            values.counts["other_images"] = float(parts.step.teaching.has_other_images)
         parts.step.end(skipped)
         if parts.average is not None and not skipped:
             parts.average.update()

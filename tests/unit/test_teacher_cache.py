@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -27,6 +28,7 @@ from dkd import (
     RKDDistance,
     SimilarityPreserving,
 )
+from dkd.build.teacher_cache import planned_values
 from dkd.cli import main
 from dkd.config import RecipeError
 from dkd.config.loading import validate
@@ -38,6 +40,7 @@ from dkd.global_batch.grid import all_grids
 from dkd.losses.contrastive import ContrastiveAdapter
 from dkd.losses.feature_forms import FeatureForm
 from dkd.models import ModelSpec, build_model
+from dkd.models.code_version import code_version
 from dkd.training.trainer import Trainer
 
 ALL = {
@@ -526,6 +529,70 @@ def test_a_run_that_may_not_compute_is_refused_where_a_later_epoch_is_missing(tm
         part.unlink()
     with pytest.raises(RecipeError, match="step 7 is not stored in"):
         train(teacher, images, tmp_path / "refused", **alone)
+
+
+def test_a_change_of_a_few_images_is_found(tmp_path, teacher, images, capsys):
+    """Images that are not among those by which data are recognised: the run ends, and nothing of that step is saved."""
+    own = tmp_path / "own.parquet"
+    write_images(own, 100)
+    cache = with_cache(tmp_path / "cache")
+    values = values_of(teacher, own, tmp_path / "fill", **cache)
+    values["data"] |= {"validation": None}
+    Trainer.from_recipe(validate({**values, "evaluation": {}})).fit()
+    write_images(tmp_path / "others.parquet", 100, seed=1)
+    table, others = parquet.read_table(own), parquet.read_table(tmp_path / "others.parquet")
+    cells, sampled = table["image"].to_pylist(), {i * 100 // 64 for i in range(64)}
+    for index in set(range(40, 60)) - sampled:
+        cells[index] = others["image"][index].as_py()
+    parquet.write_table(table.set_column(0, "image", [cells]), own, row_group_size=16)
+    values["run"] = {**values["run"], "dir": str(tmp_path / "read")}
+    with pytest.raises(TrainingError, match="the images are not those that teacher.cache was filled with"):
+        Trainer.from_recipe(validate({**values, "evaluation": {}})).fit()
+    assert not (tmp_path / "read" / "student.safetensors").exists()
+    recipe = write_recipe(tmp_path / "recipe.json", {**values, "evaluation": {}})
+    assert main(["cache", "verify", str(tmp_path / "cache"), "--recipe", recipe]) == 1
+    assert "are not those that the teacher saw: the data have changed" in capsys.readouterr().out
+
+
+def test_another_code_of_a_model_is_another_key(tmp_path, images, monkeypatch):
+    module = tmp_path / "own_teacher.py"
+    text = "import dkd.models as m\n"
+    text += "def make(num_classes):\n    return m.build_model(m.ModelSpec('wrn_16_1', num_classes))\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for number, code in enumerate((text, text, text + "# another\n")):
+        module.write_text(code)
+        sys.modules.pop("own_teacher", None)
+        teacher = {"name": "own_teacher:make", "weights": "random", "cache": {"dir": str(tmp_path / "cache")}}
+        found.append(train("random", images, tmp_path / str(number), teacher=teacher, train__max_steps=2)[1])
+    assert found == [[(0, 2)], [(2, 0)], [(0, 2)]]
+    assert code_version("torchvision/resnet18", 10, {}).startswith("torchvision ")
+    assert code_version("wrn_16_1", 10, {}) == "dkd 0.2.0"
+
+
+def test_relations_of_as_many_other_samples_are_another_value(tmp_path, teacher, images):
+    """Of two ranks: a rank's own samples of the step, and all samples of a micro-step, are as many."""
+    found = set()
+    for section in ({"scope": "local"}, {"batch": "micro"}, {"scope": 1, "batch": "micro"}, {}):
+        losses = {"losses": {"sp": {**ALL["sp"], **section}}}
+        recipe = validate(values_of(teacher, images, tmp_path, **losses, **with_cache("x"), train__micro_batch=4))
+        (values,) = planned_values(recipe, Share(0, 2, 4, 2), 2).values()
+        found.add(tuple(value.id for value in values))
+    assert len(found) == 4
+
+
+def test_a_live_teacher_beside_a_stored_one(tmp_path, teacher, images):
+    """Two passes, and a loss by the gradient of the images with the live one."""
+    teachers = {
+        "a": {"name": "wrn_16_1", "weights": str(teacher), "cache": {"dir": str(tmp_path / "cache")}},
+        "b": {"name": "resnet8", "weights": "random"},
+    }
+    losses = {"sp": {**ALL["sp"], "teacher": "a"}, "gradient_at": {"beta": 1, "teacher": "b"}}
+    more = {"losses": losses, "teacher": None, "evaluation": {}, "teachers": teachers}
+    live = {**more, "teachers": {**teachers, "a": {"name": "wrn_16_1", "weights": str(teacher)}}}
+    truth, _ = train(teacher, images, tmp_path / "live", **live)
+    assert train(teacher, images, tmp_path / "fill", **more) == (truth, [(0, 12)])
+    assert train(teacher, images, tmp_path / "read", **more) == (truth, [(12, 0)])
 
 
 def test_images_by_which_data_are_recognised(tmp_path, images):

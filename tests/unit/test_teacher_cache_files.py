@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dkd.teacher_cache import CacheKey, Need, StepCache, Turn, Value
-from dkd.teacher_cache.folder import summarize, unfinished
+from dkd.teacher_cache.folder import remove, summarize, unfinished
 from dkd.teacher_cache.key import CacheError, nearest, read_key
 from dkd.teacher_cache.part import DamagedPartError, Part, Written, write_part
 
@@ -255,6 +255,85 @@ def test_what_a_killed_process_has_left(tmp_path):
     os.utime(left, (0, 0))
     assert unfinished(tmp_path / KEY.name) == [left]
     assert train(tmp_path, 2) == [0, 1]
+
+
+def header_of(path, change):
+    """Change the header of a part, which stays valid JSON."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    meta = json.loads(header["__metadata__"]["dkd_teacher_cache"])
+    change(header, meta)
+    header["__metadata__"]["dkd_teacher_cache"] = json.dumps(meta)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, meta: header["0"].update(shape=[]),
+        lambda header, meta: header["0"].update(shape="x"),
+        lambda header, meta: header["0"].update(data_offsets=[0.0, float(header["0"]["data_offsets"][1])]),
+        lambda header, meta: header["0"].update(data_offsets=[0]),
+        lambda header, meta: meta.update(values=[]),
+        lambda header, meta: meta.update(made_by=None),
+        lambda header, meta: next(iter(meta["values"].values())).update(dtype="complex64"),
+        lambda header, meta: next(iter(meta["values"].values())).update(pieces=[[0, 16]]),
+        lambda header, meta: next(iter(meta["values"].values())).update(pieces=[[0, -16, "x"]]),
+    ],
+)
+def test_a_header_that_makes_no_sense(tmp_path, change):
+    train(tmp_path, 2, micro=8)
+    (path,) = parts(tmp_path)
+    header_of(path, change)
+    found = summarize(tmp_path / KEY.name, contents=True)
+    assert found.damaged == [path]
+    lines = []
+    assert train(tmp_path, 2, micro=8, report=lines.append) == []
+    assert len(lines) == 1
+    remove(path)
+    assert train(tmp_path, 2, micro=8) == [0, 1]
+
+
+def test_what_cannot_be_opened_or_is_of_another_version_is_not_removed(tmp_path, monkeypatch):
+    train(tmp_path, 2)
+    (path,) = parts(tmp_path)
+    header_of(path, lambda header, meta: meta.update(format=2))
+    found = summarize(tmp_path / KEY.name)
+    assert found.damaged == []
+    assert found.problems == [f"{path}: it is of format 2, not 1"]
+
+    def refuse(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("dkd.teacher_cache.part.open_to_read", refuse)
+    found = summarize(tmp_path / KEY.name)
+    assert found.damaged == []
+    assert "Too many open files" in found.problems[0]
+
+
+def test_a_few_rows_of_large_micro_batches(tmp_path):
+    """Pieces are no larger than some rows; what is kept of them are the rows that are needed."""
+    many = Value("logits", {"what": "logits"}, (10,), torch.float32)
+    turn = Turn(512, 2, None, 4)
+    cache = StepCache(tmp_path, KEY, [Need(many, (((0, 512),),))], turn)
+    numbers_of = [torch.randn(512, 10) for _ in range(2)]
+    for step in range(2):
+        assert not cache.begin(step)
+        cache.put(many, 0, numbers_of[step])
+    cache.confirm(2)
+    cache.flush()
+    cache.close()
+    (part,) = [Part(path, KEY.name, 0) for path in parts(tmp_path)]
+    assert {piece.rows for piece in part.values[many.id].pieces} == {64}
+    cache = StepCache(tmp_path, KEY, [Need(many, (((100, 3), (126, 4)),))], turn)
+    for step in range(2):
+        assert cache.begin(step)
+        found = cache.numbers(many)
+        assert torch.equal(found, torch.cat([numbers_of[step][100:103], numbers_of[step][126:130]]))
+        assert found.untyped_storage().nbytes() == 7 * 10 * 4
+    cache.close()
 
 
 def test_a_part_can_be_opened_with_safetensors(tmp_path):

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from dkd import console
 from dkd.errors import InputError
-from dkd.teacher_cache.folder import KeySummary, remove_key, summaries, unfinished
+from dkd.teacher_cache.folder import (
+    KeySummary,
+    half_removed,
+    remove,
+    remove_key,
+    size_of,
+    summaries,
+    unfinished,
+)
 from dkd.text import size_in_bytes
 
 _DAY = 86_400
@@ -35,13 +43,13 @@ def prune(root: Path, key: str | None, unused_for: int | None, dry_run: bool) ->
         return _remove_keys(doomed, dry_run)
     if unused_for is not None:
         return _remove_keys([each for each in found if time.time() - each.used > unused_for * _DAY], dry_run)
-    paths = [path for each in found for path in [*each.damaged, *unfinished(each.folder)]]
+    paths = [path for each in found for path in [*each.damaged, *unfinished(each.folder)]] + half_removed(root)
     freed = 0
     for path in paths:
-        freed += path.lstat().st_size
-        console.show(f"{'would remove' if dry_run else 'removed'} {path}")
+        freed += size_of(path)
         if not dry_run:
-            path.unlink()
+            remove(path)
+        console.show(f"{'would remove' if dry_run else 'removed'} {path}")
     console.show(f"{len(paths)} files, {size_in_bytes(freed)}")
     return 0
 

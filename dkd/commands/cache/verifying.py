@@ -57,6 +57,10 @@ def _compare(root: Path, options: argparse.Namespace) -> int:
         console.show(f"  {name:<24}{term.live:>16.8g}{term.stored:>16.8g}{difference:>22}")
     if found.left_out:
         console.show(f"  not compared, since they keep a state: {', '.join(found.left_out)}")
+    if found.other_images:
+        numbers = ", ".join(str(step + 1) for step in found.other_images)
+        console.show(f"the images of the steps {numbers} are not those that the teacher saw: the data have changed")
+        return len(found.other_images)
     differing = [name for name, term in found.terms.items() if term.largest > 0]
     if differing and found.is_exact:
         console.show(
