@@ -546,7 +546,7 @@ def test_a_change_of_a_few_images_is_found(tmp_path, teacher, images, capsys):
         cells[index] = others["image"][index].as_py()
     parquet.write_table(table.set_column(0, "image", [cells]), own, row_group_size=16)
     values["run"] = {**values["run"], "dir": str(tmp_path / "read")}
-    with pytest.raises(TrainingError, match="the images are not those that teacher.cache was filled with"):
+    with pytest.raises(TrainingError, match=r"the images are not those that teacher.cache was filled with"):
         Trainer.from_recipe(validate({**values, "evaluation": {}})).fit()
     assert not (tmp_path / "read" / "student.safetensors").exists()
     recipe = write_recipe(tmp_path / "recipe.json", {**values, "evaluation": {}})
