@@ -189,10 +189,10 @@ class DistillationStep:
         pixels, labels = self._load(micro_step)
         images = self.forward.images(pixels)
         if cached is None:
-            teacher = self.teaching.outputs(micro_step, pixels, images)
+            teacher = self._teach(micro_step, pixels, images)
         elif images.requires_grad:
             # What the first pass has of a live teacher is no function of the images.
-            teacher = self.teaching.outputs(micro_step, pixels, images, cached.teachers[micro_step])
+            teacher = self._teach(micro_step, pixels, images, cached.teachers[micro_step])
         else:
             teacher = cached.teachers[micro_step]
         # Training batches are even by construction.
@@ -270,7 +270,7 @@ class DistillationStep:
             pixels, targets = self._load(micro_step)
             labels.append(targets)
             images = self.forward.images(pixels)
-            teacher = self.teaching.outputs(micro_step, pixels, images)
+            teacher = self._teach(micro_step, pixels, images)
             assert teacher is not None
             teachers.append(teacher)
             indices = None if self._indices is None else self._indices[micro_step]
@@ -309,6 +309,14 @@ class DistillationStep:
     def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a micro-batch on this rank's device, mixed where that is asked for: the same in both passes."""
         return self._inputs.load(self._micro_batches[micro_step], self._step, micro_step)
+
+    def _teach(
+        self, micro_step: int, pixels: torch.Tensor, images: torch.Tensor, first: Outputs | None = None
+    ) -> Outputs | None:
+        """Return what the teachers yield for a micro-batch, or their caches hold. Arguments as Teaching.outputs."""
+        if not self.teaching.stored:
+            return self.forward.teacher(pixels, images)
+        return self.teaching.outputs(micro_step, pixels, images, first)
 
     def _run_student(
         self,

@@ -567,7 +567,7 @@ def test_another_code_of_a_model_is_another_key(tmp_path, images, monkeypatch):
         found.append(train("random", images, tmp_path / str(number), teacher=teacher, train__max_steps=2)[1])
     assert found == [[(0, 2)], [(2, 0)], [(0, 2)]]
     assert code_version("torchvision/resnet18", 10, {}).startswith("torchvision ")
-    assert code_version("wrn_16_1", 10, {}) == "dkd 0.2.0"
+    assert code_version("wrn_16_1", 10, {}).startswith("dkd ")
 
 
 def test_relations_of_as_many_other_samples_are_another_value(tmp_path, teacher, images):
