@@ -17,10 +17,12 @@ from dkd.teacher_cache.value import Value
 
 
 class Found(NamedTuple):
-    """Hold numbers as they are stored, (rows, ...), and the type that they were computed in."""
+    """Hold numbers as they are stored, (rows, ...), the type that they were computed in, and the order of their
+    dimensions in memory, as `memory_order`."""
 
     stored: torch.Tensor
     dtype: torch.dtype
+    order: tuple[int, ...] | None
 
 
 Run = tuple[int, int]
@@ -180,11 +182,12 @@ class EpochIndex:
         found = {}
         for value in group:
             parts = []
-            dtype = self._parts[plan[value.id][0].place.part].values[value.id].dtype
+            described = self._parts[plan[value.id][0].place.part].values[value.id]
+            dtype = described.dtype
             for place, first, rows in plan[value.id]:
                 flat = torch.frombuffer(content[value.id, place.part, place.piece], dtype=value.stored_dtype(dtype))
                 parts.append(flat.view(place.rows, *value.stored_shape(dtype))[first : first + rows])
             whole = len(parts) == 1 and plan[value.id][0].rows == plan[value.id][0].place.rows
             # A copy, where rows of the piece are not needed, which else would be kept.
-            found[value.id] = Found(parts[0] if whole else torch.cat(parts), dtype)
+            found[value.id] = Found(parts[0] if whole else torch.cat(parts), dtype, described.order)
         return found

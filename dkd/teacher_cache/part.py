@@ -65,11 +65,13 @@ class Written(NamedTuple):
         position: of the first row, in the epoch.
         stored: (rows, ...) on the CPU, as Value.encode returns them.
         dtype: of the numbers before they were encoded.
+        order: of their dimensions in memory, as `memory_order`.
     """
 
     position: int
     stored: torch.Tensor
     dtype: torch.dtype
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,14 @@ class StoredValue:
         row_bytes: bytes of one row.
         dtype: of the numbers before they were encoded.
         pieces: in the order of their rows.
+        order: of the dimensions of the numbers in memory, as `memory_order`.
     """
 
     begin: int
     row_bytes: int
     dtype: torch.dtype
     pieces: Sequence[Piece]
+    order: tuple[int, ...] | None
 
 
 def write_part(
@@ -103,17 +107,18 @@ def write_part(
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for number, (value, written) in enumerate(content.items()):
-        dtype = written[0].dtype
+        dtype, orders = written[0].dtype, {each.order for each in written}
         if any(each.dtype != dtype for each in written):
             raise ValueError(f"{value.name}: numbers of several types")
-        what = _Described(key, value.id, epoch, dtype)
+        order = orders.pop() if len(orders) == 1 else None
+        what = _Described(key, value.id, epoch, dtype, order)
         pieces = [
             [each.position, len(each.stored), what.digest(each.position, _bytes_of(each.stored))] for each in written
         ]
         tensors[str(number)] = torch.cat([each.stored for each in written])
         values[value.id] = {
             "tensor": str(number), "name": value.name, "form": value.form, "facts": dict(value.facts),
-            "dtype": str(dtype).removeprefix("torch."), "pieces": pieces,
+            "dtype": str(dtype).removeprefix("torch."), "order": order, "pieces": pieces,
         }  # fmt: skip
     meta = {"format": _FORMAT, "key": key, "epoch": epoch, "values": values, "made_by": dict(made_by)}
     first = min(piece[0] for value in values.values() for piece in value["pieces"])
@@ -159,7 +164,7 @@ class Part:
             if meta["key"] != key or meta["epoch"] != epoch:
                 raise DamagedPartError("it is of another key or epoch")
             self.values = {
-                name: _locate(tensors[entry["tensor"]], entry["dtype"], entry["pieces"], 8 + length, size)
+                name: _locate(tensors[entry["tensor"]], entry, 8 + length, size)
                 for name, entry in meta["values"].items()
             }
             self.made_by: dict[str, Any] = dict(meta["made_by"])
@@ -179,7 +184,7 @@ class Part:
             OSError: the file cannot be read.
         """
         stored, found = self.values[value], dict[int, bytearray]()
-        what = _Described(self._key, value, self._epoch, stored.dtype)
+        what = _Described(self._key, value, self._epoch, stored.dtype, stored.order)
         with open_to_read(self.path) as file:
             for run in _runs(sorted(set(numbers))):
                 first, last = stored.pieces[run[0]], stored.pieces[run[-1]]
@@ -196,23 +201,24 @@ class Part:
         return found
 
 
-def _locate(
-    tensor: Mapping[str, Any], dtype: str, pieces: Sequence[Sequence[Any]], begin: int, size: int
-) -> StoredValue:
+def _locate(tensor: Mapping[str, Any], entry: Mapping[str, Any], begin: int, size: int) -> StoredValue:
     """Return where a value is in a file of `size` bytes whose tensors begin at byte `begin`. Raises ValueError."""
     first, last = tensor["data_offsets"]
+    order = None if entry["order"] is None else tuple(entry["order"])
+    if order is not None and sorted(order) != list(range(len(tensor["shape"]))):
+        raise ValueError("an order")
     rows = tensor["shape"][0]
     if not all(type(number) is int for number in (first, last, rows)):
         raise ValueError("an offset")
     listed, row = [], 0
-    for position, count, digest in pieces:
+    for position, count, digest in entry["pieces"]:
         if not all(type(number) is int and number >= 0 for number in (position, count)) or not isinstance(digest, str):
             raise ValueError("a piece")
         listed.append(Piece(position, count, row, digest))
         row += count
     if row != rows or rows < 1 or (last - first) % rows or not 0 <= first <= last <= size - begin:
         raise ValueError("rows")
-    return StoredValue(begin + first, (last - first) // rows, _TYPES[dtype], listed)
+    return StoredValue(begin + first, (last - first) // rows, _TYPES[entry["dtype"]], listed, order)
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
@@ -250,10 +256,11 @@ class _Described(NamedTuple):
     value: str
     epoch: int
     dtype: torch.dtype
+    order: tuple[int, ...] | None
 
     def digest(self, position: int, content: bytearray | memoryview) -> str:
         """Return the digest of a piece."""
-        text = f"{self.key}/{self.value}/{self.epoch}/{self.dtype}/{position}/"
+        text = f"{self.key}/{self.value}/{self.epoch}/{self.dtype}/{self.order}/{position}/"
         digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES)
         digest.update(content)
         return digest.hexdigest()

@@ -20,7 +20,7 @@ from dkd import console
 from dkd.global_batch.collectives import all_gather_objects
 from dkd.teacher_cache.index import EpochIndex, Found, Run
 from dkd.teacher_cache.key import CacheKey, open_folder
-from dkd.teacher_cache.value import Value
+from dkd.teacher_cache.value import Value, in_order
 from dkd.teacher_cache.writer import PART_BYTES, PartWriter
 
 SEGMENT_BYTES = 64 * 2**20
@@ -175,9 +175,9 @@ class StepCache:
     def numbers(self, value: Value, unit: int = 0) -> torch.Tensor:
         """Return numbers (rows, ...) of this step on the CPU, in the order of the runs of a unit."""
         assert self._current is not None
-        need, (stored, dtype) = self._needs[value.id], self._current[value.id]
+        need, (stored, dtype, order) = self._needs[value.id], self._current[value.id]
         first = sum(need.rows[:unit])
-        return value.decode(stored[first : first + need.rows[unit]], dtype)
+        return in_order(value.decode(stored[first : first + need.rows[unit]], dtype), order)
 
     def put(self, value: Value, offset: int, numbers: torch.Tensor) -> None:
         """Take what was computed, of consecutive positions.

@@ -9,7 +9,7 @@ topk:N    of logits (K,), the N largest with their places, and one number for al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,4 +101,22 @@ class Value:
     def as_read(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return numbers as they will be once they were stored and read: a run that fills a cache trains with the same
         numbers as one that reads it."""
-        return numbers if self.form == "exact" else self.decode(self.encode(numbers), numbers.dtype)
+        if self.form == "exact":
+            return numbers
+        return in_order(self.decode(self.encode(numbers), numbers.dtype), memory_order(numbers))
+
+
+def memory_order(numbers: torch.Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions of numbers from the one whose steps in memory are longest to the shortest, such as (0, 2,
+    3, 1) for channels_last; None: they lie in their own order. Sums over them depend on it in the last bits."""
+    own, strides = tuple(range(numbers.dim())), numbers.stride()
+    order = tuple(sorted(own, key=lambda dimension: -strides[dimension]))
+    return None if order == own else order
+
+
+def in_order(numbers: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return the same numbers, which lie in memory in an order of `memory_order`."""
+    if order is None:
+        return numbers
+    back = [order.index(dimension) for dimension in range(len(order))]
+    return numbers.permute(*order).contiguous().permute(*back)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dkd.teacher_cache.key import epoch_folder
 from dkd.teacher_cache.part import Written, write_part
-from dkd.teacher_cache.value import Value
+from dkd.teacher_cache.value import Value, memory_order
 
 PART_BYTES = 64 * 2**20
 """Bytes of a part, about: enough for a network file system to be fast, and little enough to be kept in memory."""
@@ -23,7 +23,7 @@ PIECE_ROWS = 64
 
 
 class _OnItsWay:
-    """Hold numbers that are copied to the CPU while the device computes on."""
+    """Hold encoded numbers that are copied to the CPU while the device computes on."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -42,6 +42,15 @@ class _OnItsWay:
         return self._here
 
 
+class _Numbers(NamedTuple):
+    """Hold numbers from a position on, and what Written holds of them."""
+
+    position: int
+    stored: _OnItsWay
+    dtype: torch.dtype
+    order: tuple[int, ...] | None
+
+
 class PartWriter:
     """Write what this rank has computed. A file system that refuses ends the writing, and nothing else.
 
@@ -53,7 +62,7 @@ class PartWriter:
 
     def __init__(self, folder: Path, made_by: Mapping[str, Any], part_bytes: int = PART_BYTES) -> None:
         self._folder, self._made_by, self._part_bytes = folder, made_by, part_bytes
-        self._unconfirmed: deque[tuple[int, int, Value, int, torch.dtype, _OnItsWay]] = deque()
+        self._unconfirmed: deque[tuple[int, int, Value, _Numbers]] = deque()
         self._ready: dict[int, dict[Value, list[Written]]] = {}
         self._ready_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher-cache-writer")
@@ -75,23 +84,26 @@ class PartWriter:
         """
         if self.problem is None:
             stored = _OnItsWay(value.encode(numbers.detach()))
-            self._unconfirmed.append((step, epoch, value, position, numbers.dtype, stored))
+            taken = _Numbers(position, stored, numbers.dtype, memory_order(numbers))
+            self._unconfirmed.append((step, epoch, value, taken))
 
     def confirm(self, steps: int) -> None:
         """Note that all steps before `steps` were right, so that what they have computed can be written."""
         while self._unconfirmed and self._unconfirmed[0][0] < steps:
-            _, epoch, value, position, dtype, numbers = self._unconfirmed.popleft()
-            stored = numbers.wait()
+            _, epoch, value, (position, on_its_way, dtype, order) = self._unconfirmed.popleft()
+            stored = on_its_way.wait()
             pieces = self._ready.setdefault(epoch, {}).setdefault(value, [])
             for first in range(0, len(stored), PIECE_ROWS):
-                pieces.append(Written(position + first, stored[first : first + PIECE_ROWS], dtype))
+                pieces.append(Written(position + first, stored[first : first + PIECE_ROWS], dtype, order))
             self._ready_bytes += stored.numel() * stored.element_size()
-        if self._ready_bytes >= self._part_bytes or len(self._ready) > 1:
-            self._send()
+        if self._ready_bytes >= self._part_bytes:
+            self._send(list(self._ready))
+        elif len(self._ready) > 1:
+            self._send(list(self._ready)[:-1])  # the last epoch has just begun
 
     def flush(self) -> None:
         """Write everything that is confirmed, and wait until it is on the disk."""
-        self._send()
+        self._send(list(self._ready))
         self.wait()
 
     def wait(self) -> None:
@@ -105,8 +117,10 @@ class PartWriter:
         self.wait()
         self._thread.shutdown()
 
-    def _send(self) -> None:
-        ready, self._ready, self._ready_bytes = self._ready, {}, 0
+    def _send(self, epochs: Sequence[int]) -> None:
+        ready = {epoch: self._ready.pop(epoch) for epoch in epochs}
+        kept = [each.stored for values in self._ready.values() for pieces in values.values() for each in pieces]
+        self._ready_bytes = sum(stored.numel() * stored.element_size() for stored in kept)
         if self.problem is not None:
             return
         while len(self._writing) > 1:  # a disk slower than the teacher must not fill the memory

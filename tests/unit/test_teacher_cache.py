@@ -292,6 +292,14 @@ OTHERS = {
     },
     "the loss of mirrored images": {"losses": {**SOME, "gradient_at": {"beta": 1, "form": "symmetric"}}},
     "a normalised teacher": {"losses": {"fitnet": {**ALL["fitnet"], "teacher_norm": "standardize"}}},
+    "channels_last": {"train__channels_last": True, "losses": ALL},
+    "channels_last, and losses whose last bits depend on it": {
+        "train__channels_last": True,
+        "losses": {
+            "feature": {"weight": 1, "distance": "cosine", "pairs": [["layer2", "block2"]]},
+            "custom": [{"name": "p", "loss": "small_models:Pooled", "weight": 1, "pairs": [["layer3", "block3"]]}],
+        },
+    },
 }
 
 

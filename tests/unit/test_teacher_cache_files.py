@@ -134,6 +134,32 @@ def test_two_jobs_at_once(tmp_path):
     assert train(tmp_path, 5) == list(range(5))
 
 
+def test_an_epoch_that_fits_is_one_part(tmp_path):
+    assert train(tmp_path, 13) == []
+    assert [path.parent.name for path in parts(tmp_path)] == ["epoch_00000", "epoch_00001", "epoch_00002"]
+    assert train(tmp_path, 13) == list(range(13))
+
+
+@pytest.mark.parametrize("form", ["exact", "bf16"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2)])
+def test_numbers_lie_in_memory_as_they_did(tmp_path, form, order):
+    """The last bits of what is made of them depend on it."""
+    value = Value("map", {"what": "feature"}, (3, 4, 5), torch.float32, form)
+    shape, back = [(B, 3, 4, 5)[i] for i in order], [order.index(i) for i in range(4)]
+    truth = torch.randn(shape).permute(back)
+    for read in (False, True):
+        cache = StepCache(tmp_path, KEY, needs(value, micro=B), TURN)
+        assert cache.begin(0) == read
+        if not read:
+            cache.put(value, 0, truth)
+            cache.confirm(1)
+            cache.flush()
+        found = cache.numbers(value) if read else value.as_read(truth)
+        assert torch.equal(found, truth if form == "exact" else truth.bfloat16().float())
+        assert found.stride() == truth.stride()
+        cache.close()
+
+
 def damages(content):
     """Every byte flipped in two ways, of which one turns digits into digits; and the file cut at many lengths, longer,
     or removed."""
