@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dkd.commands import evaluate, find_lr, train
+from dkd.commands import evaluate, find_lr, teach, train
 from dkd.commands.arguments import positive, whole
 from dkd.commands.command import Command, CommandLineParser
 from dkd.commands.launch_check import command as launch_check
@@ -19,7 +19,9 @@ examples:
   dkd launch -n 2 recipe.yaml train.epochs=10             two processes; options and overrides of dkd train
   dkd launch --engine zero2 recipe.yaml --dry-run         DeepSpeed's ZeRO-2; fsdp2, zero1 and zero3 likewise
   dkd launch -n 4 --engine cpu recipe.yaml                on CPUs, where there are GPUs, too
-  dkd launch -n 2 evaluate runs/quickstart                another command: train, evaluate, find-lr or launch-check
+  dkd launch -n 2 evaluate runs/quickstart                another command: train, teach, evaluate, find-lr,
+                                                          launch-check
+  dkd launch -n 8 teach recipe.yaml                       store what the teacher yields
   dkd launch -n 2 -- evaluate runs/mine --trust-code      its options stand after --
 
 Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 stop the run after a checkpoint; Ctrl-C again ends it at once. Several machines:
@@ -28,7 +30,7 @@ accelerate launch, torchrun or Slurm, with the files that `dkd files launch .` c
 exit codes: those of dkd train
 """
 _COMMANDS: Mapping[str, Command] = {
-    module.COMMAND.name: module.COMMAND for module in (train, evaluate, find_lr, launch_check)
+    module.COMMAND.name: module.COMMAND for module in (train, teach, evaluate, find_lr, launch_check)
 }
 
 
@@ -88,7 +90,7 @@ def start(arguments: Sequence[str], processes: int | None = None, engine: str = 
     finished, or stopped when asked; 2 wrong input; 1 failed. Call it in the main thread.
 
     Args:
-        arguments: `train`, `evaluate` or `launch-check`, and its arguments.
+        arguments: `train`, `teach`, `evaluate`, `find-lr` or `launch-check`, and its arguments.
         processes: their number; None: one for each GPU, or 1 without a GPU.
         engine: a name of launch/accelerate/, or the path of a configuration file of Accelerate.
         max_restarts: how often all processes start again when one of them fails.
