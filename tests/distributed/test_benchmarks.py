@@ -28,6 +28,15 @@ def test_the_global_batch_benchmark_counts_the_bytes_of_the_formulas():
     assert "FAILED" not in out
 
 
+def test_the_teach_once_benchmark_counts_the_bytes_of_the_formula(tmp_path):
+    """It would end with 1 if the files held other bytes, or if students of the live teacher and of its cache were not
+    equal."""
+    out = run("teach_once", "--pairs", "wrn", "--rounds", 1, "--processes", 1, "--json", tmp_path / "found.json")
+    assert "| bytes an image and epoch, by the formula | 5,680 |" in out
+    assert "| students equal bit for bit | yes |" in out
+    assert (tmp_path / "found.json").exists()
+
+
 def test_the_cifar10_table_pairs_runs_by_seed(tmp_path):
     """Means over a row's seeds; differences and Student's interval over the seeds that both rows have; unfinished runs
     do not count."""
