@@ -20,6 +20,8 @@ COMMANDS = (
     "new",
     "distill",
     "train",
+    "teach",
+    "cache",
     "launch",
     "evaluate",
     "status",
