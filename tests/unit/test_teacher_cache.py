@@ -798,7 +798,8 @@ def test_where_outputs_are_stored_is_no_change_of_a_recipe(tmp_path, teacher, im
     assert [change.path for change in recipe_changes(cached, rounded)] == ["teacher.cache.store"]
 
 
-def test_a_plan_states_the_size(tmp_path, teacher, images, capsys):
+def test_a_plan_states_the_size(tmp_path, teacher, images, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     values = values_of(teacher, images, tmp_path / "run", losses=ALL, **with_cache("taught", features=True))
     recipe = write_recipe(tmp_path / "recipe.json", values)
     assert main(["plan", recipe, "--gpus-per-node", "2", "--images", "1000", "--tflops", "10"]) == 0
