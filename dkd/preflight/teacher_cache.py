@@ -17,14 +17,19 @@ from dkd.distillation.stored_teacher import is_stored
 from dkd.user_code import UserCodeError
 
 
-def cache_problems(recipe: Recipe) -> list[Problem]:
-    """Return what is wrong with the caches of a completed recipe, whose losses can be made."""
+def cache_problems(recipe: Recipe, with_folders: bool = True) -> list[Problem]:
+    """Return what is wrong with the caches of a completed recipe, whose losses can be made.
+
+    Args:
+        with_folders: also that their folders can be used.
+    """
     sections = caches(recipe)
     views = dict(teacher_views(recipe))
     found: list[Problem] = []
     for name, section in sections.items():
         key, view = f"{teacher_key(name)}.cache", views[name]
-        found += [Problem(key, reason) for reason in _place_problems(section)]
+        if with_folders:
+            found += [Problem(key, reason) for reason in _place_problems(section)]
         outputs = (view.teacher.classes if view.teacher is not None else None) or classes(recipe)
         if section.top is not None and section.top >= outputs:
             found.append(

@@ -316,6 +316,5 @@ class StepCache:
         if problem is not None and self._reported is None:
             self._reported = problem
             self._report(
-                f"warning: the teacher's cache cannot be written ({problem}); training continues, and what is missing "
-                "is computed"
+                f"warning: the teacher's cache cannot be written any more ({problem}); runs compute what is missing"
             )

@@ -815,6 +815,8 @@ def test_a_plan_states_the_size(tmp_path, teacher, images, capsys, monkeypatch):
     assert line.split()[1:3] == [f"{each / 1000:.3g}", "kB"]
     assert f"{each / 1e3 * 1000 / 1e3:.3g} MB an epoch" in shown
     assert "of the operations of one with the live teacher: " in shown
+    assert main(["plan", recipe, "--gpus-per-node", "2", "teacher.cache.features=false"]) == 2
+    assert "compares maps of features, which are large" in capsys.readouterr().err
     assert main(["train", recipe, "--dry-run", f"run.dir={tmp_path / 'new'}"]) == 0
     assert f"cache       taught, {each / 1000:.3g} kB an image, " in capsys.readouterr().out
 

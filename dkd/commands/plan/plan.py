@@ -34,6 +34,7 @@ from dkd.preflight.data import image_pipeline
 from dkd.preflight.launch import batch_problems
 from dkd.preflight.models import model_problems
 from dkd.preflight.relations import Cluster, grids_of
+from dkd.preflight.teacher_cache import cache_problems
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def plan(
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
         problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, world_size), with_weights=False)
+        problems += [] if problems else cache_problems(recipe, with_folders=False)
     if problems or pipeline is None:
         raise RecipeError(problems)
     size = pipeline.image_size
