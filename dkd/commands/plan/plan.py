@@ -110,6 +110,9 @@ class PlannedRelations:
         return self.times * 2 * self.work.rows * self.work.batch * widths
 
 
+_ASSUMED = ": assumes GPUs with bfloat16 units; on others train.precision=auto is fp16 or fp32"
+
+
 @dataclass(frozen=True)
 class Plan:
     """The cost of a recipe on a cluster, as `dkd plan` prints it.
@@ -188,11 +191,7 @@ def plan(
     """
     world_size = nodes * gpus_per_node
     # The GPUs are not here: assume bfloat16 units, as NVIDIA GPUs since Ampere have.
-    assumed = (
-        ""
-        if recipe.train.precision != "auto"
-        else ": assumes GPUs with bfloat16 units; on others train.precision=auto is fp16 or fp32"
-    )
+    assumed = _ASSUMED if recipe.train.precision == "auto" else ""
     recipe, _ = hardware.settled(recipe, [hardware.Hardware(device_type, "GPUs", bf16=True)])
     problems = batch_problems(recipe, world_size, gpus_per_node)
     pipeline = image_pipeline(recipe, problems)
