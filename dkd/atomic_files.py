@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -126,6 +127,14 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
             unfinished.unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with everything in it. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_unfinished(folder: Path, names: Collection[str]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from dkd.atomic_files import create, link_problem, read_bytes, read_json, sync_folder
+from dkd.atomic_files import create, link_problem, read_bytes, read_json, remove, sync_folder
 from dkd.errors import RunError
 
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ class CheckpointFolder:
         self.path.mkdir(exist_ok=True)
         folder = self.writing_path(step)
         if os.path.lexists(folder):
-            _remove(folder)
+            remove(folder)
         folder.mkdir()
 
     def _check_place(self) -> None:
@@ -93,7 +93,7 @@ class CheckpointFolder:
         """
         self._check_place()
         for left in [*self.path.glob("writing_*"), *self.path.glob("removing_*")]:
-            _remove(left)
+            remove(left)
 
     def set_aside(self, step: int) -> None:
         """Rename a checkpoint that is not intact, so that it does not count when older ones are removed. Raises
@@ -101,7 +101,7 @@ class CheckpointFolder:
         folder = self.path_of(step)
         damaged = folder.with_name(folder.name.replace("step_", "damaged_"))
         if os.path.lexists(damaged):
-            _remove(damaged)
+            remove(damaged)
         folder.rename(damaged)
 
     def commit(self, step: int) -> int:
@@ -128,7 +128,7 @@ class CheckpointFolder:
         sync_folder(self.path)
         sync_folder(self.path.parent)
         if older is not None:
-            _remove(older)
+            remove(older)
         return sum(entry["bytes"] for entry in files.values())
 
     def discard(self, step: int) -> None:
@@ -146,20 +146,20 @@ class CheckpointFolder:
         self._check_place()
         for step in self.steps():
             if step not in steps:
-                _remove(self._rename_for_removal(self.path_of(step)))
+                remove(self._rename_for_removal(self.path_of(step)))
 
     def remove_all(self) -> None:
         """Remove every checkpoint, complete or not. Raises OSError."""
         if self.path.is_dir() and not self.path.is_symlink():
             for entry in self.path.iterdir():
                 if entry.name.startswith(("step_", "writing_", "removing_", "damaged_")):
-                    _remove(entry)
+                    remove(entry)
 
     def _rename_for_removal(self, folder: Path) -> Path:
         """Rename a checkpoint, so that a removal that is interrupted leaves nothing that looks like a damaged one."""
         doomed = folder.with_name(folder.name.replace("step_", "removing_"))
         if os.path.lexists(doomed):
-            _remove(doomed)
+            remove(doomed)
         return folder.rename(doomed)
 
     def fingerprint(self, step: int) -> str | None:
@@ -200,13 +200,6 @@ class CheckpointFolder:
         except OSError as error:
             return f"it cannot be read: {error}"
         return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _read_manifest(folder: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ class KeySummary:
         values: by their ids.
         made_by: what computed it, in words.
         parts, bytes: of all epochs.
-        used: seconds since 1970 when a part was last written.
+        used: seconds since 1970 when a file in the folder was last written.
         problems: a line for each file that is damaged.
     """
 
@@ -79,6 +79,8 @@ def summarize(folder: Path, contents: bool = False) -> KeySummary:
     """
     key, reason = read_key(folder)
     found = KeySummary(folder, key, problems=[] if reason is None else [f"{folder}: {reason}"])
+    # Of the files and not of what can be read of them: a key whose parts cannot be opened is not an old one.
+    found.used = max(_written(path) or 0.0 for path in (folder, *folder.rglob("*")))
     for epoch in epochs_in(folder):
         covered: dict[str, set[int]] = {}
         for path in part_paths(folder, epoch):
@@ -89,7 +91,6 @@ def summarize(folder: Path, contents: bool = False) -> KeySummary:
                         for number in range(len(stored.pieces)):
                             part.read(value, [number])
                 _add(found, part, covered)
-                found.used = max(found.used, path.stat().st_mtime)
             except (DamagedPartError, OSError) as error:
                 found.problems.append(f"{path}: {error}")
                 # What cannot be opened, or is of another version, may be intact.
@@ -98,6 +99,14 @@ def summarize(folder: Path, contents: bool = False) -> KeySummary:
         for value, positions in covered.items():
             found.values[value].rows[epoch] = len(positions)
     return found
+
+
+def _written(path: Path) -> float | None:
+    """Return when a file was last written, in seconds since 1970; None: another process has renamed or removed it."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _add(found: KeySummary, part: Part, covered: dict[str, set[int]]) -> None:
@@ -126,7 +135,8 @@ def unfinished(folder: Path) -> list[Path]:
     found = []
     for within in [folder, *(epoch_folder(folder, epoch) for epoch in epochs_in(folder))]:
         for path in within.glob(f"{UNFINISHED}*"):
-            if time.time() - path.lstat().st_mtime > _YOUNG_SECONDS:
+            written = _written(path)
+            if written is not None and time.time() - written > _YOUNG_SECONDS:
                 found.append(path)
     return found
 
@@ -134,14 +144,6 @@ def unfinished(folder: Path) -> list[Path]:
 def half_removed(root: Path) -> list[Path]:
     """Return folders of keys whose removal was interrupted."""
     return [path for path in sorted(root.iterdir()) if path.name.startswith(_REMOVING) and path.is_dir()]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def remove_key(folder: Path) -> None:

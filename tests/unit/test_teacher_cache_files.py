@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 
+from dkd.atomic_files import remove
 from dkd.teacher_cache import CacheKey, Need, StepCache, Turn, Value
-from dkd.teacher_cache.folder import remove, summarize, unfinished
+from dkd.teacher_cache.folder import summarize, unfinished
 from dkd.teacher_cache.key import CacheError, nearest, read_key
 from dkd.teacher_cache.part import DamagedPartError, Part, Written, write_part
 
@@ -337,6 +338,7 @@ def test_what_cannot_be_opened_or_is_of_another_version_is_not_removed(tmp_path,
     found = summarize(tmp_path / KEY.name)
     assert found.damaged == []
     assert "Too many open files" in found.problems[0]
+    assert found.used >= path.stat().st_mtime > 0  # so that it is not taken to be unused for years
 
 
 def test_a_few_rows_of_large_micro_batches(tmp_path):

@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from dkd import console
+from dkd.atomic_files import remove
 from dkd.errors import InputError
 from dkd.teacher_cache.folder import (
     KeySummary,
     half_removed,
-    remove,
     remove_key,
     size_of,
     summaries,
