@@ -253,7 +253,7 @@ def build_step(
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
     if teacher is not None and train.compile.teacher:
         teacher.compile()
-    engine.wrap(student, build_optimizer(recipe.optimizer, student))
+    engine.wrap(student, build_optimizer(recipe.optimizer, student, engine.fuses_updates))
     if train.compile.student:
         student.compile()
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
