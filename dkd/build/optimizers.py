@@ -47,6 +47,35 @@ def build_optimizer(
     )
 
 
+class SteppedRates:
+    """Sets the learning rate of each step.
+
+    Args:
+        optimizer: its groups may scale the rate by `lr_scale`.
+        device: where the rates lie, for a captured graph, in tensors that stay the same ones; None: they are numbers.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
+        self._groups, self._written = optimizer.param_groups, float("nan")
+        if device is not None:
+            # The kernels of GPUs read float32.
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            for group in self._groups:
+                group["lr"] = torch.zeros((), dtype=dtype, device=device)
+
+    def write(self, rate: float) -> None:
+        """Set the rate; nothing is written where it is that of the step before."""
+        if rate == self._written:
+            return
+        for group in self._groups:
+            own = rate * group.get("lr_scale", 1.0)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(own)  # by a kernel: a copy from the host would wait for the device
+            else:
+                group["lr"] = own
+        self._written = rate
+
+
 def _groups(parameters: list[nn.Parameter], weight_decay: float, everything_decays: bool) -> list[dict[str, Any]]:
     """Return the parameters in groups of one weight decay."""
     if everything_decays:

@@ -338,6 +338,10 @@ class TrainSection(Section):
     """Exponential moving average of the student, which is evaluated and exported in the student's place; null: none."""
     compile: CompileSection = CompileSection()
     """Models that are compiled."""
+    graph: AutoSwitch = "auto"
+    """Whether each step is one CUDA graph, captured once and replayed: one process alone, without accumulation. Where a
+    step cannot be captured, one line reports why, and steps run as usual. auto: false, until graphs have been measured
+    on more GPUs."""
     links: Text | None = None
     """File of `dkd launch-check --json FILE`, with the measured speeds between ranks, by which losses of relations
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""

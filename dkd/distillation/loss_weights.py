@@ -23,16 +23,25 @@ class LossWeights:
         self._weights = list(weights)
         self._tensor: torch.Tensor | None = None
         self._written: list[float] = []
+        self.are_written_before = False
+        """Whether the weights of a step are written before it, by `write`: a graph that captured the writing would
+        write the same weights in each step."""
 
     def at(self, step: int, like: torch.Tensor) -> torch.Tensor:
         """Return the weights at a step, (K,), of the type and on the device of `like`."""
-        numbers = [weight(step) for weight in self._weights]
         tensor = self._tensor
         if tensor is None or tensor.dtype != like.dtype or tensor.device != like.device:
-            tensor, self._written = torch.zeros(len(numbers), dtype=like.dtype, device=like.device), []
+            self._tensor = tensor = torch.zeros(len(self._weights), dtype=like.dtype, device=like.device)
+            self._written = []
+        return tensor if self.are_written_before and self._written else self.write(step)
+
+    def write(self, step: int) -> torch.Tensor:
+        """Write the weights at a step into the tensor that `at` returned before, and return it."""
+        tensor, numbers = self._tensor, [weight(step) for weight in self._weights]
+        assert tensor is not None
         if numbers != self._written:
-            fresh = torch.tensor(numbers, dtype=like.dtype)
+            fresh = torch.tensor(numbers, dtype=tensor.dtype)
             # From page-locked memory, for which the host need not wait.
-            tensor.copy_(fresh.pin_memory() if like.device.type == "cuda" else fresh, non_blocking=True)
-        self._tensor, self._written = tensor, numbers
+            tensor.copy_(fresh.pin_memory() if tensor.device.type == "cuda" else fresh, non_blocking=True)
+            self._written = numbers
         return tensor
