@@ -16,6 +16,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
     checks = (
         *models,
+        _check_label_losses,
         _check_mixing,
         _check_adapters,
         _check_batch,
@@ -140,6 +141,11 @@ def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
     weights = None if ce is None else ce.class_weights
     if isinstance(weights, list) and classes is not None and len(weights) != classes:
         yield Problem("losses.ce.class_weights", f"{len(weights)} weights for data.classes={classes}")
+
+
+def _check_label_losses(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.losses.ce is not None and recipe.losses.bce is not None:
+        yield Problem("losses.bce", "is in the place of losses.ce, which is used, too; remove that with losses.ce=null")
 
 
 def _check_mixing(recipe: Recipe) -> Iterator[Problem]:

@@ -182,6 +182,12 @@ WRONG = [
     ("evaluation.knn={label_column: kind}", ["evaluation.knn.label_column: belongs to evaluation.knn.train or evaluation.knn.validation, which name no images; use data.label_column"]),
     (("evaluation.knn={}", "data.validation=null"), ["evaluation.knn: needs evaluations, but data.validation is null"]),
     (("evaluation.knn={train: digits}", "data.labels=false", "losses.ce=null"), ["evaluation.knn.validation: is needed, since data.labels is false; name images with labels"]),
+    # recipes of strong trainings
+    ("losses.bce={}", ["losses.bce: is in the place of losses.ce, which is used, too; remove that with losses.ce=null"]),
+    (("losses.ce=null", "losses.bce={target_threshold: 1}"), ["losses.bce.target_threshold: must be less than 1, not 1"]),
+    (("losses.ce=null", "losses.bce={label_smoothing: -0.1}"), ["losses.bce.label_smoothing: must be greater than or equal to 0"]),
+    (("losses.ce=null", "losses.bce={class_weights: balanced}"), ["losses.bce.class_weights: unknown key"]),
+    (("losses.ce=null", "losses.bce={}", "data.labels=false"), ["losses.bce: reads labels, but data.labels is false; remove it with losses.bce=null"]),
     # what only a closer look finds
     ("student.name=torchvision/googlenet", ["student.name: GoogLeNet returns GoogLeNetOutputs, not the logits as one tensor"]),
     ("student.name=torchvision/vit_b_16", ["student.name: 'torchvision/vit_b_16' fails on one image of 16×16: AssertionError: Wrong image height"]),
