@@ -165,11 +165,12 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
     train, data = recipe.train, recipe.data
     b = micro_batch(recipe, launch.world_size)
     batches = (len(source), data_seed(recipe), train.global_batch, b, launch.rank, launch.world_size)
+    repeating: dict[str, Any] = {"period": data.augmentation_period, "repeats": data.repeated_augmentation}
     if isinstance(source, RowGroups):
         sizes = tuple(source.sizes.tolist())
-        lanes, window, period = data.stream_lanes, data.shuffle_window, data.augmentation_period
-        return StreamedBatchSampler(*batches, sizes, lanes, window, period=period)
-    return GlobalBatchSampler(*batches, period=data.augmentation_period)
+        lanes, window = data.stream_lanes, data.shuffle_window
+        return StreamedBatchSampler(*batches, sizes, lanes, window, **repeating)
+    return GlobalBatchSampler(*batches, **repeating)
 
 
 @dataclass(frozen=True)

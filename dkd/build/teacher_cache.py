@@ -91,6 +91,8 @@ def _order_facts(view: Recipe, sampler: GlobalBatchSampler) -> tuple[dict[str, A
     """Return on what the order of samples depends, and on what their mixing."""
     images = view.data
     order: dict[str, Any] = {"seed": data_seed(view), "period": images.augmentation_period, "kind": "shuffled"}
+    if sampler.repeats > 1:  # which copy an image is depends on B/R
+        order |= {"repeats": sampler.repeats, "global_batch": sampler.global_batch}
     if isinstance(sampler, StreamedBatchSampler):
         lanes, window = sampler.lanes, sampler.window
         order |= {"kind": "streamed", "global_batch": sampler.global_batch, "lanes": lanes, "window": window}

@@ -21,6 +21,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
         _check_adapters,
         _check_batch,
         _check_data,
+        _check_repeats,
         _check_labels,
         _check_evaluation,
         _check_evaluation_without_labels,
@@ -295,6 +296,18 @@ def _check_batch(recipe: Recipe) -> Iterator[Problem]:
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         yield Problem(
             "train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"
+        )
+
+
+def _check_repeats(recipe: Recipe) -> Iterator[Problem]:
+    repeats, batch = recipe.data.repeated_augmentation, recipe.train.global_batch
+    if batch % repeats:
+        yield Problem("data.repeated_augmentation", f"{repeats} does not divide train.global_batch={batch}")
+    if repeats > 1 and recipe.losses.crd is not None:
+        yield Problem(
+            "losses.crd",
+            "its banks have one vector of each image, and a step has data.repeated_augmentation="
+            f"{repeats} of them; set data.repeated_augmentation=1",
         )
 
 

@@ -172,6 +172,9 @@ class DataSection(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
     """Seed of the order of the images, of their augmentation and mixing, and of validation images that are drawn;
     default: `run.seed`. Runs of one data.seed and several run.seed see the same images in the same order."""
+    repeated_augmentation: Count = 1
+    """R: each global batch holds B/R images, R times each, with different augmentations. An epoch still has N // B
+    steps, and so 1/R as many different images, drawn anew in each epoch."""
     augmentation_period: Count | None = None
     """Epochs after which order, augmentation and mixing repeat: those of epoch e are those of e mod the period. So a
     `teacher.cache` of that many epochs serves every epoch; null: no epoch is like another."""

@@ -45,7 +45,7 @@ class TrainLoader:
         self.order, self.timeout = order, timeout
         self._samples = Samples(source, transform, order.seed, replace, image_size)
         if isinstance(order, StreamedBatchSampler) and isinstance(source, RowGroups):
-            source.keep(order.row_groups_of_a_worker(workers))
+            source.keep(order.row_groups_of_a_worker(workers), order.repeats)
         self._workers, self._pin = workers, pin
 
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """Load the samples of one batch, and write them to where the batch stays.
 
-Each sample's augmentation is seeded by (seed, epoch, index), so that the number of workers and ranks changes nothing.
+Each sample's augmentation is seeded by (seed, draw, index), so that the number of workers and ranks changes nothing.
+The draw is the epoch, or where an epoch augments an image several times a number of its own (GlobalBatchSampler).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ _SMALL = 3 * 128 * 128
 
 
 class Samples(Dataset[Batch]):
-    """Load the samples of one batch. A key is (epoch, index); an index of −1 is a blank image that does not count.
+    """Load the samples of one batch. A key is (draw, index); an index of −1 is a blank image that does not count.
 
     Args:
         source: images and labels.
@@ -124,17 +125,17 @@ class Samples(Dataset[Batch]):
         labels: list[int] = []
         unreadable: list[str] = []
         small: dict[torch.Size, list[tuple[int, torch.Tensor, int]]] = {}  # by size: rows, images and their seeds
-        for epoch, index in keys:
+        for draw, index in keys:
             if index < 0:
                 continue
-            image, used = self._read_image(epoch, index, unreadable)
+            image, used = self._read_image(draw, index, unreadable)
             if image is None and self.seed is None:
                 continue
             if image is not None:
                 if self._of_batches is not None and image.numel() <= _SMALL:
-                    small.setdefault(image.shape, []).append((len(labels), image, self._seed_of(epoch, used)))
+                    small.setdefault(image.shape, []).append((len(labels), image, self._seed_of(draw, used)))
                 else:
-                    self._write(writer, len(labels), self._augment(image, epoch, used))
+                    self._write(writer, len(labels), self._augment(image, draw, used))
             labels.append(int(self.source.labels[used]))
         for of_one_size in small.values():
             rows, images, seeds = zip(*of_one_size, strict=True)
@@ -145,11 +146,11 @@ class Samples(Dataset[Batch]):
             writer.begin(self._find_shape())
         return writer.finish(labels, tuple(unreadable))
 
-    def _augment(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+    def _augment(self, image: torch.Tensor, draw: int, index: int) -> torch.Tensor:
         if self._of_batches is not None:
-            return self._of_batches.of_batch(image[None], [self._seed_of(epoch, index)])[0]
+            return self._of_batches.of_batch(image[None], [self._seed_of(draw, index)])[0]
         if self.seed is not None:
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(derive_seed(self.seed, draw, index))
         return self.transform(image)
 
     def _write(self, writer: Writer, row: int, image: torch.Tensor) -> None:
@@ -164,16 +165,16 @@ class Samples(Dataset[Batch]):
         self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]], writer: Writer
     ) -> Batch | FilledSlot:
         """Load all samples at once, to the same pixels as one by one."""
-        samples = [(epoch, index) for epoch, index in keys if index >= 0]
+        samples = [(draw, index) for draw, index in keys if index >= 0]
         indices = torch.tensor([index for _, index in samples], dtype=torch.int64)
         images = transform.of_batch(pixels[indices], [self._seed_of(*sample) for sample in samples])
         writer.write_all(images)
         return writer.finish(self.source.labels[indices.numpy()].tolist())
 
-    def _seed_of(self, epoch: int, index: int) -> int:
-        return 0 if self.seed is None else derive_seed(self.seed, epoch, index)
+    def _seed_of(self, draw: int, index: int) -> int:
+        return 0 if self.seed is None else derive_seed(self.seed, draw, index)
 
-    def _read_image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
+    def _read_image(self, draw: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
         """Decode a sample's image. Returns the image and the index that the image was read at; None in place of the
         image when it cannot be read and no other image is to replace it."""
         tried, reason = index, ""
@@ -189,7 +190,7 @@ class Samples(Dataset[Batch]):
                     return None, index
                 # Drawn from the position, so that the choice is the same for any number of ranks and workers.
                 nearby = self.source.neighbours(index)
-                tried = nearby[derive_seed(self.seed or 0, epoch, index, attempt) % len(nearby)]
+                tried = nearby[derive_seed(self.seed or 0, draw, index, attempt) % len(nearby)]
         raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
 
     def _mark(self, index: int) -> None:

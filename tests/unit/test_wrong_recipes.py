@@ -188,6 +188,9 @@ WRONG = [
     (("losses.ce=null", "losses.bce={label_smoothing: -0.1}"), ["losses.bce.label_smoothing: must be greater than or equal to 0"]),
     (("losses.ce=null", "losses.bce={class_weights: balanced}"), ["losses.bce.class_weights: unknown key"]),
     (("losses.ce=null", "losses.bce={}", "data.labels=false"), ["losses.bce: reads labels, but data.labels is false; remove it with losses.bce=null"]),
+    ("data.repeated_augmentation=0", ["data.repeated_augmentation: must be greater than 0, not 0"]),
+    ("data.repeated_augmentation=3", ["data.repeated_augmentation: 3 does not divide train.global_batch=64"]),
+    (("data.repeated_augmentation=2", "losses.crd={preset: repdistiller, pairs: [[layer3, block3]]}"), ["losses.crd: its banks have one vector of each image, and a step has data.repeated_augmentation=2 of them; set data.repeated_augmentation=1"]),
     # what only a closer look finds
     ("student.name=torchvision/googlenet", ["student.name: GoogLeNet returns GoogLeNetOutputs, not the logits as one tensor"]),
     ("student.name=torchvision/vit_b_16", ["student.name: 'torchvision/vit_b_16' fails on one image of 16×16: AssertionError: Wrong image height"]),
