@@ -24,6 +24,7 @@ from dkd.config.key_types import (
     one_line,
 )
 from dkd.config.losses import ENSEMBLE, LossesSection
+from dkd.config.optimizers import AdamWSection, LambSection, SgdSection
 from dkd.config.teacher_cache import CacheSection
 
 
@@ -384,59 +385,6 @@ class EvaluationSection(Section):
     """k-NN accuracy of the student's features; null: not measured."""
 
 
-class AdapterOptimizerSection(Section):
-    """Set the optimizer of what losses train beside the student, where that is not the student's."""
-
-    lr: Positive | None = None
-    """Learning rate, before the schedule's factor; null: `optimizer.lr`."""
-    weight_decay: NonNegative | None = None
-    """Weight decay; null: `optimizer.weight_decay`."""
-
-
-class SgdSection(Section):
-    """Set torch.optim.SGD."""
-
-    name: Literal["sgd"]
-    """The optimizer."""
-    lr: Positive
-    """Learning rate, before the schedule's factor."""
-    momentum: Fraction = 0.9
-    """Momentum."""
-    nesterov: Switch = False
-    """Whether the momentum is Nesterov's."""
-    weight_decay: NonNegative = 0.0
-    """Weight decay."""
-    decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
-    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SgdSection:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0")
-        return self
-
-
-class AdamWSection(Section):
-    """Set torch.optim.AdamW."""
-
-    name: Literal["adamw"]
-    """The optimizer."""
-    lr: Positive
-    """Learning rate, before the schedule's factor."""
-    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of the averages of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Number added to the denominator."""
-    weight_decay: NonNegative = 0.01
-    """Weight decay."""
-    decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
-    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
-
-
 class _ScheduleSection(Section):
     warmup_epochs: NonNegative = 0.0
     """Epochs in which the learning rate grows linearly up to `optimizer.lr`."""
@@ -520,7 +468,7 @@ class Recipe(Section):
     """Batches, length and precision."""
     evaluation: EvaluationSection = EvaluationSection()
     """Evaluation of the student."""
-    optimizer: Annotated[SgdSection | AdamWSection, Field(discriminator="name")]
+    optimizer: Annotated[SgdSection | AdamWSection | LambSection, Field(discriminator="name")]
     """The optimizer."""
     schedule: Annotated[
         ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule, Field(discriminator="name")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dkd.build.optimizers import optimizer_problems
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch
 from dkd.launch import Launch
@@ -39,6 +40,7 @@ def check(
             changes = check_run_directory(recipe, launch, if_run_exists, allow_recipe_change)
     problems += place_problems(recipe)
     problems += _tracker_problems(recipe)
+    problems += optimizer_problems(recipe.optimizer)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
         problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, launch.world_size))
