@@ -13,6 +13,7 @@ import torch
 from dkd import machine
 from dkd.config import Recipe
 from dkd.config.derived import classes, data_seed, micro_batch, teacher_views
+from dkd.config.image_sizes import sizes_by_epoch
 from dkd.config.schema import DataSection
 from dkd.data import (
     DataError,
@@ -44,7 +45,8 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     """Return transforms and the student's normalisation."""
     data = recipe.data
     normalize = _normalize(data.normalization)
-    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
+    sizes = sizes_by_epoch(data.train_image_size)
+    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize, sizes)
 
 
 def describe_input(pipeline: ImagePipeline, class_names: list[str] | None, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def build_data(
 
     return DataParts(
         sampler,
-        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
+        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, by_epoch=pipeline.by_epoch),
         None if validation is None else evaluation_loader(validation),
         pipeline,
         teacher_normalize(recipe, pipeline.normalize),

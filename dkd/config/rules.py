@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dkd.config.derived import teacher_key, teacher_views
+from dkd.config.image_sizes import sizes_by_epoch
 from dkd.config.losses import ENSEMBLE, CrdSection, OneClassSection
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
@@ -22,6 +23,7 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
         _check_batch,
         _check_data,
         _check_repeats,
+        _check_sizes,
         _check_labels,
         _check_evaluation,
         _check_evaluation_without_labels,
@@ -297,6 +299,19 @@ def _check_batch(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"
         )
+
+
+def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
+    data, key = recipe.data, "data.train_image_size"
+    if len(set(sizes_by_epoch(data.train_image_size).values())) < 2:
+        return
+    if data.augmentation_period is not None:
+        yield Problem(key, "changes with the epoch, and data.augmentation_period repeats epochs; remove one of the two")
+    for name, view in teacher_views(recipe):
+        if view.teacher is not None and view.teacher.cache is not None:
+            yield Problem(
+                f"{teacher_key(name)}.cache", f"is of images of one size, and {key} changes it; remove one of the two"
+            )
 
 
 def _check_repeats(recipe: Recipe) -> Iterator[Problem]:

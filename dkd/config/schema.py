@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from dkd.config.image_sizes import TrainImageSize
 from dkd.config.key_types import (
     LONGEST_NAME,
     Count,
@@ -162,7 +163,11 @@ class DataSection(Section):
     validation_transforms: Transforms | None = None
     """Transforms of the validation images, where `transforms` is a list."""
     image_size: Count | None = None
-    """Side of the images that the models see, in pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
+    """Side of the images that the models see, in pixels; default: the last of `train_image_size`, or the preset's
+    (imagenet 224, cifar 32, digits 32)."""
+    train_image_size: TrainImageSize = None
+    """Side of the training images alone, in pixels, where it is not image_size: a number, or a number from some epochs
+    on, {0: 160, 10: 192, 20: 224}. Evaluations, and student.json, have image_size."""
     normalization: Normalization | None = None
     """Mean and standard deviation of the channels; default: the preset's."""
     mixup: NonNegative = 0.0

@@ -86,6 +86,10 @@ class GlobalBatchSampler:
         period."""
         return step if self.period is None else step % (self.period * self.steps_per_epoch)
 
+    def drawn_epoch(self, step: int) -> int:
+        """Return the epoch of the first period that a step's images are drawn and augmented for."""
+        return self.drawn_step(step) // self.steps_per_epoch
+
     def epoch(self, epoch: int) -> torch.Tensor:
         """Return the list of an epoch's images, of the first period, int64, at least (N // B)·B/R long."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))

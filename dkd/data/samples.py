@@ -6,8 +6,9 @@ The draw is the epoch, or where an epoch augments an image several times a numbe
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +16,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from dkd.data.sources import DataError, ImageSource, pixels_in_memory
-from dkd.data.transforms import BatchTransform
+from dkd.data.transforms import BatchTransform, Transform
 from dkd.data.worker_memory import BatchSlots, Marks, batch_bytes, empty_batch, new_shared_memory
 from dkd.rng import derive_seed
 from dkd.text import one_line
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Batch(NamedTuple):
@@ -57,11 +56,13 @@ class FilledSlot:
     """Whether the three colours of a pixel lie together in memory."""
     valid: int
     unreadable: tuple[str, ...]
+    shape: torch.Size | None = None
+    """(3, H, W) of the images; None: that of the BatchSlots."""
 
     def batch(self) -> Batch:
         """Return the batch, in the process that made the slots. The slot becomes free when the batch's tensors are
         gone."""
-        images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, to_be_freed=True)
+        images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, True, self.shape)
         return Batch(images, labels, self.valid, self.unreadable)
 
     def pin_memory(self) -> Batch:
@@ -101,6 +102,17 @@ class Samples(Dataset[Batch]):
         self._of_batches = transform if isinstance(transform, BatchTransform) else None
         self.slots: BatchSlots | None = None
         self.marks: Marks | None = None
+
+    def with_memory(self, marks: Marks, slots: BatchSlots | None) -> Samples:
+        """Return a copy for worker processes.
+
+        Args:
+            marks: where a worker notes how far it is.
+            slots: where it writes batches; None: into memory of its own.
+        """
+        made = copy.copy(self)
+        made.marks, made.slots = marks, slots
+        return made
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | FilledSlot:
         # torchvision's transforms draw from the default generator. torch.manual_seed would also queue a call for a GPU
@@ -224,14 +236,10 @@ class Writer:
         """Take memory for images of a shape (3, H, W). Raises DataError when a worker has no memory left to share."""
         self.begun, self._channels_last = True, channels_last
         worker = get_worker_info()
-        if (
-            worker is not None
-            and self._slots is not None
-            and (self._slots.rows, self._slots.shape) == (self._rows, shape)
-        ):
+        if worker is not None and self._slots is not None and self._slots.hold(self._rows, shape):
             self._slot = self._slots.take(worker.id)
             if self._slot is not None:
-                self._images, self._labels = self._slots.tensors(self._slot, channels_last)
+                self._images, self._labels = self._slots.tensors(self._slot, channels_last, shape=shape)
                 return
         memory = None if worker is None else _take_memory(batch_bytes(self._rows, shape))
         self._images, self._labels = empty_batch(self._rows, shape, channels_last, memory)
@@ -263,7 +271,8 @@ class Writer:
         self._labels[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
         self._labels[len(labels) :] = 0
         if self._slot is not None and self._slots is not None:
-            return FilledSlot(self._slots.number, self._slot, self._channels_last, len(labels), unreadable)
+            shape = self._images.shape[1:]
+            return FilledSlot(self._slots.number, self._slot, self._channels_last, len(labels), unreadable, shape)
         return Batch(self._images, self._labels, len(labels), unreadable)
 
     def give_up(self) -> None:

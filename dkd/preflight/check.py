@@ -9,7 +9,7 @@ from dkd.launch import Launch
 from dkd.preflight.collecting import collect
 from dkd.preflight.data import image_pipeline, place_problems
 from dkd.preflight.launch import launch_problems
-from dkd.preflight.models import model_problems
+from dkd.preflight.models import problems_at_sizes
 from dkd.preflight.relations import memory_problems
 from dkd.preflight.teacher_cache import cache_problems
 from dkd.runs.directory import check_run_directory
@@ -43,10 +43,10 @@ def check(
     problems += optimizer_problems(recipe.optimizer)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, launch.world_size))
+        problems += problems_at_sizes(recipe, pipeline.sizes, micro_batch(recipe, launch.world_size))
         if not problems:
             problems += cache_problems(recipe)
-            problems += memory_problems(recipe, launch.world_size, launch.local_world_size, pipeline.image_size)
+            problems += memory_problems(recipe, launch.world_size, launch.local_world_size, pipeline.train_size)
     if problems:
         raise RecipeError(problems)
     return changes

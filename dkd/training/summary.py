@@ -45,6 +45,8 @@ def summarize(
     )
     yield from _list_other_parameters(recipe, engine, teacher)
     yield from _describe_epoch(sampler)
+    if len(data.pipeline.sizes) > 1:
+        yield f"training images: {data.pipeline.describe_sizes()} pixels"
     if data.validation is None:
         yield "data.validation is null: the student is not evaluated"
     if not is_in_memory(training):

@@ -69,7 +69,7 @@ WRONG = [
     ("losses.custom=[{name: My Loss, loss: 'a:b', weight: 1, of: labels}]", ["losses.custom.0.name: must be a word of small letters"]),
     ("losses.custom=[{name: a, loss: ab, weight: 1, of: labels}]", ["losses.custom.0.loss: must be module:attribute, not 'ab'"]),
     # choices
-    ("optimizer.name=sdg", ["optimizer.name: 'sdg' is not allowed; allowed: sgd, adamw; did you mean sgd?"]),
+    ("optimizer.name=sdg", ["optimizer.name: 'sdg' is not allowed; allowed: sgd, adamw, lamb; did you mean sgd?"]),
     ("schedule.name=polynomial", ["schedule.name: 'polynomial' is not allowed; allowed: constant, step, cosine, one_cycle"]),
     ("train.precision=float32", ["train.precision: 'float32' is not allowed; allowed: auto, fp32, tf32, bf16, fp16"]),
     ("losses.at.map=sum_q", ["losses.at.map: 'sum_q' is not allowed; allowed: sum, sum_p, max_p; did you mean"]),
@@ -191,6 +191,13 @@ WRONG = [
     ("data.repeated_augmentation=0", ["data.repeated_augmentation: must be greater than 0, not 0"]),
     ("data.repeated_augmentation=3", ["data.repeated_augmentation: 3 does not divide train.global_batch=64"]),
     (("data.repeated_augmentation=2", "losses.crd={preset: repdistiller, pairs: [[layer3, block3]]}"), ["losses.crd: its banks have one vector of each image, and a step has data.repeated_augmentation=2 of them; set data.repeated_augmentation=1"]),
+    ("data.train_image_size={10: 16}", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0 and from later ones on, such as {0: 160, 10: 224}, not {10: 16}"]),
+    ("data.train_image_size={0: 16, 2: -8}", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0"]),
+    ("data.train_image_size={0: 16, half: 8}", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0"]),
+    ("data.train_image_size=large", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0"]),
+    (("data.train_image_size={0: 8, 1: 16}", "data.augmentation_period=2"), ["data.train_image_size: changes with the epoch, and data.augmentation_period repeats epochs; remove one of the two"]),
+    (("data.train_image_size={0: 8, 1: 16}", "teacher.cache=no/such"), ["teacher.cache: is of images of one size, and data.train_image_size changes it; remove one of the two"]),
+    (("data.train_image_size={0: 32, 1: 48}", "data.image_size=32", "student={name: timm/vit_tiny_patch16_224, options: {img_size: 32}}", "losses={ce: {}}", "teacher=null"), ["student.name: 'timm/vit_tiny_patch16_224' fails on one image of 48×48: AssertionError: Input height (48) doesn't match model (32)"]),
     # what only a closer look finds
     ("student.name=torchvision/googlenet", ["student.name: GoogLeNet returns GoogLeNetOutputs, not the logits as one tensor"]),
     ("student.name=torchvision/vit_b_16", ["student.name: 'torchvision/vit_b_16' fails on one image of 16×16: AssertionError: Wrong image height"]),
