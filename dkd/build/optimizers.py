@@ -21,10 +21,21 @@ def optimizer_problems(section: OptimizerSection) -> list[Problem]:
     return [Problem("optimizer.name", f"lamb needs timm: {command_for('timm')}")]
 
 
-def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    section: OptimizerSection, model: nn.Module, fused: bool = False, in_graph: bool = False
+) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters of `model` that are trained. `decay_norm_and_bias: false` keeps weight
     decay off everything of one dimension or less: biases, and the scales of normalisation layers. Adapters of losses
-    have groups of their own where the section asks for other settings."""
+    have groups of their own where the section asks for other settings.
+
+    Args:
+        section: the recipe's.
+        model: the parameters are on the device that trains.
+        fused: whether one kernel updates all parameters; else a few, or on CPUs a few for each parameter. LAMB has no
+            such kernel.
+        in_graph: whether a captured graph makes the updates, which LAMB does not allow: it reads its number of steps
+            on the host.
+    """
     own = section.adapters
     adapters = list(model.adapters.parameters()) if isinstance(model, TappedModel) else []
     if own.lr is None and own.weight_decay is None:
@@ -39,10 +50,15 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
         of_adapters = _groups([p for p in adapters if p.requires_grad], decay, section.decay_norm_and_bias)
         groups += [{**group, "lr": section.lr * scale, "lr_scale": scale} for group in of_adapters]
     if isinstance(section, SgdSection):
-        return torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov)
+        return torch.optim.SGD(
+            groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov, fused=fused or None
+        )
     if isinstance(section, LambSection):
         return _build_lamb(section, groups)
-    return torch.optim.AdamW(groups, lr=section.lr, betas=(section.betas[0], section.betas[1]), eps=section.eps)
+    betas = section.betas[0], section.betas[1]
+    return torch.optim.AdamW(
+        groups, lr=section.lr, betas=betas, eps=section.eps, fused=fused or None, capturable=in_graph
+    )
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float, everything_decays: bool) -> list[dict[str, Any]]:

@@ -11,6 +11,9 @@ from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 from dkd.text import did_you_mean
 
+ON_DEVICE = ("cifar", "digits")
+"""Transforms whose results are parts of an image: they can be cut on the device that trains."""
+
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
@@ -305,6 +308,8 @@ def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
     data, key = recipe.data, "data.train_image_size"
     if len(set(sizes_by_epoch(data.train_image_size).values())) < 2:
         return
+    if data.in_memory == "device":
+        yield Problem("data.in_memory", f"device keeps images of one size, and {key} changes it; take true")
     if data.augmentation_period is not None:
         yield Problem(key, "changes with the epoch, and data.augmentation_period repeats epochs; remove one of the two")
     for name, view in teacher_views(recipe):
@@ -328,8 +333,10 @@ def _check_repeats(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
-    if data.streaming and data.in_memory is True:
+    if data.streaming and data.in_memory in (True, "device"):
         yield Problem("data.in_memory", "does not go with data.streaming; remove one of the two")
+    if data.in_memory == "device" and data.transforms not in ON_DEVICE:
+        yield Problem("data.in_memory", f"device goes with data.transforms={' or '.join(ON_DEVICE)} alone; take true")
     if data.streaming and isinstance(data.validation, float):
         yield Problem(
             "data.validation",

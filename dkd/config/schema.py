@@ -203,9 +203,11 @@ class DataSection(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """raise: an image that cannot be read stops the run, on all ranks together. skip: another image stands in its
     place, and is counted."""
-    in_memory: AutoSwitch = "auto"
+    in_memory: AutoSwitch | Literal["device"] = "auto"
     """Whether the training set is decoded once into memory, on each rank. auto: when all images have one size and fit 1
-    GiB and the rank's share of an eighth of this machine's memory."""
+    GiB and the rank's share of an eighth of this machine's memory. device: into the memory of the device that trains,
+    where each batch is cropped and mirrored, to the same pixels; with the transforms `cifar` or `digits`. auto does so
+    on GPUs, where the images fit an eighth of the GPU's memory."""
 
 
 class StudentSection(Section):

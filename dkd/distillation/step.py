@@ -328,7 +328,8 @@ class DistillationStep:
         objective: Objective,
     ) -> Outputs:
         seed_device(self._device, derive_seed(self._seed, self._step, self._inputs.place(micro_step), _FORWARD))
-        if not self._has_adapters:
-            return self.forward.student(images)
-        given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
-        return self.forward.student(images, given)
+        given = None
+        if self._has_adapters:
+            given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
+        with self._statistics.forward():
+            return self.forward.student(images, given)

@@ -268,3 +268,10 @@ def test_a_transformer_of_any_size_trains_with_a_schedule(tmp_path):
     values["train"] = {**values["train"], "max_steps": 3}
     steps, _ = train_in_starts(values)
     assert len(steps) == 3
+
+
+def test_images_on_the_device_have_the_size_of_training(tmp_path):
+    data = {"train_image_size": 8, "image_size": 16, "in_memory": "device"}
+    on_device = train_in_starts(recipe_of(tmp_path / "device", data=data))
+    elsewhere = train_in_starts(recipe_of(tmp_path / "memory", data={**data, "in_memory": True}))
+    assert on_device == elsewhere

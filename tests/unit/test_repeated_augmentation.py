@@ -15,6 +15,8 @@ from test_teacher_cache import values_of
 from dkd.cli import main
 from dkd.config.loading import validate
 from dkd.data import (
+    DeviceImages,
+    DeviceTrainLoader,
     GlobalBatchSampler,
     StreamedBatchSampler,
     TrainLoader,
@@ -197,3 +199,14 @@ def test_the_start_reports_the_images_of_an_epoch(tmp_path, capsys):
     recipe.write_text(yaml.safe_dump(values))
     assert main(["train", str(recipe)]) == 0
     assert "each epoch has 336 of 1348 images, drawn anew, 4 times each" in capsys.readouterr().err
+
+
+def test_images_on_the_device_are_the_same():
+    source, transform = open_source("digits", training=True), build_pipeline("cifar", image_size=16).train
+    held = DeviceImages(source, transform, torch.device("cpu"))
+    for rank in range(2):
+        order = GlobalBatchSampler(len(source), 1, 24, 6, rank, 2, repeats=3)
+        ours, theirs = DeviceTrainLoader(held, order), TrainLoader(source, transform, order)
+        for a, b in zip(ours.steps(3, 6), theirs.steps(3, 6), strict=True):
+            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.labels, b.labels)

@@ -196,6 +196,7 @@ WRONG = [
     ("data.train_image_size={0: 16, half: 8}", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0"]),
     ("data.train_image_size=large", ["data.train_image_size: must be a number of pixels, or the pixels from epoch 0"]),
     (("data.train_image_size={0: 8, 1: 16}", "data.augmentation_period=2"), ["data.train_image_size: changes with the epoch, and data.augmentation_period repeats epochs; remove one of the two"]),
+    (("data.train_image_size={0: 8, 1: 16}", "data.in_memory=device"), ["data.in_memory: device keeps images of one size, and data.train_image_size changes it; take true"]),
     (("data.train_image_size={0: 8, 1: 16}", "teacher.cache=no/such"), ["teacher.cache: is of images of one size, and data.train_image_size changes it; remove one of the two"]),
     (("data.train_image_size={0: 32, 1: 48}", "data.image_size=32", "student={name: timm/vit_tiny_patch16_224, options: {img_size: 32}}", "losses={ce: {}}", "teacher=null"), ["student.name: 'timm/vit_tiny_patch16_224' fails on one image of 48×48: AssertionError: Input height (48) doesn't match model (32)"]),
     # what only a closer look finds
