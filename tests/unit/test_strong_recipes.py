@@ -1,6 +1,6 @@
 """The examples of long trainings: their settings are those of their sources, and what their comments name can be run.
 
-Source of the numbers: Wightman, Touvron & Jégou, 2021, table 2 (A2, A3); Touvron et al., ICML 2021, table 9 (DeiT).
+Source of the numbers: Wightman, Touvron & Jégou, 2021 (A2, A3); Touvron et al., ICML 2021 (DeiT).
 """
 
 import shlex
