@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from dkd.checkpoints import SavedTensor
 from dkd.engines.ema import WeightAverage
+from dkd.engines.host_buffer import HostBuffer
 from dkd.engines.sharded_weights import plain_name, release_gathered
 from dkd.library_internals.deepspeed import whole_shape
 
@@ -40,19 +41,24 @@ class TrainingState:
     ) -> None:
         self._wrapped, self._model, self._optimizer, self._average = wrapped, model, optimizer, average
         self._counts_on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+        self._host = HostBuffer()
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
     def collect(self) -> Tensors:
-        """Return copies on the CPU, so that training can continue while they are written. All ranks call it.
+        """Return copies on the CPU, so that training can continue while they are written. All ranks call it. Copies of
+        a GPU's tensors last until the next call.
 
         Each rank copies its own shards, as DTensors, and a share of the tensors that every rank holds.
         """
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return {
-            name: tensor.detach().to("cpu", copy=True)
+        own = {
+            name: tensor
             for turn, (name, tensor) in enumerate(self._live())
             if isinstance(tensor, DTensor) or turn % size == rank
         }
+        of_gpu = {n: t for n, t in own.items() if t.device.type == "cuda" and not isinstance(t, DTensor)}
+        staged = self._host.copy(of_gpu) if of_gpu else {}
+        return {n: staged[n] if n in staged else t.detach().to("cpu", copy=True) for n, t in own.items()}
 
     def restore(self, saved: Mapping[str, SavedTensor], load: Callable[[Tensors], None]) -> None:
         """Replace the present state by what was saved. All ranks call it, before the first step.
