@@ -68,6 +68,7 @@ from dkd.losses import (
 )
 from dkd.losses.feature_forms import Shape
 from dkd.losses.relational import scaled_weight
+from dkd.models.compiling import compile_module
 from dkd.user_code import UserCodeError, describe_error, load_callable
 
 
@@ -75,6 +76,20 @@ def compared_samples(section: ComparingSection, sampler: GlobalBatchSampler) -> 
     """Return the samples that a loss compares with each other, on the batches of `sampler`."""
     steps = sampler.micro_steps if section.batch == "step" else 1
     return ranks_per_group(section.scope, sampler.world_size) * sampler.micro_batch * steps
+
+
+COMPILED = (AttentionTransfer, SoftTargets, CrossEntropy, BinaryCrossEntropy, DKD, NKD)
+"""Losses that are means over samples, and keep nothing from call to call."""
+
+
+def compile_losses(objective: Objective, world_size: int) -> None:
+    """Compile the losses that can be, each into one graph. Those of relations compute with other ranks, where there are
+    any."""
+    kinds = (*COMPILED, RelationalLoss) if world_size == 1 else COMPILED
+    for term in objective.terms:
+        loss = getattr(term, "loss", None)
+        if isinstance(loss, kinds) and not getattr(loss, "of_whole_steps", False):
+            compile_module(loss)
 
 
 def gram_size(recipe: Recipe, sampler: GlobalBatchSampler) -> int:

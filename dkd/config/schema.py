@@ -69,6 +69,10 @@ Workers = Annotated[
 AutoSwitch = Annotated[
     bool | Literal["auto"], allow(lambda v: v == "auto" or isinstance(v, bool), "auto, true or false")
 ]
+CompileSwitch = Annotated[
+    bool | Literal["blocks"],
+    allow(lambda v: v == "blocks" or isinstance(v, bool), "true, false or blocks"),
+]
 PRESETS = ("imagenet", "cifar", "digits")
 Transforms = Annotated[
     str | list[str | dict[str, Any]],
@@ -279,10 +283,14 @@ TeacherName = Annotated[str, allow(_is_teacher_name, "a word of small letters, d
 class CompileSection(Section):
     """Set which models are compiled by torch.compile."""
 
-    student: Switch = False
-    """Whether the student is compiled."""
-    teacher: Switch = False
-    """Whether the teacher is compiled."""
+    student: CompileSwitch = False
+    """Whether the student is compiled. blocks: each of its blocks by itself, which takes a fraction of the time where a
+    model repeats one block, as transformers do."""
+    teacher: CompileSwitch = False
+    """Whether the teacher is compiled, as the student."""
+    losses: Switch = False
+    """Whether losses that are means over samples are compiled, each into one kernel or a few; on one process alone also
+    the losses of relations."""
 
 
 class EmaSection(Section):

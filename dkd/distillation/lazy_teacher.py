@@ -11,6 +11,7 @@ import torch
 from dkd.distillation.teacher import FrozenTeacher
 from dkd.errors import InputError, TrainingError
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.models.compiling import Compiled
 
 
 class LazyTeacher(torch.nn.Module):
@@ -25,7 +26,7 @@ class LazyTeacher(torch.nn.Module):
         super().__init__()
         self._build, self._facts = build, dict(facts)
         self._built: FrozenTeacher | None = None
-        self._is_compiled = False
+        self._compiled: Compiled = False
 
     @property
     def is_built(self) -> bool:
@@ -62,8 +63,7 @@ class LazyTeacher(torch.nn.Module):
             problems = [each for each in all_gather_objects(problem) if each is not None]
             if problems or built is None:
                 raise TrainingError(f"the teacher cannot be built, which is needed now: {problems[0]}")
-            if self._is_compiled:
-                built.compile()
+            built.compile(self._compiled)
             self._built = built
         return self._built
 
@@ -76,9 +76,9 @@ class LazyTeacher(torch.nn.Module):
         """Stays in eval mode, as FrozenTeacher."""
         return super().train(False)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the teacher's forward once it is built."""
-        self._is_compiled = True
+    def compile(self, how: Compiled = True) -> None:
+        """Compile the teacher's forward once it is built, as `compile_model`."""
+        self._compiled = how
 
     @contextmanager
     def with_logits(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.models import TappedModel
+from dkd.models.compiling import Compiled, compile_model
 
 
 class FrozenTeacher(nn.Module):
@@ -72,6 +73,6 @@ class FrozenTeacher(nn.Module):
         finally:
             self.tapped.needs_logits = needed
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the model's forward in place (torch.compile)."""
-        self.tapped.compile(*args, **kwargs)
+    def compile(self, how: Compiled = True) -> None:
+        """Compile the model's forward in place, as `compile_model`."""
+        compile_model(self.tapped, how)

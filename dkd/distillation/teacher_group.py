@@ -11,6 +11,7 @@ from torch import nn
 
 from dkd.distillation.lazy_teacher import LazyTeacher
 from dkd.distillation.teacher import FrozenTeacher
+from dkd.models.compiling import Compiled
 
 OneTeacher = FrozenTeacher | LazyTeacher
 """A teacher, built or not yet."""
@@ -46,10 +47,10 @@ class TeacherGroup(nn.Module):
         names = " + ".join(f"{name} ({each['name']})" for name, each in members.items())
         return {"name": names, "fingerprint": self.fingerprint, "taps": [], "teachers": members}
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each teacher's forward in place (torch.compile)."""
+    def compile(self, how: Compiled = True) -> None:
+        """Compile each teacher's forward in place, as `compile_model`."""
         for teacher in self.members.values():
-            teacher.compile(*args, **kwargs)
+            teacher.compile(how)
 
     @contextmanager
     def with_logits(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Copy the tensors of a GPU to the host through one piece of page-locked memory.
 
-Each copy of a tensor into ordinary memory waits for the GPU, and goes through a small page-locked buffer of CUDA's. Here
-all copies are asked for at once, and waited for once.
+Each copy of a tensor into ordinary memory waits for the GPU, and goes through a small page-locked buffer of CUDA's.
+Here all copies are asked for at once, and waited for once.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ __all__ = [
     "group_timeout",
     "groups_made",
     "increase_lists",
+    "is_compiled",
     "is_transformed",
     "lerp_lists",
     "make_inductor_deterministic",
@@ -138,6 +139,11 @@ def groups_made() -> int:
 def _counts_own_groups() -> bool:
     """Return whether this torch names such groups by the groups that the rank is in. Read in torch 2.9."""
     return "pg_names" in inspect.getsource(dist.distributed_c10d._hash_ranks_to_str)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `Module.compile` has been called. torch has no public way to ask."""
+    return module._compiled_call_impl is not None
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

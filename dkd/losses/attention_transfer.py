@@ -125,7 +125,9 @@ class AttentionTransfer(nn.Module):
         ]
         students, teachers, weights = [s for s, _, _ in pairs], [t for _, t, _ in pairs], [w for _, _, w in pairs]
         with no_autocast(students[0].device):
-            if self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers]):
+            by_squares = self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers])
+            # A compiler makes few kernels of plain operations by itself.
+            if by_squares and not torch.compiler.is_compiling():
                 packed, _ = attention_of_squares.pack_maps([t.detach() for t in teachers])
                 return self._compare_squares(students, packed, weights, layout)
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()

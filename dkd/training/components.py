@@ -9,7 +9,7 @@ from typing import Any
 
 from dkd.build.data import DataParts, build_data, data_facts, describe_input
 from dkd.build.models import build_models
-from dkd.build.objective import gram_size
+from dkd.build.objective import compile_losses, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
 from dkd.checkpoints.checkpointer import Checkpointer
@@ -28,6 +28,7 @@ from dkd.engines.base import TrainingTensors
 from dkd.engines.ema import WeightAverage
 from dkd.engines.loss_state import WithLossState
 from dkd.launch import Launch
+from dkd.models.compiling import compile_model
 from dkd.preflight.agreement import check_same_data, check_same_teacher
 from dkd.runs.directory import RunDirectory
 from dkd.runs.launches import IfRunExists
@@ -255,11 +256,12 @@ def build_step(
     student, teacher, notes = build_models(recipe, launch, arithmetic, engine.device, objective.adapters)
     check_same_teacher(teacher.fingerprint if teacher is not None else "")
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
-    if teacher is not None and train.compile.teacher:
-        teacher.compile()
+    if teacher is not None:
+        teacher.compile(train.compile.teacher)
+    if train.compile.losses:
+        compile_losses(objective, launch.world_size)
     engine.wrap(student, build_optimizer(recipe.optimizer, student, engine.fuses_updates, _in_graph(recipe, engine)))
-    if train.compile.student:
-        student.compile()
+    compile_model(student, train.compile.student)
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
     step = DistillationStep(
         engine.student,
