@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dkd.library_internals.torch import group_timeout
+from dkd.library_internals.torch import group_timeout, members_alone
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -157,9 +157,9 @@ def make_group(members: list[int], parent: dist.ProcessGroup | None) -> dist.Pro
     assert whole is not None
     # `new_group` expects ranks of the job.
     of_the_job = dist.get_process_group_ranks(whole)
-    made = dist.new_group(
-        [of_the_job[member] for member in members], timeout=timeout(whole), use_local_synchronization=True
-    )
+    ranks = [of_the_job[member] for member in members]
+    with members_alone():
+        made = dist.new_group(ranks, timeout=timeout(whole), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 
