@@ -29,6 +29,14 @@ def test_losses_and_gradients_are_those_of_the_way_of_cpus(results, world):
             assert difference["equal"] or world > 2, (name, difference)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_losses_and_gradients_are_those_of_plain_formulas(results, world):
+    """tests/distributed/test_one_gpu.py has the same on GPUs."""
+    for errors in without_errors(results[world]["losses_beside_plain_formulas"]):
+        assert len(errors) == 2 * 7 * {2: 3, 4: 6}[world]
+        assert max(max(pair) for pair in errors.values()) < 1e-12, errors
+
+
 @pytest.mark.parametrize("world", [2])
 def test_the_way_of_gpus_is_another_one(results, world):
     """Else the test above would compare a way with itself."""

@@ -4,6 +4,7 @@ operations of torch each of the two calls."""
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from loss_cases import RELATIONS, rows_of, world
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,12 +26,16 @@ def difference(plain, other):
     return {"equal": all(torch.equal(a, b) for a, b in pairs), "error": max(errors)}
 
 
-def features_of(counts, dtype):
-    """Return this rank's rows of a student's and a teacher's features, and the layout of all ranks."""
-    rank, _ = world()
+def features_of_all(counts):
+    """Return a student's and a teacher's features of all ranks."""
     generator = torch.Generator().manual_seed(7)
-    whole = [torch.randn(sum(counts), width, generator=generator, dtype=torch.float64) for width in (9, 13)]
-    mine = rows_of(counts, rank)
+    return [torch.randn(sum(counts), width, generator=generator, dtype=torch.float64) for width in (9, 13)]
+
+
+def features_of(counts, dtype):
+    """Return this rank's rows of both, and the layout of all ranks."""
+    rank, _ = world()
+    whole, mine = features_of_all(counts), rows_of(counts, rank)
     return whole[0][mine].to(dtype), whole[1][mine].to(dtype), BatchLayout(tuple(counts), rank)
 
 
@@ -78,6 +83,30 @@ def gathered_and_back(student, layout):
     return [rows.detach(), leaf.grad]
 
 
+def losses_beside_plain_formulas(folder):
+    """Relative errors of value and gradient of each loss of relations on every grid, on GPUs where there are some, else
+    in their way, against the plain formula in one process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, size = world()
+    errors = {}
+    for batch, counts in batches().items():
+        wholes = features_of_all(counts)
+        mine, layout = rows_of(counts, rank), BatchLayout(tuple(counts), rank)
+        for name, (make, plain) in RELATIONS.items():
+            student, teacher = wholes[0].clone().requires_grad_(), wholes[1][:, :9] if name == "dist" else wholes[1]
+            wanted = plain(student, teacher)
+            wanted.backward()
+            for grid in all_grids(size):
+                with collectives.as_on_gpus():
+                    rows = wholes[0][mine].to(device), teacher[mine].to(device)
+                    value, gradient = value_and_gradient(make(grid), *rows, layout)
+                dist.all_reduce(value)
+                found = gradient.cpu() / size - student.grad[mine]
+                error = (found.norm() / student.grad[mine].norm()).item()
+                errors[f"{name} {grid.name} {batch}"] = [abs(value.item() / size / wanted.item() - 1), error]
+    return errors
+
+
 def operations_of_each_way(folder):
     """The collectives of tensors that torch was asked for, by their names in a profile, and the process groups that a
     grid with one axis took."""
@@ -93,4 +122,4 @@ def operations_of_each_way(folder):
     return both_ways(called)
 
 
-CASES = [losses_in_the_way_of_gpus, operations_of_each_way]
+CASES = [losses_in_the_way_of_gpus, losses_beside_plain_formulas, operations_of_each_way]
