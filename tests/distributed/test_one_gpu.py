@@ -93,7 +93,7 @@ def test_losses_of_relations_are_those_of_plain_formulas(results, world):
 def test_products_of_bfloat16_features_are_those_of_float32(results):
     for found in without_errors(results[2]["products"]):
         assert found["dtype"] == "torch.float32"
-        assert found["error"] < 1e-5, found
+        assert found["difference"] < 1e-5, found
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -56,5 +56,5 @@ def products_of_bfloat16(folder):
     found = multiply(rows.to(DEVICE), columns.to(DEVICE))
     return {
         "dtype": str(found.dtype),
-        "error": ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item(),
+        "difference": ((found.cpu().double() - exact).abs().max() / exact.abs().max()).item(),
     }
