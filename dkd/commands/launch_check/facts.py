@@ -98,11 +98,14 @@ def _compare_devices(facts: Facts, found: Findings) -> None:
         other = seen.setdefault((fact["host"], fact["device_id"]), rank)
         if other == rank:
             continue
-        shared = f"rank {other} and rank {rank} have the same GPU of {fact['host']}"
+        both, host = f"rank {other} and rank {rank}", fact["host"]
         if fact.get("shares_gpus"):
-            found.warnings.append(f"{shared}, as the environment asks NCCL to allow: for tests, not for training")
+            found.warnings.append(
+                f"{both} have the same GPU of {host}, as the environment asks NCCL to allow: for tests, not for "
+                "training"
+            )
         else:
-            found.problems.append(f"{shared}: give each process a GPU of its own")
+            found.problems.append(f"{both} have the same GPU of {host}: give each process a GPU of its own")
 
 
 def _compare_clocks(facts: Facts, found: Findings) -> None:
