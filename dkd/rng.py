@@ -7,22 +7,39 @@ of the generators for whatever else a user's model draws from them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 _MASK = 2**64 - 1
+_STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64
 
 
 def derive_seed(*numbers: int) -> int:
     """Return one 63-bit seed from several whole numbers, equal on every machine (splitmix64 of each in turn)."""
+    return _last_state(numbers) >> 1
+
+
+def _last_state(numbers: Sequence[int]) -> int:
     state = 0
     for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state = (state ^ (number & _MASK)) + _STEP & _MASK
+        state = (state ^ state >> 30) * _FIRST & _MASK
+        state = (state ^ state >> 27) * _SECOND & _MASK
         state ^= state >> 31
-    return state >> 1
+    return state
+
+
+def derive_seeds(numbers: Sequence[int], last: np.ndarray) -> np.ndarray:
+    """Return, as uint64, `derive_seed(*numbers, n)` for each n of `last`, all at once."""
+    state = np.full(len(last), _last_state(numbers), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        state = (state ^ last.astype(np.int64).view(np.uint64)) + np.uint64(_STEP)
+        state = (state ^ state >> np.uint64(30)) * np.uint64(_FIRST)
+        state = (state ^ state >> np.uint64(27)) * np.uint64(_SECOND)
+        state ^= state >> np.uint64(31)
+    return state >> np.uint64(1)
 
 
 def random_states() -> dict[str, torch.Tensor]:

@@ -13,9 +13,14 @@ import torch
 from dkd import machine
 from dkd.config import Recipe
 from dkd.config.derived import classes, data_seed, micro_batch, teacher_views
+from dkd.config.messages import shown
 from dkd.config.schema import DataSection
 from dkd.data import (
+    CropAndFlip,
     DataError,
+    DeviceEvaluationLoader,
+    DeviceImages,
+    DeviceTrainLoader,
     EvaluationLoader,
     GlobalBatchSampler,
     ImagePipeline,
@@ -30,6 +35,7 @@ from dkd.data import (
     is_in_memory,
     open_row_groups,
     open_source,
+    pixels_in_memory,
 )
 from dkd.data.sampler import TURNS
 from dkd.data.samples import Batch, Samples
@@ -125,19 +131,20 @@ def decode_into_memory(data: DataSection, source: ImageSource, local_world_size:
         local_world_size: ranks of this machine; each keeps images of its own.
 
     Raises:
-        DataError: an image cannot be read, or the images have several sizes and `data.in_memory` is true.
+        DataError: an image cannot be read, or the images have several sizes and `data.in_memory` asks for them.
     """
     if data.in_memory is False or data.streaming:
         return source
-    limit = None if data.in_memory is True else memory_for_images(local_world_size)
+    asked = data.in_memory in (True, "device")
+    limit = None if asked else memory_for_images(local_world_size)
     try:
         decoded = in_memory(source, limit_bytes=limit)
     except DataError:
-        if data.on_error == "raise" or data.in_memory is True:
+        if data.on_error == "raise" or asked:
             raise
         return source  # read one by one; broken images are skipped
-    if decoded is None and data.in_memory is True:
-        raise DataError("data.in_memory is true, but the images have several sizes")
+    if decoded is None and asked:
+        raise DataError(f"data.in_memory is {shown(data.in_memory)}, but the images have several sizes")
     return decoded or source
 
 
@@ -145,6 +152,36 @@ def memory_for_images(local_world_size: int) -> int:
     """Return the bytes that a rank's decoded images may take where the recipe does not ask for them: 1 GiB, and where
     memory is short, the rank's share of an eighth of it."""
     return min(2**30, machine.memory() // 8 // local_world_size)
+
+
+def images_on_device(
+    data: DataSection, source: ImageSource, transform: object, device: torch.device
+) -> DeviceImages | None:
+    """Return a source's images on the device that trains, where `data.in_memory` asks for it, or leaves it open and
+    they fit; else None.
+
+    Args:
+        transform: of the batches.
+
+    Raises:
+        DataError: they are asked for, and do not fit.
+    """
+    pixels = pixels_in_memory(source)
+    if data.in_memory not in ("auto", "device") or pixels is None or not isinstance(transform, CropAndFlip):
+        return None
+    needed = len(pixels) * pixels.shape[1] * (transform.size + 2 * transform.padding) ** 2
+    if device.type != "cuda":
+        return DeviceImages(source, transform, device) if data.in_memory == "device" else None
+    there = torch.cuda.get_device_properties(device).total_memory
+    if needed > there / 8:
+        if data.in_memory == "auto":
+            return None
+        if needed > there / 2:
+            raise DataError(
+                f"data.in_memory=device: the images take {needed / 1e9:.1f} GB, more than half of the device's "
+                f"{there / 1e9:.1f} GB; take true"
+            )
+    return DeviceImages(source, transform, device)
 
 
 def loader_workers(data: DataSection, source: ImageSource, local_world_size: int) -> int:
@@ -212,7 +249,7 @@ class DataParts:
     """
 
     sampler: GlobalBatchSampler
-    train_loader: TrainLoader
+    train_loader: TrainLoader | DeviceTrainLoader
     validation: EvaluationLoader | None
     pipeline: ImagePipeline
     teacher_normalize: Mapping[str, Normalize]
@@ -229,7 +266,7 @@ def build_data(
     validation: ImageSource | None,
     launch: Launch,
     dtype: torch.dtype,
-    pin: bool,
+    device: torch.device,
     knn: KnnSources | None = None,
 ) -> DataParts:
     """Return samplers, loaders and transforms. No worker process starts before a loader is iterated over.
@@ -237,21 +274,26 @@ def build_data(
     Args:
         training, validation: opened; no validation: nothing is evaluated.
         dtype: of the models' inputs.
-        pin: load into page-locked memory, for a faster copy to a GPU.
+        device: that trains. For a GPU, batches are loaded into page-locked memory, for a faster copy.
         knn: opened, where the recipe asks for it.
     """
     pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
     sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
-    replaces = data.on_error == "skip"
+    replaces, pin = data.on_error == "skip", device.type == "cuda"
+    held = images_on_device(data, training, pipeline.train, device)
 
     def evaluation_loader(source: ImageSource) -> EvaluationLoader:
         size, own_workers = pipeline.image_size, loader_workers(data, source, local)
         batch, rank, world = recipe.evaluation.batch, launch.rank, launch.world_size
+        if held is not None and (images := _evaluated_on_device(data, source, pipeline, device, local)) is not None:
+            return DeviceEvaluationLoader(source, images, batch, rank, world)
         return EvaluationLoader(source, pipeline.validation, batch, rank, world, own_workers, pin, size)
 
     return DataParts(
         sampler,
-        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size),
+        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size)
+        if held is None
+        else DeviceTrainLoader(held, sampler),
         None if validation is None else evaluation_loader(validation),
         pipeline,
         teacher_normalize(recipe, pipeline.normalize),
@@ -261,6 +303,18 @@ def build_data(
         training.class_names,
         None if knn is None else KnnLoaders(evaluation_loader(knn.bank), evaluation_loader(knn.queries), knn.classes),
     )
+
+
+def _evaluated_on_device(
+    data: DataSection, source: ImageSource, pipeline: ImagePipeline, device: torch.device, local_world_size: int
+) -> DeviceImages | None:
+    """Return images of an evaluation on the device that trains; None where they do not fit, or one cannot be read,
+    which the evaluation then reports."""
+    try:
+        decoded = in_memory(source, memory_for_images(local_world_size))
+        return None if decoded is None else images_on_device(data, decoded, pipeline.validation, device)
+    except DataError:
+        return None
 
 
 def build_mixing(recipe: Recipe, dtype: torch.dtype = torch.float32) -> MixupCutmix | None:

@@ -54,7 +54,7 @@ def load_first_batch(
         RecipeError: the images cannot be loaded.
     """
     alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
-    parts = build_data(alone, training, validation, launch, Arithmetic.of(recipe).dtype, pin=False)
+    parts = build_data(alone, training, validation, launch, Arithmetic.of(recipe).dtype, torch.device("cpu"))
     batch = next(parts.train_loader.steps(0, 1))
     problem = batch.failure or ("" if recipe.data.on_error == "skip" else "; ".join(batch.unreadable[:1]))
     if problem:

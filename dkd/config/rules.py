@@ -10,6 +10,9 @@ from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
 from dkd.text import did_you_mean
 
+ON_DEVICE = ("cifar", "digits")
+"""Transforms whose results are parts of an image: they can be cut on the device that trains."""
+
 
 def broken_rules(recipe: Recipe) -> list[Problem]:
     """Return one problem for each rule between keys that `recipe` breaks."""
@@ -294,8 +297,10 @@ def _check_batch(recipe: Recipe) -> Iterator[Problem]:
 
 def _check_data(recipe: Recipe) -> Iterator[Problem]:
     data = recipe.data
-    if data.streaming and data.in_memory is True:
+    if data.streaming and data.in_memory in (True, "device"):
         yield Problem("data.in_memory", "does not go with data.streaming; remove one of the two")
+    if data.in_memory == "device" and data.transforms not in ON_DEVICE:
+        yield Problem("data.in_memory", f"device goes with data.transforms={' or '.join(ON_DEVICE)} alone; take true")
     if data.streaming and isinstance(data.validation, float):
         yield Problem(
             "data.validation",

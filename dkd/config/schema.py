@@ -194,9 +194,11 @@ class DataSection(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """raise: an image that cannot be read stops the run, on all ranks together. skip: another image stands in its
     place, and is counted."""
-    in_memory: AutoSwitch = "auto"
+    in_memory: AutoSwitch | Literal["device"] = "auto"
     """Whether the training set is decoded once into memory, on each rank. auto: when all images have one size and fit 1
-    GiB and the rank's share of an eighth of this machine's memory."""
+    GiB and the rank's share of an eighth of this machine's memory. device: into the memory of the device that trains,
+    where each batch is cropped and mirrored, to the same pixels; with the transforms `cifar` or `digits`. auto does so
+    on GPUs, where the images fit an eighth of the GPU's memory."""
 
 
 class StudentSection(Section):
@@ -336,6 +338,10 @@ class TrainSection(Section):
     """Exponential moving average of the student, which is evaluated and exported in the student's place; null: none."""
     compile: CompileSection = CompileSection()
     """Models that are compiled."""
+    graph: AutoSwitch = "auto"
+    """Whether each step is one CUDA graph, captured once and replayed: one process alone, without accumulation. Where a
+    step cannot be captured, one line reports why, and steps run as usual. auto: false, until graphs have been measured
+    on more GPUs."""
     links: Text | None = None
     """File of `dkd launch-check --json FILE`, with the measured speeds between ranks, by which losses of relations
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""

@@ -3,15 +3,20 @@
 This package knows nothing of models or losses.
 """
 
+from dkd.data.device_images import DeviceEvaluationLoader, DeviceImages, DeviceTrainLoader
 from dkd.data.loader import EvaluationLoader, TrainLoader
 from dkd.data.mixup import MixupCutmix
 from dkd.data.parquet_stream import RowGroups, open_row_groups
 from dkd.data.sampler import GlobalBatchSampler, StreamedBatchSampler
-from dkd.data.sources import DataError, ImageSource, in_memory, is_in_memory, open_source
-from dkd.data.transforms import ImagePipeline, Normalize, build_pipeline
+from dkd.data.sources import DataError, ImageSource, in_memory, is_in_memory, open_source, pixels_in_memory
+from dkd.data.transforms import CropAndFlip, ImagePipeline, Normalize, build_pipeline
 
 __all__ = [
+    "CropAndFlip",
     "DataError",
+    "DeviceEvaluationLoader",
+    "DeviceImages",
+    "DeviceTrainLoader",
     "EvaluationLoader",
     "GlobalBatchSampler",
     "ImagePipeline",
@@ -26,4 +31,5 @@ __all__ = [
     "is_in_memory",
     "open_row_groups",
     "open_source",
+    "pixels_in_memory",
 ]

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from dkd.data.sources import DataError, ImageSource, pixels_in_memory
 from dkd.data.transforms import BatchTransform
 from dkd.data.worker_memory import BatchSlots, Marks, batch_bytes, empty_batch, new_shared_memory
-from dkd.rng import derive_seed
+from dkd.rng import derive_seed, derive_seeds
 from dkd.text import one_line
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -73,6 +74,22 @@ ATTEMPTS = 100
 """Images that are tried, one after the other, in the place of an image that cannot be read."""
 _SMALL = 3 * 128 * 128
 """Largest image, in numbers, that is augmented together with the others of its batch, where the transform can do so."""
+
+
+def augmentation_seeds(seed: int | None, keys: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the seeds, uint64 (b,), that the augmentations of samples are drawn from.
+
+    Args:
+        seed: of the run; None: nothing is drawn.
+        keys: (epoch, index) of each sample.
+    """
+    indices = np.array([index for _, index in keys], dtype=np.int64)
+    if seed is None or not len(keys):
+        return np.zeros(len(keys), dtype=np.uint64)
+    epochs = {epoch for epoch, _ in keys}
+    if len(epochs) == 1:
+        return derive_seeds((seed, *epochs), indices)
+    return np.array([derive_seed(seed, epoch, index) for epoch, index in keys], dtype=np.uint64)
 
 
 class Samples(Dataset[Batch]):
@@ -149,7 +166,7 @@ class Samples(Dataset[Batch]):
         if self._of_batches is not None:
             return self._of_batches.of_batch(image[None], [self._seed_of(epoch, index)])[0]
         if self.seed is not None:
-            torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(self._seed_of(epoch, index))
         return self.transform(image)
 
     def _write(self, writer: Writer, row: int, image: torch.Tensor) -> None:
@@ -166,12 +183,12 @@ class Samples(Dataset[Batch]):
         """Load all samples at once, to the same pixels as one by one."""
         samples = [(epoch, index) for epoch, index in keys if index >= 0]
         indices = torch.tensor([index for _, index in samples], dtype=torch.int64)
-        images = transform.of_batch(pixels[indices], [self._seed_of(*sample) for sample in samples])
+        images = transform.of_batch(pixels[indices], augmentation_seeds(self.seed, samples))
         writer.write_all(images)
         return writer.finish(self.source.labels[indices.numpy()].tolist())
 
     def _seed_of(self, epoch: int, index: int) -> int:
-        return 0 if self.seed is None else derive_seed(self.seed, epoch, index)
+        return int(augmentation_seeds(self.seed, [(epoch, index)])[0])
 
     def _read_image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
         """Decode a sample's image. Returns the image and the index that the image was read at; None in place of the

@@ -54,7 +54,7 @@ class BatchTransform(Protocol):
         """Transform one image, or several images of one shape. Randomness is drawn from torch's default generator."""
         ...
 
-    def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    def of_batch(self, images: torch.Tensor, seeds: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Return uint8 (b, 3, H, W) from (b, 3, h, w). The randomness of an image depends on its seed alone, not on the
         other images.
 
@@ -83,22 +83,33 @@ class CropAndFlip:
         out = self.of_batch(several, torch.randint(2**62, (len(several),)).tolist())
         return out if images.dim() == 4 else out[0]
 
-    def of_batch(self, images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    def of_batch(self, images: torch.Tensor, seeds: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Transform a batch; see BatchTransform."""
-        pixels = self._fit(images).numpy()
-        drawn = np.array(seeds, dtype=np.uint64)
+        pixels = self.padded(images).numpy()
+        top, left, mirrored = self.draws(seeds)
         if self.padding:
-            padded = np.pad(pixels, ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding)))
-            places = np.lib.stride_tricks.sliding_window_view(padded, (self.size, self.size), axis=(2, 3))
-            # Successive divisions take independent numbers out of one seed of 63 random bits.
-            drawn, top = np.divmod(drawn, 2 * self.padding + 1)
-            drawn, left = np.divmod(drawn, 2 * self.padding + 1)
-            pixels = places[np.arange(len(drawn)), :, top, left]
+            places = np.lib.stride_tricks.sliding_window_view(pixels, (self.size, self.size), axis=(2, 3))
+            pixels = places[np.arange(len(top)), :, top, left]
         if self.flip:
-            mirrored = drawn % 2 == 1
             pixels = pixels.copy() if not self.padding else pixels  # without padding, they are the caller's
-            pixels[mirrored] = pixels[mirrored][..., ::-1]
+            pixels[mirrored == 1] = pixels[mirrored == 1][..., ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels))
+
+    def padded(self, images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 (b, 3, size + 2·padding, size + 2·padding), of which all crops are parts."""
+        around = (self.padding, self.padding)
+        fitted = self._fit(images)
+        return torch.from_numpy(np.pad(fitted.numpy(), ((0, 0), (0, 0), around, around))) if self.padding else fitted
+
+    def draws(self, seeds: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return, for each image, int64 (b,) each: the first row and the first column of the crop within `padded`, and
+        whether the crop is mirrored, 1 or 0."""
+        # Successive divisions take independent numbers out of one seed of 63 random bits.
+        places = 2 * self.padding + 1
+        drawn, top = np.divmod(np.array(seeds, dtype=np.uint64), places)
+        drawn, left = np.divmod(drawn, places)
+        mirrored = drawn % 2 if self.flip else np.zeros_like(drawn)
+        return top.astype(np.int64), left.astype(np.int64), mirrored.astype(np.int64)
 
 
 class ResizedCropAndFlip:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dkd.distillation.loss_weights import LossWeights
 from dkd.errors import InputError
 from dkd.global_batch import BatchLayout, full_precision
 from dkd.losses import RelationalLoss
@@ -395,6 +396,8 @@ class Objective:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = list(terms)
+        # Public: who replays a captured step writes the weights of the step first.
+        self.weights = LossWeights([term.weight for term in self.terms])
 
     @property
     def names(self) -> list[str]:
@@ -476,7 +479,8 @@ class Objective:
         values = {term.name: term.value(student, teacher, labels, layout, indices) for term in self.terms}
         for name, value in values.items():
             check_value(name, value)
-        weighted = [term.weight(step) * values[term.name] for term in self.terms]
-        # No terms: under two passes, all losses of a recipe may be those of the whole batch.
-        total = torch.stack(weighted).sum() if weighted else torch.zeros((), device=labels.device)
+        if not values:  # under two passes, all losses of a recipe may be those of the whole batch
+            return torch.zeros((), device=labels.device), {}
+        every = torch.stack(list(values.values()))
+        total = (every * self.weights.at(step, every)).sum()
         return total, {name: value.detach() for name, value in values.items()}

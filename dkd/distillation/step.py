@@ -128,10 +128,14 @@ class DistillationStep:
         self._micro_batches: Sequence[MicroBatch] = ()
         self._indices: list[torch.Tensor] | None = None
         self._cached: CachedGradient | None = None
-        self._unfinished = False
+        self._unfinished = self._is_loaded = False
 
     def begin(
-        self, micro_batches: Sequence[MicroBatch], step: int, indices: Sequence[torch.Tensor] | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        step: int,
+        indices: Sequence[torch.Tensor] | None = None,
+        is_loaded: bool = False,
     ) -> None:
         """Begin a step; under two passes, run the first. A collective.
 
@@ -139,6 +143,7 @@ class DistillationStep:
             micro_batches: A of them, on any device.
             step: number of the step, from 0: loss weights and random numbers follow it.
             indices: places (b,) of each micro-batch's samples in the training data, where a loss asks for them.
+            is_loaded: the micro-batches are what `load` has returned for them, and `seed` has been called.
 
         Raises:
             ValueError: these are not A micro-batches.
@@ -146,6 +151,7 @@ class DistillationStep:
         if len(micro_batches) != self.micro_steps:
             raise ValueError(f"{len(micro_batches)} micro-batches for steps of {self.micro_steps}")
         self._step, self._begun, self._micro_batches = step, self._begun + 1, micro_batches
+        self._is_loaded = is_loaded
         self._indices = None if indices is None else [each.to(self._device) for each in indices]
         self._statistics.start_step()
         self.teaching.begin(step, micro_batches)
@@ -156,6 +162,27 @@ class DistillationStep:
             for loss in self._of_whole_steps:
                 loss.begin_step(labels)
         self._cached = self._run_first_pass() if self.has_two_passes else None
+
+    def load(self, micro_batch: MicroBatch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels of the first micro-batch of a step on this rank's device, mixed where that is asked
+        for."""
+        return self._inputs.load(micro_batch, step, 0)
+
+    def seed(self, step: int, micro_step: int = 0) -> None:
+        """Seed the generators that the student's forward of a micro-step draws from. `loss` does so by itself."""
+        seed_device(self._device, derive_seed(self._seed, step, self._inputs.place(micro_step), _FORWARD))
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether the next step computes what all later ones do: the first ones of a start also judge the
+        teacher."""
+        return self._begun >= STEPS_THAT_JUDGE_THE_TEACHER
+
+    @property
+    def keeps_something(self) -> bool:
+        """Return whether a loss keeps something from step to step beside parameters, or needs to know of more than
+        images and labels: a queue, places of samples, class weights."""
+        return bool(self._keeping or self._of_whole_steps or self.needs_indices)
 
     @torch.no_grad()
     def measure(self, micro_batches: Iterable[MicroBatch]) -> int:
@@ -308,6 +335,9 @@ class DistillationStep:
 
     def _load(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a micro-batch on this rank's device, mixed where that is asked for: the same in both passes."""
+        if self._is_loaded:
+            images, labels = self._micro_batches[micro_step]
+            return images, labels
         return self._inputs.load(self._micro_batches[micro_step], self._step, micro_step)
 
     def _teach(
@@ -327,8 +357,10 @@ class DistillationStep:
         indices: torch.Tensor | None,
         objective: Objective,
     ) -> Outputs:
-        seed_device(self._device, derive_seed(self._seed, self._step, self._inputs.place(micro_step), _FORWARD))
-        if not self._has_adapters:
-            return self.forward.student(images)
-        given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
-        return self.forward.student(images, given)
+        if not self._is_loaded:
+            self.seed(self._step, micro_step)
+        given = None
+        if self._has_adapters:
+            given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
+        with self._statistics.forward():
+            return self.forward.student(images, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -39,8 +40,11 @@ class StepValues(Generic[N]):
 
 
 class AsyncMean:
-    """Packs a step's numbers into one tensor and averages it over ranks by one asynchronous all-reduce. All ranks make
-    one together, of the same names in the same order.
+    """Averages a step's numbers over ranks by one asynchronous all-reduce. All ranks make one together, of the same
+    names in the same order.
+
+    A GPU's numbers travel to the host on a stream of their own, into page-locked memory: the host that reads them after
+    the next step has begun waits for this step alone, and the GPU for nothing.
 
     Args:
         step: the step that the numbers belong to.
@@ -53,25 +57,30 @@ class AsyncMean:
         # The spread of the steps that ranks are at, in numbers so small that rounding cannot hide or feign one.
         place = float(step % 1024)
         numbers: list[Number] = [*values.terms.values(), *values.counts.values(), place, place**2]
-        device = next((v.device for v in numbers if isinstance(v, torch.Tensor)), torch.device("cpu"))
-        # full, not tensor: a number written by a kernel, where a copy from the host would wait for the device.
-        self._local = torch.stack(
-            [
-                v.double() if isinstance(v, torch.Tensor) else torch.full((), v, dtype=torch.float64, device=device)
-                for v in numbers
-            ]
-        )
-        self._mean, self._work = self._local, None
+        computed = [v for v in numbers if isinstance(v, torch.Tensor)]
+        self._places = [i for i, v in enumerate(numbers) if isinstance(v, torch.Tensor)]
+        self._known = [0.0 if isinstance(v, torch.Tensor) else v for v in numbers]
         self._ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._own = _Arriving(torch.stack(computed)) if computed else None
+        self._mean: _Arriving | None = None
         if self._ranks > 1:
-            self._mean = self._local / self._ranks
-            self._work = dist.all_reduce(self._mean, async_op=True)
+            summed = self._share(computed)
+            self._mean = _Arriving(summed, dist.all_reduce(summed, async_op=True))
+
+    def _share(self, computed: list[torch.Tensor]) -> torch.Tensor:
+        """Return this rank's numbers over W, in one tensor on its device."""
+        known = torch.tensor(self._known, dtype=torch.float64)
+        if not computed:
+            return known / self._ranks
+        device = computed[0].device
+        # From page-locked memory, for which the host need not wait.
+        packed = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
+        places = _places(tuple(self._places), device)
+        return packed.index_copy_(0, places, torch.stack(computed).double()) / self._ranks
 
     def read(self) -> StepValues[float]:
         """Return the means, the same on every rank. Waits for the all-reduce."""
-        if self._work is not None:
-            self._work.wait()
-        *means, self._place, self._place_squared = self._mean.tolist()
+        *means, self._place, self._place_squared = self._mean.numbers() if self._mean else self._numbers()
         return self._name(means)
 
     def in_step(self) -> bool:
@@ -81,10 +90,62 @@ class AsyncMean:
 
     def local(self) -> StepValues[float]:
         """Return what this rank put in."""
-        return self._name(self._local.tolist()[:-2])
+        return self._name(self._numbers()[:-2])
+
+    def _numbers(self) -> list[float]:
+        """Return what this rank put in, in order."""
+        numbers = list(self._known)
+        if self._own is not None:
+            for place, number in zip(self._places, self._own.numbers(), strict=True):
+                numbers[place] = number
+        return numbers
 
     def _name(self, numbers: list[float]) -> StepValues[float]:
         terms = len(self._terms)
         return StepValues(
             dict(zip(self._terms, numbers[:terms], strict=True)), dict(zip(self._counts, numbers[terms:], strict=True))
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _places(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(places, device=device)
+
+
+class _Arriving:
+    """Numbers on their way to the host.
+
+    Args:
+        numbers: (n,) on this rank's device, in new memory that nothing else writes.
+        work: the collective that fills them; None: they are this rank's own.
+    """
+
+    def __init__(self, numbers: torch.Tensor, work: dist.Work | None = None) -> None:
+        self._numbers, self._work = numbers, work
+        self._event: torch.cuda.Event | None = None
+        if numbers.device.type != "cuda":
+            return
+        stream = _stream_home(numbers.device)
+        stream.wait_stream(torch.cuda.current_stream(numbers.device))
+        with torch.cuda.stream(stream):
+            if work is not None:
+                work.wait()  # lets this stream wait, and not the host
+            home = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            home.copy_(numbers, non_blocking=True)
+            numbers.record_stream(stream)
+            self._event = stream.record_event()
+        self._numbers, self._work = home, None
+
+    def numbers(self) -> list[float]:
+        """Return the numbers. Waits for them."""
+        if self._work is not None:
+            self._work.wait()
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
+
+
+@functools.lru_cache(maxsize=8)
+def _stream_home(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

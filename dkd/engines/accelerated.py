@@ -140,7 +140,10 @@ class AcceleratedEngine:
         return self.accelerator.accumulate(self.student)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss)
+        if self._micro_steps == 1 and self.accelerator.scaler is None and not self.checks_gradients:
+            loss.backward()  # Accelerate would divide by 1, which is two launches on a GPU
+        else:
+            self.accelerator.backward(loss)
 
     def step(self, max_norm: float | None, skip_nonfinite: bool) -> bool:
         last = self.accelerator.sync_gradients
@@ -154,6 +157,13 @@ class AcceleratedEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return last and not checked_here and self.accelerator.optimizer_step_was_skipped
+
+    @property
+    def fuses_updates(self) -> bool:
+        if self.rules.shards_training:
+            return False  # torch's fused SGD takes no DTensors
+        # Accelerate learns from the optimizer whether an update was left out; a fused one leaves it out by itself.
+        return self.accelerator.scaler is None and self.device.type in ("cpu", "cuda")
 
     @property
     def leaves_out_updates(self) -> bool:

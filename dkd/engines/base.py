@@ -77,6 +77,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def fuses_updates(self) -> bool:
+        """Return whether one kernel may update all parameters."""
+        ...
+
+    @property
     def leaves_out_updates(self) -> bool:
         """Return whether it leaves out updates by design, as the scaling of fp16's loss does now and then."""
         ...

@@ -39,6 +39,7 @@ class TrainingState:
         self, wrapped: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
     ) -> None:
         self._wrapped, self._model, self._optimizer, self._average = wrapped, model, optimizer, average
+        self._counts_on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
     def collect(self) -> Tensors:
@@ -69,8 +70,9 @@ class TrainingState:
                     continue
                 if tensor.shape == tuple(parameter.shape):
                     made = torch.zeros_like(parameter, requires_grad=False)
-                else:  # a number, such as AdamW's count of steps, which torch keeps on the CPU
-                    made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                else:  # a number, such as AdamW's count of steps, which is on the device where a kernel reads it
+                    where = parameter.device if self._counts_on_device else "cpu"
+                    made = torch.zeros(tensor.shape, dtype=tensor.dtype, device=where)
                 self._optimizer.state[parameter][key] = made
         load(dict(self._live()))
 

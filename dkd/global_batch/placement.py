@@ -117,6 +117,11 @@ class Placement:
         """Return whether all ranks hold the same number of samples."""
         return min(self.layout.rows) == self.most_rows
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether this rank's block is the whole matrix: all samples, in their order."""
+        return self.layout.world_size == 1
+
     @cached_property
     def row_samples(self) -> torch.Tensor:
         """Return the samples (m,) that are the rows of this rank's block, by their places in the global batch."""

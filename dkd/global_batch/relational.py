@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from dkd.global_batch import collectives
-from dkd.global_batch.collectives import Pending
 from dkd.global_batch.gram import (
     Panels,
     add_slices,
@@ -34,16 +33,10 @@ from dkd.global_batch.gram import (
     promoted_dtype,
     send_home,
 )
-from dkd.global_batch.layout import BatchLayout
 from dkd.global_batch.placement import Placement
+from dkd.global_batch.scale import NEAREST, Kind, Norms, Scale, least_norm
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
-Kind = Literal["product", "cosine", "distance"]
-
-ZERO_NORM = 1e-12
-"""The smallest divisor where there is no floor, as of torch.nn.functional.normalize."""
-NEAREST = 1e-12
-"""The smallest squared distance of two samples, as a share of the longest sample's square."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,8 @@ class Sums:
         row_samples: the samples (m,) that are the rows of the block.
         column_samples: the samples (n,) that are the columns of the block.
         totals: by the order of `Relation.totals`, the totals of all ranks: scalars.
+        is_whole: whether the block has all samples, in their order.
+        kept: what a loss has computed of the block in one of its functions, for the next one.
     """
 
     batch: int
@@ -63,14 +58,16 @@ class Sums:
     row_samples: torch.Tensor
     column_samples: torch.Tensor
     totals: tuple[torch.Tensor, ...] = ()
+    is_whole: bool = False
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def of_rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return, of numbers (B,) of all samples, those of the rows of the block: (m, 1)."""
-        return numbers[self.row_samples, None]
+        return numbers[:, None] if self.is_whole else numbers[self.row_samples, None]
 
     def of_columns(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return, of numbers (B,) of all samples, those of the columns of the block: (1, n)."""
-        return numbers[None, self.column_samples]
+        return numbers[None, :] if self.is_whole else numbers[None, self.column_samples]
 
     def of_both(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return x_i + x_j for numbers x (B,) of all samples: (m, n)."""
@@ -166,98 +163,6 @@ class Features:
         return partial, kept
 
 
-class Norms:
-    """Gather the L2 norms of the samples of all ranks, for each of several tensors (b, d), in full precision. Making
-    the object begins the collective, of one number a sample and tensor."""
-
-    def __init__(self, features: Sequence[torch.Tensor], layout: BatchLayout) -> None:
-        own = torch.stack([torch.linalg.vector_norm(f, dim=1, dtype=promoted_dtype(f.dtype)) for f in features], dim=1)
-        self._layout, self._own = layout, own
-        self._pending: Pending | None = None
-        if layout.world_size > 1:
-            missing = max(layout.rows) - len(own)
-            padded = torch.cat([own, own.new_zeros(missing, own.shape[1])]) if missing else own
-            self._pending = collectives.begin_all_gather_rows(padded, layout.group)
-
-    def wait(self) -> list[torch.Tensor]:
-        """Return (B,) norms of each tensor."""
-        if self._pending is None:
-            return list(self._own.T.contiguous().unbind())
-        everyone, rows = self._pending.wait(), self._layout.rows
-        if min(rows) < max(rows):
-            parts = everyone.split(max(rows))
-            everyone = torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
-        return list(everyone.T.contiguous().unbind())
-
-
-def least_norm(norms: torch.Tensor, floor: float) -> torch.Tensor:
-    """Return the number that stands for smaller norms: `floor` times the mean of all norms; without a floor, what
-    public implementations divide a vector of zeros by."""
-    share = floor * norms.mean()
-    return torch.where(share > 0, share, ZERO_NORM)
-
-
-class Scale:
-    """Turns products q_i · q_j into relations, and derivatives by relations into gradients of features.
-
-    Products are divided by numbers first that keep their squares within float32's range: the largest norm's square, or
-    for cosines the norms of both samples.
-
-    Args:
-        kind: the relation.
-        norms: of all samples, (B,).
-        floor: of cosines: a norm below this share of the mean norm counts as this share, a constant.
-        placement: of this rank.
-    """
-
-    def __init__(self, kind: Kind, norms: torch.Tensor, floor: float, placement: Placement) -> None:
-        self._kind, self._norms, self._at = kind, norms, placement
-        if kind == "cosine":
-            self._divisors = torch.maximum(norms, least_norm(norms, floor))
-        else:
-            largest = norms.max()
-            self._divisors = torch.where(largest > 0, largest, 1.0).expand_as(norms)
-
-    def relate(self, products: torch.Tensor) -> torch.Tensor:
-        """Return the relations (m, n) of products (m, n), which are overwritten."""
-        divisors, at = self._divisors, self._at
-        relations = products.div_(divisors[at.part_samples, None]).div_(divisors[None, at.column_samples])
-        if self._kind != "distance":
-            return relations
-        squares = (self._norms / divisors).square()
-        relations.mul_(-2).add_(squares[at.part_samples, None]).add_(squares[None, at.column_samples])
-        same = at.part_samples[:, None] == at.column_samples[None, :]
-        return relations.clamp_min_(NEAREST).masked_fill_(same, 0.0)
-
-    def through(self, slope: torch.Tensor, relations: torch.Tensor) -> torch.Tensor:
-        """Return the derivative by q_i · q_j / divisor_i of a derivative by relations, which is overwritten."""
-        if self._kind == "distance":
-            slope.masked_fill_(relations <= NEAREST, 0.0).mul_(-2)
-        return slope.div_(self._divisors[None, self._at.column_samples])
-
-    def home(self, sums: torch.Tensor, own: torch.Tensor, row_totals: torch.Tensor | None) -> torch.Tensor:
-        """Return the gradient (b, d) of this rank's samples.
-
-        Args:
-            sums: Σ_j M_ij q_j of them, (b, d), M as `through` returns it; they are overwritten.
-            own: q of them, (b, d).
-            row_totals: Σ_j M_ij of all samples, (B,), for distances.
-        """
-        layout = self._at.layout
-        here = slice(layout.first_row, layout.first_row + layout.rows[layout.rank])
-        divisors = self._divisors[here, None]
-        if self._kind == "cosine":
-            units = own.to(sums.dtype) / divisors
-            # A norm below the floor is a constant: nothing is projected away.
-            kept = (self._norms[here, None] >= divisors).to(sums.dtype)
-            sums.sub_(kept * (sums * units).sum(1, keepdim=True) * units)
-        elif self._kind == "distance":
-            # q_i · q_i is a part of every distance of i.
-            assert row_totals is not None
-            sums.sub_(row_totals[here, None] * own.to(sums.dtype))
-        return sums.div_(divisors)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """State what one call of a relational loss compares.
@@ -310,9 +215,8 @@ class _Compare(torch.autograd.Function):
         own = Features(students, at, comparison.transports)
         compared = [*students, *(teachers.features if isinstance(teachers, Features) else ())]
         transports = [*comparison.transports, *(teachers.transports if isinstance(teachers, Features) else ())]
-        sent = [f.detach().to(type_) for f, type_ in zip(compared, transports, strict=True)]
-        gathering = Norms(sent, layout)
-        del sent
+        # Of what is multiplied, which may be rounded for its way.
+        gathering = Norms([f.detach().to(type_) for f, type_ in zip(compared, transports, strict=True)], layout)
         products_t = teachers.multiply()[0] if isinstance(teachers, Features) else []
         products_s, columns = own.multiply(keep_columns=any(ctx.needs_input_grad[1:]))
         scales = [Scale(relation.relation, each, comparison.floor, at) for each in gathering.wait()]
@@ -322,14 +226,16 @@ class _Compare(torch.autograd.Function):
         if not isinstance(teachers, Features):
             t = list(teachers)
         facts = _sums(relation, s, t, at)
-        shares = [w * relation.value(a, b, sums) for w, a, b, sums in zip(comparison.weights, s, t, facts, strict=True)]
-        value = torch.stack(shares).sum() * layout.world_size
+        factors = [weight * layout.world_size for weight in comparison.weights]
+        shares = [_times(f, relation.value(a, b, sums)) for f, a, b, sums in zip(factors, s, t, facts, strict=True)]
+        value = shares[0] if pairs == 1 else torch.stack(shares).sum()
         if not any(ctx.needs_input_grad[1:]):
             return value
         slopes = []
-        for weight, a, b, sums, scale in zip(comparison.weights, s, t, facts, scales[:pairs], strict=True):
-            # Not in place: a loss of the user's own may return one of its arguments.
-            slope = relation.slope(a, b, sums) * (weight * layout.world_size)
+        for factor, a, b, sums, scale in zip(factors, s, t, facts, scales[:pairs], strict=True):
+            slope = _times(factor, relation.slope(a, b, sums))
+            if factor == 1 and any(slope is each for each in (a, b)):
+                slope = slope.clone()  # a loss of the user's own may return one of its arguments
             slopes.append(scale.through(slope, a))
         totals = _row_totals(slopes, at) if relation.relation == "distance" else [None] * pairs
         ctx.scales, ctx.totals, ctx.members, ctx.placement = scales[:pairs], totals, own.members, at
@@ -352,6 +258,10 @@ class _Compare(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, *gradients
         return None, *(None if g is None else _Once.apply(g, s) for g, s in zip(gradients, students, strict=True))
+
+
+def _times(factor: float, numbers: torch.Tensor) -> torch.Tensor:
+    return numbers if factor == 1 else numbers * factor
 
 
 def _differentiable_gradients(
@@ -421,16 +331,13 @@ def relate(features: Features, kind: Kind, floor: float) -> list[torch.Tensor]:
 def _sums(relation: Relation, s: Sequence[torch.Tensor], t: Sequence[torch.Tensor], at: Placement) -> list[Sums]:
     """Return, for each pair, the sums that its loss asks for, over all ranks."""
     rows = add_by_sample([relation.row_sums(a, b) for a, b in zip(s, t, strict=True)], at)
-    facts = [Sums(at.layout.total, each, at.part_samples, at.column_samples) for each in rows]
+    facts = [Sums(at.layout.total, each, at.part_samples, at.column_samples, is_whole=at.is_whole) for each in rows]
     totals = [relation.totals(a, b, sums) for a, b, sums in zip(s, t, facts, strict=True)]
     if totals[0]:
         added = _add(torch.stack([number for each in totals for number in each]), at).unbind()
         size = len(totals[0])
         totals = [added[i * size : (i + 1) * size] for i in range(len(totals))]
-    return [
-        Sums(f.batch, f.rows, f.row_samples, f.column_samples, tuple(each))
-        for f, each in zip(facts, totals, strict=True)
-    ]
+    return [replace(found, totals=tuple(each)) for found, each in zip(facts, totals, strict=True)]
 
 
 def _add(numbers: torch.Tensor, at: Placement) -> torch.Tensor:
@@ -481,8 +388,8 @@ def compare_alone(
     for student, t, weight in zip(students, relations, weights, strict=True):
         s = _relate_alone(relation.relation, full_precision(student), floor)
         rows, samples = relation.row_sums(s, t), torch.arange(len(s), device=s.device)
-        totals = relation.totals(s, t, Sums(len(s), rows, samples, samples))
-        shares.append(weight * relation.value(s, t, Sums(len(s), rows, samples, samples, totals)))
+        at = Sums(len(s), rows, samples, samples, is_whole=True)
+        shares.append(weight * relation.value(s, t, replace(at, totals=relation.totals(s, t, at))))
     return torch.stack(shares).sum()
 
 

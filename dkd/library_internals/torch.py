@@ -26,6 +26,7 @@ __all__ = [
     "copy_lists",
     "group_timeout",
     "groups_made",
+    "increase_lists",
     "is_transformed",
     "lerp_lists",
     "make_inductor_deterministic",
@@ -73,6 +74,11 @@ def copy_lists(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None
 def add_lists(targets: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     """Add each of `others` to the target at the same place, in place, as `copy_lists` copies."""
     torch._foreach_add_(targets, others)
+
+
+def increase_lists(targets: list[torch.Tensor], number: float) -> None:
+    """Add a number to each target, in place, as `copy_lists` copies."""
+    torch._foreach_add_(targets, number)
 
 
 def lerp_lists(targets: list[torch.Tensor], ends: list[torch.Tensor], weight: float) -> None:

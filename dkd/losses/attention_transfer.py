@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import Features, as_list, as_pairs, no_autocast
+from dkd.losses import attention_of_squares
+from dkd.losses.feature_pairs import Features, as_list, as_pairs, needs_plain_autograd, no_autocast
 from dkd.losses.sample_form import PairShapes, SampleForm, Shape
 
 # A map of zeros is divided by this number. Smaller numbers have no square in float32; and the gradient of a map of
@@ -38,10 +39,12 @@ _SMALLEST = 1e-19
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Hold normalised attention maps (b, h·w) of a teacher, one for each pair, and their resolutions (h, w)."""
+    """Hold normalised attention maps (b, h·w) of a teacher, one for each pair, their resolutions (h, w), and whether
+    they were made by attention_of_squares.py."""
 
     maps: Sequence[torch.Tensor]
     resolutions: Sequence[tuple[int, int]]
+    of_squares: bool
 
 
 class AttentionTransfer(nn.Module):
@@ -120,8 +123,37 @@ class AttentionTransfer(nn.Module):
             (self._as_map(s, of_student), self._as_map(t, of_teacher), w)
             for s, t, w in as_pairs(student, teacher, self.weights)
         ]
-        with no_autocast(pairs[0][0].device):
+        students, teachers, weights = [s for s, _, _ in pairs], [t for _, t, _ in pairs], [w for _, _, w in pairs]
+        with no_autocast(students[0].device):
+            if self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers]):
+                packed, _ = attention_of_squares.pack_maps([t.detach() for t in teachers])
+                return self._compare_squares(students, packed, weights, layout)
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
+
+    def _is_of_squares(self, students: Sequence[Sequence[int]], teachers: Sequence[Sequence[int]]) -> bool:
+        """Return whether attention_of_squares.py computes the loss, for resolutions (h, w) of all pairs."""
+        settings = (self.map, self.p, self.reduction)
+        return settings == ("sum_p", 2, "mean_squared") and list(map(tuple, students)) == list(map(tuple, teachers))
+
+    def _compare_squares(
+        self, students: Sequence[torch.Tensor], packed: torch.Tensor, weights: Sequence[float], layout: BatchLayout
+    ) -> torch.Tensor:
+        """Return the loss for maps (b, C, h, w) of the student and the teacher's maps as attention_of_squares.py has
+        them."""
+        layout.check(students[0])
+        positions = [s.shape[2] * s.shape[3] for s in students]
+        rows = layout.world_size / layout.total
+        factors = [w * rows / count for w, count in zip(weights, positions, strict=True)]
+
+        def plainly(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            maps = attention_of_squares.unpack(packed, positions)
+            own = [self._normalize_map(s, (s.shape[2], s.shape[3])) for s in tensors]
+            each = [c * (q - t).square().sum() for c, q, t in zip(factors, own, maps, strict=True)]
+            return torch.stack(each).sum()
+
+        if needs_plain_autograd(students):
+            return plainly(students)
+        return attention_of_squares.compare(students, packed, factors, plainly)
 
     def _compare_with_maps(
         self, student: Sequence[torch.Tensor], teacher: AttentionMaps, layout: BatchLayout | None
@@ -130,6 +162,10 @@ class AttentionTransfer(nn.Module):
         of_student, _ = tokens_of_both(self.class_tokens)
         pairs = as_pairs(student, teacher.maps, self.weights)
         with no_autocast(student[0].device):
+            if teacher.of_squares:
+                students = [self._as_map(s, of_student) for s, _, _ in pairs]
+                packed = attention_of_squares.pack_normalized(teacher.maps)
+                return self._compare_squares(students, packed, [w for _, _, w in pairs], layout)
             distances = [
                 w * layout.mean(self._distance(self._normalize_map(self._as_map(s, of_student), resolution), q))
                 for (s, q, w), resolution in zip(pairs, teacher.resolutions, strict=True)
@@ -150,6 +186,8 @@ class AttentionTransfer(nn.Module):
             # The other settings do not matter to a map that keeps its resolution, and not to one of four dimensions.
             "resize": None if resolution == own else self.resize,
             "class_tokens": tokens if len(teacher) == 2 else None,
+            # Both ways round differently.
+            "of_squares": self._is_of_squares(*self._resolutions([(student, teacher)])),
         }
         return SampleForm("attention map", facts, (resolution[0] * resolution[1],))
 
@@ -157,6 +195,11 @@ class AttentionTransfer(nn.Module):
     def take_samples(self, teacher: Sequence[torch.Tensor], shapes: PairShapes) -> list[torch.Tensor]:
         """Return the normalised attention maps (b, h·w) of the teacher's features."""
         _, of_teacher = tokens_of_both(self.class_tokens)
+        if self._is_of_squares(*self._resolutions(shapes)):
+            maps = [self._as_map(feature, of_teacher) for feature in teacher]
+            with no_autocast(maps[0].device):
+                packed, _ = attention_of_squares.pack_maps(maps)
+            return attention_of_squares.unpack(packed, [each.shape[2] * each.shape[3] for each in maps])
         found = []
         for feature, (student, own) in zip(teacher, shapes, strict=True):
             with no_autocast(feature.device):
@@ -165,7 +208,15 @@ class AttentionTransfer(nn.Module):
 
     def give_samples(self, samples: Sequence[torch.Tensor], shapes: PairShapes) -> AttentionMaps:
         """Return these maps, to be given in the place of the teacher's features."""
-        return AttentionMaps(list(samples), [self._resolution(student, teacher) for student, teacher in shapes])
+        of_squares = self._is_of_squares(*self._resolutions(shapes))
+        resolutions = [self._resolution(student, teacher) for student, teacher in shapes]
+        return AttentionMaps(list(samples), resolutions, of_squares)
+
+    def _resolutions(self, shapes: PairShapes) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Return the resolutions (h, w) of the student's features, and of the teacher's."""
+        of_student, of_teacher = tokens_of_both(self.class_tokens)
+        students = [token_grid(student, of_student, self.square)[1:] for student, _ in shapes]
+        return students, [token_grid(teacher, of_teacher, self.square)[1:] for _, teacher in shapes]
 
     def _resolution(self, student: Shape, teacher: Shape) -> tuple[int, int]:
         """Return the resolution at which features of these shapes are compared: the smaller one."""

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+
+from dkd.library_internals.torch import is_transformed
 
 Features = torch.Tensor | Sequence[torch.Tensor]
 
@@ -108,6 +111,14 @@ def check_classes(labels: torch.Tensor, logits: torch.Tensor) -> None:
 def _check_real(tensor: torch.Tensor, what: str) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{what} must be real floating-point numbers, not {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def needs_plain_autograd(tensors: Sequence[torch.Tensor]) -> bool:
+    """Return whether a compiler, forward-mode differentiation or a transform of torch.func follows every operation, so
+    that a derivative in closed form would be missed."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(is_transformed(each) or forward_ad.unpack_dual(each).tangent is not None for each in tensors)
 
 
 @contextmanager

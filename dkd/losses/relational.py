@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
 from dkd.global_batch import BatchLayout, GramScope, Links, full_precision
@@ -21,9 +20,8 @@ from dkd.global_batch.gram import promoted_dtype
 from dkd.global_batch.placement import Placement
 from dkd.global_batch.relation_rows import to_block, to_rows
 from dkd.global_batch.relational import Comparison, Features, Kind, Sums, compare, compare_alone, relate
-from dkd.library_internals.torch import is_transformed
 from dkd.losses.feature_pairs import Features as Tensors
-from dkd.losses.feature_pairs import as_list, as_pairs, no_autocast
+from dkd.losses.feature_pairs import as_list, as_pairs, needs_plain_autograd, no_autocast
 
 
 class RelationalLoss(nn.Module):
@@ -159,10 +157,10 @@ class RelationalLoss(nn.Module):
             if self.shift_invariant:
                 students, sent_as = _center(students, layout), None
                 teachers = teachers if begun else _center(teachers, layout)
-            types = [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
+            types = self._types(students, sent_as, layout)
             half = begun.features if begun else self._send(students, teachers, types, layout, whole)
             weights = [w for _, _, w in pairs]
-            if layout.world_size == 1 and _needs_plain_autograd(students):
+            if layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, teachers, weights, self.floor)
             # Nothing is rounded twice: a gradient is rounded to the type of its feature after all is added to it.
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
@@ -180,9 +178,9 @@ class RelationalLoss(nn.Module):
             students = self._flatten(student)
             if self.shift_invariant:
                 students, sent_as = _center(students, at.layout), None
-            if at.layout.world_size == 1 and _needs_plain_autograd(students):
+            if at.layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, None, weights, self.floor, blocks)
-            types = [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
+            types = self._types(students, sent_as, at.layout)
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
             assert at.placement is not None
             comparison = Comparison(self, weights, self.floor, at.placement, blocks, types, gradients)
@@ -259,6 +257,15 @@ class RelationalLoss(nn.Module):
         ]
         return Features(teachers, self._place(layout, students[0].device, whole), transports)
 
+    def _types(
+        self, students: Sequence[torch.Tensor], sent_as: Sequence[torch.dtype] | None, layout: BatchLayout
+    ) -> list[torch.dtype]:
+        """Return the types in which the student's features are sent and multiplied. Where nothing is sent, only a GPU
+        gains from a smaller type, which its tensor cores multiply."""
+        if layout.world_size == 1 and students[0].device.type == "cpu":
+            sent_as = None
+        return [self.comm_dtype or each for each in sent_as or [s.dtype for s in students]]
+
     def _place(self, layout: BatchLayout, device: torch.device, whole: BatchLayout) -> Placement:
         assert self._compared is not None
         return self.grid.place(layout, self._compared, self.sums(), device, type(self).__name__, whole)
@@ -318,13 +325,6 @@ def _center(features: Sequence[torch.Tensor], layout: BatchLayout) -> list[torch
     sums = torch.cat([f.detach().sum(0) for f in full])
     means = (layout.sum(sums) / layout.total).split([f.shape[1] for f in full])
     return [f - mean for f, mean in zip(full, means, strict=True)]
-
-
-def _needs_plain_autograd(students: Sequence[torch.Tensor]) -> bool:
-    """Return whether a compiler, forward-mode differentiation or a transform of torch.func follows every operation."""
-    if torch.compiler.is_compiling():
-        return True
-    return any(is_transformed(s) or forward_ad.unpack_dual(s).tangent is not None for s in students)
 
 
 def scaled_weight(weight: float, reference_batch: int, batch: int) -> float:

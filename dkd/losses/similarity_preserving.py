@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 
 from dkd.global_batch import Links
-from dkd.global_batch.relational import Sums, least_norm
+from dkd.global_batch.relational import Sums
+from dkd.global_batch.scale import least_norm
 from dkd.losses.relational import RelationalLoss
 
 FLOOR = 1e-2
@@ -81,23 +82,35 @@ class SimilarityPreserving(RelationalLoss):
 
     def value(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
         """Return Σ (S_ij/n_i − T_ij/m_i)² / B²: the difference is taken before the square, so equal rows give 0."""
-        n, m = self.divisors(at.rows[0])[0], self.divisors(at.rows[1])[0]
-        return (s / at.of_rows(n) - t / at.of_rows(m)).square().sum() / at.batch**2
+        (n, _), (m, _) = self._divisors(at)
+        difference = torch.nn.functional.mse_loss(s / at.of_rows(n), t / at.of_rows(m), reduction="sum")
+        return difference / at.batch**2
 
     def slope(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
         """Return (α_i + α_j) S_ij + (β_i + β_j) T_ij."""
-        (n, is_norm), (m, _) = self.divisors(at.rows[0]), self.divisors(at.rows[1])
-        p = at.rows[2]
-        alpha = 2 / at.batch**2 * torch.where(is_norm, p / (n * m), 1.0) / n.square()
-        beta = -2 / at.batch**2 / (n * m)
-        return s * at.of_both(alpha) + t * at.of_both(beta)
+        (n, norms), (m, _) = self._divisors(at)
+        nm = n * m
+        # A row below the floor is divided by a constant: its α is 1/n².
+        alpha = (at.rows[2] / nm).masked_fill_(n > norms, 1.0).div_(n.square()).mul_(2 / at.batch**2)
+        beta = nm.reciprocal_().mul_(-2 / at.batch**2)
+        return (s * at.of_both(alpha)).addcmul_(t, at.of_both(beta))
+
+    def _divisors(self, at: Sums) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Return, for S and for T, the divisors (B,) of the rows, and the norms of the rows, which the divisors are
+        where the floor is not larger."""
+        if "divisors" not in at.kept:
+            at.kept["divisors"] = [self.divisors(squares) for squares in at.rows[:2]]
+        found: Sequence[tuple[torch.Tensor, torch.Tensor]] = at.kept["divisors"]
+        return found
 
     def divisors(self, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the divisors (B,) of the rows, and where they are the rows' norms."""
-        # The square root has no derivative at 0, where the divisor is a constant.
-        norms = torch.where(squares > 0, squares, 1.0).sqrt().where(squares > 0, 0.0)
-        floor = least_norm(norms.detach(), self.floor)
-        return torch.maximum(norms, floor), norms >= floor
+        """Return the divisors (B,) of rows, given the sums of their squares, and their norms."""
+        if squares.requires_grad:
+            # The square root has no derivative at 0, where the divisor is a constant.
+            norms = torch.where(squares > 0, squares, 1.0).sqrt().where(squares > 0, 0.0)
+        else:
+            norms = squares.sqrt()
+        return torch.maximum(norms, least_norm(norms.detach(), self.floor)), norms
 
 
 def check_floor(floor: float) -> None:

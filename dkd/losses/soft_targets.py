@@ -11,12 +11,14 @@ K − 1 degrees of freedom, as the public code has it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
-from dkd.losses.feature_pairs import as_list, check_logit_pair, no_autocast
+from dkd.losses.feature_pairs import as_list, check_logit_pair, needs_plain_autograd, no_autocast
 
 
 class SoftTargets(nn.Module):
@@ -51,9 +53,45 @@ class SoftTargets(nn.Module):
             student, teacher = full_precision(student), full_precision(teacher.detach())
             if self.standardize:
                 student, teacher = standardized(student), standardized(teacher)
-            log_student = F.log_softmax(student / self.temperature, dim=1)
-            log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
-            return self.temperature**2 * layout.mean(divergence(log_student, log_teacher))
+            layout.check(student)
+            factor = self.temperature**2 * layout.world_size / layout.total
+            if needs_plain_autograd([student]):
+                return _divergence_by_autograd(student, teacher, self.temperature, factor)
+            value: torch.Tensor = _Divergence.apply(student, teacher, self.temperature, factor)
+            return value
+
+
+class _Divergence(torch.autograd.Function):
+    """Compute factor · Σ_i KL(softmax(z_T,i / T) ‖ softmax(z_S,i / T)) by few operations, and its derivative
+    factor / T · (softmax(z_S / T) − softmax(z_T / T))."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, temperature: float, factor: float
+    ) -> torch.Tensor:
+        logs = torch.stack([student, teacher]).div_(temperature).log_softmax(2)
+        of_student, of_teacher = logs.exp()
+        # p·log(p/q) is 0 at p = 0, but is computed as 0·∞.
+        terms = (logs[1] - logs[0]).mul_(of_teacher).masked_fill_(of_teacher == 0, 0.0)
+        ctx.save_for_backward(student, teacher, of_student, of_teacher)
+        ctx.temperature, ctx.factor = temperature, factor
+        return terms.sum() * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, of_student, of_teacher = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            value = _divergence_by_autograd(student, teacher, ctx.temperature, ctx.factor)
+            return *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None, None
+        return (of_student - of_teacher).mul_(grads[0] * (ctx.factor / ctx.temperature)), None, None, None
+
+
+def _divergence_by_autograd(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, factor: float
+) -> torch.Tensor:
+    """Return what `_Divergence` computes, by operations that autograd follows."""
+    logs = [F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)]
+    return divergence(*logs).sum() * factor
 
 
 def divergence(log_student: torch.Tensor, log_teacher: torch.Tensor) -> torch.Tensor:

@@ -195,8 +195,7 @@ def _build(opened: Opened) -> Components:
     recipe, launch, engine, run_dir = opened.recipe, opened.launch, opened.engine, opened.run_dir
     training, validation = opened.training, opened.validation
     arithmetic = Arithmetic.of(recipe)
-    pin = engine.device.type == "cuda"
-    data = build_data(recipe, training, validation, launch, arithmetic.dtype, pin, opened.knn)
+    data = build_data(recipe, training, validation, launch, arithmetic.dtype, engine.device, opened.knn)
     # Names are compared between ranks, and are no part of what makes a run the same one.
     named = {**data.facts, "class_names": data.class_names}
     facts = {"data.train": named, "data.validation": {} if validation is None else data_facts(validation)}
@@ -234,6 +233,11 @@ def _build(opened: Opened) -> Components:
     )
 
 
+def _in_graph(recipe: Recipe, engine: AcceleratedEngine) -> bool:
+    """Return whether the optimizer's updates may be captured. torch refuses AdamW's otherwise."""
+    return recipe.train.graph is True and engine.fuses_updates and engine.device.type == "cuda"
+
+
 def build_step(
     recipe: Recipe,
     engine: AcceleratedEngine,
@@ -253,7 +257,7 @@ def build_step(
     student = arithmetic.place(student, engine.device, to_be_sharded=engine.rules.shards_training)
     if teacher is not None and train.compile.teacher:
         teacher.compile()
-    engine.wrap(student, build_optimizer(recipe.optimizer, student))
+    engine.wrap(student, build_optimizer(recipe.optimizer, student, engine.fuses_updates, _in_graph(recipe, engine)))
     if train.compile.student:
         student.compile()
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None

@@ -67,8 +67,8 @@ class Filling:
 
     def _build(self, opened: Opened, epochs: int | None) -> None:
         recipe, launch, engine = opened.recipe, opened.launch, opened.engine
-        arithmetic, pin = Arithmetic.of(recipe), engine.device.type == "cuda"
-        self._data = data = build_data(recipe, opened.training, None, launch, arithmetic.dtype, pin)
+        arithmetic = Arithmetic.of(recipe)
+        self._data = data = build_data(recipe, opened.training, None, launch, arithmetic.dtype, engine.device)
         schedule = RunSchedule(recipe, data.sampler.steps_per_epoch)
         objective = build_losses(opened, data.sampler, schedule)
         teacher = build_teachers(recipe, launch, arithmetic, engine.device)

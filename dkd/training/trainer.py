@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dkd.build.models import pairs, student_spec, teacher_spec
+from dkd.build.optimizers import SteppedRates
 from dkd.config import Recipe
 from dkd.data import DataError
 from dkd.data.loader import Batch
@@ -28,6 +29,7 @@ from dkd.training.evaluation import Evaluation, evaluate
 from dkd.training.knn import measure_knn
 from dkd.training.knn_accuracy import KnnAccuracy
 from dkd.training.schedule import Decision
+from dkd.training.step_graph import CudaGraphs, StepGraph, why_not
 
 WORKERS_SHARE = 0.8
 """A worker process of the loader may read nothing for so much of the ranks' timeout: all ranks learn why one ends."""
@@ -47,6 +49,8 @@ class Trainer:
         self._keys: Iterator[list[tuple[int, int]]] | None = None
         self._pending: AsyncMean | None = None
         self._clock = 0.0
+        self._graph = self._open_graph()
+        self._rates = SteppedRates(parts.engine.optimizer, None if self._graph is None else parts.engine.device)
         set_patience(parts, parts.recipe.run.start_timeout)
 
     @classmethod
@@ -152,10 +156,22 @@ class Trainer:
         """Take one optimizer step over the global batch. Returns this rank's share of its numbers. A collective."""
         parts, step = self.parts, self.state.step
         self._reach(0, 0)
-        learning_rate = parts.learning_rate(step)
-        for group in parts.engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        self._rates.write(parts.learning_rate(step))
         micro_batches, values = self._load(step)
+        if self._graph is not None and self._graph.is_ready:
+            self._reach(0, 2)
+            loss = self._graph.take(micro_batches[0], step)
+            values.add(loss.terms, loss.counts, 1)
+            skipped = False
+        else:
+            skipped = self._compute(micro_batches, step, values)
+        values.counts["skipped"] = float(skipped)
+        self.state.step += 1
+        return values
+
+    def _compute(self, micro_batches: list[Batch], step: int, values: StepValues[Number]) -> bool:
+        """Compute and apply an update; add its numbers to `values`. Returns whether the update was left out."""
+        parts = self.parts
         self._reach(0, 1)
         parts.step.begin(micro_batches, step, self._read_indices())
         skipped = False
@@ -172,9 +188,23 @@ class Trainer:
         parts.step.end(skipped)
         if parts.average is not None and not skipped:
             parts.average.update()
-        values.counts["skipped"] = float(skipped)
-        self.state.step += 1
-        return values
+        return skipped
+
+    def _open_graph(self) -> StepGraph | None:
+        """Return what takes steps as a graph; None where the recipe does not ask for it, or it cannot be."""
+        parts, train = self.parts, self.parts.recipe.train
+        if train.graph is not True:
+            return None
+        reason = why_not(parts.recipe, parts.step, parts.engine, parts.launch.world_size)
+        if reason is not None:
+            parts.log.say(f"train.graph: a step is not captured, because {reason}; it runs operator by operator")
+            return None
+        graphs, device = None, parts.engine.device
+        if device.type == "cuda":
+            graphs = CudaGraphs(device)
+        else:
+            parts.log.say("train.graph: CPUs have no CUDA graphs; the parts of one run one after the other")
+        return StepGraph(parts.step, parts.engine, parts.average, train.clip_grad_norm, parts.log.say, graphs)
 
     def _load(self, step: int) -> tuple[list[Batch], StepValues[Number]]:
         """Wait for the step's micro-batches. Returns them, and what loading them took."""

@@ -41,7 +41,7 @@ def test_these_are_the_images_that_the_first_step_trains_on(more, workers):
     sources = open_sources(recipe, Launch())
     batch = load_first_batch(recipe, Launch(), *sources)
     changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    parts = build_data(changed, *sources, Launch(), torch.float32, pin=False)
+    parts = build_data(changed, *sources, Launch(), torch.float32, torch.device("cpu"))
     student, loss = Recording(), Labels()
     objective = Objective([LabelTerm("ce", lambda step: 1.0, loss)])
     micro_steps = parts.sampler.micro_steps

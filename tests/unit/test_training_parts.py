@@ -109,7 +109,8 @@ def test_running_statistics_move_once_a_step_by_the_mean_over_micro_batches():
     for step in range(2):
         statistics.start_step()
         for images in micro_batches:
-            norm(images)
+            with statistics.forward():
+                norm(images)
             statistics.finish_micro_batch()
         statistics.finish_step()
         mean = 0.7 * mean + 0.3 * torch.stack([m.mean((0, 2, 3)) for m in micro_batches]).mean(0)

@@ -1,0 +1,130 @@
+"""Compute AT of squared features by few operations, with its derivative in closed form.
+
+This is AttentionTransfer with `map: sum_p`, p = 2 and `reduction: mean_squared`, as published, where the two features
+of each pair have one resolution. With F = Σ_c A_c², Q = F / ‖F‖₂ over the positions and
+D = Q_S − Q_T, the loss and its gradient are, for pairs p of weight w_p and n_p = h·w positions,
+
+    L      = Σ_p c_p Σ D²,   c_p = w_p / (B n_p)
+    ∂L/∂A  = A · (4 c_p / ‖F_S‖₂) (D − Q_S Σ Q_S D)
+
+where sums are over the positions of a sample. The maps of all pairs lie in one tensor (P, b, n), filled with zeros up
+to the largest resolution, so that each step is one operation for all of them: on a GPU the launches of many small
+operations take longer than what they compute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dkd.global_batch.gram import promoted_dtype
+
+SMALLEST = 1e-30
+"""The smallest norm that a map is divided by. A map of zeros stays zero; the inverse of a norm must fit float32, so
+that its product with features of zero is zero."""
+
+
+def pack_maps(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised attention maps Q (P, b, n) of features (b, C, h, w), and ‖F‖₂ (P, b, 1) of them."""
+    packed = _room(features, [feature.shape[2] * feature.shape[3] for feature in features])
+    places = _places(packed, features)
+    # One pass over the features. On CPUs torch's norm over a dimension whose elements are far apart takes 75 times as
+    # long as squares and their sum.
+    if all(feature.device.type != "cpu" or feature.stride(1) == 1 for feature in features):
+        for place, feature in zip(places, features, strict=True):
+            torch.linalg.vector_norm(feature, dim=1, dtype=packed.dtype, out=place)
+        packed.square_()
+    else:
+        for place, feature in zip(places, features, strict=True):
+            torch.sum(feature.to(packed.dtype).square(), dim=1, out=place)
+    # In float64, where the squares of all numbers of float32 fit.
+    norms = torch.linalg.vector_norm(packed, dim=2, keepdim=True, dtype=torch.float64)
+    norms = norms.clamp_min_(SMALLEST).to(packed.dtype)
+    return packed.div_(norms), norms
+
+
+def pack_normalized(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return normalised attention maps (b, n_p) as `pack_maps` does."""
+    packed = _room(maps, [each.shape[1] for each in maps])
+    for pair, each in enumerate(maps):
+        packed[pair, :, : each.shape[1]] = each
+    return packed
+
+
+def unpack(packed: torch.Tensor, positions: Sequence[int]) -> list[torch.Tensor]:
+    """Return the maps (b, n_p) of each pair."""
+    return [packed[pair, :, :count].contiguous() for pair, count in enumerate(positions)]
+
+
+def compare(
+    students: Sequence[torch.Tensor],
+    teacher: torch.Tensor,
+    factors: Sequence[float],
+    plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+) -> torch.Tensor:
+    """Return Σ_p factor_p Σ (Q_S − Q_T)², a scalar. Differentiable.
+
+    Args:
+        students: features (b, C, h, w).
+        teacher: maps (P, b, n), as `pack_maps` returns them.
+        factors: c_p, one for each pair.
+        plainly: returns the same of the students' features by operations that autograd follows, for second derivatives.
+    """
+    value: torch.Tensor = _Compare.apply(teacher, tuple(factors), plainly, *students)
+    return value
+
+
+def _room(like: Sequence[torch.Tensor], positions: Sequence[int]) -> torch.Tensor:
+    first, shape = like[0], (len(like), len(like[0]), max(positions))
+    make = first.new_empty if min(positions) == max(positions) else first.new_zeros
+    return make(shape, dtype=promoted_dtype(first.dtype))
+
+
+def _places(packed: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the room of each pair's map, (b, h, w)."""
+    shapes = [feature.shape for feature in features]
+    return [packed[pair, :, : h * w].unflatten(1, (h, w)) for pair, (_, _, h, w) in enumerate(shapes)]
+
+
+@functools.lru_cache(maxsize=64)
+def _column(factors: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # It stays on the device: a copy from the host in every step would make the host wait for the device.
+    return torch.tensor(factors, dtype=dtype, device=device)
+
+
+class _Compare(torch.autograd.Function):
+    """Compute the value, and in the backward the gradient of the features."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        teacher: torch.Tensor,
+        factors: tuple[float, ...],
+        plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+        *students: torch.Tensor,
+    ) -> torch.Tensor:
+        maps, norms = pack_maps(students)
+        difference = maps - teacher.to(maps.dtype)
+        lengths = torch.linalg.vector_norm(difference, dim=(1, 2))
+        ctx.factors, ctx.plainly = factors, plainly
+        ctx.save_for_backward(maps, norms, difference, *students)
+        return torch.dot(lengths * _column(factors, maps.dtype, maps.device), lengths)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        maps, norms, difference, *students = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            wanted = [student for student, asked in zip(students, needed, strict=True) if asked]
+            found = iter(torch.autograd.grad(ctx.plainly(students), wanted, grads[0], create_graph=True))
+            return None, None, None, *(next(found) if asked else None for asked in needed)
+        fours = _column(tuple(4 * factor for factor in ctx.factors), maps.dtype, maps.device)
+        along = (maps * difference).sum(2, keepdim=True)
+        across = torch.addcmul(difference, maps, along, value=-1)
+        across.mul_((fours * grads[0])[:, None, None] / norms)
+        slopes = [place[:, None] for place in _places(across, students)]
+        pairs = zip(students, slopes, needed, strict=True)
+        return None, None, None, *(student * slope if asked else None for student, slope, asked in pairs)

@@ -1,0 +1,218 @@
+"""Steps as CUDA graphs: what a graph is made of, on CPUs, where its parts run one after the other."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from dkd.build.optimizers import SteppedRates
+from dkd.cli import main
+from dkd.distillation.loss_weights import LossWeights
+from dkd.training.step_graph import largest_difference
+
+AT = {"beta": 10, "pairs": [["layer1", "layer1"]], "resize": "map"}
+VARIANTS = {
+    "sgd, a schedule of rates and of a loss weight, clipping": {
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+        "losses": {
+            "kd": {"alpha": {"schedule": "linear", "start": 0.9, "end": 0.1}},
+            "sp": {"gamma": 3, "reference_batch": 32, "pairs": [["layer3", "layer3"]]},
+        },
+        "train": {"clip_grad_norm": 0.5},
+    },
+    "adamw, an averaged student, mixed images": {
+        "optimizer": {"name": "adamw", "lr": 1.0e-3},
+        "train": {"ema": {"decay": 0.9}},
+        "data": {"mixup": 0.2, "cutmix": 1.0},
+        "losses": {"kd": {"alpha": 0.5}, "at": AT},
+    },
+    "bf16, images on the device": {
+        "train": {"precision": "bf16"},
+        "data": {"in_memory": "device"},
+        "losses": {"kd": {"alpha": 0.5}, "at": AT},
+    },
+}
+
+
+def recipe(folder, graph, variant, steps=100):
+    values = {
+        "run": {"dir": str(folder), "trackers": []},
+        "data": {"train": "digits", "validation": "digits", "classes": 10, "transforms": "digits", "image_size": 16},
+        "student": {"name": "small_models:Regularized"},
+        "teacher": {"name": "resnet8", "weights": "random"},
+        "train": {"global_batch": 32, "epochs": 4, "max_steps": steps, "precision": "fp32", "graph": graph},
+        "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
+        "schedule": {"name": "constant"},
+        "checkpoint": {"every_steps": 45},
+        "evaluation": {"every_epochs": 1},
+    }
+    for section, changes in VARIANTS[variant].items():
+        kept = {} if section == "optimizer" else values.get(section, {})
+        values[section] = {**kept, **changes}
+    return values
+
+
+def train(folder, graph, variant, steps=100):
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder / "run", graph, variant, steps)))
+    assert main(["train", str(folder / "recipe.yaml"), "--allow-recipe-change"]) == 0
+
+
+def outcome(folder):
+    """Every number of every step and evaluation but clocks, and the finished student."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("images_per_second", "data_wait", "seconds")
+    kept = [{k: v for k, v in line.items() if k not in clocks} for line in lines if "step" in line]
+    return kept, (folder / "run" / "student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_hundred_steps_are_those_of_the_usual_way_interrupted_or_not(tmp_path, variant, capsys):
+    usual, graph, resumed = (tmp_path / name for name in ("usual", "graph", "resumed"))
+    train(usual, False, variant)
+    assert "graph" not in capsys.readouterr().err
+    train(graph, True, variant)
+    assert "CPUs have no CUDA graphs; the parts of one run one after the other" in capsys.readouterr().err
+    assert len([line for line in outcome(usual)[0] if "loss" in line]) > 90
+    assert outcome(graph) == outcome(usual)
+    train(resumed, True, variant, steps=60)
+    train(resumed, True, variant)
+    assert outcome(resumed)[1] == outcome(usual)[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["train.micro_batch=16"], "it accumulates gradients"),
+        (["train.skip_nonfinite=1"], "train.skip_nonfinite waits for the gradient"),
+        (["losses.ce.class_weights=balanced"], "a loss keeps something from step to step"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_runs_as_usual_and_one_line_gives_the_reason(tmp_path, changes, reason, capsys):
+    values = recipe(tmp_path / "run", True, "bf16, images on the device", steps=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path), "train.precision=fp32", *changes]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "graph" in line]
+    assert said == [f"train.graph: a step is not captured, because {reason}; it runs operator by operator"]
+
+
+def test_rates_and_weights_stay_in_the_same_tensors():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [parameter]}, {"params": [], "lr_scale": 0.5}], lr=1.0)
+    rates = SteppedRates(optimizer, torch.device("cpu"))
+    before = [group["lr"] for group in optimizer.param_groups]
+    for rate in (0.1, 0.1, 0.3):
+        rates.write(rate)
+        assert [group["lr"].item() for group in optimizer.param_groups] == [rate, rate * 0.5]
+    assert all(a is group["lr"] for a, group in zip(before, optimizer.param_groups, strict=True))
+    weights = LossWeights([lambda step: 0.1, lambda step: float(step)])
+    first = weights.at(1, torch.zeros(2))
+    assert weights.at(2, torch.zeros(2)) is first
+    assert torch.equal(first, torch.tensor([0.1, 2.0]))
+    assert weights.at(2, torch.zeros(2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_graph_that_computes_something_else_is_recognised():
+    old, new = [torch.zeros(3), torch.ones(2)], [torch.ones(3), torch.ones(2)]
+    assert largest_difference(new, [each.clone() for each in new], old) == 0
+    assert largest_difference(new, [new[0] * 1.001, new[1]], old) == pytest.approx(1e-3, rel=1e-3)
+    assert largest_difference(new, old, old) == pytest.approx(1)  # a graph that does nothing
+    assert not largest_difference(new, [new[0] * torch.nan, new[1]], old) <= 0.1
+
+
+class ReplayedGraphs:
+    """Stands for CUDA's graphs: nothing is computed by a capture, and a replay computes with the numbers of the step
+    that was captured but for what lies in tensors, and writes its results where those of the capture lie.
+
+    Args:
+        state: returns all tensors that a step changes.
+        spoil: called before each replay; a mistake of a graph.
+    """
+
+    def __init__(self, state, spoil=lambda: None):
+        self._state, self._spoil, self.replays = state, spoil, 0
+
+    def warm_up(self, compute):
+        return compute()
+
+    def capture(self, compute):
+        before = [tensor.clone() for tensor in self._state()]
+        first = compute()
+        for tensor, old in zip(self._state(), before, strict=True):
+            tensor.copy_(old)
+
+        def replay():
+            self.replays += 1
+            self._spoil()
+            again = compute()
+            first.total.data.copy_(again.total.data)
+            for name, value in again.terms.items():
+                first.terms[name].copy_(value)
+
+        return first, replay
+
+
+def trainer_with(tmp_path, monkeypatch, variant, make):
+    """Return a trainer whose step is captured by `make(state)`."""
+    from dkd.config.loading import validate
+    from dkd.engines.accelerated import forget_settings
+    from dkd.training import trainer as module
+
+    forget_settings()
+    values = recipe(tmp_path / "run", True, variant)
+    found = []
+
+    def open_graph(step, engine, average, max_norm, say, graphs):
+        def state():
+            kept = [v for each in engine.optimizer.state.values() for v in each.values() if torch.is_tensor(v)]
+            averages = [] if average is None else [own for _, _, own in average.named()]
+            return [t.detach() for t in (*engine.model.parameters(), *engine.model.buffers(), *kept, *averages)]
+
+        found.append(make(state))
+        return original(step, engine, average, max_norm, say, found[0])
+
+    original = module.StepGraph
+    monkeypatch.setattr(module, "StepGraph", open_graph)
+    return module.Trainer.from_recipe(validate(values)), found[0]
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS)[:2])
+def test_what_is_replayed_is_the_usual_step(tmp_path, monkeypatch, variant, capsys):
+    """The capture, the step that is taken both ways, and the replays that follow."""
+    train(tmp_path / "usual", False, variant)
+    trainer, graphs = trainer_with(tmp_path / "graph", monkeypatch, variant, ReplayedGraphs)
+    trainer.fit()
+    assert graphs.replays == 100 - 20 - 3
+    assert outcome(tmp_path / "graph") == outcome(tmp_path / "usual")
+    assert "not captured" not in capsys.readouterr().err
+
+
+def refuse(state):
+    class Refusing(ReplayedGraphs):
+        def capture(self, compute):
+            compute()  # half of it may have happened
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    return Refusing(state)
+
+
+def misses_an_update(state):
+    return ReplayedGraphs(state, lambda: state()[0].add_(1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(refuse, "operation not permitted when stream is capturing"), (misses_an_update, "it computes something else")],
+)
+def test_a_graph_that_fails_or_computes_something_else_is_given_up_and_nothing_is_lost(
+    tmp_path, monkeypatch, make, why, capsys
+):
+    variant = next(iter(VARIANTS))
+    train(tmp_path / "usual", False, variant)
+    trainer, _ = trainer_with(tmp_path / "graph", monkeypatch, variant, make)
+    trainer.fit()
+    assert outcome(tmp_path / "graph") == outcome(tmp_path / "usual")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not captured" in line]
+    assert line.startswith(f"warning: the step is not captured as a CUDA graph ({why}")
