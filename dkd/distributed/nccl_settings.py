@@ -4,10 +4,12 @@ They are variables of the environment, read by the libraries when the first comm
 not in the launch scripts, so that every launcher has them; a variable that the user has set stays as it is, under its
 older name too. All names were read in torch 2.14 and NCCL 2.30.
 
-    NCCL_LAUNCH_ORDER_IMPLICIT   1: NCCL lets collectives of different communicators run in the order in which the
-                                 program has begun them. Losses of relations between samples have communicators of their
-                                 own beside that of the gradients; kernels of two communicators that start in different
-                                 orders on two GPUs can wait for each other for ever.
+    NCCL_LAUNCH_ORDER_IMPLICIT   1: NCCL (2.26 and later) lets collectives of different communicators run in the order
+                                 in which the program has begun them, which must be the same on all ranks. Losses of
+                                 relations between samples have communicators of their own beside that of the
+                                 gradients; kernels of two communicators that start in different orders on two GPUs can
+                                 wait for each other for ever. No two threads of dkd begin collectives of a GPU at once:
+                                 the main thread waits while the backward's thread does.
     TORCH_FR_BUFFER_SIZE         number of collectives that torch's flight recorder remembers (before torch 2.9 or so
                                  TORCH_NCCL_TRACE_BUFFER_SIZE). 2000, torch's own number, stated so that a torch whose
                                  default is 0 records, too.
