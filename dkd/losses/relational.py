@@ -6,7 +6,7 @@ A loss of this family states which relation it compares and a few elementwise fu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,27 @@ class RelationalLoss(nn.Module):
         """Return the derivative (m, n) of the loss by S_ij plus that by S_ji."""
         raise NotImplementedError
 
+    def compare_whole(self, students: Sequence[torch.Tensor], whole: WholeBatch) -> torch.Tensor | None:
+        """Return the loss of one process alone for features (B, d) of the student, where a subclass has a shorter way
+        than by blocks; else None."""
+        return None
+
+    def _whole(
+        self,
+        teachers: Sequence[torch.Tensor],
+        are_relations: bool,
+        weights: Sequence[float],
+        types: Sequence[torch.dtype],
+    ) -> WholeBatch:
+        if not are_relations:
+            teachers = [t.to(self.comm_dtype or t.dtype) for t in teachers]
+
+        def plainly(students: Sequence[torch.Tensor]) -> torch.Tensor:
+            features, relations = (None, teachers) if are_relations else (teachers, None)
+            return compare_alone(self, students, features, weights, self.floor, relations)
+
+        return WholeBatch(teachers, are_relations, weights, types, plainly)
+
     def settings(self) -> dict[str, object]:
         """Return the settings of this loss beside those of the base, by name."""
         return {}
@@ -162,6 +183,10 @@ class RelationalLoss(nn.Module):
             weights = [w for _, _, w in pairs]
             if layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, teachers, weights, self.floor)
+            if layout.world_size == 1:
+                value = self.compare_whole(students, self._whole(teachers, False, weights, types))
+                if value is not None:
+                    return value
             # Nothing is rounded twice: a gradient is rounded to the type of its feature after all is added to it.
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
             comparison = Comparison(self, weights, self.floor, half.placement, half, types, gradients)
@@ -181,6 +206,10 @@ class RelationalLoss(nn.Module):
             if at.layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, None, weights, self.floor, blocks)
             types = self._types(students, sent_as, at.layout)
+            if at.layout.world_size == 1:
+                value = self.compare_whole(students, self._whole(blocks, True, weights, types))
+                if value is not None:
+                    return value
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
             assert at.placement is not None
             comparison = Comparison(self, weights, self.floor, at.placement, blocks, types, gradients)
@@ -281,6 +310,25 @@ class RelationalLoss(nn.Module):
             raise ValueError("features must have the shape (b, ...) with at least one number a sample")
         maps = [f.permute(0, 2, 3, 1) if self.channels_last and f.dim() == 4 else f for f in features]
         return [f.flatten(1) for f in maps]
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """Hold what the student's features of one process alone are compared with.
+
+    Args:
+        teachers: features (B, d) of each pair, or relations (B, B).
+        are_relations: whether they are relations.
+        weights: of the pairs.
+        types: in which the student's features are multiplied.
+        plainly: returns the loss of the student's features by operations that autograd follows, for second derivatives.
+    """
+
+    teachers: Sequence[torch.Tensor]
+    are_relations: bool
+    weights: Sequence[float]
+    types: Sequence[torch.dtype]
+    plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True)

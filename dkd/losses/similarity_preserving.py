@@ -25,7 +25,8 @@ import torch
 from dkd.global_batch import Links
 from dkd.global_batch.relational import Sums
 from dkd.global_batch.scale import least_norm
-from dkd.losses.relational import RelationalLoss
+from dkd.losses import similarity_of_one_process
+from dkd.losses.relational import RelationalLoss, WholeBatch
 
 FLOOR = 1e-2
 """The default of `floor`; docs/reference/losses.md gives the reason."""
@@ -75,6 +76,9 @@ class SimilarityPreserving(RelationalLoss):
 
     def settings(self) -> dict[str, object]:
         return {"floor": self.floor}
+
+    def compare_whole(self, students: Sequence[torch.Tensor], whole: WholeBatch) -> torch.Tensor:
+        return similarity_of_one_process.compare(students, whole, self.floor)
 
     def row_sums(self, s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return a, e and p."""

@@ -26,7 +26,14 @@ from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_
 from dkd.global_batch import relational as relations
 from dkd.global_batch.choice import GridChoice
 from dkd.global_batch.cost import fewest_chunks, held
-from dkd.losses import AttentionTransfer, CrossEntropy, SoftTargets, relational_angle, similarity_preserving
+from dkd.losses import (
+    AttentionTransfer,
+    CrossEntropy,
+    SoftTargets,
+    relational_angle,
+    similarity_of_one_process,
+    similarity_preserving,
+)
 from dkd.models import TappedModel
 
 # Ours, for a grid; and the plain formula of it.
@@ -205,9 +212,9 @@ def with_the_other_sign(original, loss, s, t, at):
 
 
 def floor_of_the_teacher_alone(original, loss, squares):
-    # The first call of value and of slope is the student's.
-    floor_of_the_teacher_alone.calls += 1
-    with mock.patch.object(loss, "floor", 0.0 if floor_of_the_teacher_alone.calls % 2 else loss.floor):
+    # The first call for a pair is the student's. Each rank has a loss of its own.
+    loss.calls = getattr(loss, "calls", 0) + 1
+    with mock.patch.object(loss, "floor", 0.0 if loss.calls % 2 else loss.floor):
         return original(loss, squares)
 
 
@@ -224,18 +231,25 @@ MUTATIONS = {
     "the floor applied to the teacher alone": lambda: patched(
         similarity_preserving.SimilarityPreserving, "divisors", floor_of_the_teacher_alone
     ),
+    "one process: the floor left out": lambda: patched(
+        similarity_of_one_process, "least_norm", lambda original, norms, floor: original(norms, 0.0)
+    ),
+    "one process: products with other samples' scale": lambda: patched(
+        similarity_of_one_process,
+        "scale_products",
+        lambda original, products: (found := original(products), (found[0], found[1] * 2))[1],
+    ),
+    "one process: a derivative through a divisor that is a constant": lambda: mock.patch.object(
+        torch.Tensor, "masked_fill_", lambda tensor, mask, value: tensor
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", MUTATIONS)
 def test_mistakes_in_the_algebra_would_be_noticed(mistake):
     """The test above, with one mistake each, on a grid of 2 × 2 × 2 ranks."""
-    floor_of_the_teacher_alone.calls = 0
     make, plain = FAMILY["sp with a floor"]
-    if "floor" in mistake:  # threads share the count of calls
-        world, grid = 1, (1, 1, 1)
-    else:
-        world, grid = 8, (2, 2, 2)
+    world, grid = (1, (1, 1, 1)) if mistake.startswith("one process") else (8, (2, 2, 2))
     counts = [6] if world == 1 else counts_of(world, True)
     assert error_on_ranks(lambda: make(grid), plain, counts) < 1e-12
     with MUTATIONS[mistake]():
