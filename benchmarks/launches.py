@@ -58,5 +58,3 @@ def _only_looks(func: Any) -> bool:
     returns = func._schema.returns
     aliases = [r.alias_info for r in returns]
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
-
-
