@@ -58,7 +58,9 @@ def recipe_values(options: argparse.Namespace, folder: Path, settings: dict[str,
 class Row:
     """One setting of the trainer, ready to take steps."""
 
-    def __init__(self, title: str, options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, title: str, options: argparse.Namespace, folder: Path, settings: dict[str, Any], loads: bool = True
+    ) -> None:
         from dkd.config.loading import validate
         from dkd.engines.accelerated import forget_settings
         from dkd.training.trainer import Trainer
@@ -68,7 +70,8 @@ class Row:
         recipe = validate(recipe_values(options, folder, settings))
         self.trainer = Trainer.from_recipe(recipe, if_run_exists="replace")
         self.device = self.trainer.parts.engine.device
-        self.trainer.load_images(10**9 // options.batch)
+        if loads:
+            self.trainer.load_images(10**9 // options.batch)
 
     def take(self, steps: int) -> list[float]:
         """Take steps, and return the seconds of each."""

@@ -13,6 +13,7 @@ import torch
 from dkd import machine
 from dkd.config import Recipe
 from dkd.config.derived import classes, data_seed, micro_batch, teacher_views
+from dkd.config.image_sizes import sizes_by_epoch
 from dkd.config.messages import shown
 from dkd.config.schema import DataSection
 from dkd.data import (
@@ -50,7 +51,8 @@ def build_image_pipeline(recipe: Recipe) -> ImagePipeline:
     """Return transforms and the student's normalisation."""
     data = recipe.data
     normalize = _normalize(data.normalization)
-    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize)
+    sizes = sizes_by_epoch(data.train_image_size)
+    return build_pipeline(data.transforms, data.validation_transforms, data.image_size, normalize, sizes)
 
 
 def describe_input(pipeline: ImagePipeline, class_names: list[str] | None, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +204,12 @@ def build_sampler(recipe: Recipe, source: ImageSource, launch: Launch) -> Global
     train, data = recipe.train, recipe.data
     b = micro_batch(recipe, launch.world_size)
     batches = (len(source), data_seed(recipe), train.global_batch, b, launch.rank, launch.world_size)
+    repeating: dict[str, Any] = {"period": data.augmentation_period, "repeats": data.repeated_augmentation}
     if isinstance(source, RowGroups):
         sizes = tuple(source.sizes.tolist())
-        lanes, window, period = data.stream_lanes, data.shuffle_window, data.augmentation_period
-        return StreamedBatchSampler(*batches, sizes, lanes, window, period=period)
-    return GlobalBatchSampler(*batches, period=data.augmentation_period)
+        lanes, window = data.stream_lanes, data.shuffle_window
+        return StreamedBatchSampler(*batches, sizes, lanes, window, **repeating)
+    return GlobalBatchSampler(*batches, **repeating)
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,8 @@ def build_data(
     pipeline, data, local = build_image_pipeline(recipe), recipe.data, launch.local_world_size
     sampler, workers = build_sampler(recipe, training, launch), loader_workers(data, training, local)
     replaces, pin = data.on_error == "skip", device.type == "cuda"
-    held = images_on_device(data, training, pipeline.train, device)
+    # On the device, images of one size are kept.
+    held = None if len(pipeline.by_epoch) > 1 else images_on_device(data, training, pipeline.train, device)
 
     def evaluation_loader(source: ImageSource) -> EvaluationLoader:
         size, own_workers = pipeline.image_size, loader_workers(data, source, local)
@@ -291,7 +295,7 @@ def build_data(
 
     return DataParts(
         sampler,
-        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, pipeline.image_size)
+        TrainLoader(training, pipeline.train, sampler, workers, pin, replaces, by_epoch=pipeline.by_epoch)
         if held is None
         else DeviceTrainLoader(held, sampler),
         None if validation is None else evaluation_loader(validation),

@@ -79,7 +79,7 @@ class Given:
 def tapped_shapes(recipe: Recipe) -> tuple[Shapes, dict[str, Shapes]]:
     """Return the shapes of the features that losses read of the student, and of each teacher by name, on meta tensors.
     Raises UnknownModelError, TapError."""
-    size = build_image_pipeline(recipe).image_size
+    size = build_image_pipeline(recipe).train_size
     taps = list(dict.fromkeys(s for s, _ in pairs(recipe)))
     teachers: dict[str, Shapes] = {}
     for name, view in teacher_views(recipe):

@@ -160,7 +160,7 @@ def names_untrained(recipe: Recipe) -> list[str]:
     the last tap. They are not trained; an engine would wait for their gradients."""
     if recipe.losses.reads_logits:
         return []
-    size = build_image_pipeline(recipe).image_size
+    size = build_image_pipeline(recipe).train_size
     taps = [student for student, _ in pairs(recipe)]
     return unreached_parameters(student_spec(recipe), 2, size, recipe.student.freeze, taps, reads_logits=False)
 

@@ -18,6 +18,7 @@ from dkd.config import Recipe, RecipeError
 from dkd.config.derived import classes
 from dkd.config.losses import (
     AttentionTransferSection,
+    BinaryCrossEntropySection,
     CkaSection,
     ComparingSection,
     CorrelationCongruenceSection,
@@ -55,6 +56,7 @@ from dkd.losses import (
     NKD,
     PKT,
     AttentionTransfer,
+    BinaryCrossEntropy,
     CorrelationCongruence,
     CrossEntropy,
     GradientAttention,
@@ -315,6 +317,11 @@ def _label_terms(key: str, ce: CrossEntropySection, batch: _Batch) -> list[Term]
     return [LabelTerm(key, batch.schedule(ce.weight), CrossEntropy(ce.label_smoothing, batch.class_weights))]
 
 
+def _binary_terms(key: str, bce: BinaryCrossEntropySection, batch: _Batch) -> list[Term]:
+    loss = BinaryCrossEntropy(bce.label_smoothing, bce.target_threshold, bce.sum_classes)
+    return [LabelTerm(key, batch.schedule(bce.weight), loss)]
+
+
 def _attention_terms(key: str, at: AttentionTransferSection, batch: _Batch) -> list[Term]:
     # The images of a recipe are square.
     loss = AttentionTransfer(
@@ -401,6 +408,7 @@ def custom_term(section: CustomLossSection, weight: Schedule, given: Given | Non
 # Section of a loss -> what makes its terms of it.
 TERMS: dict[type[LossSection], Callable[[str, Any, _Batch], list[Term]]] = {
     CrossEntropySection: _label_terms,
+    BinaryCrossEntropySection: _binary_terms,
     AttentionTransferSection: _attention_terms,
     GradientAttentionSection: _gradient_terms,
     SimilarityPreservingSection: _relations_terms,

@@ -1,28 +1,40 @@
-"""The recipe's optimizer: torch's own."""
+"""The recipe's optimizer: torch's own, or timm's LAMB."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 
-from dkd.config.schema import AdamWSection, SgdSection
+from dkd.config import Problem
+from dkd.config.optimizers import LambSection, OptimizerSection, SgdSection
+from dkd.installation import command_for
 from dkd.models import TappedModel
 
 
+def optimizer_problems(section: OptimizerSection) -> list[Problem]:
+    """Return what an optimizer needs that is not installed."""
+    if not isinstance(section, LambSection) or importlib.util.find_spec("timm") is not None:
+        return []
+    return [Problem("optimizer.name", f"lamb needs timm: {command_for('timm')}")]
+
+
 def build_optimizer(
-    section: SgdSection | AdamWSection, model: nn.Module, fused: bool = False, in_graph: bool = False
+    section: OptimizerSection, model: nn.Module, fused: bool = False, in_graph: bool = False
 ) -> torch.optim.Optimizer:
-    """Return SGD or AdamW over the parameters of `model` that are trained. `decay_norm_and_bias: false` keeps weight
+    """Return the optimizer of the parameters of `model` that are trained. `decay_norm_and_bias: false` keeps weight
     decay off everything of one dimension or less: biases, and the scales of normalisation layers. Adapters of losses
     have groups of their own where the section asks for other settings.
 
     Args:
         section: the recipe's.
         model: the parameters are on the device that trains.
-        fused: whether one kernel updates all parameters; else a few, or on CPUs a few for each parameter.
-        in_graph: whether a captured graph makes the updates.
+        fused: whether one kernel updates all parameters; else a few, or on CPUs a few for each parameter. LAMB has no
+            such kernel.
+        in_graph: whether a captured graph makes the updates, which LAMB does not allow: it reads its number of steps
+            on the host.
     """
     own = section.adapters
     adapters = list(model.adapters.parameters()) if isinstance(model, TappedModel) else []
@@ -41,6 +53,8 @@ def build_optimizer(
         return torch.optim.SGD(
             groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov, fused=fused or None
         )
+    if isinstance(section, LambSection):
+        return _build_lamb(section, groups)
     betas = section.betas[0], section.betas[1]
     return torch.optim.AdamW(
         groups, lr=section.lr, betas=betas, eps=section.eps, fused=fused or None, capturable=in_graph
@@ -85,7 +99,40 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float, everything_deca
     return [group for group in groups if group["params"]]
 
 
-def state_keys(section: SgdSection | AdamWSection) -> list[str]:
+def _build_lamb(section: LambSection, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return timm's LAMB, which keeps its number of steps where AdamW does: beside the averages of each parameter.
+
+    timm's own clipping of the gradient is off: `train.clip_grad_norm` clips by the norm of the whole gradient under
+    every engine, also where a rank holds shards.
+    """
+    from timm.optim import Lamb
+
+    betas = (section.betas[0], section.betas[1])
+    optimizer: torch.optim.Optimizer = Lamb(
+        groups, lr=section.lr, betas=betas, eps=section.eps, max_grad_norm=None, trust_clip=section.trust_clip
+    )
+    optimizer.register_step_pre_hook(lambda each, *_: _take_step(each))
+    optimizer.register_step_post_hook(lambda each, *_: _keep_step(each))
+    return optimizer
+
+
+def _take_step(optimizer: torch.optim.Optimizer) -> None:
+    """Give timm's LAMB the number of steps done, which it looks for in the settings of its groups. Those are no part of
+    checkpoints: settings are the recipe's."""
+    done = next((state["step"] for state in optimizer.state.values() if "step" in state), None)
+    for group in optimizer.param_groups:
+        if done is not None:
+            group["step"] = done.clone()
+
+
+def _keep_step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                optimizer.state[parameter]["step"] = torch.as_tensor(group["step"], dtype=torch.float32)
+
+
+def state_keys(section: OptimizerSection) -> list[str]:
     """Return the names of what the optimizer keeps of each parameter after a step, sorted."""
     if isinstance(section, SgdSection):
         return ["momentum_buffer"] if section.momentum else []

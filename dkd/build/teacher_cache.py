@@ -56,7 +56,7 @@ def cache_key(
     teacher, train, images = view.teacher, view.train, view.data
     assert teacher is not None
     order, mixing = _order_facts(view, sampler)
-    size = build_image_pipeline(view).image_size
+    size = build_image_pipeline(view).train_size
     return CacheKey(
         {
             "teacher": {
@@ -91,6 +91,8 @@ def _order_facts(view: Recipe, sampler: GlobalBatchSampler) -> tuple[dict[str, A
     """Return on what the order of samples depends, and on what their mixing."""
     images = view.data
     order: dict[str, Any] = {"seed": data_seed(view), "period": images.augmentation_period, "kind": "shuffled"}
+    if sampler.repeats > 1:  # which copy an image is depends on B/R
+        order |= {"repeats": sampler.repeats, "global_batch": sampler.global_batch}
     if isinstance(sampler, StreamedBatchSampler):
         lanes, window = sampler.lanes, sampler.window
         order |= {"kind": "streamed", "global_batch": sampler.global_batch, "lanes": lanes, "window": window}
@@ -184,7 +186,7 @@ def _relations_read(
     loss: Any = term.loss
     tensors: list[GramTensor] = []
     if isinstance(loss, RelationalLoss):
-        size, half = build_image_pipeline(view).image_size, loss.comm_dtype is not None
+        size, half = build_image_pipeline(view).train_size, loss.comm_dtype is not None
         tensors = compared_tensors(view, term.pairs, half, loss.shift_invariant, size, device.type)
     place = loss.settle(tensors, share.layout(None if whole else 0), device)
     values = _relation_values(term, share, place.layout.world_size, forms)

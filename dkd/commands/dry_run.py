@@ -38,7 +38,8 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     training, validation = open_sources(recipe, launch)
     open_knn(recipe, training, validation)
     notes = [*compare_student(recipe), *check_class_order(recipe, training.class_names), *expected_notes(recipe)]
-    size = build_image_pipeline(recipe).image_size
+    pipeline = build_image_pipeline(recipe)
+    size = pipeline.train_size
     train, without = recipe.train, "" if recipe.data.labels else " without labels"
     sampler = build_sampler(recipe, training, launch)
     steps = sampler.steps_per_epoch
@@ -46,7 +47,7 @@ def describe(recipe: Recipe, launch: Launch, picture: Path | None = None) -> str
     lines = [
         f"run         {recipe.run.dir}",
         f"data        {len(training)} training images{without}, {_count_validation(validation)}, "
-        f"{recipe.data.classes} classes{_name_classes(training.class_names)}, {size}×{size}",
+        f"{recipe.data.classes} classes{_name_classes(training.class_names)}, {pipeline.describe_sizes()}",
         f"batch       {train.global_batch} = {sampler.micro_batch} × {launch.world_size} processes × "
         f"{sampler.micro_steps} micro-steps",
         f"steps       {steps} an epoch, {total} in all",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dkd.config.derived import teacher_key, teacher_views
+from dkd.config.image_sizes import sizes_by_epoch
 from dkd.config.losses import ENSEMBLE, CrdSection, OneClassSection
 from dkd.config.messages import Problem
 from dkd.config.schema import Recipe
@@ -19,10 +20,13 @@ def broken_rules(recipe: Recipe) -> list[Problem]:
     models = (_check_teacher, _check_student, _check_agreement, _check_gradient_attention, _check_class_weights)
     checks = (
         *models,
+        _check_label_losses,
         _check_mixing,
         _check_adapters,
         _check_batch,
         _check_data,
+        _check_repeats,
+        _check_sizes,
         _check_labels,
         _check_evaluation,
         _check_evaluation_without_labels,
@@ -143,6 +147,11 @@ def _check_class_weights(recipe: Recipe) -> Iterator[Problem]:
     weights = None if ce is None else ce.class_weights
     if isinstance(weights, list) and classes is not None and len(weights) != classes:
         yield Problem("losses.ce.class_weights", f"{len(weights)} weights for data.classes={classes}")
+
+
+def _check_label_losses(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.losses.ce is not None and recipe.losses.bce is not None:
+        yield Problem("losses.bce", "is in the place of losses.ce, which is used, too; remove that with losses.ce=null")
 
 
 def _check_mixing(recipe: Recipe) -> Iterator[Problem]:
@@ -292,6 +301,33 @@ def _check_batch(recipe: Recipe) -> Iterator[Problem]:
     if train.micro_batch is not None and train.global_batch % train.micro_batch:
         yield Problem(
             "train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}"
+        )
+
+
+def _check_sizes(recipe: Recipe) -> Iterator[Problem]:
+    data, key = recipe.data, "data.train_image_size"
+    if len(set(sizes_by_epoch(data.train_image_size).values())) < 2:
+        return
+    if data.in_memory == "device":
+        yield Problem("data.in_memory", f"device keeps images of one size, and {key} changes it; take true")
+    if data.augmentation_period is not None:
+        yield Problem(key, "changes with the epoch, and data.augmentation_period repeats epochs; remove one of the two")
+    for name, view in teacher_views(recipe):
+        if view.teacher is not None and view.teacher.cache is not None:
+            yield Problem(
+                f"{teacher_key(name)}.cache", f"is of images of one size, and {key} changes it; remove one of the two"
+            )
+
+
+def _check_repeats(recipe: Recipe) -> Iterator[Problem]:
+    repeats, batch = recipe.data.repeated_augmentation, recipe.train.global_batch
+    if batch % repeats:
+        yield Problem("data.repeated_augmentation", f"{repeats} does not divide train.global_batch={batch}")
+    if repeats > 1 and recipe.losses.crd is not None:
+        yield Problem(
+            "losses.crd",
+            "its banks have one vector of each image, and a step has data.repeated_augmentation="
+            f"{repeats} of them; set data.repeated_augmentation=1",
         )
 
 

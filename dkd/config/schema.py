@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from dkd.config.image_sizes import TrainImageSize
 from dkd.config.key_types import (
     LONGEST_NAME,
     Count,
@@ -24,6 +25,7 @@ from dkd.config.key_types import (
     one_line,
 )
 from dkd.config.losses import ENSEMBLE, LossesSection
+from dkd.config.optimizers import AdamWSection, LambSection, SgdSection
 from dkd.config.teacher_cache import CacheSection
 
 
@@ -161,7 +163,11 @@ class DataSection(Section):
     validation_transforms: Transforms | None = None
     """Transforms of the validation images, where `transforms` is a list."""
     image_size: Count | None = None
-    """Side of the images that the models see, in pixels; default: the preset's (imagenet 224, cifar 32, digits 32)."""
+    """Side of the images that the models see, in pixels; default: the last of `train_image_size`, or the preset's
+    (imagenet 224, cifar 32, digits 32)."""
+    train_image_size: TrainImageSize = None
+    """Side of the training images alone, in pixels, where it is not image_size: a number, or a number from some epochs
+    on, {0: 160, 10: 192, 20: 224}. Evaluations, and student.json, have image_size."""
     normalization: Normalization | None = None
     """Mean and standard deviation of the channels; default: the preset's."""
     mixup: NonNegative = 0.0
@@ -172,6 +178,9 @@ class DataSection(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
     """Seed of the order of the images, of their augmentation and mixing, and of validation images that are drawn;
     default: `run.seed`. Runs of one data.seed and several run.seed see the same images in the same order."""
+    repeated_augmentation: Count = 1
+    """R: each global batch holds B/R images, R times each, with different augmentations. An epoch still has N // B
+    steps, and so 1/R as many different images, drawn anew in each epoch."""
     augmentation_period: Count | None = None
     """Epochs after which order, augmentation and mixing repeat: those of epoch e are those of e mod the period. So a
     `teacher.cache` of that many epochs serves every epoch; null: no epoch is like another."""
@@ -387,59 +396,6 @@ class EvaluationSection(Section):
     """k-NN accuracy of the student's features; null: not measured."""
 
 
-class AdapterOptimizerSection(Section):
-    """Set the optimizer of what losses train beside the student, where that is not the student's."""
-
-    lr: Positive | None = None
-    """Learning rate, before the schedule's factor; null: `optimizer.lr`."""
-    weight_decay: NonNegative | None = None
-    """Weight decay; null: `optimizer.weight_decay`."""
-
-
-class SgdSection(Section):
-    """Set torch.optim.SGD."""
-
-    name: Literal["sgd"]
-    """The optimizer."""
-    lr: Positive
-    """Learning rate, before the schedule's factor."""
-    momentum: Fraction = 0.9
-    """Momentum."""
-    nesterov: Switch = False
-    """Whether the momentum is Nesterov's."""
-    weight_decay: NonNegative = 0.0
-    """Weight decay."""
-    decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
-    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SgdSection:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum above 0")
-        return self
-
-
-class AdamWSection(Section):
-    """Set torch.optim.AdamW."""
-
-    name: Literal["adamw"]
-    """The optimizer."""
-    lr: Positive
-    """Learning rate, before the schedule's factor."""
-    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
-    """Decay of the averages of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Number added to the denominator."""
-    weight_decay: NonNegative = 0.01
-    """Weight decay."""
-    decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
-    adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
-
-
 class _ScheduleSection(Section):
     warmup_epochs: NonNegative = 0.0
     """Epochs in which the learning rate grows linearly up to `optimizer.lr`."""
@@ -523,7 +479,7 @@ class Recipe(Section):
     """Batches, length and precision."""
     evaluation: EvaluationSection = EvaluationSection()
     """Evaluation of the student."""
-    optimizer: Annotated[SgdSection | AdamWSection, Field(discriminator="name")]
+    optimizer: Annotated[SgdSection | AdamWSection | LambSection, Field(discriminator="name")]
     """The optimizer."""
     schedule: Annotated[
         ConstantSchedule | StepSchedule | CosineSchedule | OneCycleSchedule, Field(discriminator="name")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dkd.data.loading import Keys, Loading, shared_bytes
 from dkd.data.parquet_stream import RowGroups
 from dkd.data.sampler import GlobalBatchSampler, StreamedBatchSampler
-from dkd.data.samples import Batch, Samples, Transform
+from dkd.data.samples import Batch, Samples
+from dkd.data.samples_by_epoch import SamplesByEpoch
 from dkd.data.sources import ImageSource
+from dkd.data.transforms import EpochTransform, Transform
 
 _HELD = 2
 """Batches that an evaluation holds at a time: one, and the next one."""
@@ -29,6 +31,8 @@ class TrainLoader:
             them.
         timeout: seconds after which a worker process that reads no further image is given up; None: never. The
             attribute may be set later.
+        by_epoch: transforms and sizes that change with the epoch, in the place of `transform` and `image_size`; None:
+            they do not change.
     """
 
     def __init__(
@@ -41,11 +45,17 @@ class TrainLoader:
         replace: bool = False,
         image_size: int | None = None,
         timeout: float | None = None,
+        by_epoch: Sequence[EpochTransform] | None = None,
     ) -> None:
         self.order, self.timeout = order, timeout
-        self._samples = Samples(source, transform, order.seed, replace, image_size)
+        self._samples: Samples | SamplesByEpoch = Samples(source, transform, order.seed, replace, image_size)
+        if by_epoch is not None:
+            stages = [
+                (each.epoch, Samples(source, each.transform, order.seed, replace, each.image_size)) for each in by_epoch
+            ]
+            self._samples = SamplesByEpoch(stages, order.repeats)
         if isinstance(order, StreamedBatchSampler) and isinstance(source, RowGroups):
-            source.keep(order.row_groups_of_a_worker(workers))
+            source.keep(order.row_groups_of_a_worker(workers), order.repeats)
         self._workers, self._pin = workers, pin
 
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:
@@ -53,7 +63,13 @@ class TrainLoader:
         keys = Keys(lambda: self.order.micro_batches(first_step, last_step))
         count = (last_step - first_step) * self.order.micro_steps
         rows, timeout = self.order.micro_batch, lambda: self.timeout
-        return Loading(self._samples, keys, count, rows, self._workers, self._pin, self._held, timeout)
+        samples, workers, pin, size_of = self._samples, self._workers, self._pin, None
+        if isinstance(samples, SamplesByEpoch):
+
+            def size_of(number: int) -> int:
+                return samples.size_at(self.order.drawn_epoch(first_step + number // self.order.micro_steps))
+
+        return Loading(samples, keys, count, rows, workers, pin, self._held, timeout, size_of)
 
     @property
     def _held(self) -> int:

@@ -5,7 +5,6 @@ Worker processes are forked, share memory with their rank, and are given up when
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import multiprocessing
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from dkd import console
 from dkd.data.samples import EMPTY, Batch, FilledSlot, Samples, describe_failure
+from dkd.data.samples_by_epoch import SamplesByEpoch
 from dkd.data.sources import DataError
 from dkd.data.worker_memory import BatchSlots, Marks, batch_bytes
 from dkd.text import one_line
@@ -49,11 +49,13 @@ class Loading(Iterator[Batch]):
         pin: whether batches are copied to page-locked memory.
         held: number of batches that the consumer may hold at a time.
         timeout: returns the seconds after which a worker that reads no further image is given up; None: never.
+        size_of: returns the side of a batch's images, in pixels, from the number of the batch; None: all have that of
+            `samples`.
     """
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Samples | SamplesByEpoch,
         keys: Iterable[list[tuple[int, int]]],
         count: int,
         rows: int,
@@ -61,10 +63,11 @@ class Loading(Iterator[Batch]):
         pin: bool,
         held: int,
         timeout: Callable[[], float | None],
+        size_of: Callable[[int], int] | None = None,
     ) -> None:
         self._samples, self._keys, self._pin, self._held = samples, keys, pin, held
         self._count, self._rows, self._workers, self._timeout = count, rows, workers, timeout
-        self._size = samples.image_size
+        self._size, self._size_of = samples.image_size, size_of
         self._given = 0
         self._failure = ""
         self._start_seconds = START_SECONDS
@@ -74,12 +77,13 @@ class Loading(Iterator[Batch]):
         """Fork the workers, where there are any, to load the batches that were not given yet."""
         self._first = self._given
         self._marks = Marks(max(1, self._workers))
-        samples = copy.copy(self._samples)
+        samples = self._samples
         if self._workers:
-            samples.marks = self._marks
+            slots = None
             if self._size is not None:
-                slots, shape = _count_slots(self._held, self._workers), torch.Size((3, self._size, self._size))
-                samples.slots = BatchSlots(self._workers, slots, self._rows, shape)
+                count, shape = _count_slots(self._held, self._workers), torch.Size((3, self._size, self._size))
+                slots = BatchSlots(self._workers, count, self._rows, shape)
+            samples = samples.with_memory(self._marks, slots)
         loader = DataLoader(
             samples,
             batch_sampler=Keys(lambda: itertools.islice(iter(self._keys), self._first, None)),
@@ -158,8 +162,10 @@ class Loading(Iterator[Batch]):
         return self._start_seconds if limit is None else min(self._start_seconds, limit / 3)
 
     def _make_blank(self, failure: str) -> Batch:
-        assert self._size is not None
-        images = torch.zeros(self._rows, 3, self._size, self._size, dtype=torch.uint8)
+        # Of the size that the other ranks' batches have.
+        size = self._size if self._size_of is None else self._size_of(self._given - 1)
+        assert size is not None
+        images = torch.zeros(self._rows, 3, size, size, dtype=torch.uint8)
         return Batch(images, torch.zeros(self._rows, dtype=torch.int64), 0, (), failure)
 
     def _stop_workers(self) -> None:
@@ -174,7 +180,7 @@ def _count_slots(held: int, workers: int) -> int:
     return PREFETCH + -(-held // max(1, workers))
 
 
-def shared_bytes(samples: Samples, rows: int, held: int, workers: int) -> int:
+def shared_bytes(samples: Samples | SamplesByEpoch, rows: int, held: int, workers: int) -> int:
     """Return the bytes that a rank shares with its worker processes for batches, at most; 0 without workers. Arguments
     are those of Loading."""
     if samples.image_size is None:

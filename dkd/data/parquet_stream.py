@@ -108,14 +108,18 @@ class RowGroups:
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._unread: dict[int, int] = {}
         self._broken: dict[int, str] = {}
-        self._capacity = 2
+        self._capacity, self._reads = 2, 1
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def keep(self, groups: int) -> None:
-        """Set how many row groups a process holds in memory at most: those that its order alternates between."""
-        self._capacity = groups
+    def keep(self, groups: int, reads: int = 1) -> None:
+        """Set how many row groups a process holds in memory at most: those that its order alternates between.
+
+        Args:
+            reads: how often the order may read a row in an epoch; a row group that was read so often is given up.
+        """
+        self._capacity, self._reads = groups, reads
 
     @property
     def kept(self) -> int:
@@ -182,7 +186,7 @@ class RowGroups:
         except Exception as error:  # damaged pages and lost connections: each library below has its own errors
             self._broken[group] = f"row group {number} of {path} cannot be read: {type(error).__name__}: {error}"
             raise DataError(self._broken[group]) from error
-        self._kept[group], self._unread[group] = column, len(column)
+        self._kept[group], self._unread[group] = column, len(column) * self._reads
         return column
 
 

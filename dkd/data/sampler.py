@@ -4,6 +4,11 @@ An epoch is one list of all N indices. The list is cut into global batches of B,
 contiguous micro-batches of b. W ranks and A micro-steps only decide who computes which micro-batch: rank r in
 micro-step a computes micro-batch a·W + r. The N mod B samples at the end of the list are left to later epochs, each of
 which draws a new list. The position in this order is one integer, the global step.
+
+With repeated augmentation (Hoffer et al., "Augment Your Batch", CVPR 2020; sampled as in DeiT, Touvron et al., ICML
+2021), a global batch holds B/R images, R times each. Copy k of the batch's image i is at place k·B/R + i, so that the
+copies of an image lie in different micro-batches, and on different ranks, where b divides B/R. An epoch has N // B
+steps as ever, and so B/R · (N // B) different images; the other images are left to later epochs.
 """
 
 from __future__ import annotations
@@ -30,10 +35,11 @@ class GlobalBatchSampler:
         micro_batch: b, which divides B/W.
         rank, world_size: the rank whose micro-batches are given, and W.
         period: epochs after which the order repeats: that of epoch e is that of e mod the period; None: no epoch is
-            like another.
+            is like another.
+        repeats: R, how many times a global batch holds each of its images.
 
     Raises:
-        ValueError: N < B, or b·W does not divide B.
+        ValueError: N < B, or b·W or R does not divide B.
     """
 
     samples: int
@@ -43,6 +49,7 @@ class GlobalBatchSampler:
     rank: int = 0
     world_size: int = 1
     period: int | None = field(default=None, kw_only=True)
+    repeats: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch:
@@ -51,6 +58,8 @@ class GlobalBatchSampler:
             raise ValueError(
                 f"micro-batches of {self.micro_batch} on {self.world_size} ranks do not divide {self.global_batch}"
             )
+        if self.global_batch % self.repeats:
+            raise ValueError(f"{self.repeats} copies of each image do not divide {self.global_batch}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,26 +71,42 @@ class GlobalBatchSampler:
         """Return A, the number of micro-steps of a global step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
+    @property
+    def images_per_step(self) -> int:
+        """Return B/R, the number of different images of a global batch."""
+        return self.global_batch // self.repeats
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Return the number of different images of an epoch."""
+        return self.steps_per_epoch * self.images_per_step
+
     def drawn_step(self, step: int) -> int:
         """Return the first step that has the images of a step, augmented and mixed alike: the step itself in the first
         period."""
         return step if self.period is None else step % (self.period * self.steps_per_epoch)
 
+    def drawn_epoch(self, step: int) -> int:
+        """Return the epoch of the first period that a step's images are drawn and augmented for."""
+        return self.drawn_step(step) // self.steps_per_epoch
+
     def epoch(self, epoch: int) -> torch.Tensor:
-        """Return the list of an epoch of the first period, int64, at least (N // B)·B long."""
+        """Return the list of an epoch's images, of the first period, int64, at least (N // B)·B/R long."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """Yield this rank's micro-batches of steps first_step … last_step − 1, as lists of (epoch, index), the epoch
-        that the sample is augmented for."""
+        """Yield this rank's micro-batches of steps first_step … last_step − 1, as lists of (draw, index). The draw is
+        the number that a sample's augmentation is drawn for: the epoch e of the period, or e·R + k of copy k."""
         drawn, indices = -1, torch.empty(0)
         for step in map(self.drawn_step, range(first_step, last_step)):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != drawn:
                 drawn, indices = epoch, self.epoch(epoch)
+            images = indices[position * self.images_per_step :][: self.images_per_step].tolist()
             for micro_step in range(self.micro_steps):
-                start = position * self.global_batch + (micro_step * self.world_size + self.rank) * self.micro_batch
-                yield [(epoch, index) for index in indices[start : start + self.micro_batch].tolist()]
+                start = (micro_step * self.world_size + self.rank) * self.micro_batch
+                places = (divmod(start + row, len(images)) for row in range(self.micro_batch))
+                yield [(epoch * self.repeats + copy, images[image]) for copy, image in places]
 
 
 TURNS = 8
@@ -118,11 +143,20 @@ class StreamedBatchSampler(GlobalBatchSampler):
     @property
     def slices(self) -> int:
         """Number of parts of the global batch that have lanes of their own."""
-        return min(max(1, self.lanes // TURNS), self.global_batch)
+        return min(max(1, self.lanes // TURNS), self.images_per_step)
 
     def _slice_bounds(self) -> list[int]:
-        """Return the first row of each slice of the global batch, and the end of the last slice."""
-        return [i * self.global_batch // self.slices for i in range(self.slices + 1)]
+        """Return the first image of each slice of the global batch, and the end of the last slice."""
+        return [i * self.images_per_step // self.slices for i in range(self.slices + 1)]
+
+    def _slices_of(self, number: int) -> list[int]:
+        """Return the slices that have images in micro-batch `number` of a global batch."""
+        bounds, images, begin = self._slice_bounds(), self.images_per_step, number * self.micro_batch
+        end, found = begin + self.micro_batch, set[int]()
+        for first in range(begin // images * images, end, images):  # place of the first image of each copy
+            low, high = begin - first, end - first
+            found.update(i for i in range(self.slices) if bounds[i] < high and low < bounds[i + 1])
+        return sorted(found)
 
     def _windows(self) -> list[int]:
         """Return the rows of a window in the lanes of each slice. A window spans whole steps, so that it never begins
@@ -142,7 +176,7 @@ class StreamedBatchSampler(GlobalBatchSampler):
             torch.randperm(len(rows_of_group), generator=generator, out=rows_of_group)
         begin = int(torch.randint(self.samples, (), generator=generator))
         rows = (starts.repeat_interleave(sizes) + within).roll(-begin)
-        order = torch.empty(self.steps_per_epoch, self.global_batch, dtype=torch.int64)
+        order = torch.empty(self.steps_per_epoch, self.images_per_step, dtype=torch.int64)
         bounds, used = self._slice_bounds(), 0
         for (begin, end), window in zip(pairwise(bounds), self._windows(), strict=True):
             for turn in range(TURNS):
@@ -157,13 +191,8 @@ class StreamedBatchSampler(GlobalBatchSampler):
     def lanes_of_workers(self, workers: int) -> dict[tuple[int, int], set[tuple[int, int]]]:
         """Return, by (rank, worker process), the lanes that the worker alternates between. A worker loads every
         `workers`th micro-batch of its rank."""
-        bounds, workers = self._slice_bounds(), max(1, workers)
-        touched = []
-        for number in range(self.global_batch // self.micro_batch):
-            begin = number * self.micro_batch
-            touched.append(
-                [i for i in range(self.slices) if bounds[i] < begin + self.micro_batch and begin < bounds[i + 1]]
-            )
+        workers = max(1, workers)
+        touched = [self._slices_of(number) for number in range(self.global_batch // self.micro_batch)]
         lanes: dict[tuple[int, int], set[tuple[int, int]]] = {}
         for count in range(math.lcm(TURNS * self.micro_steps, workers)):
             step, micro_step = divmod(count, self.micro_steps)

@@ -1,12 +1,14 @@
 """Load the samples of one batch, and write them to where the batch stays.
 
-Each sample's augmentation is seeded by (seed, epoch, index), so that the number of workers and ranks changes nothing.
+Each sample's augmentation is seeded by (seed, draw, index), so that the number of workers and ranks changes nothing.
+The draw is the epoch, or where an epoch augments an image several times a number of its own (GlobalBatchSampler).
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +17,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from dkd.data.sources import DataError, ImageSource, pixels_in_memory
-from dkd.data.transforms import BatchTransform
+from dkd.data.transforms import BatchTransform, Transform
 from dkd.data.worker_memory import BatchSlots, Marks, batch_bytes, empty_batch, new_shared_memory
 from dkd.rng import derive_seed, derive_seeds
 from dkd.text import one_line
-
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Batch(NamedTuple):
@@ -57,11 +57,13 @@ class FilledSlot:
     """Whether the three colours of a pixel lie together in memory."""
     valid: int
     unreadable: tuple[str, ...]
+    shape: torch.Size | None = None
+    """(3, H, W) of the images; None: that of the BatchSlots."""
 
     def batch(self) -> Batch:
         """Return the batch, in the process that made the slots. The slot becomes free when the batch's tensors are
         gone."""
-        images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, to_be_freed=True)
+        images, labels = BatchSlots.of(self.slots).tensors(self.slot, self.channels_last, True, self.shape)
         return Batch(images, labels, self.valid, self.unreadable)
 
     def pin_memory(self) -> Batch:
@@ -81,19 +83,19 @@ def augmentation_seeds(seed: int | None, keys: Sequence[tuple[int, int]]) -> np.
 
     Args:
         seed: of the run; None: nothing is drawn.
-        keys: (epoch, index) of each sample.
+        keys: (draw, index) of each sample.
     """
     indices = np.array([index for _, index in keys], dtype=np.int64)
     if seed is None or not len(keys):
         return np.zeros(len(keys), dtype=np.uint64)
-    epochs = {epoch for epoch, _ in keys}
-    if len(epochs) == 1:
-        return derive_seeds((seed, *epochs), indices)
-    return np.array([derive_seed(seed, epoch, index) for epoch, index in keys], dtype=np.uint64)
+    draws = {draw for draw, _ in keys}
+    if len(draws) == 1:
+        return derive_seeds((seed, *draws), indices)
+    return np.array([derive_seed(seed, draw, index) for draw, index in keys], dtype=np.uint64)
 
 
 class Samples(Dataset[Batch]):
-    """Load the samples of one batch. A key is (epoch, index); an index of −1 is a blank image that does not count.
+    """Load the samples of one batch. A key is (draw, index); an index of −1 is a blank image that does not count.
 
     Args:
         source: images and labels.
@@ -118,6 +120,17 @@ class Samples(Dataset[Batch]):
         self.slots: BatchSlots | None = None
         self.marks: Marks | None = None
 
+    def with_memory(self, marks: Marks, slots: BatchSlots | None) -> Samples:
+        """Return a copy for worker processes.
+
+        Args:
+            marks: where a worker notes how far it is.
+            slots: where it writes batches; None: into memory of its own.
+        """
+        made = copy.copy(self)
+        made.marks, made.slots = marks, slots
+        return made
+
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | FilledSlot:
         # torchvision's transforms draw from the default generator. torch.manual_seed would also queue a call for a GPU
         # that was not used yet, once for every image.
@@ -141,17 +154,17 @@ class Samples(Dataset[Batch]):
         labels: list[int] = []
         unreadable: list[str] = []
         small: dict[torch.Size, list[tuple[int, torch.Tensor, int]]] = {}  # by size: rows, images and their seeds
-        for epoch, index in keys:
+        for draw, index in keys:
             if index < 0:
                 continue
-            image, used = self._read_image(epoch, index, unreadable)
+            image, used = self._read_image(draw, index, unreadable)
             if image is None and self.seed is None:
                 continue
             if image is not None:
                 if self._of_batches is not None and image.numel() <= _SMALL:
-                    small.setdefault(image.shape, []).append((len(labels), image, self._seed_of(epoch, used)))
+                    small.setdefault(image.shape, []).append((len(labels), image, self._seed_of(draw, used)))
                 else:
-                    self._write(writer, len(labels), self._augment(image, epoch, used))
+                    self._write(writer, len(labels), self._augment(image, draw, used))
             labels.append(int(self.source.labels[used]))
         for of_one_size in small.values():
             rows, images, seeds = zip(*of_one_size, strict=True)
@@ -162,11 +175,11 @@ class Samples(Dataset[Batch]):
             writer.begin(self._find_shape())
         return writer.finish(labels, tuple(unreadable))
 
-    def _augment(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+    def _augment(self, image: torch.Tensor, draw: int, index: int) -> torch.Tensor:
         if self._of_batches is not None:
-            return self._of_batches.of_batch(image[None], [self._seed_of(epoch, index)])[0]
+            return self._of_batches.of_batch(image[None], [self._seed_of(draw, index)])[0]
         if self.seed is not None:
-            torch.default_generator.manual_seed(self._seed_of(epoch, index))
+            torch.default_generator.manual_seed(self._seed_of(draw, index))
         return self.transform(image)
 
     def _write(self, writer: Writer, row: int, image: torch.Tensor) -> None:
@@ -181,16 +194,16 @@ class Samples(Dataset[Batch]):
         self, pixels: torch.Tensor, transform: BatchTransform, keys: Sequence[tuple[int, int]], writer: Writer
     ) -> Batch | FilledSlot:
         """Load all samples at once, to the same pixels as one by one."""
-        samples = [(epoch, index) for epoch, index in keys if index >= 0]
+        samples = [(draw, index) for draw, index in keys if index >= 0]
         indices = torch.tensor([index for _, index in samples], dtype=torch.int64)
         images = transform.of_batch(pixels[indices], augmentation_seeds(self.seed, samples))
         writer.write_all(images)
         return writer.finish(self.source.labels[indices.numpy()].tolist())
 
-    def _seed_of(self, epoch: int, index: int) -> int:
-        return int(augmentation_seeds(self.seed, [(epoch, index)])[0])
+    def _seed_of(self, draw: int, index: int) -> int:
+        return int(augmentation_seeds(self.seed, [(draw, index)])[0])
 
-    def _read_image(self, epoch: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
+    def _read_image(self, draw: int, index: int, unreadable: list[str]) -> tuple[torch.Tensor | None, int]:
         """Decode a sample's image. Returns the image and the index that the image was read at; None in place of the
         image when it cannot be read and no other image is to replace it."""
         tried, reason = index, ""
@@ -206,7 +219,7 @@ class Samples(Dataset[Batch]):
                     return None, index
                 # Drawn from the position, so that the choice is the same for any number of ranks and workers.
                 nearby = self.source.neighbours(index)
-                tried = nearby[derive_seed(self.seed or 0, epoch, index, attempt) % len(nearby)]
+                tried = nearby[derive_seed(self.seed or 0, draw, index, attempt) % len(nearby)]
         raise DataError(f"{ATTEMPTS} images one after the other cannot be read, the last: {reason}")
 
     def _mark(self, index: int) -> None:
@@ -240,14 +253,10 @@ class Writer:
         """Take memory for images of a shape (3, H, W). Raises DataError when a worker has no memory left to share."""
         self.begun, self._channels_last = True, channels_last
         worker = get_worker_info()
-        if (
-            worker is not None
-            and self._slots is not None
-            and (self._slots.rows, self._slots.shape) == (self._rows, shape)
-        ):
+        if worker is not None and self._slots is not None and self._slots.hold(self._rows, shape):
             self._slot = self._slots.take(worker.id)
             if self._slot is not None:
-                self._images, self._labels = self._slots.tensors(self._slot, channels_last)
+                self._images, self._labels = self._slots.tensors(self._slot, channels_last, shape=shape)
                 return
         memory = None if worker is None else _take_memory(batch_bytes(self._rows, shape))
         self._images, self._labels = empty_batch(self._rows, shape, channels_last, memory)
@@ -279,7 +288,8 @@ class Writer:
         self._labels[: len(labels)] = torch.tensor(labels, dtype=torch.int64)
         self._labels[len(labels) :] = 0
         if self._slot is not None and self._slots is not None:
-            return FilledSlot(self._slots.number, self._slot, self._channels_last, len(labels), unreadable)
+            shape = self._images.shape[1:]
+            return FilledSlot(self._slots.number, self._slot, self._channels_last, len(labels), unreadable, shape)
         return Batch(self._images, self._labels, len(labels), unreadable)
 
     def give_up(self) -> None:

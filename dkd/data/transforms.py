@@ -4,7 +4,7 @@ normalisation of a batch, on the device that trains."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -143,21 +143,63 @@ class _Contiguous(torch.nn.Module):
         return image.contiguous()
 
 
+Transform = Callable[[torch.Tensor], torch.Tensor]
+"""From uint8 (3, H, W) to uint8 (3, size, size). Randomness is drawn from torch's default generator, or, by a
+BatchTransform, from a seed for each image."""
+
+
+@dataclass(frozen=True)
+class EpochTransform:
+    """Hold how training images are transformed from an epoch on.
+
+    Args:
+        epoch: the first one.
+        image_size: side of an image, pixels.
+        transform: makes images of that size.
+    """
+
+    epoch: int
+    image_size: int
+    transform: Transform
+
+
 @dataclass(frozen=True)
 class ImagePipeline:
     """Hold the transforms of a recipe.
 
     Args:
-        train, validation: from uint8 (3, H, W) to uint8 (3, size, size). Randomness is drawn from torch's default
-            generator, or, by a BatchTransform, from a seed for each image.
-        image_size: side of an image, pixels.
+        by_epoch: of training images, the first one from epoch 0 on.
+        validation: of other images.
+        image_size: side of an image that is not for training, pixels.
         normalize: applied to batches, on the device.
     """
 
-    train: v2.Transform | BatchTransform | ResizedCropAndFlip
-    validation: v2.Transform | BatchTransform
+    by_epoch: tuple[EpochTransform, ...]
+    validation: Transform
     image_size: int
     normalize: Normalize
+
+    @property
+    def train(self) -> Transform:
+        """Return the transform of training images in the last epochs."""
+        return self.by_epoch[-1].transform
+
+    @property
+    def train_size(self) -> int:
+        """Return the largest side of a training image, in pixels."""
+        return max(each.image_size for each in self.by_epoch)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return every side of an image that the models see, in pixels, each once: that of evaluations first."""
+        return list(dict.fromkeys([self.image_size, *(each.image_size for each in self.by_epoch)]))
+
+    def describe_sizes(self) -> str:
+        """Return the sizes in words."""
+        first, *later = (f"{each.image_size}×{each.image_size}" for each in self.by_epoch)
+        changes = [f"from epoch {each.epoch} on {size}" for each, size in zip(self.by_epoch[1:], later, strict=True)]
+        other = [] if self.sizes == [self.image_size] else [f"evaluated at {self.image_size}×{self.image_size}"]
+        return ", ".join([first, *changes, *other])
 
 
 CIFAR = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -170,27 +212,40 @@ def build_pipeline(
     validation_stages: Stages | None = None,
     image_size: int | None = None,
     normalize: Normalize | None = None,
+    train_sizes: Mapping[int, int] | None = None,
 ) -> ImagePipeline:
     """Build the transforms of a preset, or transforms by name.
 
     Args:
-        stages: `imagenet`, `cifar`, `digits`, or a list of names of torchvision.transforms.v2 with their arguments.
+        stages: `imagenet`, `cifar`, `digits`, or a list of names of torchvision.transforms.v2 with their arguments; an
+            argument `image_size` stands for the size of the images.
         validation_stages: the transforms of validation images, where `stages` is a list.
-        image_size: side of an image, pixels; None: the preset's.
+        image_size: side of an image, pixels; None: the last of `train_sizes`, or the preset's.
         normalize: None: the preset's.
+        train_sizes: side of training images from an epoch on, by epochs, which rise from 0; None: image_size.
 
     Raises:
         ValueError: a transform is unknown, or does not take its arguments.
     """
+    sizes = train_sizes or {}
+    image_size = image_size or (list(sizes.values())[-1] if sizes else None)
     if isinstance(stages, str):
         size = image_size or {"imagenet": 224, "cifar": 32, "digits": 32}[stages]
-        train, validation, default = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}[stages](size)
-        return ImagePipeline(train, validation, size, normalize or default)
+        presets: dict[str, Callable[[int], tuple[Transform, Transform, Normalize]]]
+        presets = {"imagenet": _imagenet, "cifar": _cifar, "digits": _digits}
+        make = presets[stages]
+        _, validation, default = make(size)
+        made = tuple(EpochTransform(epoch, side, make(side)[0]) for epoch, side in (sizes or {0: size}).items())
+        return ImagePipeline(made, validation, size, normalize or default)
     if validation_stages is None or isinstance(validation_stages, str) or image_size is None or normalize is None:
         raise ValueError(
             "a list of transforms needs a list of validation transforms, an image size and a normalisation"
         )
-    return ImagePipeline(transforms_by_name(stages), transforms_by_name(validation_stages), image_size, normalize)
+    named = tuple(
+        EpochTransform(epoch, side, transforms_by_name(stages, side))
+        for epoch, side in (sizes or {0: image_size}).items()
+    )
+    return ImagePipeline(named, transforms_by_name(validation_stages, image_size), image_size, normalize)
 
 
 def _resize(size: int | Sequence[int]) -> v2.Transform:
@@ -214,9 +269,20 @@ def _digits(size: int) -> tuple[BatchTransform, BatchTransform, Normalize]:
     return CropAndFlip(size, size // 8), CropAndFlip(size), DIGITS
 
 
-def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transform:
-    """Build torchvision's transforms, applied one after the other. Raises ValueError for an unknown name, or arguments
-    that a transform does not take."""
+IMAGE_SIZE = "image_size"
+"""The argument of a transform that stands for the size of the images."""
+
+
+def transforms_by_name(stages: Sequence[str | Mapping[str, Any]], image_size: int = 224) -> v2.Transform:
+    """Build torchvision's transforms, applied one after the other.
+
+    Args:
+        stages: names, or names with arguments.
+        image_size: what the argument `image_size` stands for.
+
+    Raises:
+        ValueError: a name is unknown, or a transform does not take its arguments.
+    """
     transforms = []
     for stage in stages:
         name, arguments = (stage, {}) if isinstance(stage, str) else next(iter(stage.items()))
@@ -228,7 +294,14 @@ def transforms_by_name(stages: Sequence[str | Mapping[str, Any]]) -> v2.Transfor
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{name}: arguments are written as {{name: value}}, not {arguments!r}")
         try:
-            transforms.append(factory(**arguments))
+            transforms.append(factory(**{key: _with_size(value, image_size) for key, value in arguments.items()}))
         except Exception as error:  # a transform's own code may raise anything
             raise ValueError(f"{name}: {error}") from error
     return v2.Compose([_Contiguous(), *transforms])
+
+
+def _with_size(value: Any, image_size: int) -> Any:
+    """Return an argument of a transform, with the size of the images in the place of its name."""
+    if isinstance(value, list):
+        return [_with_size(each, image_size) for each in value]
+    return image_size if value == IMAGE_SIZE else value

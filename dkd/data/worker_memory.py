@@ -58,7 +58,7 @@ def new_shared_memory(size: int) -> torch.Tensor:
 
 
 class BatchSlots:
-    """Hold slots for batches of one size. Each worker process has slots of its own.
+    """Hold slots for batches of one number of rows. Each worker process has slots of its own.
 
     A worker fills a free slot and sends the slot's number. The rank reads the batch in the slot, and when the last
     tensor of the batch is gone, the slot is free.
@@ -66,7 +66,7 @@ class BatchSlots:
     Args:
         workers: number of worker processes.
         slots: slots of each worker.
-        rows, shape: size of a batch; images are uint8 (rows, *shape).
+        rows, shape: size of the largest batch; images are uint8 (rows, *shape).
     """
 
     _known: ClassVar[weakref.WeakValueDictionary[int, BatchSlots]] = weakref.WeakValueDictionary()
@@ -86,6 +86,10 @@ class BatchSlots:
     def of(cls, number: int) -> BatchSlots:
         """Return the slots of that number, in the process that made them."""
         return cls._known[number]
+
+    def hold(self, rows: int, shape: torch.Size) -> bool:
+        """Return whether a batch of images (rows, *shape) fits into a slot, and has the slots' number of rows."""
+        return rows == self.rows and batch_bytes(rows, shape) <= self._size
 
     def take(self, worker: int) -> int | None:
         """Take one of the worker's free slots, in the worker process. Returns None when the rank still uses all."""
@@ -108,19 +112,22 @@ class BatchSlots:
         """Count the slots that are taken."""
         return sum(self._states[:])
 
-    def tensors(self, slot: int, channels_last: bool, to_be_freed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(
+        self, slot: int, channels_last: bool, to_be_freed: bool = False, shape: torch.Size | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images and labels as `empty_batch` does, in a slot.
 
         Args:
             slot: the slot's number.
             channels_last: whether the three colours of a pixel lie together.
             to_be_freed: whether the slot becomes free once no tensor is left that shares its memory.
+            shape: (3, H, W) of the images; None: of the largest.
         """
         array = np.frombuffer(self._memory, dtype=np.uint8, count=self._size, offset=slot * self._size)
         if to_be_freed:
             # Tensors keep their memory alive, and the memory keeps this array alive, from which it was made.
             weakref.finalize(array, self._free, slot).atexit = False
-        return empty_batch(self.rows, self.shape, channels_last, torch.from_numpy(array))
+        return empty_batch(self.rows, shape or self.shape, channels_last, torch.from_numpy(array))
 
 
 class Marks:

@@ -48,6 +48,11 @@ class EngineRules:
         """Return whether weights may be float64. DeepSpeed keeps its own in float32."""
         return not self.uses_deepspeed
 
+    @property
+    def updates_whole_tensors(self) -> bool:
+        """Return whether the optimizer knows which numbers are one weight tensor. DeepSpeed lays many end to end."""
+        return not self.uses_deepspeed
+
 
 _FILES = "launch/accelerate"
 _RULES: Mapping[EngineName, EngineRules] = {

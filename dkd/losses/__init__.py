@@ -1,6 +1,7 @@
 """Compute the distillation losses. Each loss is one short file, with the formula beside the code."""
 
 from dkd.losses.attention_transfer import AttentionTransfer
+from dkd.losses.binary_cross_entropy import BinaryCrossEntropy
 from dkd.losses.contrastive import CRD
 from dkd.losses.correlation_congruence import CorrelationCongruence
 from dkd.losses.cross_entropy import CrossEntropy
@@ -31,6 +32,7 @@ __all__ = [
     "SRD",
     "VID",
     "AttentionTransfer",
+    "BinaryCrossEntropy",
     "CorrelationCongruence",
     "CrossEntropy",
     "EmbeddingQueue",

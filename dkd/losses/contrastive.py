@@ -197,8 +197,14 @@ class CRD(nn.Module):
         for places, s, t in self._seen:
             own = places - self._first
             # A step whose update was left out may have brought vectors that are not finite: the same on all ranks.
-            held = (own >= 0) & (own < len(self.student_bank)) & (s.sum(1) + t.sum(1)).isfinite()
+            finite = (s.sum(1) + t.sum(1)).isfinite()
+            held = (own >= 0) & (own < len(self.student_bank)) & finite
             for bank, rows in ((self.student_bank, s), (self.teacher_bank, t)):
+                if self._world_size == 1:  # all rows are here: no mask, whose length a GPU would be asked for
+                    before = bank[own]
+                    mixed = self.momentum * before + (1 - self.momentum) * rows.to(bank.dtype)
+                    bank[own] = torch.where(finite[:, None], F.normalize(mixed), before)
+                    continue
                 mixed = self.momentum * bank[own[held]] + (1 - self.momentum) * rows[held].to(bank.dtype)
                 bank[own[held]] = F.normalize(mixed)
         self._seen = []

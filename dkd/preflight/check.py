@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dkd.build.optimizers import optimizer_problems
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch
 from dkd.launch import Launch
 from dkd.preflight.collecting import collect
 from dkd.preflight.data import image_pipeline, place_problems
 from dkd.preflight.launch import launch_problems
-from dkd.preflight.models import model_problems
+from dkd.preflight.models import problems_at_sizes
 from dkd.preflight.relations import memory_problems
 from dkd.preflight.teacher_cache import cache_problems
 from dkd.runs.directory import check_run_directory
@@ -39,12 +40,13 @@ def check(
             changes = check_run_directory(recipe, launch, if_run_exists, allow_recipe_change)
     problems += place_problems(recipe)
     problems += _tracker_problems(recipe)
+    problems += optimizer_problems(recipe.optimizer)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, launch.world_size))
+        problems += problems_at_sizes(recipe, pipeline.sizes, micro_batch(recipe, launch.world_size))
         if not problems:
             problems += cache_problems(recipe)
-            problems += memory_problems(recipe, launch.world_size, launch.local_world_size, pipeline.image_size)
+            problems += memory_problems(recipe, launch.world_size, launch.local_world_size, pipeline.train_size)
     if problems:
         raise RecipeError(problems)
     return changes

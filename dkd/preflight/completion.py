@@ -82,7 +82,7 @@ def _complete_teacher(recipe: Recipe) -> tuple[Recipe, list[str]]:
         mean, std = stated.normalization
         update["normalization"] = Normalization(mean=list(mean), std=list(std))
         lines.append(f"teacher.normalization: mean {_show(mean)}, std {_show(std)}, as {stated.source} states")
-    if teacher.input_size is None and stated.size not in (None, pipeline.image_size):
+    if teacher.input_size is None and stated.size is not None and pipeline.sizes != [stated.size]:
         update["input_size"] = stated.size
         lines.append(f"teacher.input_size: {stated.size} pixels, as {stated.source} states")
     return recipe.model_copy(update={"teacher": teacher.model_copy(update=update)}), lines

@@ -111,7 +111,8 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
             with collect(problems, "data.validation"):
                 training, validation = set_aside(training, data.validation, data_seed(recipe))
         class_weights(recipe, training)
-        _check_first(recipe, training, pipeline.train, "transforms", problems)
+        for each in pipeline.by_epoch:
+            _check_first(recipe, training, each.transform, each.image_size, "transforms", problems)
         if not problems:
             training = decode_into_memory(data, training, launch.local_world_size)
     if isinstance(data.validation, str):
@@ -123,7 +124,7 @@ def open_sources(recipe: Recipe, launch: Launch) -> tuple[ImageSource, ImageSour
     if validation is not None:
         key = "transforms" if isinstance(data.transforms, str) else "validation_transforms"
         with collect(problems, "data.validation", ValueError):
-            _check_first(recipe, validation, pipeline.validation, key, problems)
+            _check_first(recipe, validation, pipeline.validation, pipeline.image_size, key, problems)
     if training is not None and len(training) < recipe.train.global_batch:
         problems.append(
             Problem(
@@ -161,7 +162,7 @@ def open_knn(recipe: Recipe, training: ImageSource | None, validation: ImageSour
             else:
                 assert spec is not None  # rules.py asks for one
                 source = open_labelled(recipe, spec, training=key == "train")
-                _check_first(recipe, source, pipeline.validation, transforms, problems)
+                _check_first(recipe, source, pipeline.validation, pipeline.image_size, transforms, problems)
             if opened and (section.train is not None or spec is not None):
                 match_classes(opened[0].class_names, source, getattr(opened[0], "has_text_labels", False))
             _check_voted(source, opened[0] if opened else source)
@@ -194,11 +195,15 @@ def _check_labels(recipe: Recipe, source: ImageSource, classes: int) -> None:
         raise DataError("the data set is empty")
 
 
-def _check_first(recipe: Recipe, source: ImageSource, transform: Callable, key: str, problems: list[Problem]) -> None:
-    """Read the first image and transform it; what is wrong with the transform joins `problems`. Raises DataError."""
+def _check_first(
+    recipe: Recipe, source: ImageSource, transform: Callable, size: int, key: str, problems: list[Problem]
+) -> None:
+    """Read the first image and transform it to a size; what is wrong with the transform joins `problems`. Raises
+    DataError."""
     image = _first_image(source, recipe.data.on_error == "skip")
     with collect(problems, f"data.{key}"):
-        _check_transformed(image, transform, build_image_pipeline(recipe).image_size)
+        asks = "data.image_size" if size == build_image_pipeline(recipe).image_size else "data.train_image_size"
+        _check_transformed(image, transform, size, asks)
 
 
 def open_validation(recipe: Recipe, classes: int, class_names: list[str] | None = None) -> ImageSource:
@@ -239,7 +244,7 @@ def image_pipeline(recipe: Recipe, problems: list[Problem]) -> ImagePipeline | N
     return build_image_pipeline(recipe) if len(problems) == found else None
 
 
-def _check_transformed(image: torch.Tensor, transform: Callable, size: int) -> None:
+def _check_transformed(image: torch.Tensor, transform: Callable, size: int, asks: str = "data.image_size") -> None:
     try:
         made = transform(image)
     except Exception as error:  # a transform's own code
@@ -249,7 +254,7 @@ def _check_transformed(image: torch.Tensor, transform: Callable, size: int) -> N
     if not isinstance(made, torch.Tensor) or tuple(made.shape) != (3, size, size) or made.dtype != torch.uint8:
         what = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
         raise DataError(
-            f"the transforms make {what} of an image of {tuple(image.shape)}; data.image_size asks for torch.uint8 (3, "
+            f"the transforms make {what} of an image of {tuple(image.shape)}; {asks} asks for torch.uint8 (3, "
             f"{size}, {size})"
         )
 

@@ -6,6 +6,7 @@ from dkd.build.links import read_links
 from dkd.config import Problem, Recipe, RecipeError
 from dkd.config.derived import micro_batch, micro_steps, teacher_key, teacher_views
 from dkd.config.losses import ComparingSection, RelationsSection, RkdSection
+from dkd.config.optimizers import LambSection
 from dkd.engines.arithmetic import device_type, has_gpu
 from dkd.engines.rules import EngineRules, rules_of
 from dkd.errors import InputError
@@ -127,6 +128,14 @@ def _student_problems(recipe: Recipe, rules: EngineRules) -> list[Problem]:
             Problem(
                 "train.precision",
                 f"DeepSpeed keeps its weights in float32; use fp32 under {name}, or fp64 under DDP or FSDP2",
+            )
+        )
+    if isinstance(recipe.optimizer, LambSection) and not rules.updates_whole_tensors:
+        found.append(
+            Problem(
+                "optimizer.name",
+                f"lamb needs the norm of each weight tensor, and under {name} DeepSpeed updates many tensors as one; "
+                "use adamw or sgd, or launch DDP or FSDP2",
             )
         )
     if recipe.losses.gradient_at is not None and not rules.differentiates_twice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dkd.build.feature_losses import Given, adapter_problem
 from dkd.build.models import student_head, student_spec, teacher_spec
 from dkd.config import Problem, Recipe, RecipeError
@@ -27,6 +29,18 @@ from dkd.preflight.collecting import collect, input_errors_at
 from dkd.preflight.custom_losses import check_custom_loss
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def problems_at_sizes(
+    recipe: Recipe, image_sizes: Sequence[int], micro_batch: int, with_weights: bool = True
+) -> list[Problem]:
+    """Return what is wrong with models, taps and pairs at the first of several image sizes at which anything is.
+    Arguments as `model_problems`."""
+    for number, size in enumerate(image_sizes):
+        found = model_problems(recipe, size, micro_batch, with_weights and number == 0)
+        if found:
+            return found
+    return []
 
 
 def model_problems(recipe: Recipe, image_size: int, micro_batch: int, with_weights: bool = True) -> list[Problem]:

@@ -35,6 +35,7 @@ def why_not(recipe: Recipe, step: DistillationStep, engine: AcceleratedEngine, w
         "several processes exchange gradients in it": world_size > 1,
         "it accumulates gradients": step.micro_steps > 1,
         "train.skip_nonfinite waits for the gradient": recipe.train.skip_nonfinite > 0,
+        "LAMB reads its number of steps on the host": recipe.optimizer.name == "lamb",
         "fp16 leaves out updates": engine.leaves_out_updates,
         "teacher.cache brings other numbers in each step": bool(step.teaching.stored),
         "a loss differentiates by the images": any(isinstance(t, InputGradientTerm) for t in step.objective.terms),

@@ -44,12 +44,9 @@ def summarize(
         f"{engine.device.type}, {train.precision}; global batch {batch}; {steps}"
     )
     yield from _list_other_parameters(recipe, engine, teacher)
-    left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
-    if left_out:
-        yield (
-            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always "
-            "full"
-        )
+    yield from _describe_epoch(sampler)
+    if len(data.pipeline.sizes) > 1:
+        yield f"training images: {data.pipeline.describe_sizes()} pixels"
     if data.validation is None:
         yield "data.validation is null: the student is not evaluated"
     if not is_in_memory(training):
@@ -68,6 +65,20 @@ def summarize(
     if isinstance(sampler, StreamedBatchSampler) and isinstance(training, RowGroups):
         yield from summarize_streaming(sampler, training, workers, local)
     yield from _warn(recipe, sampler, schedule.total_steps)
+
+
+def _describe_epoch(sampler: GlobalBatchSampler) -> Iterator[str]:
+    left_out = sampler.samples - sampler.steps_per_epoch * sampler.global_batch
+    if sampler.repeats > 1:
+        yield (
+            f"each epoch has {sampler.images_per_epoch} of {sampler.samples} images, drawn anew, "
+            f"{sampler.repeats} times each"
+        )
+    elif left_out:
+        yield (
+            f"each epoch leaves out {left_out} of {sampler.samples} samples, drawn anew; training batches are always "
+            "full"
+        )
 
 
 def _list_other_parameters(recipe: Recipe, engine: Engine, teacher: OneTeacher | TeacherGroup | None) -> Iterator[str]:
@@ -132,6 +143,8 @@ def summarize_streaming(
             f"note: {groups} row group{'s' if groups > 1 else ''} for {lanes} lanes: several worker processes read and "
             "hold the same ones; files with row groups of 100 to 1000 images are read once and need less memory"
         )
+    elif order.repeats > 1:
+        yield f"note: up to {readers} worker processes read the same row groups, for the copies of their images"
     elif readers > 1:
         lanes = TURNS * order.global_batch // order.micro_batch
         yield (

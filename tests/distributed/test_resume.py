@@ -16,6 +16,7 @@ from shared_launches import SharedLaunches, noted_uses, without_errors
 
 SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "decay_norm_and_bias": False}
+LAMB = {"name": "lamb", "lr": 5e-3, "weight_decay": 0.02, "decay_norm_and_bias": False}
 # 12 steps in epochs of 5, a checkpoint every 3 steps and at the end of each epoch.
 MID_EPOCH = [4, 5, 8, None]  # before 8, step 7 is logged, which is computed again from the checkpoint after 6
 EVERY_STEP = [*range(1, 12), None]
@@ -58,6 +59,8 @@ def variants(world):
         }
         found[f"{engine}, tied and frozen weights"] = {"engine": engine, "model": "awkward", "interruptions": [7, None]}
         found[f"{engine}, losses that train"] = {"engine": engine, "model": "trained", "optimizer": SGD}
+    for engine in ("ddp", "fsdp2"):
+        found[f"{engine}, a strong recipe"] = {"engine": engine, "model": "strong", "optimizer": LAMB, "workers": 2}
     found["any step"] = {"engine": "ddp", "interruptions": EVERY_STEP, "checkpoint": {"every_steps": 1}}
     found["bf16, checkpoints not in the background"] = {
         "engine": "ddp", "precision": "bf16", "checkpoint": {"background": False}, "interruptions": [7, None],
@@ -183,6 +186,7 @@ MOVES = {
     "between engines": ("zero3", "fsdp2", "zero1"),
     "losses that train, ddp": ("ddp", "ddp", "ddp"),
     "losses that train, between engines": ("zero3", "fsdp2", "zero1"),
+    "a strong recipe, between engines": ("fsdp2", "ddp", "fsdp2"),
     **({"zero1": ("zero1", "zero1", "zero1"), "zero2": ("zero2", "zero2", "zero2")} if LONG else {}),
 }
 
@@ -191,6 +195,8 @@ def moved(name, engine, until):
     precision = "fp64" if all(e in ("ddp", "fsdp2") for e in MOVES[name]) else "fp32"
     streaming = name in ("fsdp2", "zero2")
     more = {"model": "trained", "optimizer": SGD} if name.startswith("losses") else {}
+    if name.startswith("a strong recipe"):
+        more = {"model": "strong", "optimizer": LAMB}
     workers = 2 if streaming else 0
     return case(f"moved {name}", engine, [until], precision=precision, streaming=streaming, workers=workers, **more)
 
@@ -202,7 +208,8 @@ def by_default_batch(streaming, until):
 
 
 def undisturbed(precision, streaming, model="regularized"):
-    more = {"model": model, "optimizer": SGD} if model == "trained" else {}
+    optimizer = {"trained": SGD, "strong": LAMB}.get(model, ADAMW)
+    more = {"model": model, "optimizer": optimizer}
     name = f"whole {precision} {streaming} {model}"
     return case(name, "ddp", [None], precision=precision, streaming=streaming, **more)
 

@@ -32,7 +32,7 @@ from dkd.models import ModelCost, model_cost
 from dkd.preflight import hardware
 from dkd.preflight.data import image_pipeline
 from dkd.preflight.launch import batch_problems
-from dkd.preflight.models import model_problems
+from dkd.preflight.models import problems_at_sizes
 from dkd.preflight.relations import Cluster, grids_of
 from dkd.preflight.teacher_cache import cache_problems
 
@@ -196,11 +196,11 @@ def plan(
     problems = batch_problems(recipe, world_size, gpus_per_node)
     pipeline = image_pipeline(recipe, problems)
     if pipeline is not None:
-        problems += model_problems(recipe, pipeline.image_size, micro_batch(recipe, world_size), with_weights=False)
+        problems += problems_at_sizes(recipe, pipeline.sizes, micro_batch(recipe, world_size), with_weights=False)
         problems += [] if problems else cache_problems(recipe, with_folders=False)
     if problems or pipeline is None:
         raise RecipeError(problems)
-    size = pipeline.image_size
+    size = pipeline.train_size
     pairs = loss_pairs(recipe)
     student = model_cost(student_spec(recipe), [s for s, _ in pairs], size)
     teachers = {name: _teacher_cost(view, size) for name, view in teacher_views(recipe)}

@@ -14,7 +14,7 @@ from dkd.config.losses.features import (
     VidSection,
     VkdSection,
 )
-from dkd.config.losses.labels import CrossEntropySection
+from dkd.config.losses.labels import BinaryCrossEntropySection, CrossEntropySection
 from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, OneClassSection, SoftTargetsSection
 from dkd.config.losses.relations import (
     CkaSection,
@@ -31,6 +31,7 @@ __all__ = [
     "LOSSES",
     "AdaptedSection",
     "AttentionTransferSection",
+    "BinaryCrossEntropySection",
     "CkaSection",
     "ComparingSection",
     "CorrelationCongruenceSection",

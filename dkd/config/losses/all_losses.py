@@ -18,7 +18,7 @@ from dkd.config.losses.features import (
     VidSection,
     VkdSection,
 )
-from dkd.config.losses.labels import CrossEntropySection
+from dkd.config.losses.labels import BinaryCrossEntropySection, CrossEntropySection
 from dkd.config.losses.logits import DistSection, DkdSection, NkdSection, SoftTargetsSection
 from dkd.config.losses.relations import (
     CkaSection,
@@ -115,6 +115,8 @@ class LossesSection(Section):
 
     ce: CrossEntropySection | None = CrossEntropySection()
     """Cross-entropy with the labels; null: not used, and then another loss has to be there."""
+    bce: BinaryCrossEntropySection | None = None
+    """Binary cross-entropy with the labels, in the place of `ce: null`; null: not used."""
     at: AttentionTransferSection | None = None
     """Activation-based Attention Transfer; null: not used."""
     gradient_at: GradientAttentionSection | None = None
@@ -209,6 +211,7 @@ def _reads(section: LossSection, teacher: str) -> bool:
 
 LOSSES: dict[str, type[LossSection]] = {
     "ce": CrossEntropySection,
+    "bce": BinaryCrossEntropySection,
     "at": AttentionTransferSection,
     "sp": SimilarityPreservingSection,
     "pkt": PktSection,

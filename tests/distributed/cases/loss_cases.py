@@ -18,6 +18,7 @@ from dkd import (
     DIST,
     PKT,
     AttentionTransfer,
+    BinaryCrossEntropy,
     CorrelationCongruence,
     CrossEntropy,
     RKDAngle,
@@ -131,6 +132,18 @@ def gradient_errors(uneven):
             lambda f, rows: CrossEntropy()(f.mean((2, 3)), labels[rows]),
             lambda f: F.cross_entropy(f.mean((2, 3)), labels),
         ),
+        **{
+            f"bce, {name}": (
+                lambda f, rows, targets=targets: BinaryCrossEntropy(0.1)(f.mean((2, 3)), targets[rows]),
+                lambda f, dense=dense: F.binary_cross_entropy_with_logits(
+                    f.mean((2, 3)), 0.9 * dense + 0.1 / dense.shape[1]
+                ),
+            )
+            for name, targets, dense in (
+                ("plain", labels, F.one_hot(labels, teacher_logits.shape[1]).double()),
+                ("mixed labels", teacher_logits.softmax(1), teacher_logits.softmax(1)),
+            )
+        },
         **{
             f"ce of weighted classes, {name}": (
                 lambda f, rows, targets=targets, smoothing=smoothing: CrossEntropy(smoothing, CLASS_WEIGHTS)(

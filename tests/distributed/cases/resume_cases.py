@@ -33,6 +33,13 @@ MODELS = {
         "data": MIXED,
         "train": {"ema": {"decay": 0.9}},
     },
+    # What recipes of long trainings use.
+    "strong": {
+        "student": {"name": "small_models:Regularized", "norm": None},
+        "data": {**MIXED, "repeated_augmentation": 4, "train_image_size": {0: 12, 1: 16}},
+        "losses": {"ce": None, "bce": {"label_smoothing": 0.1, "target_threshold": 0.2}},
+        "train": {"clip_grad_norm": 1.0, "ema": {"decay": 0.9}},
+    },
     # Adapters, one of them with BatchNorm, banks, a queue, and measured statistics of the teacher.
     "trained": {
         "train": {"ema": {"decay": 0.9}},
