@@ -32,6 +32,10 @@ class LostRankError(RunError):
     """A collective failed, because another rank is gone or never joined. The message names that rank."""
 
 
+class OutOfMemoryError(RunError):
+    """The memory of this rank's GPU is full. Raised on this rank alone; the other ranks raise LostRankError."""
+
+
 class Stopped(RunError):
     """The run was asked to stop, and stopped after a checkpoint. Raised on every rank, at the same step.
 

@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +159,7 @@ class Launch:
         problems = _environment_problems()
         if any(name in problem for problem in problems for name in _RENDEZVOUS) or not _meets():
             return cls()
-        environment = os.environ
+        environment = _launchers_variables()
         return cls(
             rank=int(environment["RANK"]),
             local_rank=int(environment["LOCAL_RANK"]),
@@ -169,7 +169,8 @@ class Launch:
 
     @classmethod
     def _read(cls, engine: EngineName, deepspeed: Mapping[str, Any] | None, notes: tuple[str, ...] = ()) -> Launch:
-        numbers = {name: int(os.environ[name]) for name in _NUMBERS if name in os.environ}
+        given = _launchers_variables()
+        numbers = {name: int(given[name]) for name in _NUMBERS if name in given}
         return cls(
             rank=numbers.get("RANK", 0),
             local_rank=numbers.get("LOCAL_RANK", 0),
@@ -209,7 +210,7 @@ class Launch:
 def speaks_for_machine() -> bool:
     """Return whether this process prints what is the same for all processes of its machine. Never raises: it is asked
     when the environment is wrong, too."""
-    return _whole_number(os.environ.get("LOCAL_RANK", "0")) in (0, None)
+    return _whole_number(_launchers_variables().get("LOCAL_RANK", "0")) in (0, None)
 
 
 def named_rank() -> str:
@@ -253,6 +254,39 @@ def ask_for_repeatable_gpu_sums() -> None:
     """Ask CUDA's matrix library for the same bits each time, unless the user has chosen otherwise: it reads a
     variable."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def set_variable(name: str, value: str, older_names: Sequence[str] = ()) -> None:
+    """Set a variable that a library reads, unless the user has set it, under that name or an older one."""
+    if not any(older in os.environ for older in older_names):
+        os.environ.setdefault(name, value)
+
+
+def shares_gpus() -> bool:
+    """Return whether the user has asked NCCL to let several ranks use one GPU, as tests on a machine with one GPU
+    do."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
+def nccl_host() -> str:
+    """Return what NCCL takes for this machine's name: ranks of one GPU whose machines differ are two GPUs to it."""
+    return os.environ.get("NCCL_HOSTID") or platform.node()
+
+
+def number_by_device(index: int) -> None:
+    """Tell Accelerate and DeepSpeed the number of this process's GPU: they take LOCAL_RANK for it, which is another
+    number where a launcher shows each process its own GPU alone. dkd itself keeps the launcher's number."""
+    if "LOCAL_RANK" in os.environ:
+        _given.setdefault("LOCAL_RANK", os.environ["LOCAL_RANK"])
+        os.environ["LOCAL_RANK"] = str(index)
+
+
+_given: dict[str, str] = {}
+
+
+def _launchers_variables() -> Mapping[str, str]:
+    """Return the environment as the launcher has made it."""
+    return {**os.environ, **_given}
 
 
 def keep_deepspeed_on_cpu() -> None:

@@ -42,6 +42,7 @@ from dkd.checkpoints import (
 from dkd.checkpoints.facts import read_facts
 from dkd.config.schema import CheckpointSection
 from dkd.global_batch.collectives import all_gather_objects
+from dkd.library_internals.torch import members_alone
 from dkd.rng import random_states, restore_random_states
 
 T = TypeVar("T")
@@ -163,7 +164,8 @@ class Checkpointer:
                 # wait for this rank below. Folders that cannot be removed now are removed at the next start.
                 with suppress(OSError, CheckpointError):
                     self.folder.remove_unfinished()
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            with members_alone():  # and bound to no GPU
+                self._group = dist.new_group(backend="gloo", timeout=self._timeout)
             self._needs_group = False
 
     def _write(

@@ -37,7 +37,7 @@ def run_on_ranks(
     from dkd.distributed.process_group import announces_refusals
     from dkd.distributed.rendezvous import RendezvousError
     from dkd.engines.accelerated import leave_process_group
-    from dkd.errors import LostRankError, Stopped, TrainingError
+    from dkd.errors import LostRankError, OutOfMemoryError, Stopped, TrainingError
 
     # All ranks leave the process group together, or this process ends at once: with NCCL, a rank that leaves the group
     # alone would wait for the others.
@@ -52,11 +52,11 @@ def run_on_ranks(
         code = stop_signals.exit_code(launch) if isinstance(error, Stopped) else 1
         if code:
             report_to_launcher(console.printable(f"dkd: {error}"))
-    except (LostRankError, RendezvousError) as error:
+    except (LostRankError, OutOfMemoryError, RendezvousError) as error:
         reason = f"dkd: rank {launch.rank} cannot continue: {error}"
         console.say(reason)
         report_to_launcher(console.printable(reason))
-        # End at once: code that waits for the other ranks at exit would wait for a rank that is gone.
+        # End at once: code that waits for the other ranks at exit would wait for a rank that is gone, or for this one.
         os._exit(1)
     finally:
         stop_signals.stop_noting(launch)

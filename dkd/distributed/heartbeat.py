@@ -4,6 +4,10 @@ runs.
 A thread of each rank writes its status into the launch's key-value store once a second, over a connection of its own:
 training itself sends nothing for it, and a store that is out of reach does not slow training down. When a collective
 fails, a rank reads the statuses of all ranks, twice.
+
+With gloo, a collective fails when a rank is gone. NCCL's fails at its timeout, or ends the process without an
+exception. So where ranks meet by NCCL, the thread also looks, at each heartbeat, whether a rank has reported its end,
+and whether the next rank still has a heartbeat: it names a lost rank before the process may be ended.
 """
 
 from __future__ import annotations
@@ -21,15 +25,16 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from dkd import console
 from dkd.config import RecipeError
 from dkd.distributed import stop_signals
-from dkd.errors import LostRankError, Stopped, TrainingError
+from dkd.errors import LostRankError, OutOfMemoryError, Stopped, TrainingError
 from dkd.global_batch import AbsentRankError, BatchMismatchError
 from dkd.global_batch.collectives import all_gather_objects
-from dkd.launch import Launch
+from dkd.launch import Launch, report_to_launcher
 from dkd.text import first_line
 
 T = TypeVar("T")
@@ -37,6 +42,7 @@ T = TypeVar("T")
 BEAT = 1.0
 """Seconds between two heartbeats."""
 _READ_LIMIT = 6.0  # seconds that reading all statuses takes at most
+_SILENT_BEATS = 10  # heartbeats of this rank in which the next one has had none: then it is reported
 _MOST_SHOWN = 8
 _GAVE_UP = "gave up waiting"
 _ENDED = "ended"
@@ -55,6 +61,8 @@ class RankStatus:
     """The place in words."""
     end: str = ""
     """The reason why this rank ends; empty while it runs."""
+    left: bool = False
+    """Whether this rank has done its part, and has no heartbeat any more."""
 
 
 class Heartbeat:
@@ -62,8 +70,9 @@ class Heartbeat:
 
     Args:
         launch: of this process.
-        warn_after: seconds at one place after which this rank reports where all ranks are; None: never. For backends
-            whose watchdog ends the process where gloo raises an error.
+        warn_after: seconds at one place after which this rank reports where all ranks are; None: never. A number is for
+            backends whose watchdog ends the process where gloo raises an error: then this rank also reports the next
+            one where that has no heartbeat, and ends when another rank has reported that it ended.
     """
 
     def __init__(self, launch: Launch, warn_after: float | None = None) -> None:
@@ -71,7 +80,9 @@ class Heartbeat:
         self._host = platform.node()
         self._place: tuple[tuple[int, ...], str, float] = ((-1,), "starting", time.monotonic())
         self._end = ""
+        self._left = False
         self._count = 0
+        self._next, self._next_unchanged = RankStatus(0, "", (), ""), 0
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._store: dist.Store | None = None
@@ -119,6 +130,9 @@ class Heartbeat:
         except BatchMismatchError as error:
             raise TrainingError(str(error)) from error
         except BaseException as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                self.report_end(reason := describe_full_memory(error))
+                raise OutOfMemoryError(f"{reason}; this is rank {self._rank} on {self._host}") from error
             if self._world_size > 1 and is_lost_connection(error):
                 self.report_end()
                 raise LostRankError(f"{first_line(error)} | {self.describe()}") from error
@@ -132,8 +146,12 @@ class Heartbeat:
         self.close()
 
     def close(self) -> None:
-        """Stop the heartbeats."""
+        """Stop the heartbeats. Where another rank looks for them, it learns that this rank is not lost."""
+        running = not self._stopped.is_set()
         self._stopped.set()
+        if running and not self._end and self._store is not None and self.warn_after is not None:
+            self._left = True
+            _within(_READ_LIMIT, self._beat)
 
     def describe(self) -> str:
         """Describe, after a failure, which ranks ended, have no heartbeat or are late, and where this rank is. Takes a
@@ -172,7 +190,7 @@ class Heartbeat:
             self._count += 1
             place, what, _ = self._place
             if self._store is not None:
-                status = RankStatus(self._count, self._host, place, what, self._end)
+                status = RankStatus(self._count, self._host, place, what, self._end, self._left)
                 self._store.set(str(self._rank), json.dumps(asdict(status)))
                 if self._end:
                     self._store.set(_ENDED, "")
@@ -183,6 +201,9 @@ class Heartbeat:
             try:
                 self._beat()
                 self._end_with_launch()
+                if self.warn_after is not None:
+                    self._end_with_others()
+                    self._look_at_next_rank()
             except RuntimeError:
                 # The store is gone, and with it the launch; a rank that waits for this one learns that from its own
                 # connection.
@@ -196,6 +217,43 @@ class Heartbeat:
 
     def _warn(self, what: str, waited: float) -> None:
         console.say(f"dkd: rank {self._rank} has been at {what} for {waited:.0f} s | {self.describe()}")
+
+    def _look_at_next_rank(self) -> None:
+        """Report the next rank when it has had no heartbeat during several of this rank's. One rank reads one other, so
+        that a thousand ranks read no more of each other than two do.
+
+        Heartbeats are counted, not seconds: where all processes were suspended, this rank's have stood still, too.
+        """
+        assert self._store is not None
+        other = str((self._rank + 1) % self._world_size)
+        if not self._store.check([other]):
+            return
+        status = RankStatus(**json.loads(self._store.get(other)))
+        self._next_unchanged = self._next_unchanged + 1 if status.count == self._next.count else 0
+        self._next = status
+        if self._next_unchanged == _SILENT_BEATS and not status.end and not status.left:
+            console.say(
+                f"dkd: rank {self._rank} at {self._place[1]}: rank {other} on {status.host}: no heartbeat, last seen "
+                f"at {status.what}"
+            )
+
+    def _end_with_others(self) -> None:
+        """End this process when another rank has reported that it ended, and this rank does not end by itself: it waits
+        in a collective, which that rank will not join."""
+        assert self._store is not None
+        if self._end or not self._store.check([_ENDED]):
+            return
+        # Several ranks may be ending together, each with its own message; this one continues its heartbeats meanwhile.
+        end = time.monotonic() + _READ_LIMIT
+        while time.monotonic() < end and not self._end and not self._stopped.wait(BEAT):
+            self._beat()
+        if self._end or self._stopped.is_set():
+            return
+        reason = f"dkd: rank {self._rank} cannot continue: another rank has ended | {self.describe()}"
+        console.say(reason)
+        report_to_launcher(console.printable(reason))
+        self.report_end()
+        os._exit(1)
 
     def _end_with_launch(self) -> None:
         """End this process when its launcher has sent SIGTERM and another rank has reported that it ended.
@@ -255,6 +313,14 @@ def _within(seconds: float, action: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(seconds)
     return results[0] if results else None
+
+
+def describe_full_memory(error: BaseException) -> str:
+    """Describe that the memory of a rank's GPU is full, and what to do."""
+    return (
+        f"the GPU's memory is full ({first_line(error)}); take a smaller train.micro_batch (the global batch stays), "
+        "or an engine that shards more"
+    )
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ import json
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 
@@ -46,23 +46,27 @@ class Refused(RunError):
         super().__init__("; ".join(f"{who}: {why}" for who, why in reasons.items()))
 
 
-def meet(store: dist.Store, rank: int, world_size: int, timeout: float, refusal: str | None = None) -> str:
+def meet(
+    store: dist.Store, rank: int, world_size: int, timeout: float, refusal: str | None = None, gpu: str | None = None
+) -> str:
     """Wait for all ranks of this start.
 
     Args:
         store: reached by all ranks.
         timeout: seconds.
         refusal: why this rank cannot take part; it is reported to the others.
+        gpu: a name that no other GPU of the launch has, of the GPU that this rank alone is to use; None: none.
 
     Returns:
         A name for this start, the same on every rank, and never used before in this store.
 
     Raises:
         RendezvousError: a rank did not arrive.
-        Refused: a rank cannot take part, this one or another.
+        Refused: a rank cannot take part, this one or another; or two ranks have one GPU.
     """
     word = uuid.uuid4().hex
-    store.set(f"dkd/join/{rank}", json.dumps({"word": word, "host": platform.node(), "refusal": refusal}))
+    entry = {"word": word, "host": platform.node(), "refusal": refusal, "gpu": gpu}
+    store.set(f"dkd/join/{rank}", json.dumps(entry))
     waiting = _lead(store, world_size, timeout) if rank == 0 else iter(())
     deadline = time.monotonic() + timeout
     offered = ""
@@ -116,7 +120,7 @@ def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
             reasons = {
                 f"rank {rank} on {who['host']}": who["refusal"] for rank, who in joined.items() if who["refusal"]
             }
-            store.set(f"dkd/start/{name}", json.dumps(reasons))
+            store.set(f"dkd/start/{name}", json.dumps(reasons or _find_shared_gpus(joined)))
             return
         absent = ", ".join(f"rank {rank}" for rank in missing[:_MOST_SHOWN])
         if len(missing) > _MOST_SHOWN:
@@ -125,6 +129,20 @@ def _lead(store: dist.Store, world_size: int, timeout: float) -> Iterator[str]:
             reported = True
             console.say(f"dkd: rank 0 waits for {absent} of {world_size} ranks, {timeout:g} s at most")
         yield absent
+
+
+def _find_shared_gpus(joined: Mapping[int, Mapping[str, str]]) -> dict[str, str]:
+    """Return a refusal of each rank whose GPU another rank has, too. NCCL would refuse it with less of a reason, or
+    wait."""
+    first: dict[str, int] = {}
+    found = {}
+    for rank, who in sorted(joined.items()):
+        if who["gpu"] is not None and (other := first.setdefault(who["gpu"], rank)) != rank:
+            found[f"rank {rank} on {who['host']}"] = (
+                f"it has the same GPU as rank {other}: start one process for each GPU, or let the launcher show each "
+                "process a GPU of its own"
+            )
+    return dict(list(found.items())[:_MOST_SHOWN])
 
 
 def _list_refusals(store: dist.Store, world_size: int) -> str:

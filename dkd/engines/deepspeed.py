@@ -20,7 +20,10 @@ from dkd.models import TappedModel
 
 LARGEST_BUCKET = 500_000_000
 """Elements of DeepSpeed's buffers for gradients that travel, its own default: 2 GB in float32, whatever the model's
-size."""
+size.
+
+`allgather_bucket_size` is left alone: where torch gathers into one tensor, DeepSpeed 0.19 makes no buffer of that size,
+and it refuses an odd number."""
 
 
 class ZeroEngine(AcceleratedEngine):

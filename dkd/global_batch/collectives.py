@@ -15,17 +15,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dkd.library_internals.torch import group_timeout
+from dkd.library_internals.torch import group_timeout, members_alone
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 
-# On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather passes rows around a ring. Its all-to-all sends
-# every block directly to its rank, in a half or a third of the time. An all-gather by all-to-all sends each row W
-# times, so only small rows are gathered that way.
+# Of rows that an all-gather by all-to-all sends W times.
 _SMALL_BYTES = 2**16
+_as_on_gpus: list[None] = []
 
 
 def is_distributed() -> bool:
@@ -57,6 +56,29 @@ def timeout(group: dist.ProcessGroup | None) -> timedelta | None:
     return None if group is None else group_timeout(group, device)
 
 
+def acts_as_on_gpus(device: torch.device) -> bool:
+    """Return whether collectives of tensors on `device` are made in the way of GPUs: the one place that decides it, for
+    all that differs.
+
+    On GPUs, a reduce-scatter and an all-gather are those of the backend, and an axis of a grid that holds all ranks has
+    a communicator of its own. On CPUs, gloo's reduce-scatter is an all-reduce, and its all-gather passes rows around a
+    ring. Its all-to-all sends every block directly to its rank, in a half or a third of the time, and takes the place
+    of both, but for large rows, which an all-gather by all-to-all would send W times.
+    """
+    return device.type != "cpu" or bool(_as_on_gpus)
+
+
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Inside, collectives of CPU tensors are made in the way of GPUs, which gloo can do, too. All ranks enter it
+    together. For tests and measurements of that way on machines without a GPU."""
+    _as_on_gpus.append(None)
+    try:
+        yield
+    finally:
+        _as_on_gpus.pop()
+
+
 class Pending:
     """Hold a collective that has begun, and its result.
 
@@ -81,7 +103,7 @@ def begin_all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = 
     world = world_size(group)
     out = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
     count(out, group)
-    if rows.device.type == "cpu" and rows.numel() * rows.element_size() <= _SMALL_BYTES:
+    if not acts_as_on_gpus(rows.device) and rows.numel() * rows.element_size() <= _SMALL_BYTES:
         sent = rows.repeat(world, *[1] * (rows.dim() - 1))
         return Pending(out, dist.all_to_all_single(out, sent, group=group, async_op=True), sent)
     sent = rows.contiguous()
@@ -97,7 +119,7 @@ def reduce_scatter_rows(rows: torch.Tensor, group: dist.ProcessGroup | None = No
     """Reduce (W·b, ...) on each of W ranks to (b, ...): the sum over ranks of this rank's rows. Carries no gradient."""
     world = world_size(group)
     count(rows, group)
-    if rows.device.type == "cpu":
+    if not acts_as_on_gpus(rows.device):
         blocks = torch.empty_like(rows, memory_format=torch.contiguous_format)
         dist.all_to_all_single(blocks, rows.contiguous(), group=group)
         return blocks.view(world, rows.shape[0] // world, *rows.shape[1:]).sum(0)
@@ -135,9 +157,9 @@ def make_group(members: list[int], parent: dist.ProcessGroup | None) -> dist.Pro
     assert whole is not None
     # `new_group` expects ranks of the job.
     of_the_job = dist.get_process_group_ranks(whole)
-    made = dist.new_group(
-        [of_the_job[member] for member in members], timeout=timeout(whole), use_local_synchronization=True
-    )
+    ranks = [of_the_job[member] for member in members]
+    with members_alone():
+        made = dist.new_group(ranks, timeout=timeout(whole), use_local_synchronization=True)
     assert isinstance(made, dist.ProcessGroup)
     return made
 

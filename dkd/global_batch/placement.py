@@ -40,7 +40,7 @@ class Axes(NamedTuple):
 
 # Kept while the process group of the layout lives: a group that is held longer than torch's own records would end with
 # the interpreter, whose threads it cannot join there.
-_axes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Grid, str], Axes]] = WeakKeyDictionary()
+_axes: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Grid, bool], Axes]] = WeakKeyDictionary()
 
 
 def axes_through(grid: Grid, layout: BatchLayout, device: torch.device) -> Axes:
@@ -54,7 +54,7 @@ def axes_through(grid: Grid, layout: BatchLayout, device: torch.device) -> Axes:
         return Axes(*(Axis(1, None) for _ in range(3)))
     whole = layout.group or dist.group.WORLD
     assert whole is not None
-    known, key = _axes.setdefault(whole, {}), (grid, device.type)
+    known, key = _axes.setdefault(whole, {}), (grid, collectives.acts_as_on_gpus(device))
     if key not in known:
         members = grid.along_slices(layout.rank), grid.along_columns(layout.rank), grid.along_rows(layout.rank)
         if any(_needs_group(each, layout, device) for each in members):
@@ -77,7 +77,7 @@ def check_group_counts(layout: BatchLayout) -> None:
 def _needs_group(members: list[int], layout: BatchLayout, device: torch.device) -> bool:
     # NCCL runs the collectives of one communicator one after another: those of an axis are not to wait for the
     # gradients of the student, nor the gradients for them.
-    return len(members) > 1 and (len(members) < layout.world_size or device.type != "cpu")
+    return len(members) > 1 and (len(members) < layout.world_size or collectives.acts_as_on_gpus(device))
 
 
 def _make_axis(members: list[int], layout: BatchLayout, device: torch.device) -> Axis:

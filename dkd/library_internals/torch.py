@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -29,6 +31,7 @@ __all__ = [
     "is_transformed",
     "lerp_lists",
     "make_inductor_deterministic",
+    "members_alone",
     "norm_lists",
     "process_groups",
     "set_group_timeout",
@@ -116,6 +119,26 @@ def set_group_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
     releases have only the private name."""
     change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     change(timeout, group)
+
+
+@contextmanager
+def members_alone() -> Iterator[None]:
+    """Inside, torch makes a new process group among its members alone, also where the default group is bound to a GPU.
+
+    torch would then cut the new communicator out of the default one, which takes all ranks of the job; ranks that are
+    no members, and do not call `new_group`, would be waited for. There is no public way to ask for a communicator of
+    its own, and the attribute is not documented.
+    """
+    whole = dist.group.WORLD
+    bound = whole.bound_device_id if whole is not None else None
+    if whole is None or bound is None:
+        yield
+        return
+    whole.bound_device_id = None
+    try:
+        yield
+    finally:
+        whole.bound_device_id = bound
 
 
 def group_timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:

@@ -39,6 +39,7 @@ from dkd.checkpoints import CheckpointFolder
 from dkd.config import Problem, Recipe, RecipeError, load_recipe, recipe_changes, recipe_to_yaml
 from dkd.config.yaml_text import YamlTextError
 from dkd.config.yaml_text import read as read_yaml
+from dkd.distributed.nccl_settings import DUMP_PREFIX
 from dkd.distributed.stop_signals import STOP_FILE
 from dkd.launch import Launch, Start
 from dkd.provenance import provenance
@@ -108,7 +109,8 @@ class RunDirectory:
         _check_content(self.path, recipe, in_effect, allow_recipe_change)
         if in_effect == "replace":
             self.checkpoints.remove_all()
-            for target in (self.path / name for name in (*_tracker_folders(self.path), *_OF_A_RUN)):
+            dumps = [path.name for path in self.path.glob(f"{DUMP_PREFIX}*")]
+            for target in (self.path / name for name in (*_tracker_folders(self.path), *_OF_A_RUN, *dumps)):
                 shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         atomic_files.remove_unfinished(self.path, (*_OF_A_RUN, OWNER_FILE))

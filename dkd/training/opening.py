@@ -57,7 +57,8 @@ def open_training(recipe: Recipe, launch: Launch, if_run_exists: IfRunExists | N
     completed += [*compare_student(recipe), *check_class_order(recipe, training.class_names)]
     run_dir = RunDirectory(recipe.run.dir, writes=False)
     # The first thing that the ranks of a start do together.
-    open_process_group(launch, device_type(launch.asks_for_cpu) == "cpu", recipe.run.start_timeout)
+    on_cpu = device_type(launch.asks_for_cpu) == "cpu"
+    open_process_group(launch, on_cpu, recipe.run.start_timeout, run_dir.path)
     check_same_recipe(recipe)
     # From here on, the recipe leaves nothing to the hardware.
     recipe, notes = settle(recipe, launch, if_run_exists)

@@ -197,6 +197,23 @@ class NotFiniteInEvaluation(Regularized):
         return super().forward(x) * (1.0 if self.training or len(x) == 1 else float("nan"))
 
 
+class FillsTheMemory(Regularized):
+    """On rank 1, the fourth forward in training asks for more memory than any device has. Without a GPU, it raises what
+    a GPU would raise."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training and x.device.type != "meta"
+        if self.calls == 4 and self.training and os.environ.get("RANK") == "1":
+            if x.device.type != "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1048576.00 GiB.")
+            torch.empty(2**50, dtype=torch.uint8, device=x.device)
+        return super().forward(x)
+
+
 class Late(Regularized):
     """On rank 1, the first forward in training takes twice as long as the others would wait later, as a compilation
     may."""

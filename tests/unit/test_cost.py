@@ -160,6 +160,49 @@ def test_what_is_allocated_is_what_the_formula_says():
     assert result.stdout.count("formula") == len(all_grids(12))
 
 
+@pytest.mark.parametrize(("widths", "grid"), [("2048,2048", "32,16,1"), ("512,1024", "16,8,4")])
+def test_one_rank_of_512_allocates_what_the_formula_says(widths, grid):
+    """Of B = 32,768 samples; no tensor is larger than the grid calls for."""
+    program = [sys.executable, "-m", "benchmarks.relations_memory", "--world", "512", "--rows", "64"]
+    result = subprocess.run(
+        [*program, "--widths", widths, "--grid", grid, "--within", "0.1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "formula" in result.stdout
+
+
+OF_512 = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from dkd import SimilarityPreserving
+from dkd.global_batch import BatchLayout, GramTensor, Work, collectives, cost
+from dkd.global_batch.choice import GridChoice
+
+dist.init_process_group("fake", rank=511, world_size=512, store=FakeStore())
+sp, layout = SimilarityPreserving(grid="auto"), BatchLayout.even(8)
+work = Work([GramTensor(512, True), GramTensor(1024, False)], 8, 512, sp.sums())
+student, teacher = torch.randn(8, 512).requires_grad_(), torch.randn(8, 1024)
+sp(student, teacher, layout=layout).backward()
+with collectives.count_received() as received:
+    sp(student, teacher, layout=layout).backward()
+at = sp.grid.place(layout, work.tensors, work.sums, torch.device("cpu"), "sp")
+expected = cost.moves(work, at.grid, at.chunks)
+assert (received.bytes, received.collectives) == (sum(move.bytes for move in expected), len(expected)), received
+print(at.grid.name, received)
+"""
+
+
+def test_one_rank_of_512_receives_what_the_plan_says():
+    result = subprocess.run(
+        [sys.executable, "-c", OF_512],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 WITH_A_WHOLE_MATRIX = """
 import sys, torch
 from benchmarks import relations_memory

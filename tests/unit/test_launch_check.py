@@ -30,6 +30,14 @@ FACTS = {
             [],
         ),
         (
+            {"host": "node1", "device_id": "0", "shares_gpus": True},
+            [],
+            [
+                "rank 0 and rank 1 have the same GPU of node1, as the environment asks NCCL to allow: for tests, not "
+                "for training"
+            ],
+        ),
+        (
             {"clock": 100.0},
             [],
             ["clocks differ by 100 s, or ranks joined that far apart; the clock of node1 is late"],

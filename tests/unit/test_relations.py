@@ -26,7 +26,14 @@ from dkd.global_batch import BatchLayout, GramTensor, Grid, LossSums, Work, all_
 from dkd.global_batch import relational as relations
 from dkd.global_batch.choice import GridChoice
 from dkd.global_batch.cost import fewest_chunks, held
-from dkd.losses import CrossEntropy, relational_angle, similarity_of_one_process, similarity_preserving
+from dkd.losses import (
+    AttentionTransfer,
+    CrossEntropy,
+    SoftTargets,
+    relational_angle,
+    similarity_of_one_process,
+    similarity_preserving,
+)
 from dkd.models import TappedModel
 
 # Ours, for a grid; and the plain formula of it.
@@ -418,6 +425,69 @@ def test_bytes_are_those_of_the_formula_on_64_ranks():
         expected = cost.moves(Work(tensors, 2, 64), grid)
         wanted = 64 * sum(move.bytes for move in expected), 64 * len(expected)
         assert counted(64, grid, SimilarityPreserving, [64], [128], torch.float32) == wanted, grid
+
+
+# What each sample has alone, and the plain formula of it, of (6, 5) features.
+OF_SAMPLES = {
+    "at": (AttentionTransfer, lambda s, t: (attention(s) - attention(t)).square().mean()),
+    "kd": (
+        lambda: SoftTargets(4),
+        lambda s, t: 16 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(t / 4, 1), reduction="batchmean"),
+    ),
+    "ce": (CrossEntropy, F.cross_entropy),
+}
+
+
+def attention(features):
+    return F.normalize(features.square().mean(1).flatten(1))
+
+
+def features_for(name, total):
+    """Return what a loss of samples is given of all samples, the student's first."""
+    generator = torch.Generator().manual_seed(6)
+    student, teacher = (torch.randn(total, 4, 5, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    if name == "at":
+        return student, teacher
+    logits = student.flatten(1)[:, :10], teacher.flatten(1)[:, :10]
+    return logits if name == "kd" else (logits[0], torch.randint(10, (total,), generator=generator))
+
+
+@pytest.mark.parametrize("even", [True, False], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", OF_SAMPLES)
+def test_losses_of_samples_on_64_ranks_are_those_of_one_process(name, even):
+    counts = counts_of(64, even)
+    make, plain = OF_SAMPLES[name]
+    student, other = features_for(name, sum(counts))
+    whole = student.clone().requires_grad_()
+    wanted = plain(whole, other)
+    wanted.backward()
+
+    def on_rank(rank, group):
+        mine = rows_of(counts, rank)
+        leaf = student[mine].clone().requires_grad_()
+        value = make()(leaf, other[mine], layout=BatchLayout(tuple(counts), rank, group))
+        value.backward()
+        return value.detach(), leaf.grad
+
+    found = on_ranks(64, on_rank)
+    assert abs(sum(value for value, _ in found) / 64 / wanted.detach() - 1) < 1e-12
+    gradient = torch.cat([each for _, each in found]) / 64
+    assert (gradient - whole.grad).norm() < 1e-12 * whole.grad.norm()
+
+
+@pytest.mark.parametrize("grid", [(64, 1, 1), (1, 1, 64), (8, 8, 1), (4, 4, 4), (2, 16, 2)], ids=str)
+def test_relations_on_64_ranks_are_those_of_one_process(grid):
+    for name, (make, plain) in FAMILY.items():
+        for even in (True, False):
+            error = error_on_ranks(lambda make=make: make(grid), plain, counts_of(64, even))
+            assert error < 1e-12, (name, even, error)
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRID)
+def test_angles_and_correlations_on_64_ranks_are_those_of_one_process(name):
+    make, plain = WITHOUT_GRID[name]
+    for even in (True, False):
+        assert error_on_ranks(make, plain, [1 + even] * 60 + [3, 1, 2, 2], ((6, 6),)) < 1e-12
 
 
 # Public implementations

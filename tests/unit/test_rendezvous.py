@@ -19,14 +19,15 @@ def store():
     return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=limit(10)))
 
 
-def together(store, ranks, timeout=None, refusals=None, delays=None):
+def together(store, ranks, timeout=None, refusals=None, delays=None, gpus=None):
     """Return what each rank's `meet` returned or raised."""
     found = {}
 
     def run(rank):
         time.sleep((delays or {}).get(rank, 0))
+        seconds = limit(10) if timeout is None else timeout
         try:
-            found[rank] = meet(store(), rank, 3, limit(10) if timeout is None else timeout, (refusals or {}).get(rank))
+            found[rank] = meet(store(), rank, 3, seconds, (refusals or {}).get(rank), (gpus or {}).get(rank))
         except (RendezvousError, Refused) as error:
             found[rank] = error
 
@@ -75,3 +76,13 @@ def test_the_refusal_of_one_rank_is_raised_on_all(store):
     assert {str(error) for error in found.values()} == {f"rank 1 on {os.uname().nodename}: data.train: not here"}
     # And an earlier refusal is forgotten.
     assert len(set(together(store, (0, 1, 2)).values())) == 1
+
+
+def test_two_ranks_of_one_gpu_end_all_ranks(store):
+    found = together(store, (0, 1, 2), gpus={0: "node1 GPU-a", 1: "node1 GPU-b", 2: "node1 GPU-a"})
+    assert all(isinstance(error, Refused) for error in found.values())
+    (message,) = {str(error) for error in found.values()}
+    assert message.startswith(f"rank 2 on {os.uname().nodename}: it has the same GPU as rank 0: start one process for")
+    gpus = [{0: "node1 GPU-a", 1: "node2 GPU-a", 2: "node1 GPU-b"}, {0: None, 1: None, 2: None}]
+    for apart in gpus:
+        assert len(set(together(store, (0, 1, 2), gpus=apart).values())) == 1

@@ -52,7 +52,8 @@ def check_launch(
         on_cpu = device_type(launch.asks_for_cpu) == "cpu"
         limit.phase = "waiting for all ranks"
         if not on_cpu:
-            _check_gpu_count(launch)
+            with process_group.announces_refusals(launch):
+                process_group.choose_device(launch)
         _open_process_group(launch, on_cpu, seconds - 5)
         limit.phase = "comparing ranks"
         rank, world_size = launch.rank, launch.world_size
@@ -72,18 +73,6 @@ def check_launch(
         limit.phase = "comparing how fast ranks compute"
         compare_speed(device, facts, found)
         return found
-
-
-def _check_gpu_count(launch: Launch) -> None:
-    """Refuse more processes on this machine than it has GPUs. Raises RecipeError on all ranks."""
-    processes, gpus = launch.local_world_size, torch.accelerator.device_count()
-    if processes > gpus:
-        with process_group.announces_refusals(launch):
-            raise RecipeError.at(
-                "",
-                f"the launcher starts {processes} processes on {platform.node()}, which has {gpus} GPUs: start one for "
-                "each GPU",
-            )
 
 
 def _open_process_group(launch: Launch, on_cpu: bool, timeout: float) -> None:

@@ -14,7 +14,7 @@ import dkd
 from dkd.checkpoints.facts import recipe_hash
 from dkd.commands.launch_check.findings import Facts, Findings, name_ranks
 from dkd.config import Recipe
-from dkd.launch import Launch
+from dkd.launch import Launch, nccl_host, shares_gpus
 from dkd.provenance import packages
 
 _MUST_AGREE = ("engine", "device", "nccl", "python", "code", "recipe")
@@ -48,6 +48,7 @@ def collect_facts(recipe: Recipe | None, launch: Launch, device: torch.device) -
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts["device_id"] = str(getattr(properties, "uuid", torch.cuda.current_device()))
         facts["memory"] = round(properties.total_memory / 2**30)
+        facts["shares_gpus"] = shares_gpus() or nccl_host() != platform.node()
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     if recipe is not None:
         facts["recipe"] = recipe_hash(recipe)[:12]
@@ -95,10 +96,16 @@ def _compare_devices(facts: Facts, found: Findings) -> None:
         if fact["device_id"] is None:
             continue
         other = seen.setdefault((fact["host"], fact["device_id"]), rank)
-        if other != rank:
-            found.problems.append(
-                f"rank {other} and rank {rank} have the same GPU of {fact['host']}: give each process a GPU of its own"
+        if other == rank:
+            continue
+        both, host = f"rank {other} and rank {rank}", fact["host"]
+        if fact.get("shares_gpus"):
+            found.warnings.append(
+                f"{both} have the same GPU of {host}, as the environment asks NCCL to allow: for tests, not for "
+                "training"
             )
+        else:
+            found.problems.append(f"{both} have the same GPU of {host}: give each process a GPU of its own")
 
 
 def _compare_clocks(facts: Facts, found: Findings) -> None:

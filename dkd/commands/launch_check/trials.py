@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dkd import atomic_files
 from dkd.commands.launch_check.findings import Facts, Findings, name_ranks
-from dkd.global_batch import Link
+from dkd.global_batch import Link, collectives
 from dkd.global_batch.collectives import all_gather_objects, make_group
 
 _TRIAL_SECONDS = 2.0  # that the measurement of one collective takes, about
@@ -68,16 +68,10 @@ def _write_probe(run_dir: Path) -> tuple[Path, str | None]:
 
 
 def try_collectives(rank: int, world_size: int, device: torch.device, found: Findings) -> None:
-    """Check that all-reduce and all-to-all give the right numbers, and report how fast they are."""
-    total = torch.full((1024,), float(rank + 1), device=device)
-    dist.all_reduce(total)
-    wrong_sum = not bool((total == world_size * (world_size + 1) / 2).all())
-    sent = torch.arange(world_size, dtype=torch.float32, device=device) + 1000 * rank
-    got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent)
-    wrong_blocks = not bool((got == 1000 * torch.arange(world_size, device=device) + rank).all())
-    for name, wrong in (("all-reduce", wrong_sum), ("all-to-all", wrong_blocks)):
-        bad = [r for r, flag in enumerate(all_gather_objects(wrong)) if flag]
+    """Check that the collectives of a training give the right numbers, also among some of the ranks, and report how
+    fast two of them are."""
+    for name, trial in _TRIALS.items():
+        bad = [r for r, right in enumerate(all_gather_objects(trial(rank, world_size, device))) if not right]
         if bad:
             found.problems.append(f"{name} gives wrong numbers on rank {', '.join(map(str, bad[:8]))}")
     if found.problems:
@@ -89,6 +83,45 @@ def try_collectives(rank: int, world_size: int, device: torch.device, found: Fin
             f"{name}  {size / 2**20:.0f} MB in {seconds * 1000:.1f} ms: each rank sends and receives "
             f"{moved * size / seconds / 1e9:.2f} GB/s"
         )
+
+
+def _sums_are_right(rank: int, world_size: int, device: torch.device) -> bool:
+    total = torch.full((1024,), float(rank + 1), device=device)
+    dist.all_reduce(total)
+    return bool((total == world_size * (world_size + 1) / 2).all())
+
+
+def _blocks_are_right(rank: int, world_size: int, device: torch.device) -> bool:
+    sent = torch.arange(world_size, dtype=torch.float32, device=device) + 1000 * rank
+    got = torch.empty_like(sent)
+    dist.all_to_all_single(got, sent)
+    return bool((got == 1000 * torch.arange(world_size, device=device) + rank).all())
+
+
+def _rows_are_right(rank: int, world_size: int, device: torch.device) -> bool:
+    """Return whether a reduce-scatter and an all-gather of rows work, as losses of relations use them on GPUs."""
+    numbers = torch.arange(2 * world_size, dtype=torch.float32, device=device).view(-1, 1)
+    with collectives.as_on_gpus():
+        reduced = collectives.reduce_scatter_rows(numbers * (rank + 1))
+        gathered = collectives.all_gather_rows(reduced)
+    return bool((gathered == numbers * (world_size * (world_size + 1) / 2)).all())
+
+
+def _groups_are_right(rank: int, world_size: int, device: torch.device) -> bool:
+    """Return whether each half of the ranks can sum alone, over connections of its own."""
+    half = world_size // 2
+    members = list(range(half)) if rank < half else list(range(half, world_size))
+    total = torch.full((1,), float(rank), device=device)
+    dist.all_reduce(total, group=make_group(members, None))
+    return bool(total.item() == sum(members))
+
+
+_TRIALS = {
+    "all-reduce": _sums_are_right,
+    "all-to-all": _blocks_are_right,
+    "reduce-scatter or all-gather": _rows_are_right,
+    "all-reduce within half of the ranks": _groups_are_right,
+}
 
 
 def measure_links(local_world_size: int, device: torch.device, found: Findings) -> dict[str, Link]:

@@ -20,12 +20,21 @@ def launch(world, folder, cases, seconds=600, launcher=True, **variables):
         launcher: without one, the only process has no process group, as a user's own loop may.
         variables: of the environment.
     """
-    folder = Path(folder)
-    listed = folder / f"cases_{len(list(folder.iterdir()))}.json"
-    listed.write_text(json.dumps({name: [function, arguments] for name, (function, *arguments) in cases.items()}))
-    words = [RUN_CASES, folder, listed]
+    words = case_words(Path(folder), cases)
     command = torchrun_command(world, *words) if launcher else [sys.executable, *words]
     run(command, seconds, **{"DS_ACCELERATOR": "cpu", **variables})
+    return returned_by_ranks(Path(folder), world, cases)
+
+
+def case_words(folder, cases):
+    """Write down the cases, and return the script that runs them on a rank with its arguments."""
+    listed = folder / f"cases_{len(list(folder.iterdir()))}.json"
+    listed.write_text(json.dumps({name: [function, arguments] for name, (function, *arguments) in cases.items()}))
+    return RUN_CASES, folder, listed
+
+
+def returned_by_ranks(folder, world, cases):
+    """Return, for each case, the list of what the ranks returned."""
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return {name: [rank[name] for rank in ranks] for name in cases}
 

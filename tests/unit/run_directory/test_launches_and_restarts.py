@@ -30,15 +30,19 @@ def by_torchrun(folder, attempt):
 
 @pytest.mark.parametrize("option", ["--overwrite", "--fresh"])
 def test_a_restart_by_the_launcher_resumes_what_the_launch_has_begun(run, monkeypatch, capsys, option):
-    """It has the same command line as the first start."""
+    """It has the same command line as the first start. What torch's flight recorder has left stays with its run."""
+    (run / "flight_recorder_rank_0").touch()
     if option == "--fresh":
         shutil.rmtree(run)
     start_of(monkeypatch, **by_torchrun("none_a", 0))
     assert train(run, option) == 0
     assert starts(run) == [0]
+    assert not (run / "flight_recorder_rank_0").exists()
+    (run / "flight_recorder_rank_1").touch()
     start_of(monkeypatch, **by_torchrun("none_a", 1))
     assert train(run, option) == 0
     assert starts(run) == [0, 3]
+    assert (run / "flight_recorder_rank_1").exists()
     assert f"{option} holds for its first start" in capsys.readouterr().err
     # Another launcher is another launch, even of the same name.
     start_of(monkeypatch, **by_torchrun("none_b", 0))
