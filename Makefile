@@ -68,7 +68,7 @@ test-gpu: $(VENV)/.test
 
 # Whether the tests of one GPU work, on CPUs with gloo; it shows nothing of NCCL.
 rehearse-gpu: $(VENV)/.test
-	DKD_REHEARSE_GPU=1 $(BIN)/python -m pytest -m gpu -rs tests/distributed/test_one_gpu.py
+	DKD_REHEARSE_GPU=1 $(BIN)/python -m pytest -m gpu -rs tests/distributed/test_one_gpu.py tests/distributed/test_gpu_step.py
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -220,6 +220,7 @@ def main() -> int:
     parser.add_argument("--teacher", default="wrn_16_2")
     parser.add_argument("--student", default="wrn_16_1")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32, help="pixels of a side (default 32)")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--by-operator", action="store_true")
     options = parser.parse_args()

@@ -3,15 +3,18 @@
     python -m benchmarks.step                       wrn_16_2 → wrn_16_1, batch 64, 32×32
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
     python -m benchmarks.step --no-compile          without the compiled rows, which take a minute to compile on a CPU
+    python -m benchmarks.step --teacher resnet34 --student resnet18 --size 224 --batch 128 --rows defaults graph
+    python -m benchmarks.step --peer ../mdistiller  its step beside, from a checkout
 
 One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a
 recipe. The rows are measured in turn, several rounds, and the median of each is shown; the last column is against the
-first row of the same round.
+first row of the same round. A GPU is waited for at the end of a round, and not in each step.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -23,6 +26,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.peer_step import PeerRow
+
 TAPS = {"wrn": ["block1", "block2", "block3"], "res": ["layer1", "layer2", "layer3"]}
 PLAIN = {"train.precision": "fp32", "train.channels_last": False}
 
@@ -31,7 +36,13 @@ def recipe_values(options: argparse.Namespace, folder: Path, settings: dict[str,
     pairs = [list(pair) for pair in zip(TAPS[options.student[:3]], TAPS[options.teacher[:3]], strict=True)]
     values: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "trackers": []},
-        "data": {"train": "digits", "validation": "digits", "classes": 10, "transforms": "cifar"},
+        "data": {
+            "train": "digits",
+            "validation": "digits",
+            "classes": 10,
+            "transforms": "cifar",
+            "image_size": options.size,
+        },
         "student": {"name": options.student},
         "teacher": {"name": options.teacher, "weights": str(folder / "teacher.safetensors")},
         "losses": {
@@ -74,14 +85,12 @@ class Row:
             self.trainer.load_images(10**9 // options.batch)
 
     def take(self, steps: int) -> list[float]:
-        """Take steps, and return the seconds of each."""
-        seconds = []
+        """Take steps, and return the seconds of each, which are equal: a GPU computes while the host goes on."""
+        started = time.perf_counter()
         for _ in range(steps):
-            started = time.perf_counter()
-            self.trainer.train_step()
-            _synchronize(self.device)
-            seconds.append(time.perf_counter() - started)
-        return seconds
+            self.trainer.after_step(self.trainer.train_step())
+        _synchronize(self.device)
+        return [(time.perf_counter() - started) / steps] * steps
 
 
 def forward_only(row: Row) -> list[float]:
@@ -152,6 +161,10 @@ def main() -> int:
     parser.add_argument("--teacher", default="wrn_16_2")
     parser.add_argument("--student", default="wrn_16_1")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32, help="pixels of a side (default 32)")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="WORD", help="rows whose title has one of these words")
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of mdistiller, whose step is timed beside")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians of all rows there, in seconds")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads (default 2)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
@@ -164,6 +177,7 @@ def main() -> int:
 
     no_teacher: dict[str, Any] = {"teacher": None, "losses": {}}
     no_kd: dict[str, Any] = {"losses.kd": None}
+    at_alone: dict[str, Any] = {"losses.kd": None, "losses.sp": None}
     settings: dict[str, dict[str, Any]] = {
         "distillation, plain float32": PLAIN,
         "  + channels_last": {**PLAIN, "train.channels_last": True},
@@ -171,45 +185,75 @@ def main() -> int:
         "  + both": {"train.precision": "bf16", "train.channels_last": True},
         "the defaults": {},
         "  no KD: teacher stops at last tap": no_kd,
+        "  a graph": {"train.graph": True},
+        "AT alone, float32": {**PLAIN, **at_alone},
+        "AT alone, defaults": at_alone,
+        "AT alone, defaults, a graph": {**at_alone, "train.graph": True},
         "student alone, plain float32": {**no_teacher, **PLAIN},
         "student alone, defaults": no_teacher,
     }
     if options.compile:
         settings["  compiled teacher"] = {"train.compile": {"teacher": True}}
-        settings["  compiled teacher and student"] = {"train.compile": {"teacher": True, "student": True}}
+        settings["  compiled teacher and losses"] = {"train.compile": {"teacher": True, "losses": True}}
+        settings["  compiled teacher, student, losses"] = {
+            "train.compile": {"teacher": True, "student": True, "losses": True}
+        }
+        if torch.cuda.is_available():
+            settings["  all compiled, a graph"] = {
+                "train.compile": {"teacher": True, "student": True, "losses": True},
+                "train.graph": True,
+            }
+    settings = {t: s for t, s in settings.items() if not options.rows or any(word in t for word in options.rows)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_teacher(options, folder)
-        rows = [Row(title, options, folder, setting) for title, setting in settings.items()]
+        rows: list[Any] = [Row(title, options, folder, setting) for title, setting in settings.items()]
         device = rows[0].device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
-        print(
-            f"{options.teacher} → {options.student}, batch {options.batch}, 32×32, {where}, torch {torch.__version__}"
-        )
-        defaults = rows[list(settings).index("the defaults")]
-        print("\n".join(f"the defaults: {note}" for note in defaults.trainer.parts.notes))
-        warm = {row.title: row.take(2)[-1] for row in rows}
-        seconds: dict[str, list[float]] = {row.title: [] for row in rows}
-        for _ in range(options.rounds):
-            for row in rows:
-                # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates
-                # it.
-                steps = 1 if warm[row.title] > 5 * warm[rows[0].title] else options.steps
-                seconds[row.title].append(median(row.take(steps)))
-        first = seconds[rows[0].title]
-        print(f"{'':<48}{'ms':>8}{'images/s':>10}{'× plain':>9}")
-        for row in rows:
-            mine = seconds[row.title]
-            ratio = median(a / b for a, b in zip(first, mine, strict=True))
-            print(f"{row.title:<48}{1e3 * median(mine):>8.0f}{options.batch / median(mine):>10.0f}{ratio:>9.2f}")
-        stops = rows[rows.index(defaults) + 1]
-        for title, row in (("plain float32", rows[0]), ("defaults", defaults), ("defaults, stops at last tap", stops)):
-            alone = median(forward_only(row))
-            print(f"teacher's forward alone, {title:<23}{1e3 * alone:>8.0f}{options.batch / alone:>10.0f}")
-        for title, row in (("plain float32", rows[0]), ("defaults", defaults)):
-            parts = ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares(row, options.steps).items())
-            print(f"share of the step, {title}: {parts} (student: with backward and optimizer)")
+        what = f"{options.teacher} → {options.student}, batch {options.batch}, {options.size}×{options.size}"
+        print(f"{what}, {where}, torch {torch.__version__}")
+        if options.peer is not None:
+            rows.append(PeerRow(options.peer, options.teacher, options.student, options.batch, device))
+        found = measure(rows, options)
+        if options.json is not None:
+            facts = {"what": what, "where": where, "torch": torch.__version__, "seconds": found}
+            options.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        if not options.rows:
+            show_parts(rows, list(settings), options)
     return 0
+
+
+def measure(rows: list[Any], options: argparse.Namespace) -> dict[str, float]:
+    """Measure all rows in turn, print a table, and return the median seconds of a step by title."""
+    on_gpu = rows[0].device.type == "cuda"
+    # The first steps of a start report more than later ones, and a graph is captured after them.
+    warm = {row.title: row.take(30 if on_gpu else 2)[-1] for row in rows}
+    seconds: dict[str, list[float]] = {row.title: [] for row in rows}
+    for _ in range(options.rounds):
+        for row in rows:
+            # A row that is many times slower than the first shows it in one step: bfloat16 where the CPU emulates it.
+            steps = 1 if warm[row.title] > 5 * warm[rows[0].title] else options.steps
+            seconds[row.title].append(median(row.take(50 if on_gpu else steps)))
+    first = seconds[rows[0].title]
+    print(f"{'':<48}{'ms':>8}{'images/s':>10}{'× first':>9}")
+    for row in rows:
+        mine = seconds[row.title]
+        ratio = median(a / b for a, b in zip(first, mine, strict=True))
+        print(f"{row.title:<48}{1e3 * median(mine):>8.1f}{options.batch / median(mine):>10.0f}{ratio:>9.2f}")
+    return {title: median(times) for title, times in seconds.items()}
+
+
+def show_parts(rows: list[Any], titles: list[str], options: argparse.Namespace) -> None:
+    """Print what was chosen for the hardware, and where the time of a step goes."""
+    defaults = rows[titles.index("the defaults")]
+    print("\n".join(f"the defaults: {note}" for note in defaults.trainer.parts.notes))
+    stops = rows[titles.index("the defaults") + 1]
+    for title, row in (("plain float32", rows[0]), ("defaults", defaults), ("defaults, stops at last tap", stops)):
+        alone = median(forward_only(row))
+        print(f"teacher's forward alone, {title:<23}{1e3 * alone:>8.0f}{options.batch / alone:>10.0f}")
+    for title, row in (("plain float32", rows[0]), ("defaults", defaults)):
+        parts = ", ".join(f"{part} {100 * share:.0f} %" for part, share in shares(row, options.steps).items())
+        print(f"share of the step, {title}: {parts} (student: with backward and optimizer)")
 
 
 if __name__ == "__main__":

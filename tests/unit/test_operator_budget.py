@@ -21,7 +21,7 @@ bfloat16, or a gradient back."""
 
 @pytest.mark.parametrize("precision", STEP)
 def test_a_step_asks_for_no_more_operators_than_its_budget(tmp_path, precision):
-    options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=4)
+    options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=4, size=32)
     write_teacher(options, tmp_path)
     settings = {"train.precision": precision, "train.channels_last": True}
     found = count_step(Row("", options, tmp_path, settings, loads=False).trainer)
