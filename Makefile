@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: browser help quickstart test test-all test-matrix test-cluster test-cluster-short test-gpu rehearse-gpu check environment cluster-tools clean
+.PHONY: browser help quickstart test test-all test-matrix test-cluster test-cluster-short test-gpu rehearse-gpu gpu-day check environment cluster-tools clean
 
 help:
 	@echo "make quickstart         install, train a teacher, distil a student, print one table (under 5 minutes once installed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-cluster       a real Slurm cluster of two virtual nodes, cut links, killed ranks (root; 40 minutes)"
 	@echo "make test-cluster-short a part of it, 8 minutes"
 	@echo "make test-gpu           the checks that need a GPU; says so and runs nothing where there is none"
+	@echo "make gpu-day            an hour on one GPU: checks, speed, accuracy, into docs/results/; DAY='--help' shows more"
 	@echo "make rehearse-gpu       those of one GPU on CPUs, which shows that the checks themselves work"
 	@echo "make check              ruff and mypy"
 	@echo "make cluster-tools      install Slurm, iproute2 and shellcheck (root, Debian); make test-cluster does that, too"
@@ -69,6 +70,12 @@ test-gpu: $(VENV)/.test
 # Whether the tests of one GPU work, on CPUs with gloo; it shows nothing of NCCL.
 rehearse-gpu: $(VENV)/.test
 	DKD_REHEARSE_GPU=1 $(BIN)/python -m pytest -m gpu -rs tests/distributed/test_one_gpu.py tests/distributed/test_gpu_step.py
+
+# Checks, speed and accuracy, in slices that a later start continues: DAY='--minutes 9 --data FOLDER --peer FOLDER'.
+DAY ?=
+
+gpu-day: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gpu_day $(DAY)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -37,6 +37,10 @@ ROWS = {
     "sp_global": "SP, global (512 rows)",
     "at_kd": "AT + KD, β decaying",
     "at_sp": "AT + SP, global",
+    "dist": "DIST",
+    "dkd": "DKD",
+    "pkt": "PKT",
+    "crd": "CRD",
 }
 # Student's t for a two-sided 95 % interval, by degrees of freedom.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}

@@ -3,7 +3,8 @@
     python -m benchmarks.step                       wrn_16_2 → wrn_16_1, batch 64, 32×32
     python -m benchmarks.step --teacher wrn_40_2 --student wrn_16_2
     python -m benchmarks.step --no-compile          without the compiled rows, which take a minute to compile on a CPU
-    python -m benchmarks.step --teacher resnet34 --student resnet18 --size 224 --batch 128 --rows defaults graph
+    python -m benchmarks.step --teacher torchvision/resnet34 --student torchvision/resnet18 --size 224
+    python -m benchmarks.step --rows defaults graph rows whose title has one of these words
     python -m benchmarks.step --peer ../mdistiller  its step beside, from a checkout
 
 One process. Each row is the trainer's own step (data, teacher, student, losses, backward, optimizer), built from a
@@ -32,8 +33,13 @@ TAPS = {"wrn": ["block1", "block2", "block3"], "res": ["layer1", "layer2", "laye
 PLAIN = {"train.precision": "fp32", "train.channels_last": False}
 
 
+def taps_of(name: str) -> list[str]:
+    """Return the taps of a model by the beginning of its name, without its library's."""
+    return TAPS[name.rpartition("/")[2][:3]]
+
+
 def recipe_values(options: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    pairs = [list(pair) for pair in zip(TAPS[options.student[:3]], TAPS[options.teacher[:3]], strict=True)]
+    pairs = [list(pair) for pair in zip(taps_of(options.student), taps_of(options.teacher), strict=True)]
     values: dict[str, Any] = {
         "run": {"dir": str(folder / "run"), "trackers": []},
         "data": {

@@ -156,7 +156,7 @@ def test_there_is_a_recipe_for_every_experiment():
     assert pairs["dkd"] == set(BETAS)
     assert pairs["review"] == set(REVIEWS)
     assert len([path for path in official if path.startswith("imagenet/")]) == 18
-    assert len(official) == 210
+    assert len(official) == 214
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -198,7 +198,9 @@ def test_every_recipe_passes_dkd_plan_and_its_tap_table_is_right(path, capsys):
             continue
         (line,) = (line.removeprefix(key).strip() for line in lines if line.startswith(f"{key} ") and "←" in line)
         ours, theirs = (" ".join(POOLED[model.name]) for model in (recipe.student, recipe.teacher))
-        weight = {"pkt": "weight·B/reference_batch = 30000 · 64 / 64 = 30000", "rkd": section.describe()}
+        batch = recipe.train.global_batch
+        scaled = f"weight·B/reference_batch = 30000 · {batch} / 64 = {30000 * batch / 64:g}"
+        weight = {"pkt": scaled, "rkd": section.describe()}
         assert line == f"{ours}  ←  {theirs}   {weight[key]}"
     for key in ("fitnet", "vid", "crd", "review"):
         if (section := getattr(recipe.losses, key)) is not None:
