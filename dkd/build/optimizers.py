@@ -50,9 +50,15 @@ def build_optimizer(
         of_adapters = _groups([p for p in adapters if p.requires_grad], decay, section.decay_norm_and_bias)
         groups += [{**group, "lr": section.lr * scale, "lr_scale": scale} for group in of_adapters]
     if isinstance(section, SgdSection):
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups, lr=section.lr, momentum=section.momentum, nesterov=section.nesterov, fused=fused or None
         )
+        if fused and section.momentum:
+            # A parameter that gets its first gradient later than others has no momentum, and torch's fused kernel
+            # fails. From zero, the first step is the one without.
+            for parameter in (each for group in groups for each in group["params"]):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if isinstance(section, LambSection):
         return _build_lamb(section, groups)
     betas = section.betas[0], section.betas[1]

@@ -50,8 +50,7 @@ class BatchNormStatistics:
         # torch's own layers read the count only where they average all batches alike.
         self._unread = [m for m in counting if type(m) in _PLAIN and m.momentum is not None]
         self._unread_counters = [m.num_batches_tracked for m in self._unread]
-        unread = {id(m) for m in self._unread}
-        self._counters = [c for m in counting if id(m) not in unread and (c := m.num_batches_tracked) is not None]
+        self._counters = [c for m in counting if (c := m.num_batches_tracked) is not None]
         self._begun = True
 
     @torch.no_grad()
@@ -98,8 +97,12 @@ class BatchNormStatistics:
     @torch.no_grad()
     def finish_step(self) -> None:
         """Set the running statistics to the mean over micro-steps and ranks. A collective when W > 1."""
-        if self._unread_counters:
-            increase_lists(self._unread_counters, 1)
+        if self._micro_steps == 1:
+            pairs = zip(self._unread, self._unread_counters, strict=True)
+            if unread := [counter for layer, counter in pairs if layer.training]:
+                increase_lists(unread, 1)
+        elif self._counters:
+            increase_lists(self._counters, 1)
         if not self._statistics or (self._micro_steps == 1 and self._world_size == 1):
             return
         flat = torch.cat([s.flatten() for s in (self._sum if self._micro_steps > 1 else self._statistics)])
@@ -113,6 +116,3 @@ class BatchNormStatistics:
                 for part, s in zip(flat.split([s.numel() for s in self._statistics]), self._statistics, strict=True)
             ],
         )
-        if self._micro_steps > 1:
-            for counter in self._counters:
-                counter += 1

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dkd.library_internals.torch import is_transformed
+
 if TYPE_CHECKING:
     from dkd.distillation.objective import Weight
 
 
 class LossWeights:
-    """Holds the weights (K,) of K terms. The tensor stays the same one from step to step, and is written only where a
-    weight has changed: a GPU does not wait for the host, and a captured graph reads the weights of each step.
+    """Holds the weights (K,) of K terms. They are sent to the device only where one has changed.
 
     Args:
         weights: of each term, as functions of the global step.
@@ -23,25 +24,38 @@ class LossWeights:
         self._weights = list(weights)
         self._tensor: torch.Tensor | None = None
         self._written: list[float] = []
-        self.are_written_before = False
-        """Whether the weights of a step are written before it, by `write`: a graph that captured the writing would
-        write the same weights in each step."""
+        self._is_held = False
 
     def at(self, step: int, like: torch.Tensor) -> torch.Tensor:
-        """Return the weights at a step, (K,), of the type and on the device of `like`."""
+        """Return the weights at a step, (K,), of the type and on the device of `like`. Inside of `hold`, those that
+        were written last."""
         tensor = self._tensor
-        if tensor is None or tensor.dtype != like.dtype or tensor.device != like.device:
-            self._tensor = tensor = torch.zeros(len(self._weights), dtype=like.dtype, device=like.device)
-            self._written = []
-        return tensor if self.are_written_before and self._written else self.write(step)
+        numbers = self._written if self._is_held else self._numbers(step)
+        fits = tensor is not None and tensor.dtype == like.dtype and tensor.device == like.device
+        if tensor is not None and fits and numbers == self._written:
+            return tensor
+        made = _send(numbers, like)
+        if type(made) is torch.Tensor and not made.is_inference() and not is_transformed(like):
+            self._tensor, self._written = made, numbers
+        return made
 
-    def write(self, step: int) -> torch.Tensor:
-        """Write the weights at a step into the tensor that `at` returned before, and return it."""
-        tensor, numbers = self._tensor, [weight(step) for weight in self._weights]
+    def hold(self, step: int) -> None:
+        """Write the weights at a step into the tensor that `at` returned last, which it returns from now on: a captured
+        graph reads them there. The tensor is that of every step then, so that no backward may follow a later write."""
+        tensor, numbers, self._is_held = self._tensor, self._numbers(step), True
         assert tensor is not None
         if numbers != self._written:
-            fresh = torch.tensor(numbers, dtype=tensor.dtype)
-            # From page-locked memory, for which the host need not wait.
-            tensor.copy_(fresh.pin_memory() if tensor.device.type == "cuda" else fresh, non_blocking=True)
+            tensor.copy_(_send(numbers, tensor))
             self._written = numbers
-        return tensor
+
+    def _numbers(self, step: int) -> list[float]:
+        return [weight(step) for weight in self._weights]
+
+
+def _send(numbers: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """Return numbers in a tensor as `like`."""
+    made = torch.tensor(numbers, dtype=like.dtype)
+    if like.device.type == "cpu":
+        return made
+    # From page-locked memory, for which the host need not wait.
+    return (made.pin_memory() if like.device.type == "cuda" else made).to(like.device, non_blocking=True)

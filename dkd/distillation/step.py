@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dkd.data import Normalize
 from dkd.distillation.batch_norm import BatchNormStatistics
@@ -182,7 +183,9 @@ class DistillationStep:
     def keeps_something(self) -> bool:
         """Return whether a loss keeps something from step to step beside parameters, or needs to know of more than
         images and labels: a queue, places of samples, class weights."""
-        return bool(self._keeping or self._of_whole_steps or self.needs_indices)
+        losses = [loss for term in self.objective.terms if isinstance(loss := getattr(term, "loss", None), nn.Module)]
+        has_buffers = any(True for loss in losses for _ in loss.buffers())
+        return bool(self._keeping or self._of_whole_steps or self.needs_indices or has_buffers)
 
     @torch.no_grad()
     def measure(self, micro_batches: Iterable[MicroBatch]) -> int:

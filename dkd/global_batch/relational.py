@@ -34,7 +34,7 @@ from dkd.global_batch.gram import (
     send_home,
 )
 from dkd.global_batch.placement import Placement
-from dkd.global_batch.scale import NEAREST, Kind, Norms, Scale, least_norm, needs_norms
+from dkd.global_batch.scale import NEAREST, Kind, Norms, Scale, least_norm
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -121,7 +121,8 @@ class Features:
         by_type: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
         for i, (feature, transport) in enumerate(zip(features, transports, strict=True)):
             by_type.setdefault((transport, promoted_dtype(feature.dtype)), []).append(i)
-        self.members = list(by_type.values())
+        # Where nothing is sent, the features are multiplied where they lie.
+        self.members = [[i] for i in range(len(features))] if placement.is_whole else list(by_type.values())
         """The pairs of each message."""
         self._begun: list[Panels | None] = [self._begin(message, 0) for message in range(len(self.members))]
 
@@ -216,11 +217,11 @@ class _Compare(torch.autograd.Function):
         compared = [*students, *(teachers.features if isinstance(teachers, Features) else ())]
         transports = [*comparison.transports, *(teachers.transports if isinstance(teachers, Features) else ())]
         # Of what is multiplied, which may be rounded for its way.
-        gathering = _gather_norms(relation.relation, compared, transports, at)
+        # Of what is multiplied, which may be rounded for its way.
+        gathering = Norms([f.detach().to(type_) for f, type_ in zip(compared, transports, strict=True)], layout)
         products_t = teachers.multiply()[0] if isinstance(teachers, Features) else []
         products_s, columns = own.multiply(keep_columns=any(ctx.needs_input_grad[1:]))
-        norms = gathering.wait() if gathering else [None] * len(compared)
-        scales = [Scale(relation.relation, each, comparison.floor, at) for each in norms]
+        scales = [Scale(relation.relation, each, comparison.floor, at) for each in gathering.wait()]
         pairs = len(students)
         s = [scale.relate(p) for scale, p in zip(scales[:pairs], products_s, strict=True)]
         t = [scale.relate(p) for scale, p in zip(scales[pairs:], products_t, strict=True)]
@@ -312,16 +313,6 @@ def compute_gradients(ctx: Any, saved: Sequence[torch.Tensor], *grads: torch.Ten
     return [g if n else None for g, n in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
 
 
-def _gather_norms(
-    kind: Kind, features: Sequence[torch.Tensor], transports: Sequence[torch.dtype], at: Placement
-) -> Norms | None:
-    """Begin to gather the norms of features, of what is multiplied of them: they may be rounded for their way. None:
-    they are not needed."""
-    if not needs_norms(kind, at):
-        return None
-    return Norms([f.detach().to(type_) for f, type_ in zip(features, transports, strict=True)], at.layout)
-
-
 @torch.no_grad()
 def relate(features: Features, kind: Kind, floor: float) -> list[torch.Tensor]:
     """Return the block of relations (m, n) that this rank computes of each tensor, as `compare` computes those of a
@@ -332,10 +323,10 @@ def relate(features: Features, kind: Kind, floor: float) -> list[torch.Tensor]:
         kind, floor: as Scale.
     """
     at = features.placement
-    gathering = _gather_norms(kind, features.features, features.transports, at)
+    sent = [f.detach().to(type_) for f, type_ in zip(features.features, features.transports, strict=True)]
+    gathering = Norms(sent, at.layout)
     products, _ = features.multiply()
-    norms = gathering.wait() if gathering else [None] * len(products)
-    scales = [Scale(kind, each, floor, at) for each in norms]
+    scales = [Scale(kind, norms, floor, at) for norms in gathering.wait()]
     return [scale.relate(product) for scale, product in zip(scales, products, strict=True)]
 
 

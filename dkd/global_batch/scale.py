@@ -56,16 +56,17 @@ def least_norm(norms: torch.Tensor, floor: float) -> torch.Tensor:
     return (floor * norms.mean(-1, keepdim=True)).clamp_min(_ALL_ZERO)
 
 
-def scale_products(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return products (B, B) of all samples over the square of the largest norm, which is the largest element on their
-    diagonal, and that square. The products are overwritten."""
-    largest = products.diagonal().amax().clamp_min_(_ALL_ZERO**2)
-    return products.div_(largest), largest
+def scale_products(products: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return products (B, B) of all samples as Scale has them, of one process alone, and what they were divided by,
+    twice: the largest norm.
 
-
-def needs_norms(kind: Kind, placement: Placement) -> bool:
-    """Return whether relations are made of products by the norms of all samples."""
-    return kind != "product" or not placement.is_whole
+    Args:
+        products: of the features; they are overwritten.
+        features: (B, d).
+    """
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=products.dtype)
+    largest = norms.max().clamp_min_(_ALL_ZERO)
+    return products.div_(largest).div_(largest), largest
 
 
 class Scale:
@@ -76,16 +77,13 @@ class Scale:
 
     Args:
         kind: the relation.
-        norms: of all samples, (B,); None: of one process alone, which has them in its products.
+        norms: of all samples, (B,).
         floor: of cosines: a norm below this share of the mean norm counts as this share, a constant.
         placement: of this rank.
     """
 
-    def __init__(self, kind: Kind, norms: torch.Tensor | None, floor: float, placement: Placement) -> None:
-        self._kind, self._at, self._square = kind, placement, torch.empty(0)
-        if norms is None:
-            return
-        self._norms = norms
+    def __init__(self, kind: Kind, norms: torch.Tensor, floor: float, placement: Placement) -> None:
+        self._kind, self._norms, self._at = kind, norms, placement
         # (B,) for cosines, else one number.
         self._divisors = (
             torch.maximum(norms, least_norm(norms, floor)) if kind == "cosine" else norms.max().clamp_min_(_ALL_ZERO)
@@ -94,9 +92,6 @@ class Scale:
     def relate(self, products: torch.Tensor) -> torch.Tensor:
         """Return the relations (m, n) of products (m, n), which are overwritten."""
         at = self._at
-        if not needs_norms(self._kind, at):
-            relations, self._square = scale_products(products)
-            return relations
         relations = products.div_(self._of_rows(self._divisors)).div_(self._of_columns(self._divisors))
         if self._kind != "distance":
             return relations
@@ -109,7 +104,7 @@ class Scale:
         """Return the derivative by q_i · q_j / divisor_i of a derivative by relations, which is overwritten."""
         if self._kind == "distance":
             slope.masked_fill_(relations <= NEAREST, 0.0).mul_(-2)
-        return slope.div_(self._of_columns(self._divisors)) if needs_norms(self._kind, self._at) else slope
+        return slope.div_(self._of_columns(self._divisors))
 
     def home(self, sums: torch.Tensor, own: torch.Tensor, row_totals: torch.Tensor | None) -> torch.Tensor:
         """Return the gradient (b, d) of this rank's samples.
@@ -120,8 +115,6 @@ class Scale:
             row_totals: Σ_j M_ij of all samples, (B,), for distances.
         """
         layout = self._at.layout
-        if not needs_norms(self._kind, self._at):
-            return sums.div_(self._square)
         here = slice(layout.first_row, layout.first_row + layout.rows[layout.rank])
         divisors = self._divisors[here, None] if self._kind == "cosine" else self._divisors
         if self._kind == "cosine":

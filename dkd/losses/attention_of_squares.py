@@ -28,7 +28,8 @@ that its product with features of zero is zero."""
 
 
 def pack_maps(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the normalised attention maps Q (P, b, n) of features (b, C, h, w), and ‖F‖₂ (P, b, 1) of them."""
+    """Return the normalised attention maps Q (P, b, n) of features (b, C, h, w), and ‖F‖₂ (P, b, 1) of them, in
+    float64."""
     packed = _room(features, [feature.shape[2] * feature.shape[3] for feature in features])
     places = _places(packed, features)
     # One pass over the features. On CPUs torch's norm over a dimension whose elements are far apart takes 75 times as
@@ -41,8 +42,7 @@ def pack_maps(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
         for place, feature in zip(places, features, strict=True):
             torch.sum(feature.to(packed.dtype).square(), dim=1, out=place)
     # In float64, where the squares of all numbers of float32 fit.
-    norms = torch.linalg.vector_norm(packed, dim=2, keepdim=True, dtype=torch.float64)
-    norms = norms.clamp_min_(SMALLEST).to(packed.dtype)
+    norms = torch.linalg.vector_norm(packed, dim=2, keepdim=True, dtype=torch.float64).clamp_min_(SMALLEST)
     return packed.div_(norms), norms
 
 

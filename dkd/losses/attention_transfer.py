@@ -125,9 +125,11 @@ class AttentionTransfer(nn.Module):
         ]
         students, teachers, weights = [s for s, _, _ in pairs], [t for _, t, _ in pairs], [w for _, _, w in pairs]
         with no_autocast(students[0].device):
+            for s in students:
+                layout.check(s)
             by_squares = self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers])
-            # A compiler makes few kernels of plain operations by itself.
-            if by_squares and not torch.compiler.is_compiling():
+            alike = all(len({f.dtype for f in features}) == 1 for features in (students, teachers))
+            if by_squares and alike and not needs_plain_autograd([*students, *teachers]):
                 packed, _ = attention_of_squares.pack_maps([t.detach() for t in teachers])
                 return self._compare_squares(students, packed, weights, layout)
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()

@@ -183,7 +183,7 @@ class RelationalLoss(nn.Module):
             weights = [w for _, _, w in pairs]
             if layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, teachers, weights, self.floor)
-            if layout.world_size == 1:
+            if layout.world_size == 1 and half.placement.chunks == 1:
                 value = self.compare_whole(students, self._whole(teachers, False, weights, types))
                 if value is not None:
                     return value
@@ -206,12 +206,12 @@ class RelationalLoss(nn.Module):
             if at.layout.world_size == 1 and needs_plain_autograd(students):
                 return compare_alone(self, students, None, weights, self.floor, blocks)
             types = self._types(students, sent_as, at.layout)
-            if at.layout.world_size == 1:
+            assert at.placement is not None
+            if at.layout.world_size == 1 and at.placement.chunks == 1:
                 value = self.compare_whole(students, self._whole(blocks, True, weights, types))
                 if value is not None:
                     return value
             gradients = [self.comm_dtype or promoted_dtype(s.dtype) for s in students]
-            assert at.placement is not None
             comparison = Comparison(self, weights, self.floor, at.placement, blocks, types, gradients)
             return compare(comparison, students)
 

@@ -44,8 +44,8 @@ class _Compare(torch.autograd.Function):
         shares, slopes, scales = [], [], []
         for student, type_, teacher, weight in zip(students, whole.types, whole.teachers, whole.weights, strict=True):
             own = student.to(type_)
-            own, scale = scale_products(multiply(own, own))
-            theirs = teacher if whole.are_relations else scale_products(multiply(teacher, teacher))[0]
+            own, scale = scale_products(multiply(own, own), own)
+            theirs = teacher if whole.are_relations else scale_products(multiply(teacher, teacher), teacher)[0]
             share, slope = _compare_gram(torch.stack([own, theirs]), floor)
             shares.append(share * (weight / len(student) ** 2))
             slopes.append(slope)
@@ -68,7 +68,7 @@ class _Compare(torch.autograd.Function):
         for student, slope, scale, weight, type_, asked in parts:
             with torch.autocast(student.device.type, enabled=False):
                 own = student.to(type_).to(slope.dtype)
-                sums = (slope @ own).div_(scale).mul_(grads[0] * (2 * weight / len(student) ** 2))
+                sums = (slope @ own).div_(scale).div_(scale).mul_(grads[0] * (2 * weight / len(student) ** 2))
             found.append(sums.to(student.dtype) if asked else None)
         return None, None, *found
 

@@ -55,7 +55,7 @@ class SoftTargets(nn.Module):
                 student, teacher = standardized(student), standardized(teacher)
             layout.check(student)
             factor = self.temperature**2 * layout.world_size / layout.total
-            if needs_plain_autograd([student]):
+            if needs_plain_autograd([student, teacher]):
                 return _divergence_by_autograd(student, teacher, self.temperature, factor)
             value: torch.Tensor = _Divergence.apply(student, teacher, self.temperature, factor)
             return value
@@ -73,15 +73,16 @@ class _Divergence(torch.autograd.Function):
         of_student, of_teacher = logs.exp()
         # p·log(p/q) is 0 at p = 0, but is computed as 0·∞.
         terms = (logs[1] - logs[0]).mul_(of_teacher).masked_fill_(of_teacher == 0, 0.0)
-        ctx.save_for_backward(student, teacher, of_student, of_teacher)
-        ctx.temperature, ctx.factor = temperature, factor
+        ctx.save_for_backward(student, of_student, of_teacher)
+        # Not saved: it may come from torch.inference_mode, and no gradient reaches it.
+        ctx.teacher, ctx.temperature, ctx.factor = teacher, temperature, factor
         return terms.sum() * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        student, teacher, of_student, of_teacher = ctx.saved_tensors
+        student, of_student, of_teacher = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
-            value = _divergence_by_autograd(student, teacher, ctx.temperature, ctx.factor)
+            value = _divergence_by_autograd(student, ctx.teacher, ctx.temperature, ctx.factor)
             return *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None, None
         return (of_student - of_teacher).mul_(grads[0] * (ctx.factor / ctx.temperature)), None, None, None
 

@@ -3,6 +3,7 @@
 A step of a small model is hundreds of launches, and Python takes longer to ask for them than a GPU to run them. What a
 graph reads lies at fixed places: the images and labels of the step are copied there, and learning rate and loss weights
 are tensors on the device (`SteppedRates`, `LossWeights`). Random numbers follow the seed that is set before a replay.
+Whatever else Python decides in a step is decided once, for all: the first steps after the capture are taken both ways.
 
 Without a GPU nothing is captured, and the same parts run one after the other: what tests compare with the usual step.
 """
@@ -20,13 +21,19 @@ from dkd.distillation import InputGradientTerm
 from dkd.distillation.step import DistillationStep, MicroLoss
 from dkd.engines.accelerated import AcceleratedEngine
 from dkd.engines.ema import WeightAverage
+from dkd.errors import TrainingError
 from dkd.text import first_line
 
 WARM_UP = 3
 """Steps that run on the stream of the capture before it, so that libraries have chosen their kernels there."""
+CHECKED = 3
+"""Steps after the capture that are taken both ways. They have other images, seeds and rates than the captured one: what
+Python decided for that one, and would decide otherwise now, shows there."""
 LARGEST_DIFFERENCE = 0.1
-"""The largest difference, as a share of the update, of one step that is computed both ways when a graph is captured. A
-graph that misses an input differs by about 1; kernels whose sums have no fixed order, in bfloat16, by 1e-3."""
+"""The largest difference of a step that is taken both ways, as a share of the update. A graph that misses an input
+differs by about 1; kernels whose sums have no fixed order, in bfloat16, by 1e-3."""
+LARGEST_LOSS_DIFFERENCE = 0.01
+"""The same of the loss, as a share of it."""
 
 
 def why_not(recipe: Recipe, step: DistillationStep, engine: AcceleratedEngine, world_size: int) -> str | None:
@@ -40,6 +47,7 @@ def why_not(recipe: Recipe, step: DistillationStep, engine: AcceleratedEngine, w
         "teacher.cache brings other numbers in each step": bool(step.teaching.stored),
         "a loss differentiates by the images": any(isinstance(t, InputGradientTerm) for t in step.objective.terms),
         "a loss keeps something from step to step": step.keeps_something,
+        "the engine keeps shards": engine.rules.shards_training,
         f"{engine.device.type} devices have no such graphs": engine.device.type not in ("cpu", "cuda"),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -79,8 +87,10 @@ class CudaGraphs:
     def capture(self, compute: Callable[[], MicroLoss]) -> tuple[MicroLoss, Callable[[], None]]:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Threads that load images may go on.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             loss = compute()
+        torch.cuda.empty_cache()  # what steps have used until now; the graph has memory of its own
         return loss, graph.replay
 
 
@@ -126,18 +136,20 @@ class StepGraph:
         """
         self._fill(self._step.load(batch, number))
         self._step.seed(number)
-        weights = self._step.objective.weights
-        weights.are_written_before = True
-        weights.write(number)
+        self._step.objective.weights.hold(number)
         if self._graphs is None:
             return self._compute(number)
         self._taken += 1
         if self._taken <= WARM_UP:
             return self._graphs.warm_up(lambda: self._compute(number))
-        if self._replay is None:
-            return self._capture(self._graphs, number)
-        self._replay()
+        if self._taken == WARM_UP + 1:
+            self._capture(self._graphs, number)
+            return self._compute(number)
+        if self._taken <= WARM_UP + 1 + CHECKED:
+            return self._take_both_ways(number)
+        assert self._replay is not None
         assert self._loss is not None
+        self._replay()
         return self._loss
 
     def _fill(self, found: Sequence[torch.Tensor]) -> None:
@@ -160,36 +172,51 @@ class StepGraph:
             self._average.update()
         return loss
 
-    def _capture(self, graphs: Graphs, number: int) -> MicroLoss:
-        """Capture a graph, and take this step both ways: the state is that of the usual way, which a graph that
-        computes something else is given up for."""
-        before = [tensor.clone() for tensor in self._state()]
+    def _capture(self, graphs: Graphs, number: int) -> None:
+        """Capture a graph, which computes nothing yet. Raises TrainingError: after a capture that fails, torch's memory
+        of the GPU is in no state to continue, and the run is hardly begun."""
         try:
-            loss, replay = graphs.capture(lambda: self._compute(number))
-            self._step.seed(number)
-            replay()
-            found = [tensor.clone() for tensor in (loss.total.detach(), *self._state())]
-        except RuntimeError as error:  # what cannot be captured raises this, whatever the cause
-            self._give_up(first_line(error), before)
-            self._step.seed(number)
-            return self._compute(number)
-        self._restore(before)
+            self._loss, self._replay = graphs.capture(lambda: self._compute(number))
+        except RuntimeError as error:  # whatever the cause
+            raise TrainingError(
+                f"the step cannot be captured as a CUDA graph ({first_line(error)}); set train.graph=false, and start "
+                "again: the run resumes"
+            ) from error
+        self._step.seed(number)
+
+    def _take_both_ways(self, number: int) -> MicroLoss:
+        """Take a step by the graph, undo it, and take it as usual: the state that stays is that of the usual way, which
+        a graph that computes something else is given up for."""
+        assert self._replay is not None
+        assert self._loss is not None
+        before = [tensor.clone() for tensor in self._state()]
+        self._replay()
+        loss, found = self._loss.total.detach().clone(), self._judged()
+        for tensor, kept in zip(self._state(), before, strict=True):
+            tensor.copy_(kept)
+        old = self._judged()
         self._step.seed(number)
         usual = self._compute(number)
-        total = usual.total.detach()
-        share = largest_difference([total, *self._state()], found, [torch.zeros_like(total), *before])
-        if not share <= LARGEST_DIFFERENCE:
-            self._give_up(f"it computes something else, by {share:.2g} of an update", None)
-            return usual
-        self._replay, self._loss = replay, loss
+        update = largest_difference(self._judged(), found, old)
+        share = float((loss - usual.total.detach()).abs() / usual.total.detach().abs().clamp_min(1e-12))
+        # Written so that numbers that are not finite give the graph up, too.
+        if not (update <= LARGEST_DIFFERENCE and share <= LARGEST_LOSS_DIFFERENCE):
+            self._graphs = None
+            what = f"by {update:.2g} of an update, and {share:.2g} of the loss"
+            self._say(
+                f"warning: train.graph: a replayed step differs from the usual one ({what}): something in it is "
+                "decided anew in each step, beyond torch's seed; steps run operator by operator"
+            )
         return usual
 
-    def _give_up(self, why: str, before: Sequence[torch.Tensor] | None) -> None:
-        self._graphs = None
-        self._engine.optimizer.zero_grad()
-        if before is not None:
-            self._restore(before)
-        self._say(f"warning: the step is not captured as a CUDA graph ({why}); it runs operator by operator")
+    def _judged(self) -> list[torch.Tensor]:
+        """Return what the two ways are compared by, each as one vector: the weights, what floats beside them, and the
+        averages. One tensor's update alone may be all rounding, as that of a bias before BatchNorm."""
+        model = self._engine.model
+        floats = [b for b in model.buffers() if b.is_floating_point()]
+        averages = [] if self._average is None else [average for _, _, average in self._average.named()]
+        parts = ([p.detach() for p in model.parameters()], floats, averages)
+        return [torch.cat([tensor.flatten().double() for tensor in part]) for part in parts if part]
 
     def _state(self) -> list[torch.Tensor]:
         """Return everything that a step changes."""
@@ -198,15 +225,11 @@ class StepGraph:
         averages = [] if self._average is None else [average for _, _, average in self._average.named()]
         return [t.detach() for t in (*self._engine.model.parameters(), *self._engine.model.buffers(), *kept, *averages)]
 
-    def _restore(self, before: Sequence[torch.Tensor]) -> None:
-        for tensor, old in zip(self._state(), before, strict=True):
-            tensor.copy_(old)
-
 
 def largest_difference(
     usual: Sequence[torch.Tensor], found: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
 ) -> float:
-    """Return the largest ‖found − usual‖ / ‖usual − before‖ of all tensors, and NaN where a number is one."""
+    """Return the largest ‖found − usual‖ / ‖usual − before‖ of several vectors, and NaN where a number is one."""
     shares = []
     for new, other, old in zip(usual, found, before, strict=True):
         change = (new.detach().double() - old.double()).norm()

@@ -44,7 +44,7 @@ LABELS = torch.arange(4)
 LOSSES = {
     "at, three pairs": (AttentionTransfer(), features(3), 33),
     "at, one pair": (AttentionTransfer(), features(1), 27),
-    "sp": (SimilarityPreserving(), features(1), 32),
+    "sp": (SimilarityPreserving(), features(1), 37),
     "kd": (SoftTargets(), LOGITS, 15),
     "ce": (CrossEntropy(), (LOGITS[0], LABELS), 8),
 }

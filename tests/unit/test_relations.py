@@ -237,7 +237,7 @@ MUTATIONS = {
     "one process: products with other samples' scale": lambda: patched(
         similarity_of_one_process,
         "scale_products",
-        lambda original, products: (found := original(products), (found[0], found[1] * 2))[1],
+        lambda original, *arguments: (found := original(*arguments), (found[0], found[1] * 2))[1],
     ),
     "one process: a derivative through a divisor that is a constant": lambda: mock.patch.object(
         torch.Tensor, "masked_fill_", lambda tensor, mask, value: tensor
