@@ -157,13 +157,15 @@ def memory_for_images(local_world_size: int) -> int:
 
 
 def images_on_device(
-    data: DataSection, source: ImageSource, transform: object, device: torch.device
+    data: DataSection, source: ImageSource, transform: object, device: torch.device, used: int = 0
 ) -> DeviceImages | None:
     """Return a source's images on the device that trains, where `data.in_memory` asks for it, or leaves it open and
     they fit; else None.
 
     Args:
         transform: of the batches.
+        used: bytes of other images there. Those of evaluations stay on the host where all would take more than an
+            eighth of the device.
 
     Raises:
         DataError: they are asked for, and do not fit.
@@ -175,8 +177,8 @@ def images_on_device(
     if device.type != "cuda":
         return DeviceImages(source, transform, device) if data.in_memory == "device" else None
     there = torch.cuda.get_device_properties(device).total_memory
-    if needed > there / 8:
-        if data.in_memory == "auto":
+    if used + needed > there / 8:
+        if data.in_memory == "auto" or used:
             return None
         if needed > there / 2:
             raise DataError(
@@ -285,12 +287,17 @@ def build_data(
     replaces, pin = data.on_error == "skip", device.type == "cuda"
     # On the device, images of one size are kept.
     held = None if len(pipeline.by_epoch) > 1 else images_on_device(data, training, pipeline.train, device)
+    evaluated: list[DeviceImages] = []
 
     def evaluation_loader(source: ImageSource) -> EvaluationLoader:
         size, own_workers = pipeline.image_size, loader_workers(data, source, local)
         batch, rank, world = recipe.evaluation.batch, launch.rank, launch.world_size
-        if held is not None and (images := _evaluated_on_device(data, source, pipeline, device, local)) is not None:
-            return DeviceEvaluationLoader(source, images, batch, rank, world)
+        if held is not None:
+            used = sum(each.bytes for each in (held, *evaluated))
+            images = _evaluated_on_device(data, source, pipeline, device, local, used)
+            if images is not None:
+                evaluated.append(images)
+                return DeviceEvaluationLoader(source, images, batch, rank, world)
         return EvaluationLoader(source, pipeline.validation, batch, rank, world, own_workers, pin, size)
 
     return DataParts(
@@ -310,13 +317,18 @@ def build_data(
 
 
 def _evaluated_on_device(
-    data: DataSection, source: ImageSource, pipeline: ImagePipeline, device: torch.device, local_world_size: int
+    data: DataSection,
+    source: ImageSource,
+    pipeline: ImagePipeline,
+    device: torch.device,
+    local_world_size: int,
+    used: int,
 ) -> DeviceImages | None:
     """Return images of an evaluation on the device that trains; None where they do not fit, or one cannot be read,
     which the evaluation then reports."""
     try:
         decoded = in_memory(source, memory_for_images(local_world_size))
-        return None if decoded is None else images_on_device(data, decoded, pipeline.validation, device)
+        return None if decoded is None else images_on_device(data, decoded, pipeline.validation, device, used)
     except DataError:
         return None
 

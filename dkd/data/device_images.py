@@ -46,6 +46,11 @@ class DeviceImages:
             self._padded[first : first + len(part)].copy_(transform.padded(part))
         self._labels = torch.as_tensor(source.labels, dtype=torch.int64).to(device)
 
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of the images."""
+        return self._padded.numel()
+
     def batch(self, indices: Sequence[int], seeds: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return uint8 images (b, 3, H, W) and int64 labels (b,) of some samples, on the device.
 

@@ -52,7 +52,8 @@ class HostBuffer:
 
 
 def page_locked(size: int) -> torch.Tensor:
-    """Return page-locked memory, uint8 (size,); ordinary memory where the system gives no more of it."""
+    """Return page-locked memory, uint8 (size,); ordinary memory where the system gives no more of it. torch takes a
+    power of two of it, at least `size`."""
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:

@@ -87,7 +87,7 @@ class CudaGraphs:
     def capture(self, compute: Callable[[], MicroLoss]) -> tuple[MicroLoss, Callable[[], None]]:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Threads that load images may go on.
+        # Threads that load images continue meanwhile.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             loss = compute()
         torch.cuda.empty_cache()  # what steps have used until now; the graph has memory of its own

@@ -1,0 +1,146 @@
+"""Losses by few operations: derivatives of first and second order, transforms, ends of the range, and updates by one
+kernel."""
+
+import pytest
+import torch
+from torch import nn
+
+from dkd import AttentionTransfer, BatchLayout, SimilarityPreserving, SoftTargets
+from dkd.build.optimizers import build_optimizer
+from dkd.config.optimizers import SgdSection
+from dkd.distillation.batch_norm import BatchNormStatistics
+
+
+def double(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def at_of_two(first, second):
+    return AttentionTransfer(weights=[1.0, 0.3])([first, second], [double(3, 5, 4, 4), double(3, 2, 2, 3)])
+
+
+def sp_of_two(first, second):
+    return SimilarityPreserving(floor=0.0)([first, second], [double(4, 5), double(4, 3)])
+
+
+def kd(logits):
+    return SoftTargets(4.0)(logits, double(3, 6))
+
+
+CASES = {
+    "at": (at_of_two, [double(3, 2, 4, 4), double(3, 4, 2, 3)]),
+    "sp": (sp_of_two, [double(4, 7), double(4, 2)]),
+    "kd": (kd, [double(3, 6) + 1]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivatives(name):
+    loss, inputs = CASES[name]
+    inputs = [each.clone().requires_grad_() for each in inputs]
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_transforms_may_follow_the_teacher_too():
+    features, targets = double(5, 3, 2, 4, 4), double(5, 3, 6, 4, 4)
+    at = AttentionTransfer()
+    layout = BatchLayout((3,))
+    one_by_one = torch.stack([at(s, t, layout=layout) for s, t in zip(features, targets, strict=True)])
+    torch.testing.assert_close(torch.vmap(lambda s, t: at(s, t, layout=layout))(features, targets), one_by_one)
+    z, w = double(5, 3, 6), double(5, 3, 6) * 2
+    loss = SoftTargets()
+    one_by_one = torch.stack([loss(s, t, layout=layout) for s, t in zip(z, w, strict=True)])
+    torch.testing.assert_close(torch.vmap(lambda s, t: loss(s, t, layout=layout))(z, w), one_by_one)
+    torch.testing.assert_close(torch.vmap(lambda t: loss(z[0], t, layout=layout))(w)[0], one_by_one[0])
+
+
+def test_a_teacher_of_inference_mode_teaches():
+    student = double(3, 6).requires_grad_()
+    with torch.inference_mode():
+        teacher = double(3, 6) * 3
+    SoftTargets()(student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", [1e18, 1e12, 1e-12])
+def test_attention_of_long_and_short_features_is_that_of_others(size):
+    """Their squares still fit float32."""
+    student, teacher = double(2, 64, 8, 8).float(), double(2, 32, 8, 8).float()
+    wanted, found = student.clone().requires_grad_(), (student * size).requires_grad_()
+    at = AttentionTransfer()
+    value, scaled = at(wanted, teacher), at(found, teacher * size)
+    torch.testing.assert_close(scaled, value, rtol=1e-4, atol=0)
+    value.backward()
+    scaled.backward()
+    torch.testing.assert_close(found.grad.double() * size, wanted.grad.double(), rtol=1e-2, atol=1e-9)
+
+
+def test_rows_that_do_not_fit_a_given_layout_are_refused_for_every_pair():
+    features = [torch.randn(4, 2, 3, 3), torch.randn(3, 2, 3, 3)]
+    with pytest.raises(ValueError, match="holds 4 rows"):
+        AttentionTransfer()(features, [f.clone() for f in features], layout=BatchLayout((4,)))
+
+
+def test_stored_relations_of_several_pairs_of_odd_widths_are_the_live_ones_bit_for_bit():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows = 5 + seed % 9
+        students = [torch.randn(rows, width, requires_grad=True) for width in (3, 16, 7)]
+        teachers = [torch.randn(rows, width) for width in (16, 3, 33)]
+        loss, layout = SimilarityPreserving(), BatchLayout((rows,))
+        live = loss(students, teachers, layout=layout)
+        place = loss.settle([], layout, torch.device("cpu"))
+        relations, _, _ = loss.relate_teacher(teachers, place)
+        stored = loss(students, relations, layout=layout)
+        assert torch.equal(live, stored)
+        for one, other in zip(torch.autograd.grad(live, students), torch.autograd.grad(stored, students), strict=True):
+            assert torch.equal(one, other)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.later = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x, step):
+        return self.always(x) + (self.later(x) if step > 1 else 0)
+
+
+def test_one_kernel_updates_what_gets_its_first_gradient_later():
+    """As torch's plain SGD does, which makes the momentum of a parameter then."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = Branches().double()
+        section = SgdSection(name="sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+        optimizer = build_optimizer(section, model, fused)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(double(4, 3), step).square().sum().backward()
+            optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_counts_of_batches_do_not_depend_on_accumulation_and_leave_out_frozen_layers(micro_steps):
+    trained, frozen = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    model = nn.Sequential(trained, frozen)
+    statistics = BatchNormStatistics(model, micro_steps, world_size=1)
+    for step in range(4):
+        if step == 1:
+            frozen.eval()
+        statistics.start_step()
+        for _ in range(micro_steps):
+            with statistics.forward():
+                assert trained.num_batches_tracked is None
+                model(torch.randn(3, 2, 2, 2))
+            if micro_steps > 1:
+                model(torch.randn(3, 2, 2, 2))  # as recomputed activations do in a backward
+            statistics.finish_micro_batch()
+        statistics.finish_step()
+    assert trained.num_batches_tracked == 4
+    if micro_steps == 1:
+        assert frozen.num_batches_tracked == 1
