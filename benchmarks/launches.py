@@ -214,13 +214,10 @@ def _count_calls(call: Callable[[], Any]) -> int:
 
 
 def main() -> int:
-    from benchmarks.step import Row, write_teacher
+    from benchmarks.step import Row, add_models, write_teacher
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="wrn_16_2")
-    parser.add_argument("--student", default="wrn_16_1")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32, help="pixels of a side (default 32)")
+    add_models(parser)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--by-operator", action="store_true")
     options = parser.parse_args()

@@ -162,12 +162,17 @@ def write_teacher(options: argparse.Namespace, folder: Path) -> None:
     save_file(build_model(ModelSpec(options.teacher, 10)).state_dict(), folder / "teacher.safetensors")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of what is trained: models, images of a step and their size."""
     parser.add_argument("--teacher", default="wrn_16_2")
     parser.add_argument("--student", default="wrn_16_1")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=32, help="pixels of a side (default 32)")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_models(parser)
     parser.add_argument("--rows", nargs="+", default=[], metavar="WORD", help="rows whose title has one of these words")
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of mdistiller, whose step is timed beside")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians of all rows there, in seconds")

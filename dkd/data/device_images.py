@@ -97,13 +97,13 @@ class DeviceTrainLoader:
     """Nothing is waited for."""
 
     def __init__(self, images: DeviceImages, order: GlobalBatchSampler) -> None:
-        self.order, self._images = order, images
+        self.order, self.images = order, images
 
     def steps(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield the micro-batches of steps first_step … last_step − 1, `order.micro_steps` of them a step."""
         for keys in self.order.micro_batches(first_step, last_step):
             seeds = augmentation_seeds(self.order.seed, keys)
-            images, labels = self._images.batch([index for _, index in keys], seeds)
+            images, labels = self.images.batch([index for _, index in keys], seeds)
             yield Batch(images, labels, len(keys))
 
 

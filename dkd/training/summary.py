@@ -8,7 +8,7 @@ from dkd import machine
 from dkd.build.data import DataParts
 from dkd.config import Recipe
 from dkd.config.derived import teacher_views
-from dkd.data import GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
+from dkd.data import DeviceTrainLoader, GlobalBatchSampler, ImageSource, RowGroups, StreamedBatchSampler, is_in_memory
 from dkd.data.jpeg import jpeg_decoder
 from dkd.data.sampler import TURNS
 from dkd.distillation import LazyTeacher, OneTeacher, TeacherGroup
@@ -54,6 +54,9 @@ def summarize(
             f"{workers} worker process{'es' if workers > 1 else ''} of each rank" if workers else "the ranks themselves"
         )
         yield f"images are loaded by {who}, JPEG files decoded by {jpeg_decoder().name}"
+    if isinstance(data.train_loader, DeviceTrainLoader):
+        held = data.train_loader.images
+        yield f"the training images are held by {held.device}, {held.bytes / 1e6:.0f} MB"
     of_validation = 0 if data.validation is None else data.validation.shared_bytes
     batch_memory = data.train_loader.shared_bytes + of_validation
     if batch_memory * local > machine.memory() / 4:

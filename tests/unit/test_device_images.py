@@ -123,11 +123,12 @@ def train(path, **changes):
     return kept, (path / "run" / "student.safetensors").read_bytes()
 
 
-def test_a_training_with_mixed_images_is_the_same_to_the_bit(tmp_path):
+def test_a_training_with_mixed_images_is_the_same_to_the_bit(tmp_path, capsys):
     """The images are mixed after they were cropped, in either way."""
     plain, on_device = (
         train(tmp_path / name, in_memory=value) for name, value in (("plain", True), ("device", "device"))
     )
+    assert capsys.readouterr().err.count("the training images are held by cpu, 6 MB") == 1
     assert [line["loss"] for line in plain[0] if "loss" in line]
     assert plain == on_device
 

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks import gpu_day
 from benchmarks.gpu_day import Result, Slice, card, main, page, slices, take
+from benchmarks.peer_step import PeerRow
 
 
 def options(folder, **changes):
@@ -83,6 +85,55 @@ def test_the_page_shows_speed_beside_a_peers(tmp_path):
     text = page(results, {"card": "a card", "torch": "2"})
     assert "| a graph | 2.00 | 32,000 | 6.0 |" in text
     assert "## step: failed\n\n```\na::b\nthe end\n```" in text
+
+
+PEER = {
+    "__init__.py": "",
+    "models/__init__.py": "",
+    "models/cifar.py": """
+import torch
+class Model(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, num_classes, 3)
+    def forward(self, images):
+        feature = self.layer(images)
+        return feature.mean((2, 3)), {"feats": [feature]}
+cifar_model_dict = {"large": (Model, None), "small": (Model, None)}
+""",
+    "distillers/__init__.py": "",
+    "distillers/AT.py": """
+import torch
+class AT(torch.nn.Module):
+    def __init__(self, student, teacher, cfg):
+        super().__init__()
+        self.student, self.teacher, self.weight = student, teacher, cfg.AT.LOSS.FEAT_WEIGHT
+        self.steps = 0
+    def get_learnable_parameters(self):
+        return list(self.student.parameters())
+    def forward(self, image, target, epoch):
+        self.steps += 1
+        logits, mine = self.student(image)
+        theirs = self.teacher(image)[1]
+        apart = (mine["feats"][0] - theirs["feats"][0]).square().mean()
+        ce = torch.nn.functional.cross_entropy(logits, target)
+        return logits, {"ce": ce, "kd": self.weight * apart}
+""",
+}
+
+
+def test_a_peers_step_is_read_from_its_checkout(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="there is no folder mdistiller in it"):
+        PeerRow(tmp_path, "large", "small", 4, torch.device("cpu"))
+    for name, text in PEER.items():
+        path = tmp_path / "mdistiller" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    row = PeerRow(tmp_path, "large", "small", 4, torch.device("cpu"))
+    seconds = row.take(3)
+    assert len(seconds) == 3
+    assert all(each > 0 for each in seconds)
 
 
 def test_every_slice_names_files_that_are_there():
