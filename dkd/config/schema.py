@@ -357,8 +357,8 @@ class TrainSection(Section):
     """Models that are compiled."""
     graph: AutoSwitch = "auto"
     """Whether each step is one CUDA graph, captured once and replayed: one process alone, without accumulation. Where a
-    step cannot be captured, one line reports why, and steps run as usual. auto: false, until graphs have been measured
-    on more GPUs."""
+    recipe does not allow it, one line gives the reason, and steps run as usual. auto: false, until graphs have been
+    run on a GPU."""
     links: Text | None = None
     """File of `dkd launch-check --json FILE`, with the measured speeds between ranks, by which losses of relations
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""
