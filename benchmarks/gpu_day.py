@@ -10,7 +10,7 @@ docs/results/.
 
 The day is cut into slices of at most 9 minutes, the most telling ones first. A slice that has ended leaves a file, and
 is left out by the next start; one that was cut off is started again, and trainings resume. The page of results is
-written anew after each slice.
+written again after each slice.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,8 +67,8 @@ def around_a_step() -> str:
     arithmetic."""
     from benchmarks.step import Row
 
-    options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=2)
-    alone: dict[str, Any] = {"teacher": None, "losses": {}, "data.image_size": 8, "train.precision": "fp32"}
+    options = argparse.Namespace(teacher="wrn_16_2", student="wrn_16_1", batch=2, size=8)
+    alone: dict[str, Any] = {"teacher": None, "losses": {}, "train.precision": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
         row = Row("alone", options, Path(folder), alone)
         model = copy.deepcopy(row.trainer.parts.engine.model.model)
@@ -103,21 +104,49 @@ def folded_teacher() -> str:
     return f"forward of a wrn_40_2 teacher, 64 images, bf16: {both}"
 
 
+def attention_of_squares() -> str:
+    """AT on maps as a ResNet's at 224 pixels: as AttentionTransfer computes it, and as public implementations write
+    it."""
+    from dkd import AttentionTransfer
+
+    def mapped(feature: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(feature.square().sum(1).flatten(1))
+
+    def published(students: list[torch.Tensor], teachers: list[torch.Tensor]) -> torch.Tensor:
+        pairs = zip(students, teachers, strict=True)
+        return torch.stack([(mapped(s) - mapped(t)).square().mean() for s, t in pairs]).sum()
+
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        shapes = [(64, 56), (128, 28), (256, 14)]
+        students = [torch.randn(16, c, s, s).to(memory_format=layout).requires_grad_() for c, s in shapes]
+        teachers = [torch.randn(16, c, s, s).to(memory_format=layout) for c, s in shapes]
+        ways = [partial(loss, students, teachers) for loss in (AttentionTransfer(), published)]
+        few, many = milliseconds(*(partial(lambda way, of: torch.autograd.grad(way(), of), w, students) for w in ways))
+        found.append(f"{few:.1f} ms and {many:.1f} ({str(layout).removeprefix('torch.')})")
+    return f"AT of three pairs, as here and as published: {', '.join(found)}"
+
+
 def optimizers() -> str:
-    parameters = [torch.nn.Parameter(p.detach().clone()) for p in build_model(ModelSpec("wrn_40_2", 10)).parameters()]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    ways: list[dict[str, bool]] = [{}, {"foreach": True}, {"fused": True}]
-    made = [torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, **way) for way in ways]
-    single, foreach, fused = milliseconds(*(optimizer.step for optimizer in made))
-    return f"SGD on wrn_40_2: {single:.1f} ms, {foreach:.1f} foreach, {fused:.1f} fused"
+    """The updates of all weights by one kernel, and as torch makes them by default."""
+    found = []
+    for name in ("wrn_16_1", "torchvision/resnet18"):
+        parameters = [torch.nn.Parameter(p.detach().clone()) for p in build_model(ModelSpec(name, 10)).parameters()]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        for optimizer in (torch.optim.SGD, torch.optim.AdamW):
+            more = {"momentum": 0.9, "nesterov": True} if optimizer is torch.optim.SGD else {}
+            made = [optimizer(parameters, lr=1e-3, fused=fused, **more) for fused in (True, False)]  # type: ignore[arg-type]
+            fused, plain = milliseconds(*(each.step for each in made))
+            found.append(f"{optimizer.__name__} on {name}: {fused:.2f} ms fused, {plain:.2f} by default")
+    return "; ".join(found)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     torch.set_num_threads(parser.parse_args().threads)
-    for part in (augmentation, attention_backward, around_a_step, folded_teacher, optimizers):
+    for part in (augmentation, attention_backward, attention_of_squares, around_a_step, folded_teacher, optimizers):
         print(part(), flush=True)
     return 0
 

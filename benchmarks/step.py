@@ -91,7 +91,7 @@ class Row:
             self.trainer.load_images(10**9 // options.batch)
 
     def take(self, steps: int) -> list[float]:
-        """Take steps, and return the seconds of each, which are equal: a GPU computes while the host goes on."""
+        """Take steps, and return the seconds of each, which are equal: a GPU computes while the host continues."""
         started = time.perf_counter()
         for _ in range(steps):
             self.trainer.after_step(self.trainer.train_step())

@@ -30,13 +30,13 @@ class SgdSection(Section):
     momentum: Fraction = 0.9
     """Momentum."""
     nesterov: Switch = False
-    """Whether the momentum is Nesterov's."""
+    """Whether Nesterov momentum is used."""
     weight_decay: NonNegative = 0.0
     """Weight decay."""
     decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
+    """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
     adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
+    """Settings for what losses train beside the student."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> SgdSection:
@@ -59,9 +59,9 @@ class AdamWSection(Section):
     weight_decay: NonNegative = 0.01
     """Weight decay."""
     decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
+    """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
     adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
+    """Settings for what losses train beside the student."""
 
 
 class LambSection(Section):
@@ -79,11 +79,11 @@ class LambSection(Section):
     weight_decay: NonNegative = 0.01
     """Weight decay. A tensor without weight decay is updated as by Adam, and not scaled."""
     trust_clip: Switch = False
-    """Whether a tensor's norm divided by its update's is at most 1."""
+    """Whether the trust ratio, the norm of a tensor over the norm of its update, is limited to 1."""
     decay_norm_and_bias: Switch = True
-    """Whether weight decay applies to biases and to the parameters of normalisation layers too."""
+    """Whether weight decay also applies to biases and to the parameters of normalisation layers."""
     adapters: AdapterOptimizerSection = AdapterOptimizerSection()
-    """Of what losses train beside the student."""
+    """Settings for what losses train beside the student."""
 
 
 OptimizerSection = SgdSection | AdamWSection | LambSection

@@ -61,8 +61,8 @@ class Graphs(Protocol):
         ...
 
     def capture(self, compute: Callable[[], MicroLoss]) -> tuple[MicroLoss, Callable[[], None]]:
-        """Return what `compute` returns, in memory that each call of the second result fills anew; nothing is computed
-        before. Raises RuntimeError where something cannot be captured."""
+        """Return what `compute` returns, in memory that each call of the second result fills again; nothing is
+        computed before. Raises RuntimeError where something cannot be captured."""
         ...
 
 
@@ -205,7 +205,7 @@ class StepGraph:
             what = f"by {update:.2g} of an update, and {share:.2g} of the loss"
             self._say(
                 f"warning: train.graph: a replayed step differs from the usual one ({what}): something in it is "
-                "decided anew in each step, beyond torch's seed; steps run operator by operator"
+                "decided again in each step, beyond torch's seed; steps run operator by operator"
             )
         return usual
 

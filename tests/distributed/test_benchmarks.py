@@ -37,6 +37,16 @@ def test_the_teach_once_benchmark_counts_the_bytes_of_the_formula(tmp_path):
     assert (tmp_path / "found.json").exists()
 
 
+def test_the_benchmarks_of_a_step_run(tmp_path):
+    """Smallest sizes; what they measure is no subject of a test."""
+    assert "SGD on wrn_16_1: " in run("parts", "--threads", 1)
+    words = ["--batch", 2, "--size", 8]
+    assert "operators " in run("launches", *words, "--precision", "fp32", "--by-operator")
+    short = ["--rounds", 1, "--steps", 1, "--threads", 1, "--rows", "plain float32"]
+    run("step", *words, *short, "--json", tmp_path / "found.json")
+    assert "student alone, plain float32" in (tmp_path / "found.json").read_text()
+
+
 def test_the_cifar10_table_pairs_runs_by_seed(tmp_path):
     """Means over a row's seeds; differences and Student's interval over the seeds that both rows have; unfinished runs
     do not count."""

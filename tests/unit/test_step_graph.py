@@ -178,7 +178,7 @@ def misses_an_update(state):
 
 
 class Counting:
-    """Something that Python decides anew in each step: a graph has the number of its capture for ever."""
+    """Something that Python decides again in each step: a graph has the number of its capture for ever."""
 
     def __init__(self):
         self.steps, self.frozen = 0, None
