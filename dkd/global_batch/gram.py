@@ -109,13 +109,13 @@ def concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
-def multiply(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the products (m, n) of rows (m, d) and (n, d), in full precision."""
+def multiply(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the products (m, n) of rows (m, d) and (n, d), in full precision; in `out` where it is given."""
     full = promoted_dtype(rows.dtype)
     if full != rows.dtype and rows.device.type == "cuda":
         # The products of bfloat16 numbers are exact in float32: tensor cores need no promoted copies.
-        return torch.mm(rows, columns.T, out_dtype=full)
-    return rows.to(full) @ columns.to(full).T
+        return torch.mm(rows, columns.T, out_dtype=full, out=out)
+    return torch.mm(rows.to(full), columns.to(full).T, out=out)
 
 
 def add_slices(products: list[torch.Tensor], placement: Placement) -> list[torch.Tensor]:

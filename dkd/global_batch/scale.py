@@ -56,24 +56,11 @@ def least_norm(norms: torch.Tensor, floor: float) -> torch.Tensor:
     return (floor * norms.mean(-1, keepdim=True)).clamp_min(_ALL_ZERO)
 
 
-def scale_products(products: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return products (B, B) of all samples as Scale has them, of one process alone, and what they were divided by,
-    twice: the largest norm.
-
-    Args:
-        products: of the features; they are overwritten.
-        features: (B, d).
-    """
-    norms = torch.linalg.vector_norm(features, dim=1, dtype=products.dtype)
-    largest = norms.max().clamp_min_(_ALL_ZERO)
-    return products.div_(largest).div_(largest), largest
-
-
 class Scale:
     """Turns products q_i · q_j into relations, and derivatives by relations into gradients of features.
 
-    Products are divided by numbers first that keep their squares within float32's range: the largest norm's square, or
-    for cosines the norms of both samples.
+    Products are divided by numbers first that keep their squares within float32's range: for cosines the norms of both
+    samples, else the square of the power of two that follows the largest norm, which rounds nothing.
 
     Args:
         kind: the relation.
@@ -86,7 +73,7 @@ class Scale:
         self._kind, self._norms, self._at = kind, norms, placement
         # (B,) for cosines, else one number.
         self._divisors = (
-            torch.maximum(norms, least_norm(norms, floor)) if kind == "cosine" else norms.max().clamp_min_(_ALL_ZERO)
+            torch.maximum(norms, least_norm(norms, floor)) if kind == "cosine" else _next_power_of_two(norms.max())
         )
 
     def relate(self, products: torch.Tensor) -> torch.Tensor:
@@ -135,6 +122,12 @@ class Scale:
     def _of_columns(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return, of numbers (B,) of all samples, those of the columns of the block, (1, n); one number as it is."""
         return numbers if numbers.dim() == 0 else of_columns(numbers, self._at)
+
+
+def _next_power_of_two(number: torch.Tensor) -> torch.Tensor:
+    # A number is its mantissa, from ½ to 1, times a power of two.
+    number = number.clamp_min(_ALL_ZERO)
+    return number / torch.frexp(number).mantissa
 
 
 def of_rows(numbers: torch.Tensor, at: Placement) -> torch.Tensor:

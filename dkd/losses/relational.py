@@ -58,8 +58,8 @@ class RelationalLoss(nn.Module):
     relational = True
     """The loss compares samples with each other: it is no mean over micro-batches."""
     relation: Kind = "product"
-    """What is compared: `product`, `cosine` or `distance`. Products are divided by the square of the largest norm, and
-    distances too: what is computed of them must not depend on a common factor of all features."""
+    """What is compared: `product`, `cosine` or `distance`. Products and distances are divided by a number near the
+    square of the largest norm: what is computed of them must not depend on a common factor of all features."""
     adds: tuple[int, int] = (0, 0)
     """How many sums of rows, and how many totals, `row_sums` and `totals` return for a pair: `auto` counts them."""
     shift_invariant: bool = False
@@ -121,7 +121,7 @@ class RelationalLoss(nn.Module):
             features, relations = (None, teachers) if are_relations else (teachers, None)
             return compare_alone(self, students, features, weights, self.floor, relations)
 
-        return WholeBatch(teachers, are_relations, weights, types, plainly)
+        return WholeBatch(teachers, are_relations, weights, types, self.comm_dtype is not None, plainly)
 
     def settings(self) -> dict[str, object]:
         """Return the settings of this loss beside those of the base, by name."""
@@ -219,7 +219,8 @@ class RelationalLoss(nn.Module):
         """Return, as plain values, on which settings the teacher's relations depend."""
         sent = None if self.comm_dtype is None else str(self.comm_dtype)
         facts = {"relation": self.relation, "centred": self.shift_invariant, "comm_dtype": sent}
-        return {**facts, "floor": self.floor} if self.relation == "cosine" else facts
+        # What relations are divided by: a cache of relations that were divided otherwise differs by rounding.
+        return {**facts, **({"floor": self.floor} if self.relation == "cosine" else {"scale": "a power of two"})}
 
     def settle(self, tensors: Sequence[GramTensor], layout: BatchLayout, device: torch.device) -> RelationPlace:
         """Choose the grid before the first call. A collective of all ranks of `layout`.
@@ -321,6 +322,7 @@ class WholeBatch:
         are_relations: whether they are relations.
         weights: of the pairs.
         types: in which the student's features are multiplied.
+        rounds: whether these types round them; else they hold every number of them.
         plainly: returns the loss of the student's features by operations that autograd follows, for second derivatives.
     """
 
@@ -328,6 +330,7 @@ class WholeBatch:
     are_relations: bool
     weights: Sequence[float]
     types: Sequence[torch.dtype]
+    rounds: bool
     plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 

@@ -4,12 +4,15 @@ With the Gram matrices S and T, whose rows are divided by n and m as `Similarity
 R_S = S/n, R_T = T/m and D = R_S − R_T,
 
     L     = (1/B²) Σ D²
-    M     = A + Aᵀ,   A_i = (2 / (B² n_i)) (D_i − k_i R_S,i Σ_j R_S,ij D_ij)
-    ∂L/∂Q = M Q
+    M     = A + Aᵀ,   A_i = (1 / n_i) (D_i − k_i R_S,i Σ_j R_S,ij D_ij)
+    ∂L/∂Q = (2 / B²) M Q
 
 where k_i is 0 for a row below the floor, whose divisor is a constant, and else 1. It is what `value` and `slope` of
 SimilarityPreserving state for blocks; here both matrices lie in one tensor, and each step is one operation for both: on
 a GPU the launches of many small operations take longer than what they compute.
+
+The norms of rows are in float64, where the squares of all products that float32 holds fit: nothing needs to be divided
+by the largest of them first.
 """
 
 from __future__ import annotations
@@ -19,9 +22,13 @@ from typing import Any
 
 import torch
 
-from dkd.global_batch.gram import multiply
-from dkd.global_batch.scale import least_norm, scale_products
+from dkd.global_batch.gram import multiply, promoted_dtype
+from dkd.global_batch.scale import ZERO_NORM
 from dkd.losses.relational import WholeBatch
+
+SMALLEST = 1e-36
+"""The smallest number that a row is divided by. Its inverse must fit float32, so that its product with features of zero
+is zero."""
 
 
 def compare(students: Sequence[torch.Tensor], whole: WholeBatch, floor: float) -> torch.Tensor:
@@ -41,46 +48,67 @@ class _Compare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, whole: WholeBatch, floor: float, *students: torch.Tensor) -> torch.Tensor:
-        shares, slopes, scales = [], [], []
+        shares, slopes = [], []
         for student, type_, teacher, weight in zip(students, whole.types, whole.teachers, whole.weights, strict=True):
-            own = student.to(type_)
-            own, scale = scale_products(multiply(own, own), own)
-            theirs = teacher if whole.are_relations else scale_products(multiply(teacher, teacher), teacher)[0]
-            share, slope = _compare_gram(torch.stack([own, theirs]), floor)
-            shares.append(share * (weight / len(student) ** 2))
+            share, slope = _compare_gram(_gram(student.to(type_), teacher, whole.are_relations), floor)
+            shares.append(share if weight == 1 else share * weight)
             slopes.append(slope)
-            scales.append(scale)
-        ctx.save_for_backward(*slopes, *scales, *students)
+        ctx.save_for_backward(*slopes, *students)
         ctx.whole = whole
         return shares[0] if len(shares) == 1 else torch.stack(shares).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, pairs = ctx.saved_tensors, len(ctx.needs_input_grad) - 2
-        slopes, scales, students = saved[:pairs], saved[pairs:-pairs], saved[-pairs:]
-        needed = ctx.needs_input_grad[2:]
+        whole, saved, needed = ctx.whole, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        slopes, students = saved[: len(needed)], saved[len(needed) :]
         if torch.is_grad_enabled():
             wanted = [student for student, asked in zip(students, needed, strict=True) if asked]
-            by_autograd = iter(torch.autograd.grad(ctx.whole.plainly(students), wanted, grads[0], create_graph=True))
+            by_autograd = iter(torch.autograd.grad(whole.plainly(students), wanted, grads[0], create_graph=True))
             return None, None, *(next(by_autograd) if asked else None for asked in needed)
         found: list[torch.Tensor | None] = []
-        parts = zip(students, slopes, scales, ctx.whole.weights, ctx.whole.types, needed, strict=True)
-        for student, slope, scale, weight, type_, asked in parts:
+        for student, slope, weight, type_, asked in zip(
+            students, slopes, whole.weights, whole.types, needed, strict=True
+        ):
+            own = (student.to(type_) if whole.rounds else student).to(slope.dtype)
             with torch.autocast(student.device.type, enabled=False):
-                own = student.to(type_).to(slope.dtype)
-                sums = (slope @ own).div_(scale).div_(scale).mul_(grads[0] * (2 * weight / len(student) ** 2))
-            found.append(sums.to(student.dtype) if asked else None)
+                # The first argument is not added, since beta is 0; alpha saves an operation.
+                sums = torch.addmm(grads[0], slope, own, beta=0, alpha=2 * weight / len(student) ** 2)
+            found.append(sums.mul_(grads[0]).to(student.dtype) if asked else None)
         return None, None, *found
 
 
+def _gram(own: torch.Tensor, teacher: torch.Tensor, is_relation: bool) -> torch.Tensor:
+    """Return S and T, (2, B, B), of features (B, d) of the student and of the teacher, or T itself."""
+    rows = len(own)
+    both = own.new_empty((2, rows, rows), dtype=promoted_dtype(own.dtype))
+    multiply(own, own, both[0])
+    if is_relation:
+        both[1].copy_(teacher)
+    elif promoted_dtype(teacher.dtype) == both.dtype:
+        multiply(teacher, teacher, both[1])
+    else:  # one of the models computes in float64
+        both[1].copy_(multiply(teacher, teacher))
+    return both
+
+
 def _compare_gram(both: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Σ D², and B²/2 · M (B, B), of S and T (2, B, B)."""
-    norms = torch.linalg.vector_norm(both, dim=2)
-    divisors = torch.maximum(norms, least_norm(norms, floor))
+    """Return Σ D² / B², and M (B, B), of S and T (2, B, B), which are overwritten."""
+    norms = torch.linalg.vector_norm(both, dim=2, dtype=torch.float64)
+    divisors = torch.maximum(norms, least_norms(both, norms, floor))
     own, theirs = both.div_(divisors[:, :, None])
-    share = torch.nn.functional.mse_loss(own, theirs, reduction="sum")
+    share = torch.nn.functional.mse_loss(own, theirs)
     difference = own - theirs
     # A row below the floor is divided by a constant: nothing of its derivative is projected away.
     along = (own * difference).sum(1).masked_fill_(divisors[0] > norms[0], 0.0)
     half = difference.addcmul_(own, along[:, None], value=-1).div_(divisors[0, :, None])
     return share, half + half.T
+
+
+def least_norms(both: torch.Tensor, norms: torch.Tensor, floor: float) -> torch.Tensor:
+    """Return the numbers (2, 1) that stand for smaller norms (2, B) of the rows of S and T (2, B, B), as
+    `dkd.global_batch.scale.least_norm` has them for matrices whose largest diagonal element is 1."""
+    if floor == 0:
+        floor, typical = ZERO_NORM, both.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+    else:
+        typical = norms.mean(1, keepdim=True)
+    return torch.rsub(typical, SMALLEST, alpha=-floor)  # SMALLEST + floor · typical

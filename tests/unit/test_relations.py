@@ -232,12 +232,12 @@ MUTATIONS = {
         similarity_preserving.SimilarityPreserving, "divisors", floor_of_the_teacher_alone
     ),
     "one process: the floor left out": lambda: patched(
-        similarity_of_one_process, "least_norm", lambda original, norms, floor: original(norms, 0.0)
+        similarity_of_one_process, "least_norms", lambda original, both, norms, floor: original(both, norms, 0.0)
     ),
-    "one process: products with other samples' scale": lambda: patched(
+    "one process: products with other samples": lambda: patched(
         similarity_of_one_process,
-        "scale_products",
-        lambda original, *arguments: (found := original(*arguments), (found[0], found[1] * 2))[1],
+        "multiply",
+        lambda original, rows, columns, out: original(rows, columns.roll(1, 0), out),
     ),
     "one process: a derivative through a divisor that is a constant": lambda: mock.patch.object(
         torch.Tensor, "masked_fill_", lambda tensor, mask, value: tensor
