@@ -31,16 +31,16 @@ def pack_maps(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     """Return the normalised attention maps Q (P, b, n) of features (b, C, h, w), and ‖F‖₂ (P, b, 1) of them, in
     float64."""
     packed = _room(features, [feature.shape[2] * feature.shape[3] for feature in features])
-    places = _places(packed, features)
     # One pass over the features. On CPUs torch's norm over a dimension whose elements are far apart takes 75 times as
     # long as squares and their sum.
-    if all(feature.device.type != "cpu" or feature.stride(1) == 1 for feature in features):
-        for place, feature in zip(places, features, strict=True):
+    by_norm = [feature.device.type != "cpu" or feature.stride(1) == 1 for feature in features]
+    for place, feature, norm in zip(_places(packed, features), features, by_norm, strict=True):
+        if norm:
             torch.linalg.vector_norm(feature, dim=1, dtype=packed.dtype, out=place)
-        packed.square_()
-    else:
-        for place, feature in zip(places, features, strict=True):
+        else:
             torch.sum(feature.to(packed.dtype).square(), dim=1, out=place)
+    for part in [packed] if all(by_norm) else [packed[i] for i, norm in enumerate(by_norm) if norm]:
+        part.square_()
     # In float64, where the squares of all numbers of float32 fit.
     norms = torch.linalg.vector_norm(packed, dim=2, keepdim=True, dtype=torch.float64).clamp_min_(SMALLEST)
     return packed.div_(norms), norms
@@ -61,7 +61,7 @@ def unpack(packed: torch.Tensor, positions: Sequence[int]) -> list[torch.Tensor]
 
 def compare(
     students: Sequence[torch.Tensor],
-    teacher: torch.Tensor,
+    teacher: Sequence[torch.Tensor] | torch.Tensor,
     factors: Sequence[float],
     plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
 ) -> torch.Tensor:
@@ -69,7 +69,8 @@ def compare(
 
     Args:
         students: features (b, C, h, w).
-        teacher: maps (P, b, n), as `pack_maps` returns them.
+        teacher: features (b, C, h, w), whose type is promoted to that of the students'; or maps (P, b, n), as
+            `pack_maps` returns them. No gradient reaches them.
         factors: c_p, one for each pair.
         plainly: returns the same of the students' features by operations that autograd follows, for second derivatives.
     """
@@ -101,13 +102,18 @@ class _Compare(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        teacher: torch.Tensor,
+        teacher: Sequence[torch.Tensor] | torch.Tensor,
         factors: tuple[float, ...],
         plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
         *students: torch.Tensor,
     ) -> torch.Tensor:
-        maps, norms = pack_maps(students)
-        difference = maps - teacher.to(maps.dtype)
+        if isinstance(teacher, torch.Tensor):
+            maps, norms = pack_maps(students)
+            difference = maps - teacher.to(maps.dtype)
+        else:
+            both, norms = pack_maps([*students, *teacher])
+            (maps, theirs), norms = both.chunk(2), norms[: len(students)]
+            difference = torch.sub(maps, theirs, out=theirs)
         lengths = torch.linalg.vector_norm(difference, dim=(1, 2))
         ctx.factors, ctx.plainly = factors, plainly
         ctx.save_for_backward(maps, norms, difference, *students)

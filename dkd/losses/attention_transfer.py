@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkd.global_batch import BatchLayout, full_precision
+from dkd.global_batch.gram import promoted_dtype
 from dkd.losses import attention_of_squares
 from dkd.losses.feature_pairs import Features, as_list, as_pairs, needs_plain_autograd, no_autocast
 from dkd.losses.sample_form import PairShapes, SampleForm, Shape
@@ -130,8 +131,7 @@ class AttentionTransfer(nn.Module):
             by_squares = self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers])
             alike = all(len({f.dtype for f in features}) == 1 for features in (students, teachers))
             if by_squares and alike and not needs_plain_autograd([*students, *teachers]):
-                packed, _ = attention_of_squares.pack_maps([t.detach() for t in teachers])
-                return self._compare_squares(students, packed, weights, layout)
+                return self._compare_squares(students, [t.detach() for t in teachers], weights, layout)
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
 
     def _is_of_squares(self, students: Sequence[Sequence[int]], teachers: Sequence[Sequence[int]]) -> bool:
@@ -140,16 +140,23 @@ class AttentionTransfer(nn.Module):
         return settings == ("sum_p", 2, "mean_squared") and list(map(tuple, students)) == list(map(tuple, teachers))
 
     def _compare_squares(
-        self, students: Sequence[torch.Tensor], packed: torch.Tensor, weights: Sequence[float], layout: BatchLayout
+        self,
+        students: Sequence[torch.Tensor],
+        teacher: Sequence[torch.Tensor] | torch.Tensor,
+        weights: Sequence[float],
+        layout: BatchLayout,
     ) -> torch.Tensor:
-        """Return the loss for maps (b, C, h, w) of the student and the teacher's maps as attention_of_squares.py has
-        them."""
+        """Return the loss for maps (b, C, h, w) of the student and of the teacher, or the teacher's attention maps as
+        attention_of_squares.py has them."""
         layout.check(students[0])
         positions = [s.shape[2] * s.shape[3] for s in students]
         rows = layout.world_size / layout.total
         factors = [w * rows / count for w, count in zip(weights, positions, strict=True)]
+        if not isinstance(teacher, torch.Tensor) and len({promoted_dtype(f.dtype) for f in (*students, *teacher)}) > 1:
+            teacher, _ = attention_of_squares.pack_maps(teacher)
 
         def plainly(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            packed = teacher if isinstance(teacher, torch.Tensor) else attention_of_squares.pack_maps(teacher)[0]
             maps = attention_of_squares.unpack(packed, positions)
             own = [self._normalize_map(s, (s.shape[2], s.shape[3])) for s in tensors]
             each = [c * (q - t).square().sum() for c, q, t in zip(factors, own, maps, strict=True)]
@@ -157,7 +164,7 @@ class AttentionTransfer(nn.Module):
 
         if needs_plain_autograd(students):
             return plainly(students)
-        return attention_of_squares.compare(students, packed, factors, plainly)
+        return attention_of_squares.compare(students, teacher, factors, plainly)
 
     def _compare_with_maps(
         self, student: Sequence[torch.Tensor], teacher: AttentionMaps, layout: BatchLayout | None
