@@ -82,7 +82,8 @@ class Forward:
             return self._run_student(images, () if given is None else (given,))
 
     def _run_student(self, images: torch.Tensor, given: tuple[Mapping[str, Any], ...]) -> Outputs:
-        mirrored = None
+        logits: torch.Tensor | None
+        mirrored: torch.Tensor | None = None
         if self._mirrors:
             # Images and their mirror images in one forward: engines expect one for each backward.
             (logits, mirrored), features = _halve(*self._student(torch.cat([images, images.flip(-1)]), *given))
@@ -90,6 +91,7 @@ class Forward:
             logits, features = self._student(images, *given)
         # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
         # once.
+        logits, mirrored = (None if each is None else full_precision(each) for each in (logits, mirrored))
         promoted = {path: full_precision(feature) for path, feature in features.items()}
         types = {path: feature.dtype for path, feature in features.items()}
         return Outputs(logits, promoted, images, mirrored, types)

@@ -84,9 +84,11 @@ class CrossEntropy(nn.Module):
             logits = full_precision(logits)
             if labels.is_floating_point():
                 labels = labels.to(logits.dtype)
-            weight = None if self.weight is None else self.weight.to(logits)
+            if self.weight is None:
+                return self._mean(logits, labels, layout)
+            weight = self.weight.to(logits)
             per_sample = F.cross_entropy(logits, labels, weight, reduction="none", label_smoothing=self.label_smoothing)
-            if self.weight is None or labels.is_floating_point():
+            if labels.is_floating_point():
                 return layout.mean(per_sample)
             mean = self._mean_weight
             if mean is None:
@@ -95,6 +97,15 @@ class CrossEntropy(nn.Module):
             # other classes would stay, and be divided by 0.
             share = torch.where(mean > 0, 1 / mean, torch.zeros_like(mean)).to(logits.dtype)
             return layout.mean(per_sample) * share
+
+    def _mean(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Return `layout.mean` of the loss of each sample, without class weights. torch adds the samples up by the same
+        operation that computes their losses."""
+        layout.check(logits)
+        alone = layout.world_size == 1
+        reduction = "mean" if alone else "sum"
+        loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=self.label_smoothing)
+        return loss if alone else loss * (layout.world_size / layout.total)
 
     def _weigh(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the weight of each label, in float64."""

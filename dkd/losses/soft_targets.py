@@ -50,12 +50,13 @@ class SoftTargets(nn.Module):
         layout = layout or BatchLayout.agree([*as_list(student), *as_list(teacher)], loss=self)
         check_logit_pair(student, teacher)
         with no_autocast(student.device):
-            student, teacher = full_precision(student), full_precision(teacher.detach())
+            student, teacher = full_precision(student), teacher.detach()
             if self.standardize:
-                student, teacher = standardized(student), standardized(teacher)
+                student, teacher = standardized(student), standardized(full_precision(teacher))
             layout.check(student)
             factor = self.temperature**2 * layout.world_size / layout.total
             if needs_plain_autograd([student, teacher]):
+                teacher = full_precision(teacher)
                 return _divergence_by_autograd(student, teacher, self.temperature, factor)
             value: torch.Tensor = _Divergence.apply(student, teacher, self.temperature, factor)
             return value
@@ -69,6 +70,7 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, temperature: float, factor: float
     ) -> torch.Tensor:
+        # Stacked, the teacher's logits are promoted to the precision of the student's, which is full.
         logs = torch.stack([student, teacher]).div_(temperature).log_softmax(2)
         of_student, of_teacher = logs.exp()
         # p·log(p/q) is 0 at p = 0, but is computed as 0·∞.
@@ -82,7 +84,8 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, of_student, of_teacher = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
-            value = _divergence_by_autograd(student, ctx.teacher, ctx.temperature, ctx.factor)
+            teacher = full_precision(ctx.teacher)
+            value = _divergence_by_autograd(student, teacher, ctx.temperature, ctx.factor)
             return *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None, None
         return (of_student - of_teacher).mul_(grads[0] * (ctx.factor / ctx.temperature)), None, None, None
 
