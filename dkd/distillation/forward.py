@@ -26,6 +26,8 @@ class Forward:
         normalize: of the student's input; None: images arrive as the student takes them.
         teacher_normalize: of the teacher's input; None: the same input as the student's. Of several teachers: by name.
         dtype, memory_format: of both models' inputs.
+        keeps_types: features of the student that need no promoted copy (`Objective.unpromoted_taps`) keep their type;
+            so do their gradients.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Forward:
         teacher_normalize: Normalize | Mapping[str, Normalize] | None = None,
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
+        keeps_types: bool = False,
     ) -> None:
         self._student, self._teachers = student, members_of(teacher)
         self._normalize = normalize
         theirs = teacher_normalize if isinstance(teacher_normalize, Mapping) else {"": teacher_normalize}
         self._teacher_normalize = {name: each for name, each in theirs.items() if each not in (None, normalize)}
         self._dtype, self._memory_format = dtype, memory_format
+        self._unpromoted = objective.unpromoted_taps if keeps_types else frozenset()
         by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
         self._differentiates_images = bool(by_images)
         self._mirrors = any(term.mirrored for term in by_images)
@@ -92,7 +96,7 @@ class Forward:
         # Promoted here, once: the gradients of several losses then add up in float32, and are rounded to half precision
         # once.
         logits, mirrored = (None if each is None else full_precision(each) for each in (logits, mirrored))
-        promoted = {path: full_precision(feature) for path, feature in features.items()}
+        promoted = {k: each if k in self._unpromoted else full_precision(each) for k, each in features.items()}
         types = {path: feature.dtype for path, feature in features.items()}
         return Outputs(logits, promoted, images, mirrored, types)
 

@@ -109,16 +109,19 @@ class DistillationStep:
     ) -> None:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.forward = Forward(student, teacher, objective, normalize, teacher_normalize, dtype, memory_format)
-        # Public: caches of teachers are put into its `stored`.
-        self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher)
         # Public, as the objective is: what of it runs in which pass.
         self.separable, self.relational = objective.split()
+        self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
+        # Between two passes, tensors and gradients are kept in full precision.
+        self.forward = Forward(
+            student, teacher, objective, normalize, teacher_normalize, dtype, memory_format, not self.has_two_passes
+        )
+        # Public: caches of teachers are put into its `stored`.
+        self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher)
         losses = [getattr(term, "loss", None) for term in objective.terms]
         self._of_whole_steps: list[Any] = [loss for loss in losses if getattr(loss, "of_whole_steps", False)]
         self._keeping: list[Any] = [loss for loss in losses if hasattr(loss, "end_step")]
         self._has_adapters = bool(objective.adapters)
-        self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
         self.needs_indices = objective.needs_indices
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)

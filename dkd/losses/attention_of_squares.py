@@ -133,4 +133,9 @@ class _Compare(torch.autograd.Function):
         across.mul_((fours * grads[0])[:, None, None] / norms)
         slopes = [place[:, None] for place in _places(across, students)]
         pairs = zip(students, slopes, needed, strict=True)
-        return None, None, None, *(student * slope if asked else None for student, slope, asked in pairs)
+        return None, None, None, *(_gradient(student, slope) if asked else None for student, slope, asked in pairs)
+
+
+def _gradient(student: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Return student · slope in the type of the student's features, which is rounded to as the product is written."""
+    return torch.mul(student, slope, out=torch.empty_like(student))

@@ -81,6 +81,9 @@ class AttentionTransfer(nn.Module):
         >>> loss = cross_entropy + 1000 * at(student_map, teacher_map)
     """
 
+    takes_half_precision = True
+    """Features of half precision are promoted where they are read, and their gradient is rounded once."""
+
     def __init__(
         self,
         map: str = "sum_p",
@@ -129,7 +132,7 @@ class AttentionTransfer(nn.Module):
             for s in students:
                 layout.check(s)
             by_squares = self._is_of_squares([s.shape[2:] for s in students], [t.shape[2:] for t in teachers])
-            alike = all(len({f.dtype for f in features}) == 1 for features in (students, teachers))
+            alike = all(len({promoted_dtype(f.dtype) for f in features}) == 1 for features in (students, teachers))
             if by_squares and alike and not needs_plain_autograd([*students, *teachers]):
                 return self._compare_squares(students, [t.detach() for t in teachers], weights, layout)
             return torch.stack([w * layout.mean(self._compare(s, t)) for s, t, w in pairs]).sum()
