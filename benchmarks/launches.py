@@ -30,8 +30,8 @@ WAITS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "maske
 """Operators for which the host waits until the device has computed their argument: `.item()`, `.tolist()` and
 `bool(tensor)` are the first of them, once for each number."""
 _NO_WORK = (
-    "empty", "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_", "record_stream",
-    "_has_compatible_shallow_copy_type", "is_same_size", "_version", "_record_function",
+    "empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "set_", "resize_",
+    "record_stream", "_has_compatible_shallow_copy_type", "is_same_size", "_version", "_record_function",
 )  # fmt: skip
 
 

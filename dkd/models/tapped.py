@@ -18,6 +18,7 @@ from torch import nn
 
 from dkd.errors import InputError
 from dkd.library_internals.torch import change_count
+from dkd.models.weight_casts import WeightCasts
 from dkd.text import did_you_mean
 
 
@@ -114,6 +115,7 @@ class TappedModel(nn.Module):
         self._read = {name: adapter.read for name, adapter in (adapters or {}).items()}
         self.taps = tuple(dict.fromkeys(taps))
         self.needs_logits = needs_logits or not taps
+        self._casts: WeightCasts | None = None
         self._fired: dict[str, list[tuple[torch.Tensor, int]]] = {}
         paths = dict(model.named_modules())
         for tap in self.taps:
@@ -135,6 +137,12 @@ class TappedModel(nn.Module):
                 raise _LastTapReached
 
         return read
+
+    def cast_together(self) -> None:
+        """Cast the weights by one operation in training, and not layer by layer, where the forward is under autocast:
+        for a student whose gradients no engine waits for, and which is not compiled."""
+        if self.autocast is not None:
+            self._casts = WeightCasts(self.model, self.autocast)
 
     def named_adapters(self) -> dict[str, nn.Module]:
         """Return the adapters by name."""
@@ -165,7 +173,8 @@ class TappedModel(nn.Module):
         logits = None
         try:
             with self._autocast(images):
-                logits = self.model(images)
+                called = self._casts if self._casts is not None and self.training else self.model
+                logits = called(images)
         except _LastTapReached:
             # Hooks after the last tap did not run; FSDP2's hook would have freed the weights gathered for that block.
             for module in self.model.modules():

@@ -262,6 +262,8 @@ def build_step(
         compile_losses(objective, launch.world_size)
     engine.wrap(student, build_optimizer(recipe.optimizer, student, engine.fuses_updates, _in_graph(recipe, engine)))
     compile_model(student, train.compile.student)
+    if launch.world_size == 1 and not engine.rules.shards_training and not train.compile.student:
+        engine.model.cast_together()
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
     step = DistillationStep(
         engine.student,
