@@ -100,6 +100,7 @@ def slices(options: argparse.Namespace) -> list[Slice]:
         _speed("speed-224", [*resnet, "--batch", "256"], "ResNet-34 → ResNet-18 at 224, batch 256", options),
         _tests("ranks-check", one, "launch_check or refused", "launch-check of two ranks on one GPU", rehearse),
         _tests("ranks-losses", one, "formulas or products or features", "losses of relations under NCCL", rehearse),
+        _tests("ranks-stream", one, "stream", "the teacher on a stream of its own, 2 ranks", rehearse),
         _tests("ranks-engines", one, "plain_loop", "every engine on 2 ranks, DDP on 4, under NCCL", rehearse),
         _tests("ranks-killed", one, "killed", "a killed rank; a run of 2 ranks that 4 finish", rehearse),
         _tests("ranks-suspended", one, "suspended", "a suspended rank", rehearse),

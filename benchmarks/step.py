@@ -196,6 +196,7 @@ def main() -> int:
         "  + both": {"train.precision": "bf16", "train.channels_last": True},
         "the defaults": {},
         "  no KD: teacher stops at last tap": no_kd,
+        "  a teacher's stream": {"train.teacher_stream": True},
         "  a graph": {"train.graph": True},
         "AT alone, float32": {**PLAIN, **at_alone},
         "AT alone, defaults": at_alone,

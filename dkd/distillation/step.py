@@ -31,6 +31,7 @@ from dkd.distillation.inputs import Inputs, MicroBatch, Mixing
 from dkd.distillation.objective import FeatureTerm, Objective, Outputs, given_to_adapters
 from dkd.distillation.stored_teacher import Teaching
 from dkd.distillation.teacher_group import OneTeacher, TeacherGroup
+from dkd.distillation.teacher_stream import InOrder, TeacherStream
 from dkd.global_batch import BatchLayout
 from dkd.models import ADAPTERS
 from dkd.rng import derive_seed, seed_device
@@ -88,6 +89,7 @@ class DistillationStep:
         seed: of dropout and mixing, which depend on (seed, step, micro-batch) and not on the number of ranks.
         seed_of_mixing: (step, place) -> the seed by which a micro-batch is mixed, in the place of `mixing_seed`.
         may_skip: steps may end with `end(skipped=True)`.
+        teacher_stream: when the teacher computes; None: before the student.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class DistillationStep:
         seed: int = 0,
         seed_of_mixing: Callable[[int, int], int] | None = None,
         may_skip: bool = False,
+        teacher_stream: TeacherStream | None = None,
     ) -> None:
         self.student, self.teacher, self.objective, self.micro_steps = student, teacher, objective, micro_steps
         self._rank, self._world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -123,6 +126,7 @@ class DistillationStep:
         self._keeping: list[Any] = [loss for loss in losses if hasattr(loss, "end_step")]
         self._has_adapters = bool(objective.adapters)
         self.needs_indices = objective.needs_indices
+        self._teacher_stream = teacher_stream or InOrder()
         self._device = next((p.device for p in student.parameters()), torch.device("cpu"))
         self._statistics = BatchNormStatistics(model or student, micro_steps, self._world_size, may_skip)
         self._seed = seed
@@ -221,20 +225,22 @@ class DistillationStep:
         cached = self._cached
         pixels, labels = self._load(micro_step)
         images = self.forward.images(pixels)
-        if cached is None:
-            teacher = self._teach(micro_step, pixels, images)
-        elif images.requires_grad:
-            # What the first pass has of a live teacher is no function of the images.
-            teacher = self._teach(micro_step, pixels, images, cached.teachers[micro_step])
-        else:
-            teacher = cached.teachers[micro_step]
         # Training batches are even by construction.
         layout = BatchLayout.even(len(labels))
         objective = self.objective if cached is None else self.separable
-        if teacher is not None:
-            teacher = self.teaching.begin_terms(objective, teacher, layout, micro_step)
+        with self._teacher_stream.beside():
+            if cached is None:
+                teacher = self._teach(micro_step, pixels, images)
+            elif images.requires_grad:
+                # What the first pass has of a live teacher is no function of the images.
+                teacher = self._teach(micro_step, pixels, images, cached.teachers[micro_step])
+            else:
+                teacher = cached.teachers[micro_step]
+            if teacher is not None:
+                teacher = self.teaching.begin_terms(objective, teacher, layout, micro_step)
         indices = None if self._indices is None else self._indices[micro_step]
         student = self._run_student(micro_step, images, teacher, labels, indices, self.objective)
+        self._teacher_stream.join()
         self._unfinished = True
         self._agree(student, teacher, labels)
         total, terms = objective(student, teacher, labels, step=self._step, layout=layout, indices=indices)
@@ -303,11 +309,13 @@ class DistillationStep:
             pixels, targets = self._load(micro_step)
             labels.append(targets)
             images = self.forward.images(pixels)
-            teacher = self._teach(micro_step, pixels, images)
+            with self._teacher_stream.beside():
+                teacher = self._teach(micro_step, pixels, images)
             assert teacher is not None
             teachers.append(teacher)
             indices = None if self._indices is None else self._indices[micro_step]
             outputs = self._run_student(micro_step, images, teacher, targets, indices, self.relational)
+            self._teacher_stream.join()
             relational = {key: outputs.features[key] for key in self.relational.keys(outputs.features)}
             logits = outputs.logits if self.relational.compares_logits else None
             if micro_step == 0:
@@ -367,6 +375,7 @@ class DistillationStep:
             self.seed(self._step, micro_step)
         given = None
         if self._has_adapters:
+            self._teacher_stream.join()  # they read the teacher's features
             given = given_to_adapters(objective, teacher, labels, BatchLayout.even(len(labels)), indices)
         with self._statistics.forward():
             return self.forward.student(images, given)

@@ -12,6 +12,7 @@ from dkd.build.models import build_models
 from dkd.build.objective import compile_losses, gram_size
 from dkd.build.optimizers import build_optimizer
 from dkd.build.schedules import learning_rate
+from dkd.build.teacher_stream import choose_teacher_stream
 from dkd.checkpoints.checkpointer import Checkpointer
 from dkd.checkpoints.facts import run_facts
 from dkd.config import Recipe
@@ -265,6 +266,7 @@ def build_step(
     if launch.world_size == 1 and not engine.rules.shards_training and not train.compile.student:
         engine.model.cast_together()
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
+    teacher_stream, reason = choose_teacher_stream(recipe, objective, engine.device)
     step = DistillationStep(
         engine.student,
         teacher,
@@ -279,5 +281,6 @@ def build_step(
         seed=recipe.run.seed,
         seed_of_mixing=lambda step, place: mixing_seed(data_seed(recipe), data.sampler.drawn_step(step), place),
         may_skip=train.skip_nonfinite > 0 or engine.leaves_out_updates,
+        teacher_stream=teacher_stream,
     )
-    return step, average, notes
+    return step, average, [*notes, *([] if reason is None else [reason])]

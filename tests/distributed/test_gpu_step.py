@@ -14,6 +14,7 @@ from dkd.data import DeviceImages, DeviceTrainLoader, GlobalBatchSampler, TrainL
 from dkd.distributed.async_mean import AsyncMean, StepValues
 from dkd.engines.accelerated import forget_settings
 from dkd.engines.host_buffer import HostBuffer
+from dkd.models import TappedModel
 from dkd.training.trainer import Trainer
 
 pytestmark = [
@@ -39,6 +40,25 @@ def test_a_hundred_replayed_steps_are_those_of_the_usual_way_interrupted_or_not(
     train(resumed, True, variant, steps=60, deterministic=True)
     train(resumed, True, variant, deterministic=True)
     assert outcome(resumed)[1] == outcome(usual)[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_teacher_on_a_stream_of_its_own_changes_no_bit(tmp_path, variant, capsys):
+    """Of kernels that repeat their bits. What reads the teacher too early, or its memory too late, shows here."""
+    usual, beside = tmp_path / "usual", tmp_path / "beside"
+    train(usual, False, variant, deterministic=True)
+    train(beside, False, variant, "train.teacher_stream=true", deterministic=True)
+    said = capsys.readouterr().err
+    assert ("because cpu devices have no streams" in said) == (DEVICE.type == "cpu"), said
+    assert outcome(beside) == outcome(usual)
+
+
+def test_one_cast_of_all_weights_changes_no_bit(tmp_path, monkeypatch):
+    variant = next(name for name in VARIANTS if "bf16" in name)
+    train(tmp_path / "together", False, variant, deterministic=True)
+    monkeypatch.setattr(TappedModel, "cast_together", lambda self: None)
+    train(tmp_path / "one_by_one", False, variant, deterministic=True)
+    assert outcome(tmp_path / "together") == outcome(tmp_path / "one_by_one")
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -106,6 +106,35 @@ def test_equal_forwards_have_equal_bits(tmp_path, deterministic):
         assert found == {precision: {"forwards": 1, "gradients": 1} for precision in found}
 
 
+TAUGHT = """
+run: {trackers: [], start_timeout: 180, deterministic: true}
+data: {train: digits, validation: digits, classes: 10, transforms: digits, image_size: 16}
+student: {name: resnet8}
+teacher: {name: wrn_16_1, weights: random}
+losses:
+  kd: {alpha: 0.5}
+  at: {beta: 100, pairs: [[layer2, block2], [layer3, block3]]}
+  sp: {gamma: 30, reference_batch: 64, pairs: [[layer3, block3]]}
+train: {global_batch: 64, micro_batch: 16, epochs: 2, max_steps: 30, precision: bf16}
+optimizer: {name: sgd, lr: 0.05, momentum: 0.9}
+schedule: {name: constant}
+"""
+
+
+@pytest.mark.parametrize("micro_batch", [32, 16])
+def test_a_teacher_on_a_stream_of_its_own_and_its_messages_change_no_loss(tmp_path, micro_batch):
+    """In one pass, where the exchange begins on that stream, and in two."""
+    path = tmp_path / "taught.yaml"
+    path.write_text(TAUGHT)
+    runs = {name: tmp_path / name for name in ("false", "true")}
+    for name, run in runs.items():
+        more = (f"train.micro_batch={micro_batch}", f"train.teacher_stream={name}")
+        said = finish(2, tmp_path, *train(path, run), *more)
+        assert ("devices have no streams" in said) == (REHEARSAL and name == "true"), said
+    assert len(losses(runs["true"])) == 30
+    assert losses(runs["true"]) == losses(runs["false"])
+
+
 # Launches that are disturbed
 
 

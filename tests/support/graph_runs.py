@@ -48,10 +48,10 @@ def recipe(folder, graph, variant, steps=100, deterministic=False):
     return values
 
 
-def train(folder, graph, variant, steps=100, deterministic=False):
+def train(folder, graph, variant, *more, steps=100, deterministic=False):
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder / "run", graph, variant, steps, deterministic)))
-    assert main(["train", str(folder / "recipe.yaml"), "--allow-recipe-change"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--allow-recipe-change", *more]) == 0
 
 
 def outcome(folder):
