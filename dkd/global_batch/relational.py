@@ -217,7 +217,6 @@ class _Compare(torch.autograd.Function):
         compared = [*students, *(teachers.features if isinstance(teachers, Features) else ())]
         transports = [*comparison.transports, *(teachers.transports if isinstance(teachers, Features) else ())]
         # Of what is multiplied, which may be rounded for its way.
-        # Of what is multiplied, which may be rounded for its way.
         gathering = Norms([f.detach().to(type_) for f, type_ in zip(compared, transports, strict=True)], layout)
         products_t = teachers.multiply()[0] if isinstance(teachers, Features) else []
         products_s, columns = own.multiply(keep_columns=any(ctx.needs_input_grad[1:]))
