@@ -7,15 +7,24 @@ p = softmax(z / τ) are probabilities (B, C), and ρ is Pearson's correlation:
 The first part, between the classes of a sample, is a mean over samples. The second, between the samples of a class,
 needs five sums over the global batch for each class: Σp_S, Σp_T, Σp_S², Σp_T², Σp_S p_T. They are computed and added in
 float64, since a variance is a small difference of two of them.
+
+For n pairs of numbers, v_S = Σp_S² − (Σp_S)²/n, v_T alike and v_ST = Σp_S p_T − Σp_S Σp_T / n, ρ = v_ST a with
+a = (v_S v_T)^(−1/2), and its derivative by p_S is a (p_T − mean p_T) − b (p_S − mean p_S) with b = ρ / v_S. Rows and
+columns of both models go through the same operations, of which a GPU then launches few. What is constant in a row of
+the derivative by p_S does not reach the logits.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import nn
 
-from dkd.global_batch import BatchLayout, GramScope, add_over_ranks, full_precision
-from dkd.losses.feature_pairs import as_list, check_logit_pair, no_autocast
+from dkd.global_batch import BatchLayout, GramScope, add_over_ranks
+from dkd.global_batch.gram import promoted_dtype
+from dkd.losses.feature_pairs import as_list, check_logit_pair, needs_plain_autograd, no_autocast
 
 _LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
 
@@ -55,14 +64,84 @@ class DIST(nn.Module):
         layout.check(student)
         layout = self.scope.within(layout)
         with no_autocast(student.device):
-            # In float64: rare classes have probabilities below the rounding of a float32 softmax.
-            s, t = ((logits.double() / self.tau).softmax(1) for logits in (student, teacher.detach()))
-            s_centered, t_centered = (p - p.mean(1, keepdim=True) for p in (s, t))
-            inter = layout.mean(1 - _correlate(_sums(s_centered, t_centered, dim=1), s.shape[1]))
-            sums = add_over_ranks(_sums(s, t, dim=0), layout)
-            intra = 1 - _correlate(sums, layout.total).mean()
-            value = self.tau**2 * (self.beta * inter + self.gamma * intra)
-            return value.to(full_precision(student[:0]).dtype)
+            if needs_plain_autograd([student, teacher]):
+                value = self._plainly(student, teacher.detach(), layout)
+            else:
+                value = _Correlations.apply(self, student, teacher.detach(), layout)
+            return value.to(promoted_dtype(student.dtype))
+
+    def _plainly(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+        """Return the loss in float64 by operations that autograd follows. A collective."""
+        # In float64: rare classes have probabilities below the rounding of a float32 softmax.
+        s, t = ((logits.double() / self.tau).softmax(1) for logits in (student, teacher))
+        s_centered, t_centered = (p - p.mean(1, keepdim=True) for p in (s, t))
+        inter = layout.mean(1 - _correlate(_sums(s_centered, t_centered, dim=1), s.shape[1]))
+        sums = add_over_ranks(_sums(s, t, dim=0), layout)
+        intra = 1 - _correlate(sums, layout.total).mean()
+        return self.tau**2 * (self.beta * inter + self.gamma * intra)
+
+
+class _Correlations(torch.autograd.Function):
+    """Compute the loss in float64, and its derivative, as the head of this file has them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: DIST, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout
+    ) -> torch.Tensor:
+        p = torch.stack([student, teacher]).double().div_(loss.tau).softmax(2)  # (2, b, C)
+        _, rows, classes = p.shape
+        of_rows = _sums_of_both(p - p.mean(2, keepdim=True), dim=2)
+        of_columns = _sums_of_both(p, dim=1)
+        if layout.world_size > 1:
+            of_columns = layout.sum(of_columns)
+        # (5, b + C): everything that follows is of rows and columns at once.
+        sums = torch.cat([of_rows, of_columns], 1)
+        first, squares, cross = sums[:2], sums[2:4], sums[4]
+        inverse = _numbers(1 / classes, rows, 1 / layout.total, classes, p.device)
+        variances = torch.addcmul(squares, first * first, inverse, value=-1)
+        # What is left of equal numbers is rounding.
+        fixed = (variances <= _LEAST * squares).any(0)
+        a = variances.prod(0).rsqrt_().masked_fill_(fixed, 0.0)
+        correlations = torch.addcmul(cross, first[0] * first[1], inverse, value=-1).mul_(a)
+        b = (correlations / variances[0]).masked_fill_(fixed, 0.0)
+        # By these, the gradient averaged over ranks is that of the global batch.
+        square, share = loss.tau**2, loss.beta * layout.world_size / layout.total
+        weights = _numbers(square * share, rows, square * loss.gamma / classes, classes, p.device)
+        slopes = torch.stack([a, b, b * first[0], a * first[1]])
+        ctx.save_for_backward(student, p, slopes * weights)
+        # Not saved: it may come from torch.inference_mode, and no gradient reaches it.
+        ctx.loss, ctx.teacher, ctx.layout = loss, teacher, layout
+        return torch.rsub(torch.dot(correlations, weights), square * (share * rows + loss.gamma))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, p, slopes = ctx.saved_tensors
+        loss, layout = ctx.loss, ctx.layout
+        if torch.is_grad_enabled():  # for second derivatives
+            value = loss._plainly(student, ctx.teacher, layout)
+            return None, *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None
+        rows = len(student)
+        of_rows, of_columns = slopes[:2, :rows, None], slopes[:, rows:] * layout.world_size
+        s, t = p
+        a, b = of_rows + of_columns[:2, None]
+        by_s = (s * b).addcmul_(t, a, value=-1)
+        # The means of the columns: those of the rows are constant in their rows.
+        by_s.add_(of_columns[3] - of_columns[2], alpha=1 / layout.total)
+        by_s.mul_(s)
+        by_s.addcmul_(s, by_s.sum(1, keepdim=True), value=-1)
+        return None, by_s.mul_(grads[0] / loss.tau).to(student.dtype), None, None
+
+
+def _sums_of_both(p: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the five sums along a dimension, (5, n), of numbers (2, b, C) of both models."""
+    return torch.cat([p, p * p, p[:1] * p[1:]]).sum(dim)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(first: float, rows: int, second: float, classes: int, device: torch.device) -> torch.Tensor:
+    """Return one number for each row and another one for each class, (b + C,)."""
+    # It stays on the device: a copy from the host in every step would make the host wait for the device.
+    return torch.tensor([first] * rows + [second] * classes, dtype=torch.float64, device=device)
 
 
 def _sums(s: torch.Tensor, t: torch.Tensor, dim: int) -> torch.Tensor:

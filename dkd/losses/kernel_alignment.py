@@ -12,6 +12,8 @@ subtracted first. Where all samples of a model are alike, the loss is 1, without
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dkd.global_batch.relational import Sums
@@ -37,32 +39,42 @@ class CKA(RelationalLoss):
 
     def totals(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> tuple[torch.Tensor, ...]:
         """Return ‖X‖², ‖Y‖² and ⟨X, Y⟩."""
-        x, y = _centre(s, at.rows[0], at), _centre(t, at.rows[1], at)
+        x, y = _centre(s, 0, at), _centre(t, 1, at)
         return (x * x).sum(), (y * y).sum(), (x * y).sum()
 
     def value(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
-        x, y = _centre(s, at.rows[0], at), _centre(t, at.rows[1], at)
+        x, y = _centre(s, 0, at), _centre(t, 1, at)
         # A kernel that is constant is aligned with nothing: its half of the value is ½ all the same.
-        x_inverse, y_inverse = (_inverse_norm(number, at) for number in at.totals[:2])
+        x_inverse, y_inverse = _inverse_norms(at)
         constant = (x_inverse == 0).to(s.dtype) + (y_inverse == 0).to(s.dtype)
         share = s.numel() / (2 * at.batch**2)
         return (x * x_inverse - y * y_inverse).square().sum() / 2 + share * constant
 
     def slope(self, s: torch.Tensor, t: torch.Tensor, at: Sums) -> torch.Tensor:
-        x_inverse, y_inverse = (_inverse_norm(number, at) for number in at.totals[:2])
+        x_inverse, y_inverse = _inverse_norms(at)
         alignment = at.totals[2] * x_inverse * y_inverse
-        x, y = _centre(s, at.rows[0], at), _centre(t, at.rows[1], at)
+        x, y = _centre(s, 0, at), _centre(t, 1, at)
         # The derivative is symmetric: twice one half of it.
         return x.mul_(2 * alignment * x_inverse**2).sub_(y.mul_(2 * x_inverse * y_inverse))
 
 
-def _inverse_norm(square: torch.Tensor, at: Sums) -> torch.Tensor:
-    """Return 1/‖X‖ for ‖X‖², and 0 where that is no more than the rounding of B² elements of at most 1."""
-    least = (8 * torch.finfo(square.dtype).eps * at.batch) ** 2
-    return torch.where(square > least, torch.where(square > least, square, 1.0).rsqrt(), 0.0)
+def _inverse_norms(at: Sums) -> Sequence[torch.Tensor]:
+    """Return 1/‖X‖ and 1/‖Y‖, and 0 where a norm is no more than the rounding of B² elements of at most 1."""
+    if "inverse norms" not in at.kept:
+        squares = torch.stack(at.totals[:2])
+        is_some = squares > (8 * torch.finfo(squares.dtype).eps * at.batch) ** 2
+        at.kept["inverse norms"] = torch.where(is_some, torch.where(is_some, squares, 1.0).rsqrt(), 0.0).unbind()
+    found: Sequence[torch.Tensor] = at.kept["inverse norms"]
+    return found
 
 
-def _centre(relations: torch.Tensor, row_sums: torch.Tensor, at: Sums) -> torch.Tensor:
-    """Return the elements less the means of their row and of their column, plus the mean of all."""
-    means = row_sums / at.batch
-    return relations - at.of_both(means - means.mean() / 2)
+def _centre(relations: torch.Tensor, which: int, at: Sums) -> torch.Tensor:
+    """Return the elements less the means of their row and of their column, plus the mean of all.
+
+    Args:
+        which: 0: of S; 1: of T.
+    """
+    if "means" not in at.kept:
+        means = torch.stack(at.rows) / at.batch
+        at.kept["means"] = means - means.mean(1, keepdim=True) / 2
+    return relations - at.of_both(at.kept["means"][which])

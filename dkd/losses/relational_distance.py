@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from dkd.global_batch.relational import Sums
+from dkd.losses.feature_pairs import needs_plain_autograd
 from dkd.losses.relational import RelationalLoss
 
 
@@ -52,6 +53,8 @@ class RKDDistance(RelationalLoss):
 
 def _root(squares: torch.Tensor) -> torch.Tensor:
     """Return the square roots, 0 at 0 with no derivative there."""
+    if not squares.requires_grad and not needs_plain_autograd([squares]):
+        return squares.sqrt()
     return torch.where(squares > 0, squares, 1.0).sqrt().where(squares > 0, 0.0)
 
 
@@ -62,6 +65,8 @@ def _pairs(at: Sums) -> int:
 
 def _scale(s: torch.Tensor, t: torch.Tensor, at: Sums) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return x = d_S/μ_S, the difference x − d_T/μ_T, and μ_S."""
-    means = [(sums.sum() / _pairs(at)).clamp_min(1e-12) for sums in at.rows]
+    if "means" not in at.kept:
+        at.kept["means"] = [(sums.sum() / _pairs(at)).clamp_min(1e-12) for sums in at.rows]
+    means = at.kept["means"]
     x = _root(s) / means[0]
     return x, x - _root(t) / means[1], means[0]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dkd import AttentionTransfer, BatchLayout, SimilarityPreserving, SoftTargets
+from dkd import DIST, DKD, AttentionTransfer, BatchLayout, SimilarityPreserving, SoftTargets
 from dkd.build.optimizers import build_optimizer
 from dkd.config.optimizers import SgdSection
 from dkd.distillation.batch_norm import BatchNormStatistics
@@ -27,10 +27,20 @@ def kd(logits):
     return SoftTargets(4.0)(logits, double(3, 6))
 
 
+def dkd(logits):
+    return DKD(1.0, 3.0, 2.0)(logits, double(3, 6), torch.tensor([0, 5, 2]))
+
+
+def dist(logits):
+    return DIST(2.0, 0.5, 3.0)(logits, double(4, 6))
+
+
 CASES = {
     "at": (at_of_two, [double(3, 2, 4, 4), double(3, 4, 2, 3)]),
     "sp": (sp_of_two, [double(4, 7), double(4, 2)]),
     "kd": (kd, [double(3, 6) + 1]),
+    "dkd": (dkd, [double(3, 6) + 1]),
+    "dist": (dist, [double(4, 6) + 1]),
 }
 
 
@@ -59,8 +69,10 @@ def test_a_teacher_of_inference_mode_teaches():
     student = double(3, 6).requires_grad_()
     with torch.inference_mode():
         teacher = double(3, 6) * 3
-    SoftTargets()(student, teacher).backward()
-    assert student.grad.abs().sum() > 0
+    for loss, more in ((SoftTargets(), ()), (DKD(), (torch.tensor([1, 0, 5]),)), (DIST(), ())):
+        student.grad = None
+        loss(student, teacher, *more).backward()
+        assert student.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("size", [1e18, 1e12, 1e-12])

@@ -9,7 +9,21 @@ from every_loss import ALL
 
 from benchmarks.launches import OperatorCount, count_step
 from benchmarks.step import Row, write_teacher
-from dkd import AttentionTransfer, CrossEntropy, SimilarityPreserving, SoftTargets
+from dkd import (
+    CKA,
+    DIST,
+    DKD,
+    NKD,
+    PKT,
+    AttentionTransfer,
+    BinaryCrossEntropy,
+    CorrelationCongruence,
+    CrossEntropy,
+    FeatureDistance,
+    RKDDistance,
+    SimilarityPreserving,
+    SoftTargets,
+)
 from dkd.config.loading import validate
 from dkd.engines.accelerated import forget_settings
 from dkd.training.trainer import Trainer
@@ -40,6 +54,7 @@ def features(pairs):
 
 LOGITS = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
 LABELS = torch.arange(4)
+VECTORS = [torch.randn(4, 32, requires_grad=True)], [torch.randn(4, 32)]
 LOSSES = {
     "at, three pairs": (AttentionTransfer(), features(3), 25),
     "at, one pair": (AttentionTransfer(), features(1), 18),
@@ -47,6 +62,15 @@ LOSSES = {
     "sp": (SimilarityPreserving(channels_last=True), features(1), 19),
     "kd": (SoftTargets(), LOGITS, 14),
     "ce": (CrossEntropy(), (LOGITS[0], LABELS), 5),
+    "bce": (BinaryCrossEntropy(), (LOGITS[0], LABELS), 16),
+    "fitnet": (FeatureDistance(), VECTORS, 16),
+    "dkd": (DKD(), (*LOGITS, LABELS), 25),
+    "nkd": (NKD(), (*LOGITS, LABELS), 46),
+    "dist": (DIST(), LOGITS, 49),
+    "cc": (CorrelationCongruence(), VECTORS, 59),
+    "pkt": (PKT(), VECTORS, 70),
+    "cka": (CKA(), VECTORS, 85),
+    "rkd, distances": (RKDDistance(), VECTORS, 95),
 }
 """Loss, arguments, and the operators of its forward and backward, at most."""
 
