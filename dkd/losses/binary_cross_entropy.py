@@ -72,6 +72,9 @@ class BinaryCrossEntropy(nn.Module):
             logits: (b, K).
         """
         classes = logits.shape[1]
-        known = labels if labels.is_floating_point() else F.one_hot(labels, classes)
-        targets = known.to(logits.dtype) * (1 - self.label_smoothing) + self.label_smoothing / classes
+        if labels.is_floating_point():
+            known = labels.to(logits.dtype)
+        else:  # torch's one_hot reads the largest label on the host
+            known = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0)
+        targets = known * (1 - self.label_smoothing) + self.label_smoothing / classes
         return targets if self.target_threshold is None else (targets > self.target_threshold).to(logits.dtype)

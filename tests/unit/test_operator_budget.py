@@ -62,7 +62,7 @@ LOSSES = {
     "sp": (SimilarityPreserving(channels_last=True), features(1), 19),
     "kd": (SoftTargets(), LOGITS, 14),
     "ce": (CrossEntropy(), (LOGITS[0], LABELS), 5),
-    "bce": (BinaryCrossEntropy(), (LOGITS[0], LABELS), 16),
+    "bce": (BinaryCrossEntropy(), (LOGITS[0], LABELS), 14),
     "fitnet": (FeatureDistance(), VECTORS, 16),
     "dkd": (DKD(), (*LOGITS, LABELS), 25),
     "nkd": (NKD(), (*LOGITS, LABELS), 46),
