@@ -7,7 +7,7 @@ calls of Python that ask for them.
 
 An operator that computes is one launch on a GPU, or a few. What only looks at memory in another way (views) or takes
 memory is not counted, and neither is the loading of images. The counts are those of a CPU with what GPUs run by
-default: channels_last, and one kernel for all updates.
+default: channels_last, one kernel for all updates, and one for the casts of all weights.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ def count_step(trainer: Any, warm: int = 21) -> StepCount:
         warm: steps before it: the first 20 of a start report more than later ones.
     """
     parts, counting = trainer.parts, _Counting()
+    parts.engine.model.cast_together()
     opened = parts.data.train_loader.steps
 
     def steps(first: int, last: int) -> Iterator[Any]:

@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 from benchmarks.peer_step import PeerRow
 
 TAPS = {"wrn": ["block1", "block2", "block3"], "res": ["layer1", "layer2", "layer3"]}
+ONE_BY_ONE = "each layer casts its weights"
+"""No key of a recipe: in the place of one cast of all of them, where that is the default."""
 PLAIN = {"train.precision": "fp32", "train.channels_last": False}
 
 
@@ -83,10 +85,14 @@ class Row:
         from dkd.training.trainer import Trainer
 
         self.title, self.batch = title, options.batch
+        settings = dict(settings)
+        one_by_one = settings.pop(ONE_BY_ONE, False)
         forget_settings()
         recipe = validate(recipe_values(options, folder, settings))
         self.trainer = Trainer.from_recipe(recipe, if_run_exists="replace")
         self.device = self.trainer.parts.engine.device
+        if one_by_one:
+            self.trainer.parts.engine.model.cast_together(False)
         if loads:
             self.trainer.load_images(10**9 // options.batch)
 
@@ -211,6 +217,7 @@ def main() -> int:
             "train.compile": {"teacher": True, "student": True, "losses": True}
         }
         if torch.cuda.is_available():
+            settings["  each layer casts its weights"] = {ONE_BY_ONE: True}
             settings["  all compiled, a graph"] = {
                 "train.compile": {"teacher": True, "student": True, "losses": True},
                 "train.graph": True,

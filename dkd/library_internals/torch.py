@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -22,6 +22,7 @@ __all__ = [
     "NORMS_WITH_STATISTICS",
     "FakeTensorMode",
     "add_lists",
+    "call_convolution",
     "change_count",
     "copy_lists",
     "group_timeout",
@@ -33,7 +34,6 @@ __all__ = [
     "make_inductor_deterministic",
     "members_alone",
     "norm_lists",
-    "parameters_replaced",
     "process_groups",
     "set_group_timeout",
     "shared_storage",
@@ -97,18 +97,13 @@ def norm_lists(tensors: list[torch.Tensor], order: float) -> list[torch.Tensor]:
     return list(torch._foreach_norm(tensors, order))
 
 
-@contextmanager
-def parameters_replaced(places: Sequence[tuple[nn.Module, str]], tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, tensors stand in the places of parameters, given by their modules and names. The public function,
-    torch.func.functional_call, does the same and takes 15 times as long: 44 microseconds for 17 tensors."""
-    kept = [module._parameters[name] for module, name in places]
-    try:
-        for (module, name), tensor in zip(places, tensors, strict=True):
-            module._parameters[name] = tensor  # type: ignore[assignment]
-        yield
-    finally:
-        for (module, name), parameter in zip(places, kept, strict=True):
-            module._parameters[name] = parameter
+def call_convolution(
+    layer: nn.Module, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Call a convolution with other tensors in the place of its parameters. The public function,
+    torch.func.functional_call, replaces the parameters for everyone meanwhile."""
+    result: torch.Tensor = layer._conv_forward(images, weight, bias)  # type: ignore[operator]
+    return result
 
 
 def change_count(tensor: torch.Tensor) -> int:

@@ -138,11 +138,10 @@ class TappedModel(nn.Module):
 
         return read
 
-    def cast_together(self) -> None:
+    def cast_together(self, together: bool = True) -> None:
         """Cast the weights by one operation in training, and not layer by layer, where the forward is under autocast:
         for a student whose gradients no engine waits for, and which is not compiled."""
-        if self.autocast is not None:
-            self._casts = WeightCasts(self.model, self.autocast)
+        self._casts = None if self.autocast is None or not together else WeightCasts(self.model, self.autocast)
 
     def named_adapters(self) -> dict[str, nn.Module]:
         """Return the adapters by name."""

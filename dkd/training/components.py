@@ -263,8 +263,9 @@ def build_step(
         compile_losses(objective, launch.world_size)
     engine.wrap(student, build_optimizer(recipe.optimizer, student, engine.fuses_updates, _in_graph(recipe, engine)))
     compile_model(student, train.compile.student)
-    if launch.world_size == 1 and not engine.rules.shards_training and not train.compile.student:
-        engine.model.cast_together()
+    # Only a GPU gains from fewer operations: a CPU finds a weight in its cache that it has cast just now.
+    is_alone = launch.world_size == 1 and not engine.rules.shards_training
+    engine.model.cast_together(is_alone and engine.device.type == "cuda" and not train.compile.student)
     average = WeightAverage(engine.model, train.ema.decay, engine.student) if train.ema else None
     teacher_stream, reason = choose_teacher_stream(recipe, objective, engine.device)
     step = DistillationStep(

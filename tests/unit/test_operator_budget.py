@@ -104,7 +104,7 @@ SETTINGS = {
         "data": {"in_memory": "device"},
         "train": {"graph": True},
     },
-    "binary cross-entropy": {"losses": {"bce": {"label_smoothing": 0.1}, "kd": ALL["kd"]}},
+    "binary cross-entropy": {"losses": {"ce": None, "bce": {"label_smoothing": 0.1}, "kd": ALL["kd"]}},
     "the teacher's stream": {"train": {"teacher_stream": True}},
     "bf16": {"train": {"precision": "bf16"}},
     "weights of classes": {"losses": {"ce": {"class_weights": "balanced"}, "kd": ALL["kd"]}},

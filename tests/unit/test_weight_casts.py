@@ -1,12 +1,14 @@
 """A student whose weights are cast together computes the bits of one whose layers cast them one by one."""
 
 import copy
+import io
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.launches import OperatorCount
@@ -50,6 +52,39 @@ class Tricky(nn.Module):
         return self.head(F.gelu(x))
 
 
+def clamp(layer, inputs):
+    layer.weight.data.clamp_(-0.2, 0.2)
+
+
+class Restless(nn.Module):
+    """Reads and changes parameters outside of the calls of their layers, and calls layers otherwise in later steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scaled, self.clamped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.hooked, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.weight_norm = nn.utils.weight_norm(nn.Linear(8, 8))
+        self.spectral_norm = nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.precise_later, self.normed_later, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.hooked.register_forward_pre_hook(clamp)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        with torch.no_grad():
+            self.scaled.weight.mul_(0.9)
+        self.clamped.weight.data.clamp_(-0.1, 0.1)
+        x = self.clamped(self.scaled(self.first(x))).mean((2, 3))
+        x = self.read(self.hooked(x)) + self.read.weight.sum() + 0.01 * sum(p.sum() for p in self.parameters())
+        x = self.spectral_norm(self.weight_norm(x))
+        with torch.autocast("cpu", BF16, enabled=self.calls < 3):
+            x = self.precise_later(x if self.calls < 3 else x.float())
+        if self.calls == 3:
+            nn.utils.weight_norm(self.normed_later)
+            self.head.bias = None
+        return self.head(self.normed_later(x).relu())
+
+
 def timm_model(name, **options):
     return lambda: pytest.importorskip("timm").create_model(name, num_classes=5, **options)
 
@@ -63,12 +98,14 @@ MODELS = {
     "timm/swin": timm_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), num_heads=(3, 6)),
     "timm/resnetv2, standardised weights": timm_model("resnetv2_50", layers=(1, 1, 1, 1)),
     "tricky": Tricky,
+    "restless": Restless,
 }
 
 
-def trained(model, together, side, format, steps=3):
+def trained(make, together, side, format, steps=4):
     """Return the logits of some steps, and what the weights and gradients are at their end."""
-    tapped = TappedModel(copy.deepcopy(model).to(memory_format=format), [], autocast=BF16)
+    torch.manual_seed(0)
+    tapped = TappedModel(make().to(memory_format=format), [], autocast=BF16)
     if together:
         tapped.cast_together()
     tapped.train()
@@ -89,10 +126,9 @@ def trained(model, together, side, format, steps=3):
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bits_are_those_of_casts_one_by_one(name, format):
-    torch.manual_seed(0)
-    model, side = MODELS[name](), 56 if "swin" in name else 32
-    plain, wanted = trained(model, False, side, format)
-    tapped, found = trained(model, True, side, format)
+    side = 56 if "swin" in name else 32
+    plain, wanted = trained(MODELS[name], False, side, format)
+    tapped, found = trained(MODELS[name], True, side, format)
     assert list(tapped.state_dict()) == list(plain.state_dict())
     assert all(isinstance(p, nn.Parameter) and p.dtype == torch.float32 for p in tapped.model.parameters())
     for one, other in zip(wanted, found, strict=True):
@@ -100,29 +136,35 @@ def test_the_bits_are_those_of_casts_one_by_one(name, format):
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
-def layers_cast(model, images):
-    """Return the names of the layers whose weights are cast together."""
-    casts, seen = WeightCasts(model, BF16), set()
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, inputs, name=name: seen.add(name) if layer.weight.dtype == BF16 else None
-        )
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
-    with torch.autocast("cpu", BF16):
-        casts(images)
-        assert not seen  # the first call casts nothing
-        casts(images)
-    for hook in hooks:
-        hook.remove()
-    return seen
+class WeightsUsed(TorchFunctionMode):
+    """Notes in which type each layer's call takes its weight."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.types, self._layer = {}, None
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.register_forward_pre_hook(lambda layer, inputs, name=name: setattr(self, "_layer", name))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.linear, torch.conv2d):
+            self.types.setdefault(self._layer, set()).add(args[1].dtype)
+        return func(*args, **(kwargs or {}))
 
 
-def test_layers_that_are_called_in_another_way_cast_by_themselves():
+def test_layers_under_autocast_take_casts_from_the_second_call_on():
     torch.manual_seed(0)
-    found = layers_cast(Tricky(), torch.randn(2, 3, 8, 8, requires_grad=True))
-    assert found == {"plain", "reentrant", "checkpointed", "frozen", "head"}
+    model = Tricky()
+    casts = WeightCasts(model, BF16)
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", BF16), WeightsUsed(model) as used:
+        casts(images)
+        assert set().union(*used.types.values()) == {torch.float32}
+        used.types.clear()
+        casts(images)
+    taken, others = ({k for k, found in used.types.items() if found == {type_}} for type_ in (BF16, torch.float32))
+    assert taken == {"plain", "again", "reentrant", "checkpointed", "frozen", "tied", "with_it", "head"}
+    assert others == {"normed", "precise", "sometimes"}
 
 
 def test_one_operation_casts_all_weights_and_one_all_gradients():
@@ -141,34 +183,66 @@ def test_one_operation_casts_all_weights_and_one_all_gradients():
     assert counts[True]["_foreach_copy_"] == 2
 
 
-def test_an_evaluation_and_the_forward_after_a_failed_one_see_the_own_weights():
+def test_a_failed_forward_chooses_nothing_and_leaves_nothing():
     class Failing(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.calls = nn.Linear(3, 2), 0
+            self.first, self.precise, self.calls = nn.Linear(3, 3), nn.Linear(3, 2), 0
 
         def forward(self, x):
             self.calls += 1
-            found = self.layer(x)
-            if self.calls == 2:
+            x = self.first(x)
+            if self.calls in (1, 4):
                 raise RuntimeError("a failure")
-            return found
+            with torch.autocast("cpu", enabled=False):
+                return self.precise(x.float())
 
     model = Failing()
     tapped = TappedModel(model, [], autocast=BF16)
     tapped.cast_together()
     tapped.train()
     images = torch.randn(2, 3)
+    for fails in (True, False, False, True, False):
+        if fails:
+            with pytest.raises(RuntimeError, match="a failure"):
+                tapped(images)
+        else:
+            tapped(images)[0].sum().backward()
+        assert not any("forward" in vars(layer) for layer in model.modules())
+    assert model.first.weight.grad.dtype == torch.float32
+    torch.save(tapped.state_dict(), io.BytesIO())
+    assert copy.deepcopy(tapped).model.first.weight.equal(model.first.weight)
+
+
+def test_nothing_is_differentiated_through_frozen_layers():
+    torch.manual_seed(0)
+    model = build_model(ModelSpec("resnet8", 5))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("fc"))
+    tapped = TappedModel(model, ["layer3"], autocast=BF16)
+    tapped.cast_together()
+    tapped.train()
+    images, kept = torch.randn(4, 3, 32, 32), []
     tapped(images)
-    with pytest.raises(RuntimeError, match="a failure"):
-        tapped(images)
-    assert isinstance(model.layer.weight, nn.Parameter)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logits, features = tapped(images)
+    assert logits.requires_grad
+    assert not features["layer3"].requires_grad
+    assert max(tensor.numel() for tensor in kept) <= 5 * 64
+
+
+def test_transforms_of_functions_take_the_usual_way():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    tapped = TappedModel(model, [], autocast=BF16)
+    tapped.cast_together()
+    tapped.train()
+    images = torch.randn(5, 3)
     tapped(images)
-    tapped.eval()
-    model.layer.register_forward_pre_hook(lambda layer, inputs: seen.append(layer.weight.dtype))
-    seen = []
-    tapped(images)
-    assert seen == [torch.float32]
+    plain = TappedModel(model, [], autocast=BF16)
+    found, wanted = (torch.vmap(lambda image, called=called: called(image)[0])(images) for called in (tapped, plain))
+    assert torch.equal(found, wanted)
+    parameters = dict(tapped.named_parameters())
+    torch.func.grad(lambda p: torch.func.functional_call(tapped, p, (images,))[0].float().sum())(parameters)
 
 
 def test_gradients_of_gradients_pass_through_the_casts():
@@ -205,10 +279,11 @@ RECIPE = {
 }
 
 
-def weights_of_a_run(folder):
+def weights_of_a_run(folder, together):
     forget_settings()
     values = {**RECIPE, "run": {"dir": str(folder), "trackers": []}}
     trainer = Trainer.from_recipe(validate(values), if_run_exists="replace")
+    trainer.parts.engine.model.cast_together(together)
     try:
         trainer.load_images(4)
         for _ in range(4):
@@ -223,11 +298,10 @@ def test_a_training_gains_and_nothing_of_it_changes(tmp_path, monkeypatch):
     calls = []
     original = WeightCasts.__call__
     monkeypatch.setattr(WeightCasts, "__call__", lambda self, images: (calls.append(1), original(self, images))[1])
-    found = weights_of_a_run(tmp_path / "found")
+    found = weights_of_a_run(tmp_path / "found", together=True)
     assert len(calls) == 4
-    monkeypatch.setattr(TappedModel, "cast_together", lambda self: None)
     monkeypatch.setattr(Objective, "unpromoted_taps", set())
-    wanted = weights_of_a_run(tmp_path / "wanted")
+    wanted = weights_of_a_run(tmp_path / "wanted", together=False)
     assert len(calls) == 4
     for one, other in zip(wanted, found, strict=True):
         assert torch.equal(one, other)
