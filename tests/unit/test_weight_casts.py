@@ -52,8 +52,8 @@ class Tricky(nn.Module):
         return self.head(F.gelu(x))
 
 
-def clamp(layer, inputs):
-    layer.weight.data.clamp_(-0.2, 0.2)
+def shrink(layer, inputs):
+    layer.weight.data.mul_(0.9)
 
 
 class Restless(nn.Module):
@@ -61,20 +61,20 @@ class Restless(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.scaled, self.clamped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.first, self.scaled, self.shrunk = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.hooked, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
         self.weight_norm = nn.utils.weight_norm(nn.Linear(8, 8))
         self.spectral_norm = nn.utils.spectral_norm(nn.Linear(8, 8))
         self.precise_later, self.normed_later, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
-        self.hooked.register_forward_pre_hook(clamp)
+        self.hooked.register_forward_pre_hook(shrink)
         self.calls = 0
 
     def forward(self, x):
         self.calls += 1
         with torch.no_grad():
             self.scaled.weight.mul_(0.9)
-        self.clamped.weight.data.clamp_(-0.1, 0.1)
-        x = self.clamped(self.scaled(self.first(x))).mean((2, 3))
+        self.shrunk.weight.data.mul_(0.9)
+        x = self.shrunk(self.scaled(self.first(x))).mean((2, 3))
         x = self.read(self.hooked(x)) + self.read.weight.sum() + 0.01 * sum(p.sum() for p in self.parameters())
         x = self.spectral_norm(self.weight_norm(x))
         with torch.autocast("cpu", BF16, enabled=self.calls < 3):
