@@ -140,7 +140,7 @@ class _DataReads(TorchFunctionMode):
         self.read: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             self.read.add(id(args[0]))
         return func(*args, **(kwargs or {}))
 
