@@ -35,6 +35,6 @@ def why_in_order(recipe: Recipe, objective: Objective, device: torch.device) -> 
         "a loss differentiates by the images": any(isinstance(t, InputGradientTerm) for t in objective.terms),
         "modules that losses train read its features in the student's forward": bool(objective.adapters),
         "teacher.cache brings what it has computed before": bool(caches(recipe)),
-        "train.graph makes one graph of both": recipe.train.graph is True,
+        "train.graph is asked for, which makes one launch of both": recipe.train.graph is True,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

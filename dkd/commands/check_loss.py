@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
         measure,
         measure_alone,
         measure_on_ranks,
+        scale_error,
         slope_error,
     )
     from dkd.global_batch import BatchLayout
@@ -78,6 +79,13 @@ def run(options: argparse.Namespace) -> int:
         console.show(
             f"slope differs from the derivative of value: the gradient by slope is {error:.1e} from that by autograd, "
             "relative; slope is the derivative by S_ij plus that by S_ji, with all that sums and totals add to it"
+        )
+        return 1
+    if (error := scale_error(trial)) is not None and error > TOLERANCE:
+        console.show(
+            f"the loss changes by {error:.1e} of its value where all features of a model are multiplied by 1.5: "
+            "relations are divided by a number near the largest, so that it must not depend on a common factor; divide "
+            "s and t by what grows with them, such as their mean"
         )
         return 1
     return 0 if verdict.cause is None else 1

@@ -156,6 +156,21 @@ def slope_error(trial: LossTrial) -> float | None:
     return _relative(found[0] - found[1], found[1])
 
 
+def scale_error(trial: LossTrial) -> float | None:
+    """Return how much a loss of products or distances changes, relative to its value, where all features are multiplied
+    by one number; None: the loss is of another kind. Raises UserCodeError."""
+    loss = getattr(_build_term(trial), "loss", None)
+    if not isinstance(loss, RelationalLoss) or loss.relation == "cosine":
+        return None
+    students, teachers, _ = _batch(trial)
+    try:
+        values = [float(loss([1.5 * s for s in students], [k * t for t in teachers])) for k in (1.0, 1.5)]
+        values.append(float(loss(students, teachers)))
+    except Exception as error:  # the user's code may raise anything
+        raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}") from error
+    return max(abs(value - values[-1]) for value in values) / max(abs(values[-1]), 1e-12)
+
+
 def measure_on_ranks(trial: LossTrial, processes: int, seconds: float) -> list[Measured]:
     """Start gloo processes that share the batch, and return what each has measured.
 

@@ -360,8 +360,8 @@ class TrainSection(Section):
     recipe does not allow it, one line gives the reason, and steps run as usual. auto: false, until graphs have been
     run on a GPU."""
     teacher_stream: Switch = False
-    """Whether the teacher computes on a CUDA stream of its own, beside the student's forward, with equal results. Where
-    a recipe does not allow it, one line gives the reason. It has not been run on a GPU."""
+    """Whether the teacher computes on a CUDA stream of its own, beside the student's forward, with equal results and
+    more memory. Where a recipe does not allow it, one line gives the reason. It has not been run on a GPU."""
     links: Text | None = None
     """File of `dkd launch-check --json FILE`, with the measured speeds between ranks, by which losses of relations
     choose their grid; null: the speeds of docs/explanations/global_batch.md."""

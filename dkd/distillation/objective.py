@@ -452,7 +452,8 @@ class Objective:
             if isinstance(term, FeatureTerm) and term.trained is None:
                 paths = [student for student, _ in term.pairs]
                 readers.update(paths)
-                taking.update(paths if getattr(term.loss, "takes_half_precision", False) else ())
+                # Stated by its own class: a class that is derived from it may read them in another way.
+                taking.update(paths if vars(type(term.loss)).get("takes_half_precision") else ())
             elif not isinstance(term, FeatureTerm | LogitTerm | LabelTerm | InputGradientTerm):
                 return set()  # what it reads is not known
         return {path for path in taking if readers[path] == 1}

@@ -11,7 +11,11 @@ Which stream waits for which:
 
 Memory needs no more than that. torch gives memory of a stream that has become free to the next tensor of that stream at
 once, and the other stream may not have read it yet. What the teacher's stream has yielded is read by the current stream
-alone, and the next tensors of the teacher's stream are made after the next `beside` has waited for these reads.
+and by collectives, for which the current stream waits; and the next tensors of the teacher's stream are made after the
+next `beside` has waited for the current stream. A step's backward must have begun before the next `beside`.
+
+A collective of the student's forward (SyncBatchNorm, FSDP2) that NCCL starts in order waits for those of the teacher,
+and so for the teacher's forward: little is left of the overlap then.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from dkd.global_batch.gram import (
     send_home,
 )
 from dkd.global_batch.placement import Placement
-from dkd.global_batch.scale import NEAREST, Kind, Norms, Scale, least_norm
+from dkd.global_batch.scale import NEAREST, Kind, Norms, Scale, least_norm, next_power_of_two
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
@@ -399,8 +399,7 @@ def _relate_alone(kind: Kind, features: torch.Tensor, floor: float) -> torch.Ten
     if kind == "cosine":
         units = features / torch.maximum(lengths, least_norm(lengths.detach(), floor))[:, None]
         return units @ units.T
-    largest = lengths.detach().max()
-    scaled = features / torch.where(largest > 0, largest, torch.ones_like(largest))
+    scaled = features / next_power_of_two(lengths.detach().max())
     products = scaled @ scaled.T
     if kind == "product":
         return products

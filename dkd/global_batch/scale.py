@@ -20,7 +20,7 @@ ZERO_NORM = 1e-12
 _ALL_ZERO = 1e-18
 """The smallest divisor where there is a floor: of vectors that are all zero. Its square fits float32."""
 NEAREST = 1e-12
-"""The smallest squared distance of two samples, as a share of the longest sample's square."""
+"""The smallest squared distance of two samples, as a share of the number that distances are divided by."""
 
 
 class Norms:
@@ -73,7 +73,7 @@ class Scale:
         self._kind, self._norms, self._at = kind, norms, placement
         # (B,) for cosines, else one number.
         self._divisors = (
-            torch.maximum(norms, least_norm(norms, floor)) if kind == "cosine" else _next_power_of_two(norms.max())
+            torch.maximum(norms, least_norm(norms, floor)) if kind == "cosine" else next_power_of_two(norms.max())
         )
 
     def relate(self, products: torch.Tensor) -> torch.Tensor:
@@ -124,8 +124,9 @@ class Scale:
         return numbers if numbers.dim() == 0 else of_columns(numbers, self._at)
 
 
-def _next_power_of_two(number: torch.Tensor) -> torch.Tensor:
-    # A number is its mantissa, from ½ to 1, times a power of two.
+def next_power_of_two(number: torch.Tensor) -> torch.Tensor:
+    """Return the power of two that follows a norm, and a small one for 0."""
+    # A number is its mantissa, from ½ to 1, times that power.
     number = number.clamp_min(_ALL_ZERO)
     return number / torch.frexp(number).mantissa
 

@@ -63,7 +63,7 @@ def compare(
     students: Sequence[torch.Tensor],
     teacher: Sequence[torch.Tensor] | torch.Tensor,
     factors: Sequence[float],
-    plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    plainly: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Return Σ_p factor_p Σ (Q_S − Q_T)², a scalar. Differentiable.
 
@@ -72,7 +72,8 @@ def compare(
         teacher: features (b, C, h, w), whose type is promoted to that of the students'; or maps (P, b, n), as
             `pack_maps` returns them. No gradient reaches them.
         factors: c_p, one for each pair.
-        plainly: returns the same of the students' features by operations that autograd follows, for second derivatives.
+        plainly: returns the same of the students' features and the teacher's maps by operations that autograd follows,
+            for second derivatives.
     """
     value: torch.Tensor = _Compare.apply(teacher, tuple(factors), plainly, *students)
     return value
@@ -104,7 +105,7 @@ class _Compare(torch.autograd.Function):
         ctx: Any,
         teacher: Sequence[torch.Tensor] | torch.Tensor,
         factors: tuple[float, ...],
-        plainly: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+        plainly: Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor],
         *students: torch.Tensor,
     ) -> torch.Tensor:
         if isinstance(teacher, torch.Tensor):
@@ -125,7 +126,9 @@ class _Compare(torch.autograd.Function):
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             wanted = [student for student, asked in zip(students, needed, strict=True) if asked]
-            found = iter(torch.autograd.grad(ctx.plainly(students), wanted, grads[0], create_graph=True))
+            # Kept are the maps, and not the teacher's features.
+            value = ctx.plainly(students, maps - difference)
+            found = iter(torch.autograd.grad(value, wanted, grads[0], create_graph=True))
             return None, None, None, *(next(found) if asked else None for asked in needed)
         fours = _column(tuple(4 * factor for factor in ctx.factors), maps.dtype, maps.device)
         along = (maps * difference).sum(2, keepdim=True)

@@ -158,15 +158,15 @@ class AttentionTransfer(nn.Module):
         if not isinstance(teacher, torch.Tensor) and len({promoted_dtype(f.dtype) for f in (*students, *teacher)}) > 1:
             teacher, _ = attention_of_squares.pack_maps(teacher)
 
-        def plainly(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-            packed = teacher if isinstance(teacher, torch.Tensor) else attention_of_squares.pack_maps(teacher)[0]
+        def plainly(tensors: Sequence[torch.Tensor], packed: torch.Tensor) -> torch.Tensor:
             maps = attention_of_squares.unpack(packed, positions)
             own = [self._normalize_map(s, (s.shape[2], s.shape[3])) for s in tensors]
             each = [c * (q - t).square().sum() for c, q, t in zip(factors, own, maps, strict=True)]
             return torch.stack(each).sum()
 
         if needs_plain_autograd(students):
-            return plainly(students)
+            packed = teacher if isinstance(teacher, torch.Tensor) else attention_of_squares.pack_maps(teacher)[0]
+            return plainly(students, packed)
         return attention_of_squares.compare(students, teacher, factors, plainly)
 
     def _compare_with_maps(

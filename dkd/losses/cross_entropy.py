@@ -100,12 +100,10 @@ class CrossEntropy(nn.Module):
 
     def _mean(self, logits: torch.Tensor, labels: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Return `layout.mean` of the loss of each sample, without class weights. torch adds the samples up by the same
-        operation that computes their losses."""
+        operation that computes their losses; it would divide by the labels that are not -100, and not by B."""
         layout.check(logits)
-        alone = layout.world_size == 1
-        reduction = "mean" if alone else "sum"
-        loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=self.label_smoothing)
-        return loss if alone else loss * (layout.world_size / layout.total)
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        return loss * (layout.world_size / layout.total)
 
     def _weigh(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the weight of each label, in float64."""

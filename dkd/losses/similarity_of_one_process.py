@@ -23,12 +23,8 @@ from typing import Any
 import torch
 
 from dkd.global_batch.gram import multiply, promoted_dtype
-from dkd.global_batch.scale import ZERO_NORM
+from dkd.global_batch.scale import ZERO_NORM, next_power_of_two
 from dkd.losses.relational import WholeBatch
-
-SMALLEST = 1e-36
-"""The smallest number that a row is divided by. Its inverse must fit float32, so that its product with features of zero
-is zero."""
 
 
 def compare(students: Sequence[torch.Tensor], whole: WholeBatch, floor: float) -> torch.Tensor:
@@ -51,7 +47,8 @@ class _Compare(torch.autograd.Function):
         shares, slopes = [], []
         for student, type_, teacher, weight in zip(students, whole.types, whole.teachers, whole.weights, strict=True):
             share, slope = _compare_gram(_gram(student.to(type_), teacher, whole.are_relations), floor)
-            shares.append(share if weight == 1 else share * weight)
+            # A number of its own: torch's reduced loss keeps the memory of all B² that it was reduced from.
+            shares.append(share * weight)
             slopes.append(slope)
         ctx.save_for_backward(*slopes, *students)
         ctx.whole = whole
@@ -72,7 +69,7 @@ class _Compare(torch.autograd.Function):
             own = (student.to(type_) if whole.rounds else student).to(slope.dtype)
             with torch.autocast(student.device.type, enabled=False):
                 # The first argument is not added, since beta is 0; alpha saves an operation.
-                sums = torch.addmm(grads[0], slope, own, beta=0, alpha=2 * weight / len(student) ** 2)
+                sums = torch.addmm(grads[0].to(slope.dtype), slope, own, beta=0, alpha=2 * weight / len(student) ** 2)
             found.append(sums.mul_(grads[0]).to(student.dtype) if asked else None)
         return None, None, *found
 
@@ -106,9 +103,12 @@ def _compare_gram(both: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch
 
 def least_norms(both: torch.Tensor, norms: torch.Tensor, floor: float) -> torch.Tensor:
     """Return the numbers (2, 1) that stand for smaller norms (2, B) of the rows of S and T (2, B, B), as
-    `dkd.global_batch.scale.least_norm` has them for matrices whose largest diagonal element is 1."""
+    `dkd.global_batch.scale.least_norm` has them for relations that Scale has divided."""
+    # Of a matrix of zeros. Its inverse must fit the type, so that its product with features of zero is zero.
+    smallest = torch.finfo(both.dtype).tiny
     if floor == 0:
-        floor, typical = ZERO_NORM, both.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        longest = both.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).double().sqrt_()
+        floor, typical = ZERO_NORM, next_power_of_two(longest).square()
     else:
         typical = norms.mean(1, keepdim=True)
-    return torch.rsub(typical, SMALLEST, alpha=-floor)  # SMALLEST + floor · typical
+    return torch.rsub(typical, smallest, alpha=-floor)  # smallest + floor · typical

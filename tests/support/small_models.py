@@ -276,3 +276,12 @@ class WrongSlope(RelationalLoss):
 
     def slope(self, s, t, at):
         return 2 / at.batch**2 * (s - t)
+
+
+class DependsOnScale(WrongSlope):
+    """The same of products, which are no function of directions, with the whole derivative."""
+
+    relation = "product"
+
+    def slope(self, s, t, at):
+        return 4 / at.batch**2 * (s - t)

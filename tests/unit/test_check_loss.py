@@ -51,6 +51,18 @@ def test_a_slope_that_is_not_the_derivative_of_the_value_is_found(capsys, monkey
     assert "slope differs from the derivative of value: the gradient by slope is 5.0e-01 from that by autograd" in out
 
 
+def test_a_loss_of_products_that_depends_on_a_common_factor_is_found(capsys, monkeypatch):
+    def halves(trial, processes, seconds):
+        whole = measure(trial, slice(None), BatchLayout((trial.batch,)))
+        return [Measured(whole.value, 2 * rows) for rows in whole.gradient.chunk(processes)]
+
+    monkeypatch.setattr("dkd.commands.loss_trial.measure_on_ranks", halves)
+    code, out, _ = check(capsys, "DependsOnScale", *SHAPES)
+    assert code == 1
+    assert "of its value where all features of a model are multiplied by 1.5" in out
+    assert "slope differs" not in out
+
+
 def test_a_loss_that_fails_on_one_process_is_one_line(capsys):
     """The other process waits for it, and is ended."""
     code, out, (line,) = check(capsys, "FailsOnRank1", *SHAPES)

@@ -1,11 +1,13 @@
 """Losses by few operations: derivatives of first and second order, transforms, ends of the range, and updates by one
 kernel."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from dkd import DIST, DKD, AttentionTransfer, BatchLayout, SimilarityPreserving, SoftTargets
+from dkd import DIST, DKD, AttentionTransfer, BatchLayout, CrossEntropy, SimilarityPreserving, SoftTargets
 from dkd.build.optimizers import build_optimizer
 from dkd.config.optimizers import SgdSection
 from dkd.distillation.batch_norm import BatchNormStatistics
@@ -86,6 +88,70 @@ def test_attention_of_long_and_short_features_is_that_of_others(size):
     value.backward()
     scaled.backward()
     torch.testing.assert_close(found.grad.double() * size, wanted.grad.double(), rtol=1e-2, atol=1e-9)
+
+
+def test_pairs_of_several_types_are_those_of_one_type():
+    types = (torch.float32, torch.float64, torch.bfloat16)
+    students, teachers = [double(5, 7) for _ in types], [double(5, 4) for _ in types]
+    wanted = SimilarityPreserving()(students, teachers)
+    mixed = [s.to(type_).requires_grad_() for s, type_ in zip(students, types, strict=True)]
+    found = SimilarityPreserving()(mixed, [t.to(type_) for t, type_ in zip(teachers, types[::-1], strict=True)])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=0)
+    for gradient, type_ in zip(torch.autograd.grad(found, mixed), types, strict=True):
+        assert gradient.dtype == type_
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss", [SimilarityPreserving(), AttentionTransfer(), SoftTargets(), DKD(), DIST()])
+def test_a_value_keeps_no_memory_but_its_own(loss):
+    """A list of values of steps, as a user may keep one, must not keep what they were computed of."""
+    shape = (6, 3, 4, 4) if isinstance(loss, AttentionTransfer) else (6, 9)
+    more = (torch.arange(6),) if isinstance(loss, DKD) else ()
+    value = loss(double(*shape).float().requires_grad_(), double(*shape).float() * 2, *more)
+    assert value.detach().untyped_storage().nbytes() <= 8
+
+
+def test_attention_keeps_maps_of_the_teacher_and_not_its_features():
+    student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    kept = weakref.ref(teacher)
+    value = AttentionTransfer()(student, teacher)
+    del teacher
+    assert kept() is None
+    value.backward()
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.0])
+@pytest.mark.parametrize("size", [1e-17, 1e17])
+@pytest.mark.parametrize("type_", [torch.float32, torch.float64])
+def test_similarities_of_long_and_short_features_are_those_of_others(size, type_, floor):
+    student, teacher = double(6, 5).to(type_), double(6, 4).to(type_)
+    sp = SimilarityPreserving(floor=floor)
+    wanted, found = student.clone().requires_grad_(), (student * size).requires_grad_()
+    value, scaled = sp(wanted, teacher), sp(found, teacher * size)
+    torch.testing.assert_close(scaled, value, rtol=1e-3, atol=0)
+    value.backward()
+    scaled.backward()
+    torch.testing.assert_close(found.grad.double() * size, wanted.grad.double(), rtol=1e-2, atol=1e-6)
+
+
+def test_the_gradient_of_a_sample_of_zeros_is_that_of_blocks():
+    """Without a floor it is huge, and depends on what relations are divided by."""
+    student, teacher = double(6, 5), double(6, 4)
+    student[2] = 0
+    sp, found = SimilarityPreserving(floor=0.0), []
+    for more in ({}, {"create_graph": True}):
+        own = student.clone().requires_grad_()
+        found.append(torch.autograd.grad(sp(own, teacher), own, **more)[0].detach())
+    assert found[0][2].norm() > 1e6
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+def test_labels_that_are_ignored_count_as_samples():
+    """Of all ranks together, nobody knows without a message how many are not ignored."""
+    logits, labels = double(6, 4), torch.tensor([0, 1, -100, 3, 2, 1])
+    known = CrossEntropy()(logits[labels >= 0], labels[labels >= 0])
+    torch.testing.assert_close(CrossEntropy()(logits, labels), known * 5 / 6)
+    assert CrossEntropy()(logits, torch.full_like(labels, -100)) == 0
 
 
 def test_rows_that_do_not_fit_a_given_layout_are_refused_for_every_pair():

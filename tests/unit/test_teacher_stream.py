@@ -125,7 +125,7 @@ REASONS = {
     "there is none": ({"teacher": None, "losses": {"ce": {}}}, GPU),
     "a sharded teacher's weights travel on streams of their own": ({"teacher": {"placement": "fsdp2"}}, GPU),
     "modules that losses train read its features in the student's forward": ({"losses": {"vid": ALL["vid"]}}, GPU),
-    "train.graph makes one graph of both": ({"train": {"graph": True}}, GPU),
+    "train.graph is asked for, which makes one launch of both": ({"train": {"graph": True}}, GPU),
 }
 
 
