@@ -71,11 +71,11 @@ class DKD(nn.Module):
         with no_autocast(student.device):
             student, teacher = full_precision(student), teacher.detach()
             if needs_plain_autograd([student, teacher, labels]):
-                return self._plainly(student, teacher, labels) * factor
+                return self.plainly(student, teacher, labels) * factor
             value: torch.Tensor = _Decoupled.apply(self, student, teacher, labels)
             return value * factor
 
-    def _plainly(self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def plainly(self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return Σ_i (α TCKD_i + β NCKD_i) by operations that autograd follows."""
         s, t = student / self.temperature, full_precision(teacher) / self.temperature
         target = divergence(_of_label(s, labels), _of_label(t, labels))
@@ -112,7 +112,7 @@ class _Decoupled(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, labels, probabilities, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
-            value = ctx.loss._plainly(student, ctx.teacher, labels)
+            value = ctx.loss.plainly(student, ctx.teacher, labels)
             return None, *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None
         whole, others = probabilities[:, 0] - probabilities[:, 1]
         slope = whole.mul_(ctx.loss.alpha).addcmul_(others, weights[:, None])

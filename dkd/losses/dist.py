@@ -65,12 +65,12 @@ class DIST(nn.Module):
         layout = self.scope.within(layout)
         with no_autocast(student.device):
             if needs_plain_autograd([student, teacher]):
-                value = self._plainly(student, teacher.detach(), layout)
+                value = self.plainly(student, teacher.detach(), layout)
             else:
                 value = _Correlations.apply(self, student, teacher.detach(), layout)
             return value.to(promoted_dtype(student.dtype))
 
-    def _plainly(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
+    def plainly(self, student: torch.Tensor, teacher: torch.Tensor, layout: BatchLayout) -> torch.Tensor:
         """Return the loss in float64 by operations that autograd follows. A collective."""
         # In float64: rare classes have probabilities below the rounding of a float32 softmax.
         s, t = ((logits.double() / self.tau).softmax(1) for logits in (student, teacher))
@@ -118,7 +118,7 @@ class _Correlations(torch.autograd.Function):
         student, p, slopes = ctx.saved_tensors
         loss, layout = ctx.loss, ctx.layout
         if torch.is_grad_enabled():  # for second derivatives
-            value = loss._plainly(student, ctx.teacher, layout)
+            value = loss.plainly(student, ctx.teacher, layout)
             return None, *torch.autograd.grad(value, student, grads[0], create_graph=True), None, None
         rows = len(student)
         of_rows, of_columns = slopes[:2, :rows, None], slopes[:, rows:] * layout.world_size

@@ -141,14 +141,14 @@ class WeightsUsed(TorchFunctionMode):
 
     def __init__(self, model):
         super().__init__()
-        self.types, self._layer = {}, None
+        self.types, self.layer = {}, None
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                layer.register_forward_pre_hook(lambda layer, inputs, name=name: setattr(self, "_layer", name))
+                layer.register_forward_pre_hook(lambda layer, inputs, name=name: setattr(self, "layer", name))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (F.linear, torch.conv2d):
-            self.types.setdefault(self._layer, set()).add(args[1].dtype)
+            self.types.setdefault(self.layer, set()).add(args[1].dtype)
         return func(*args, **(kwargs or {}))
 
 
