@@ -148,6 +148,7 @@ def slope_error(trial: LossTrial) -> float | None:
     found = []
     for create_graph in (False, True):  # the closed form, and what autograd finds for second derivatives
         inputs = [feature.clone().requires_grad_() for feature in students]
+        torch.manual_seed(_SEED)
         try:
             gradients = torch.autograd.grad(loss(inputs, teachers), inputs, create_graph=create_graph)
         except Exception as error:  # the user's code may raise anything
@@ -163,12 +164,14 @@ def scale_error(trial: LossTrial) -> float | None:
     if not isinstance(loss, RelationalLoss) or loss.relation == "cosine":
         return None
     students, teachers, _ = _batch(trial)
+    values = []
     try:
-        values = [float(loss([1.5 * s for s in students], [k * t for t in teachers])) for k in (1.0, 1.5)]
-        values.append(float(loss(students, teachers)))
+        for of_student, of_teacher in ((1.0, 1.0), (1.5, 1.0), (1.5, 1.5)):
+            torch.manual_seed(_SEED)
+            values.append(float(loss([of_student * s for s in students], [of_teacher * t for t in teachers])))
     except Exception as error:  # the user's code may raise anything
         raise UserCodeError(f"{trial.loss!r} cannot be computed: {describe_error(error)}") from error
-    return max(abs(value - values[-1]) for value in values) / max(abs(values[-1]), 1e-12)
+    return max(abs(value - values[0]) for value in values) / max(abs(values[0]), 1e-12)
 
 
 def measure_on_ranks(trial: LossTrial, processes: int, seconds: float) -> list[Measured]:

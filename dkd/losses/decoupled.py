@@ -70,7 +70,8 @@ class DKD(nn.Module):
         factor = self.temperature**2 * layout.world_size / layout.total
         with no_autocast(student.device):
             student, teacher = full_precision(student), teacher.detach()
-            if needs_plain_autograd([student, teacher, labels]):
+            # The closed form subtracts where β < α, and loses digits there.
+            if needs_plain_autograd([student, teacher, labels]) or self.beta < self.alpha or student.shape[1] < 2:
                 return self.plainly(student, teacher, labels) * factor
             value: torch.Tensor = _Decoupled.apply(self, student, teacher, labels)
             return value * factor
@@ -106,7 +107,9 @@ class _Decoupled(torch.autograd.Function):
         ctx.save_for_backward(student, labels, probabilities, weights)
         # Not saved: it may come from torch.inference_mode, and no gradient reaches it.
         ctx.loss, ctx.teacher = loss, teacher
-        return (weights * others).add_(whole, alpha=loss.alpha).sum()
+        total = weights * others
+        # A product of 0 and ∞ is no number.
+        return (total if loss.alpha == 0 else total.add_(whole, alpha=loss.alpha)).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -27,6 +27,7 @@ from dkd.global_batch.gram import promoted_dtype
 from dkd.losses.feature_pairs import as_list, check_logit_pair, needs_plain_autograd, no_autocast
 
 _LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
+_SMALLEST = 1e-200  # the power of −3/2 of a variance, its inverse root's derivative, fits float64
 
 
 class DIST(nn.Module):
@@ -97,16 +98,17 @@ class _Correlations(torch.autograd.Function):
         # (5, b + C): everything that follows is of rows and columns at once.
         sums = torch.cat([of_rows, of_columns], 1)
         first, squares, cross = sums[:2], sums[2:4], sums[4]
-        inverse = _numbers(1 / classes, rows, 1 / layout.total, classes, p.device)
+        numbers = _numbers if type(p) is torch.Tensor else _numbers.__wrapped__  # fake tensors are not to be kept
+        inverse = numbers(1 / classes, rows, 1 / layout.total, classes, p.device)
         variances = torch.addcmul(squares, first * first, inverse, value=-1)
         # What is left of equal numbers is rounding.
-        fixed = (variances <= _LEAST * squares).any(0)
-        a = variances.prod(0).rsqrt_().masked_fill_(fixed, 0.0)
+        fixed = (variances <= torch.rsub(squares, _SMALLEST, alpha=-_LEAST)).any(0)
+        a = variances.rsqrt().prod(0).masked_fill_(fixed, 0.0)
         correlations = torch.addcmul(cross, first[0] * first[1], inverse, value=-1).mul_(a)
         b = (correlations / variances[0]).masked_fill_(fixed, 0.0)
         # By these, the gradient averaged over ranks is that of the global batch.
         square, share = loss.tau**2, loss.beta * layout.world_size / layout.total
-        weights = _numbers(square * share, rows, square * loss.gamma / classes, classes, p.device)
+        weights = numbers(square * share, rows, square * loss.gamma / classes, classes, p.device)
         slopes = torch.stack([a, b, b * first[0], a * first[1]])
         ctx.save_for_backward(student, p, slopes * weights)
         # Not saved: it may come from torch.inference_mode, and no gradient reaches it.
@@ -137,7 +139,7 @@ def _sums_of_both(p: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([p, p * p, p[:1] * p[1:]]).sum(dim)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # a captured graph reads them for ever
 def _numbers(first: float, rows: int, second: float, classes: int, device: torch.device) -> torch.Tensor:
     """Return one number for each row and another one for each class, (b + C,)."""
     # It stays on the device: a copy from the host in every step would make the host wait for the device.
@@ -154,6 +156,6 @@ def _correlate(sums: torch.Tensor, count: int) -> torch.Tensor:
     s, t, ss, tt, st = sums.unbind()
     s_variance, t_variance = ss - s * s / count, tt - t * t / count
     # What is left of equal numbers is rounding.
-    varies = (s_variance > _LEAST * ss) & (t_variance > _LEAST * tt)
-    variances = torch.where(varies, s_variance, 1.0) * torch.where(varies, t_variance, 1.0)
-    return torch.where(varies, (st - s * t / count) * variances.rsqrt(), 0.0)
+    varies = (s_variance > _SMALLEST + _LEAST * ss) & (t_variance > _SMALLEST + _LEAST * tt)
+    inverse = torch.where(varies, s_variance, 1.0).rsqrt() * torch.where(varies, t_variance, 1.0).rsqrt()
+    return torch.where(varies, (st - s * t / count) * inverse, 0.0)

@@ -46,7 +46,8 @@ class _Compare(torch.autograd.Function):
     def forward(ctx: Any, whole: WholeBatch, floor: float, *students: torch.Tensor) -> torch.Tensor:
         shares, slopes = [], []
         for student, type_, teacher, weight in zip(students, whole.types, whole.teachers, whole.weights, strict=True):
-            share, slope = _compare_gram(_gram(student.to(type_), teacher, whole.are_relations), floor)
+            both = _gram(student.to(type_), teacher, whole.are_relations)
+            share, slope = _compare_gram(both, floor, _factor(weight, len(student)))
             # A number of its own: torch's reduced loss keeps the memory of all B² that it was reduced from.
             shares.append(share * weight)
             slopes.append(slope)
@@ -69,7 +70,7 @@ class _Compare(torch.autograd.Function):
             own = (student.to(type_) if whole.rounds else student).to(slope.dtype)
             with torch.autocast(student.device.type, enabled=False):
                 # The first argument is not added, since beta is 0; alpha saves an operation.
-                sums = torch.addmm(grads[0].to(slope.dtype), slope, own, beta=0, alpha=2 * weight / len(student) ** 2)
+                sums = torch.addmm(grads[0].to(slope.dtype), slope, own, beta=0, alpha=_factor(weight, len(student)))
             found.append(sums.mul_(grads[0]).to(student.dtype) if asked else None)
         return None, None, *found
 
@@ -88,10 +89,15 @@ def _gram(own: torch.Tensor, teacher: torch.Tensor, is_relation: bool) -> torch.
     return both
 
 
-def _compare_gram(both: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Σ D² / B², and M (B, B), of S and T (2, B, B), which are overwritten."""
+def _factor(weight: float, batch: int) -> float:
+    """Return by what M Q is multiplied."""
+    return 2 * weight / batch**2
+
+
+def _compare_gram(both: torch.Tensor, floor: float, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Σ D² / B², and M (B, B), of S and T (2, B, B), which are overwritten. M times the factor is finite."""
     norms = torch.linalg.vector_norm(both, dim=2, dtype=torch.float64)
-    divisors = torch.maximum(norms, least_norms(both, norms, floor))
+    divisors = torch.maximum(norms, least_norms(both, norms, floor, factor))
     own, theirs = both.div_(divisors[:, :, None])
     share = torch.nn.functional.mse_loss(own, theirs)
     difference = own - theirs
@@ -101,11 +107,11 @@ def _compare_gram(both: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch
     return share, half + half.T
 
 
-def least_norms(both: torch.Tensor, norms: torch.Tensor, floor: float) -> torch.Tensor:
+def least_norms(both: torch.Tensor, norms: torch.Tensor, floor: float, factor: float) -> torch.Tensor:
     """Return the numbers (2, 1) that stand for smaller norms (2, B) of the rows of S and T (2, B, B), as
     `dkd.global_batch.scale.least_norm` has them for relations that Scale has divided."""
-    # Of a matrix of zeros. Its inverse must fit the type, so that its product with features of zero is zero.
-    smallest = torch.finfo(both.dtype).tiny
+    # Of a matrix of zeros. What is divided by it must fit the type, so that its product with features of zero is zero.
+    smallest = torch.finfo(both.dtype).tiny * max(1.0, abs(factor))
     if floor == 0:
         longest = both.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).double().sqrt_()
         floor, typical = ZERO_NORM, next_power_of_two(longest).square()

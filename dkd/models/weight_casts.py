@@ -2,11 +2,14 @@
 
 Under autocast, each convolution and linear layer casts its weight and its bias by itself, and each gradient is cast
 back: two launches a tensor on a GPU, which for a small model take longer than what they cast. Here one operation casts
-the weights of all such layers before the forward, and one their gradients after the backward, to the same bits.
+the weights of all such layers before the forward, and one their gradients after the backward, to the same bits where
+a weight is read by its layer alone.
 
 Layers keep their parameters: only their own call takes the cast in the place of the parameter, and only under autocast,
 where the parameter is still the one that was cast and has not been changed since. Whatever else reads a parameter, or
-replaces it, finds what it would find without.
+replaces it, finds what it would find without. Changes that torch does not count, by `.data` and not by
+`torch.no_grad()`, are seen where a forward makes them in the first call; one that first makes them later has an effect
+from its next call on.
 
 Gradients of weights arrive together, after the whole backward: an engine that exchanges them while the backward
 computes would wait for all of them.
@@ -14,9 +17,7 @@ computes would wait for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class WeightCasts:
     """Calls a model under autocast.
 
     The first call that succeeds casts nothing: it notes which layers run under autocast, and leaves out those whose
-    parameters something changes unseen, by `.data`.
+    parameters something changes by `.data`.
 
     Args:
         model: called with images.
@@ -42,49 +43,59 @@ class WeightCasts:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
-        self._layers: list[nn.Module] | None = None
+        self._calls: list[_Call] | None = None
+        self._casts: dict[int, _Cast] = {}
 
     def __call__(self, images: torch.Tensor) -> Any:
         """Return what the model returns, inside of an autocast to the type."""
-        if self._layers is None:
+        if self._calls is None:
             return self._choose(images)
-        layers = [layer for layer in self._layers if _is_plain(layer)]
-        weights = _weights_of(layers)
+        calls = [call for call in self._calls if _is_plain(call.layer)]
+        weights = _weights_of([call.layer for call in calls])
         if not weights or is_transformed(images) or any(is_transformed(weight) for weight in weights):
             return self._model(images)
         casts = _CastTogether.apply(self._dtype, *weights)
-        cast_of = {
-            id(weight): _Cast(weight, change_count(weight), cast) for weight, cast in zip(weights, casts, strict=True)
-        }
-        device = images.device.type
+        self._casts = {id(w): _Cast(w, *_state(w), cast) for w, cast in zip(weights, casts, strict=True)}
         try:
-            for layer in layers:
-                vars(layer)["forward"] = partial(_forward, layer, cast_of, device, self._dtype)
+            for call in calls:
+                vars(call.layer)["forward"] = call
             return self._model(images)
         finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
+            for call in calls:
+                if vars(call.layer).get("forward") is call:
+                    del vars(call.layer)["forward"]
+            self._casts = {}
+
+    def cast_of(self, parameter: Any) -> Any:
+        """Return the cast of a parameter, or where it is another one by now, or was changed, the parameter itself."""
+        found = self._casts.get(id(parameter))
+        if found is None or found.weight is not parameter or (found.changes, found.place) != _state(parameter):
+            return parameter
+        return found.cast
+
+    def applies(self, device: str) -> bool:
+        """Return whether layers on a kind of device cast to the type now."""
+        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == self._dtype
 
     def _choose(self, images: torch.Tensor) -> Any:
         called: set[nn.Module] = set()
-        device = images.device.type
 
         def note(layer: nn.Module, inputs: Any) -> None:
-            if _casts(device, self._dtype):
+            if self.applies(images.device.type):
                 called.add(layer)
 
         layers = [layer for layer in self._model.modules() if _is_plain(layer)]
         hooks = [layer.register_forward_pre_hook(note) for layer in layers]
         try:
-            with _DataReads() as reads:
+            with _DataUses() as uses:
                 found = self._model(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._layers = [
-            layer
+        self._calls = [
+            _Call(layer, self)
             for layer in layers
-            if layer in called and not any(id(parameter) in reads.read for parameter in layer.parameters())
+            if layer in called and not any(id(parameter) in uses.found for parameter in layer.parameters())
         ]
         return found
 
@@ -93,7 +104,30 @@ class WeightCasts:
 class _Cast:
     weight: torch.Tensor
     changes: int
+    place: int
     cast: torch.Tensor
+
+
+def _state(parameter: torch.Tensor) -> tuple[int, int]:
+    """Return what changes where a parameter does."""
+    return change_count(parameter), parameter.data_ptr()
+
+
+class _Call:
+    """Stands in the place of a layer's `forward`, and takes casts in the place of parameters."""
+
+    def __init__(self, layer: nn.Module, casts: WeightCasts) -> None:
+        self.layer, self._casts = layer, casts
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        layer, casts = self.layer, self._casts
+        if torch.compiler.is_compiling() or not casts.applies(input.device.type):
+            usual: torch.Tensor = type(layer).forward(layer, input)
+            return usual
+        weight, bias = casts.cast_of(layer.weight), casts.cast_of(layer.bias)
+        if type(layer) is nn.Linear:
+            return F.linear(input, weight, bias)
+        return call_convolution(layer, input, weight, bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -105,43 +139,21 @@ def _is_plain(layer: nn.Module) -> bool:
 def _weights_of(layers: list[nn.Module]) -> list[torch.Tensor]:
     """Return the parameters of float32 that the layers' own calls read; of several layers with one parameter, once."""
     found = [getattr(layer, name) for layer in layers for name in ("weight", "bias")]
-    return list({id(w): w for w in found if isinstance(w, nn.Parameter) and w.dtype == torch.float32}.values())
+    # Tensors of inference mode count no changes.
+    ours = [w for w in found if isinstance(w, nn.Parameter) and w.dtype == torch.float32 and not w.is_inference()]
+    return list({id(w): w for w in ours}.values())
 
 
-def _casts(device: str, dtype: torch.dtype) -> bool:
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype
-
-
-def _forward(
-    layer: nn.Module, cast_of: dict[int, _Cast], device: str, dtype: torch.dtype, images: torch.Tensor
-) -> torch.Tensor:
-    """Call a layer with casts in the place of its parameters."""
-    take: Callable[[Any], Any] = partial(_take, cast_of) if _casts(device, dtype) else _same
-    weight, bias = take(layer.weight), take(layer.bias)
-    return F.linear(images, weight, bias) if type(layer) is nn.Linear else call_convolution(layer, images, weight, bias)
-
-
-def _take(cast_of: dict[int, _Cast], parameter: Any) -> Any:
-    """Return the cast of a parameter, or where it is another one by now, or was changed, the parameter itself."""
-    found = cast_of.get(id(parameter))
-    fits = found is not None and found.weight is parameter and found.changes == change_count(parameter)
-    return found.cast if found is not None and fits else parameter
-
-
-def _same(parameter: Any) -> Any:
-    return parameter
-
-
-class _DataReads(TorchFunctionMode):
-    """Notes tensors whose `data` is read: what changes them by it leaves no trace."""
+class _DataUses(TorchFunctionMode):
+    """Notes tensors whose `data` is read or set: what changes them by it, torch does not count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.read: set[int] = set()
+        self.found: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            self.read.add(id(args[0]))
+        if func in (torch.Tensor.data.__get__, torch.Tensor.data.__set__):  # type: ignore[attr-defined]
+            self.found.add(id(args[0]))
         return func(*args, **(kwargs or {}))
 
 

@@ -11,6 +11,7 @@ from dkd import DIST, DKD, AttentionTransfer, BatchLayout, CrossEntropy, Similar
 from dkd.build.optimizers import build_optimizer
 from dkd.config.optimizers import SgdSection
 from dkd.distillation.batch_norm import BatchNormStatistics
+from dkd.library_internals.torch import FakeTensorMode
 
 
 def double(*shape):
@@ -118,6 +119,56 @@ def test_attention_keeps_maps_of_the_teacher_and_not_its_features():
     del teacher
     assert kept() is None
     value.backward()
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.0])
+@pytest.mark.parametrize("weight", [1.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("type_", [torch.float32, torch.float64])
+def test_similarities_of_features_that_are_all_zero_have_a_finite_gradient(floor, weight, rows, type_):
+    student = torch.zeros(rows, 5, dtype=type_, requires_grad=True)
+    value = SimilarityPreserving(floor=floor, weights=[weight])(student, double(rows, 4).to(type_))
+    (gradient,) = torch.autograd.grad(3000 * value, student)
+    assert value.isfinite()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("gap", [50, 150, 200, 300, 360, 800])
+def test_dist_of_sure_models_is_a_number(gap, create_graph):
+    student, teacher = double(5, 4), double(5, 4) * 2
+    student[:, 1] += gap
+    teacher[:, 1] += gap
+    student.requires_grad_()
+    value = DIST()(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student, create_graph=create_graph)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_dkd_keeps_its_digits_where_the_other_classes_count_little():
+    """A student that is sure of the label, and a teacher that nearly is."""
+    student, labels = double(6, 9).float(), torch.arange(6)
+    student[torch.arange(6), labels] += 1e4
+    teacher = double(6, 9).float()
+    teacher[torch.arange(6), labels] += 100
+    for alpha, beta in ((1.0, 0.0), (9.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        loss = DKD(alpha, beta)
+        exact = loss(student.double(), teacher.double(), labels)
+        # float32 has logits of 1e4 to 1e-3.
+        torch.testing.assert_close(loss(student, teacher, labels).double(), exact, rtol=1e-3, atol=1e-9)
+    student[:, 7] = -torch.inf  # and the teacher not
+    assert DKD(0.0, 1.0)(student, teacher, labels) == torch.inf
+
+
+def test_tensors_that_are_kept_for_all_calls_are_no_fake_ones():
+    features, more = double(3, 2, 4, 4), double(3, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for loss, each in ((AttentionTransfer(), features), (DIST(), more)):
+            fake = mode.from_tensor(each).requires_grad_()
+            loss(fake, mode.from_tensor(each)).backward()
+    for loss, each in ((AttentionTransfer(), features), (DIST(), more)):
+        loss(each.clone().requires_grad_(), each * 2).backward()
 
 
 @pytest.mark.parametrize("floor", [0.01, 0.0])

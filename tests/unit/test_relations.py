@@ -232,7 +232,9 @@ MUTATIONS = {
         similarity_preserving.SimilarityPreserving, "divisors", floor_of_the_teacher_alone
     ),
     "one process: the floor left out": lambda: patched(
-        similarity_of_one_process, "least_norms", lambda original, both, norms, floor: original(both, norms, 0.0)
+        similarity_of_one_process,
+        "least_norms",
+        lambda original, both, norms, floor, factor: original(both, norms, 0.0, factor),
     ),
     "one process: products with other samples": lambda: patched(
         similarity_of_one_process,

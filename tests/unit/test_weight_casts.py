@@ -65,6 +65,7 @@ class Restless(nn.Module):
         self.hooked, self.read = nn.Linear(8, 8), nn.Linear(8, 8)
         self.weight_norm = nn.utils.weight_norm(nn.Linear(8, 8))
         self.spectral_norm = nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.replaced, self.compiled = nn.Linear(8, 8), nn.Linear(8, 8)
         self.precise_later, self.normed_later, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
         self.hooked.register_forward_pre_hook(shrink)
         self.calls = 0
@@ -76,7 +77,11 @@ class Restless(nn.Module):
         self.shrunk.weight.data.mul_(0.9)
         x = self.shrunk(self.scaled(self.first(x))).mean((2, 3))
         x = self.read(self.hooked(x)) + self.read.weight.sum() + 0.01 * sum(p.sum() for p in self.parameters())
-        x = self.spectral_norm(self.weight_norm(x))
+        self.replaced.weight.data = 0.9 * self.replaced.weight.data
+        x = self.replaced(input=self.spectral_norm(self.weight_norm(x)))
+        if self.calls == 2:  # after layers were chosen
+            self.compiled.compile(backend="eager", fullgraph=True)
+        x = self.compiled(x)
         with torch.autocast("cpu", BF16, enabled=self.calls < 3):
             x = self.precise_later(x if self.calls < 3 else x.float())
         if self.calls == 3:
