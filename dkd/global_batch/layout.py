@@ -175,6 +175,12 @@ class BatchLayout:
                 "layout for each batch whose number of rows differs"
             )
 
+    @property
+    def factor(self) -> float:
+        """Return W/B, by which a sum over the rows of a rank is multiplied: the mean over ranks is then the global
+        mean, of values and of gradients."""
+        return self.world_size / self.total
+
     def mean(self, per_row: torch.Tensor) -> torch.Tensor:
         """Return the share of this rank in the mean over all B rows, times W.
 
@@ -191,7 +197,7 @@ class BatchLayout:
             ValueError: these are not the rows of this rank.
         """
         self.check(per_row)
-        return per_row.sum() * (self.world_size / self.total)
+        return per_row.sum() * self.factor
 
 
 def _arrive(kinds: Sequence[_Kind], group: dist.ProcessGroup | None) -> Arrivals:

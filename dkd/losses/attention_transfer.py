@@ -153,8 +153,7 @@ class AttentionTransfer(nn.Module):
         attention_of_squares.py has them."""
         layout.check(students[0])
         positions = [s.shape[2] * s.shape[3] for s in students]
-        rows = layout.world_size / layout.total
-        factors = [w * rows / count for w, count in zip(weights, positions, strict=True)]
+        factors = [w * layout.factor / count for w, count in zip(weights, positions, strict=True)]
         if not isinstance(teacher, torch.Tensor) and len({promoted_dtype(f.dtype) for f in (*students, *teacher)}) > 1:
             teacher, _ = attention_of_squares.pack_maps(teacher)
 

@@ -103,7 +103,7 @@ class CrossEntropy(nn.Module):
         operation that computes their losses; it would divide by the labels that are not -100, and not by B."""
         layout.check(logits)
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
-        return loss * (layout.world_size / layout.total)
+        return loss * layout.factor
 
     def _weigh(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the weight of each label, in float64."""

@@ -67,7 +67,7 @@ class DKD(nn.Module):
         check_logit_pair(student, teacher)
         check_classes(labels, student)
         layout.check(student)
-        factor = self.temperature**2 * layout.world_size / layout.total
+        factor = self.temperature**2 * layout.factor
         with no_autocast(student.device):
             student, teacher = full_precision(student), teacher.detach()
             # The closed form subtracts where β < α, and loses digits there.

@@ -107,7 +107,7 @@ class _Correlations(torch.autograd.Function):
         correlations = torch.addcmul(cross, first[0] * first[1], inverse, value=-1).mul_(a)
         b = (correlations / variances[0]).masked_fill_(fixed, 0.0)
         # By these, the gradient averaged over ranks is that of the global batch.
-        square, share = loss.tau**2, loss.beta * layout.world_size / layout.total
+        square, share = loss.tau**2, loss.beta * layout.factor
         weights = numbers(square * share, rows, square * loss.gamma / classes, classes, p.device)
         slopes = torch.stack([a, b, b * first[0], a * first[1]])
         ctx.save_for_backward(student, p, slopes * weights)

@@ -54,7 +54,7 @@ class SoftTargets(nn.Module):
             if self.standardize:
                 student, teacher = standardized(student), standardized(full_precision(teacher))
             layout.check(student)
-            factor = self.temperature**2 * layout.world_size / layout.total
+            factor = self.temperature**2 * layout.factor
             if needs_plain_autograd([student, teacher]):
                 teacher = full_precision(teacher)
                 return _divergence_by_autograd(student, teacher, self.temperature, factor)

@@ -293,15 +293,12 @@ def mutated_trainings(folder):
         own = torch.isin(at.column_samples, at.row_samples)
         return [m[:, own] @ q[own] for m, q in zip(derivatives, columns, strict=True)]
 
-    def without_factor_w(layout, per_row):
-        return per_row.sum() / layout.total
-
     def without_divisor_a(cached, micro_step, features):
         return sum((features[path] * gradient).sum() for path, gradient in cached.gradients[micro_step].items())
 
     loss = grad_cache.CachedGradient.loss
     mistakes = {
-        "factor W dropped": (BatchLayout, "mean", without_factor_w),
+        "factor W dropped": (BatchLayout, "factor", property(lambda layout: 1 / layout.total)),
         "gradient of own samples only": (gram, "multiply_columns", without_others),
         "norms of local rows": (relational, "add_by_sample", local_norms),
         "divisor A dropped": (grad_cache.CachedGradient, "loss", without_divisor_a),
