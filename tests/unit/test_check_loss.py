@@ -24,39 +24,33 @@ def test_a_loss_that_differs_ends_with_code_1_and_the_cause(capsys):
     assert "gather_rows(x, layout)" in lines[4]
 
 
-@pytest.mark.parametrize(("loss", "states"), [("Unstated", False), ("Relational", True)])
-def test_a_loss_that_compares_samples_is_asked_to_state_it(capsys, monkeypatch, loss, states):
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Let two processes measure what is right of a loss, without starting them."""
+
     def halves(trial, processes, seconds):
-        """Return what two processes measure of a loss that is right, without starting them."""
         whole = measure(trial, slice(None), BatchLayout((trial.batch,)))
         return [Measured(whole.value, 2 * rows) for rows in whole.gradient.chunk(processes)]
 
     monkeypatch.setattr("dkd.commands.loss_trial.measure_on_ranks", halves)
+
+
+@pytest.mark.parametrize(("loss", "states"), [("Unstated", False), ("Relational", True)])
+def test_a_loss_that_compares_samples_is_asked_to_state_it(capsys, no_processes, loss, states):
     code, out, _ = check(capsys, loss, *SHAPES)
     assert code == 0
     assert "the loss is the same on 1 and on 2 processes\n" in out
     assert ("set relational = True on its class" in out) != states
 
 
-def test_a_slope_that_is_not_the_derivative_of_the_value_is_found(capsys, monkeypatch):
+def test_a_slope_that_is_not_the_derivative_of_the_value_is_found(capsys, no_processes):
     """It is the same on all process counts."""
-
-    def halves(trial, processes, seconds):
-        whole = measure(trial, slice(None), BatchLayout((trial.batch,)))
-        return [Measured(whole.value, 2 * rows) for rows in whole.gradient.chunk(processes)]
-
-    monkeypatch.setattr("dkd.commands.loss_trial.measure_on_ranks", halves)
     code, out, _ = check(capsys, "WrongSlope", *SHAPES)
     assert code == 1
     assert "slope differs from the derivative of value: the gradient by slope is 5.0e-01 from that by autograd" in out
 
 
-def test_a_loss_of_products_that_depends_on_a_common_factor_is_found(capsys, monkeypatch):
-    def halves(trial, processes, seconds):
-        whole = measure(trial, slice(None), BatchLayout((trial.batch,)))
-        return [Measured(whole.value, 2 * rows) for rows in whole.gradient.chunk(processes)]
-
-    monkeypatch.setattr("dkd.commands.loss_trial.measure_on_ranks", halves)
+def test_a_loss_of_products_that_depends_on_a_common_factor_is_found(capsys, no_processes):
     code, out, _ = check(capsys, "DependsOnScale", *SHAPES)
     assert code == 1
     assert "of its value where all features of a model are multiplied by 1.5" in out
