@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from dkd.data.transforms import CropAndFlip
 from dkd.losses.attention_transfer import attention_map
-from dkd.models import ModelSpec, build_model
+from dkd.models import ModelSpec, TappedModel, build_model
 
 ROUNDS = 15
 
@@ -127,6 +127,23 @@ def attention_of_squares() -> str:
     return f"AT of three pairs, as here and as published: {', '.join(found)}"
 
 
+def back_and_forth(student: TappedModel, images: torch.Tensor) -> None:
+    student(images)[0].float().sum().backward()
+
+
+def weight_casts() -> str:
+    """Forward and backward under bfloat16 autocast, on so few pixels that the casts of the weights show."""
+    found = []
+    for name in ("wrn_16_1", "torchvision/resnet50"):
+        model = build_model(ModelSpec(name, 10)).to(memory_format=torch.channels_last)
+        images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+        ways = [TappedModel(copy.deepcopy(model), [], autocast=torch.bfloat16).train() for _ in range(2)]
+        ways[1].cast_together()
+        single, together = milliseconds(*(partial(back_and_forth, way, images) for way in ways))
+        found.append(f"{name}: {single:.1f} ms one by one, {together:.1f} together")
+    return f"casts of a student's weights, in a step on 2 images of 32×32: {'; '.join(found)}"
+
+
 def optimizers() -> str:
     """The updates of all weights by one kernel, and as torch makes them by default."""
     found = []
@@ -146,7 +163,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     torch.set_num_threads(parser.parse_args().threads)
-    for part in (augmentation, attention_backward, attention_of_squares, around_a_step, folded_teacher, optimizers):
+    losses = (attention_backward, attention_of_squares)
+    for part in (augmentation, *losses, around_a_step, folded_teacher, weight_casts, optimizers):
         print(part(), flush=True)
     return 0
 

@@ -158,8 +158,8 @@ def slope_error(trial: LossTrial) -> float | None:
 
 
 def scale_error(trial: LossTrial) -> float | None:
-    """Return how much a loss of products or distances changes, relative to its value, where all features are multiplied
-    by one number; None: the loss is of another kind. Raises UserCodeError."""
+    """Return how much a loss of products or distances changes, relative to its value, where all features of a model
+    are multiplied by one number; None: the loss is of another kind. Raises UserCodeError."""
     loss = getattr(_build_term(trial), "loss", None)
     if not isinstance(loss, RelationalLoss) or loss.relation == "cosine":
         return None

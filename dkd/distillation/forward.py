@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dkd.data import Normalize
-from dkd.distillation.objective import InputGradientTerm, Objective, Outputs
+from dkd.distillation.objective import FeatureTerm, InputGradientTerm, LabelTerm, LogitTerm, Objective, Outputs
 from dkd.distillation.teacher_group import OneTeacher, TeacherGroup, members_of
 from dkd.global_batch import full_precision
 from dkd.models import ADAPTERS
@@ -26,8 +27,8 @@ class Forward:
         normalize: of the student's input; None: images arrive as the student takes them.
         teacher_normalize: of the teacher's input; None: the same input as the student's. Of several teachers: by name.
         dtype, memory_format: of both models' inputs.
-        keeps_types: features of the student that need no promoted copy (`Objective.unpromoted_taps`) keep their type;
-            so do their gradients.
+        keeps_types: features of the student that need no promoted copy (`unpromoted_taps`) keep their type; so do their
+            gradients.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Forward:
         theirs = teacher_normalize if isinstance(teacher_normalize, Mapping) else {"": teacher_normalize}
         self._teacher_normalize = {name: each for name, each in theirs.items() if each not in (None, normalize)}
         self._dtype, self._memory_format = dtype, memory_format
-        self._unpromoted = objective.unpromoted_taps if keeps_types else frozenset()
+        self._unpromoted = unpromoted_taps(objective) if keeps_types else frozenset()
         by_images = [term for term in objective.terms if isinstance(term, InputGradientTerm)]
         self._differentiates_images = bool(by_images)
         self._mirrors = any(term.mirrored for term in by_images)
@@ -144,6 +145,22 @@ class Forward:
     def _as_input(self, normalize: Normalize | None, pixels: torch.Tensor) -> torch.Tensor:
         images = pixels.to(self._dtype) if normalize is None else normalize(pixels, self._dtype)
         return images.to(memory_format=self._memory_format)
+
+
+def unpromoted_taps(objective: Objective) -> set[str]:
+    """Return the paths of the student's features that one loss alone reads, and reads in half precision: a promoted
+    copy would be work for nothing."""
+    readers: Counter[str] = Counter()
+    taking: set[str] = set()
+    for term in objective.terms:
+        if isinstance(term, FeatureTerm) and term.trained is None:
+            paths = [student for student, _ in term.pairs]
+            readers.update(paths)
+            # Stated by its own class: a class that is derived from it may read them in another way.
+            taking.update(paths if vars(type(term.loss)).get("takes_half_precision") else ())
+        elif not isinstance(term, FeatureTerm | LogitTerm | LabelTerm | InputGradientTerm):
+            return set()  # what it reads is not known
+    return {path for path in taking if readers[path] == 1}
 
 
 def join_outputs(parts: Sequence[Outputs]) -> Outputs | None:

@@ -6,7 +6,6 @@ total(step) = Σ_k weight_k(step) · term_k
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -441,22 +440,6 @@ class Objective:
                 continue
             found |= {f"{term.name}/{name}": tensor for name, tensor in kept.items()}
         return found
-
-    @property
-    def unpromoted_taps(self) -> set[str]:
-        """Return the paths of the student's features that one loss alone reads, and reads in half precision: a promoted
-        copy would be work for nothing."""
-        readers: Counter[str] = Counter()
-        taking: set[str] = set()
-        for term in self.terms:
-            if isinstance(term, FeatureTerm) and term.trained is None:
-                paths = [student for student, _ in term.pairs]
-                readers.update(paths)
-                # Stated by its own class: a class that is derived from it may read them in another way.
-                taking.update(paths if vars(type(term.loss)).get("takes_half_precision") else ())
-            elif not isinstance(term, FeatureTerm | LogitTerm | LabelTerm | InputGradientTerm):
-                return set()  # what it reads is not known
-        return {path for path in taking if readers[path] == 1}
 
     @property
     def compares_logits(self) -> bool:

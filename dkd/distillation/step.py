@@ -116,9 +116,8 @@ class DistillationStep:
         self.separable, self.relational = objective.split()
         self.has_two_passes = bool(self.relational.terms) and micro_steps > 1
         # Between two passes, tensors and gradients are kept in full precision.
-        self.forward = Forward(
-            student, teacher, objective, normalize, teacher_normalize, dtype, memory_format, not self.has_two_passes
-        )
+        inputs = (normalize, teacher_normalize, dtype, memory_format)
+        self.forward = Forward(student, teacher, objective, *inputs, keeps_types=not self.has_two_passes)
         # Public: caches of teachers are put into its `stored`.
         self.teaching = Teaching(self.forward.teacher_names, self.forward.one_teacher)
         losses = [getattr(term, "loss", None) for term in objective.terms]

@@ -14,13 +14,13 @@ operations take longer than what they compute.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dkd.global_batch.gram import promoted_dtype
+from dkd.losses.kept_numbers import numbers_beside
 
 SMALLEST = 1e-30
 """The smallest norm that a map is divided by. A map of zeros stays zero; the inverse of a norm must fit float32, so
@@ -91,17 +91,6 @@ def _places(packed: torch.Tensor, features: Sequence[torch.Tensor]) -> list[torc
     return [packed[pair, :, : h * w].unflatten(1, (h, w)) for pair, (_, _, h, w) in enumerate(shapes)]
 
 
-def _column(factors: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    make = _kept_column if type(like) is torch.Tensor else _kept_column.__wrapped__  # fake tensors are not to be kept
-    return make(factors, like.dtype, like.device)
-
-
-@functools.cache  # a captured graph reads it for ever
-def _kept_column(factors: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # It stays on the device: a copy from the host in every step would make the host wait for the device.
-    return torch.tensor(factors, dtype=dtype, device=device)
-
-
 class _Compare(torch.autograd.Function):
     """Compute the value, and in the backward the gradient of the features."""
 
@@ -123,7 +112,7 @@ class _Compare(torch.autograd.Function):
         lengths = torch.linalg.vector_norm(difference, dim=(1, 2))
         ctx.factors, ctx.plainly = factors, plainly
         ctx.save_for_backward(maps, norms, difference, *students)
-        return torch.dot(lengths * _column(factors, maps), lengths)
+        return torch.dot(lengths * numbers_beside(maps, tuple((factor, 1) for factor in factors)), lengths)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -135,7 +124,7 @@ class _Compare(torch.autograd.Function):
             value = ctx.plainly(students, maps - difference)
             found = iter(torch.autograd.grad(value, wanted, grads[0], create_graph=True))
             return None, None, None, *(next(found) if asked else None for asked in needed)
-        fours = _column(tuple(4 * factor for factor in ctx.factors), maps)
+        fours = numbers_beside(maps, tuple((4 * factor, 1) for factor in ctx.factors))
         along = (maps * difference).sum(2, keepdim=True)
         across = torch.addcmul(difference, maps, along, value=-1)
         across.mul_((fours * grads[0])[:, None, None] / norms)

@@ -16,7 +16,6 @@ the derivative by p_S does not reach the logits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 from dkd.global_batch import BatchLayout, GramScope, add_over_ranks
 from dkd.global_batch.gram import promoted_dtype
 from dkd.losses.feature_pairs import as_list, check_logit_pair, needs_plain_autograd, no_autocast
+from dkd.losses.kept_numbers import numbers_beside
 
 _LEAST = 64 * torch.finfo(torch.float64).eps  # share of Σp² below which a variance is rounding
 _SMALLEST = 1e-200  # the power of −3/2 of a variance, its inverse root's derivative, fits float64
@@ -98,8 +98,7 @@ class _Correlations(torch.autograd.Function):
         # (5, b + C): everything that follows is of rows and columns at once.
         sums = torch.cat([of_rows, of_columns], 1)
         first, squares, cross = sums[:2], sums[2:4], sums[4]
-        numbers = _numbers if type(p) is torch.Tensor else _numbers.__wrapped__  # fake tensors are not to be kept
-        inverse = numbers(1 / classes, rows, 1 / layout.total, classes, p.device)
+        inverse = numbers_beside(p, ((1 / classes, rows), (1 / layout.total, classes)))
         variances = torch.addcmul(squares, first * first, inverse, value=-1)
         # What is left of equal numbers is rounding.
         fixed = (variances <= torch.rsub(squares, _SMALLEST, alpha=-_LEAST)).any(0)
@@ -108,7 +107,7 @@ class _Correlations(torch.autograd.Function):
         b = (correlations / variances[0]).masked_fill_(fixed, 0.0)
         # By these, the gradient averaged over ranks is that of the global batch.
         square, share = loss.tau**2, loss.beta * layout.factor
-        weights = numbers(square * share, rows, square * loss.gamma / classes, classes, p.device)
+        weights = numbers_beside(p, ((square * share, rows), (square * loss.gamma / classes, classes)))
         slopes = torch.stack([a, b, b * first[0], a * first[1]])
         ctx.save_for_backward(student, p, slopes * weights)
         # Not saved: it may come from torch.inference_mode, and no gradient reaches it.
@@ -137,13 +136,6 @@ class _Correlations(torch.autograd.Function):
 def _sums_of_both(p: torch.Tensor, dim: int) -> torch.Tensor:
     """Return the five sums along a dimension, (5, n), of numbers (2, b, C) of both models."""
     return torch.cat([p, p * p, p[:1] * p[1:]]).sum(dim)
-
-
-@functools.cache  # a captured graph reads them for ever
-def _numbers(first: float, rows: int, second: float, classes: int, device: torch.device) -> torch.Tensor:
-    """Return one number for each row and another one for each class, (b + C,)."""
-    # It stays on the device: a copy from the host in every step would make the host wait for the device.
-    return torch.tensor([first] * rows + [second] * classes, dtype=torch.float64, device=device)
 
 
 def _sums(s: torch.Tensor, t: torch.Tensor, dim: int) -> torch.Tensor:

@@ -44,7 +44,8 @@ def test_a_hundred_replayed_steps_are_those_of_the_usual_way_interrupted_or_not(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_teacher_on_a_stream_of_its_own_changes_no_bit(tmp_path, variant, capsys):
-    """Of kernels that repeat their bits. What reads the teacher too early, or its memory too late, shows here."""
+    """The kernels repeat their bits. A tensor of the teacher that is read too early, or whose memory is used again too
+    early, shows here."""
     usual, beside = tmp_path / "usual", tmp_path / "beside"
     train(usual, False, variant, deterministic=True)
     train(beside, False, variant, "train.teacher_stream=true", deterministic=True)

@@ -198,7 +198,7 @@ def test_the_gradient_of_a_sample_of_zeros_is_that_of_blocks():
 
 
 def test_labels_that_are_ignored_count_as_samples():
-    """Of all ranks together, nobody knows without a message how many are not ignored."""
+    """The loss is divided by B: how many labels of all ranks are not ignored is not known without a message."""
     logits, labels = double(6, 4), torch.tensor([0, 1, -100, 3, 2, 1])
     known = CrossEntropy()(logits[labels >= 0], labels[labels >= 0])
     torch.testing.assert_close(CrossEntropy()(logits, labels), known * 5 / 6)
